@@ -1,0 +1,58 @@
+# Every target sets up what it needs, in a virtual environment of this folder: nothing but python3 (>= 3.11, with venv) is asked for.
+#   make PYTHON=python3.12 VENV=.venv-3.12 test     another Python, beside the first
+VENV ?= .venv
+PROMPT ?= The with statement
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+export PYTHON PROMPT
+
+.DEFAULT_GOAL := help
+.PHONY: help demo chat test test-all lint type format hooks clean
+
+help: ## say what there is
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.cli ## let the model that comes with jaxkv continue a sentence: make demo PROMPT="A list is"
+	@$(BIN)/python -m jaxkv generate "$$PROMPT"
+
+chat: $(VENV)/.cli ## talk with it; what was said stays in the cache
+	@$(BIN)/python -m jaxkv chat
+
+test: $(VENV)/.dev ## run all tests, the doctests and the code in README.md and docs/
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+test-all: ## run the tests on every supported Python that is here
+	@for version in 3.11 3.12; do \
+	  if python=$$(.ci/find-python $$version); then \
+	    $(MAKE) test PYTHON="$$python" VENV=".venv-$$version" || exit 1; \
+	  else \
+	    echo "Python $$version is not here; its tests were left out"; \
+	  fi; \
+	done
+
+lint: $(VENV)/.dev ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(VENV)/.dev ## check types
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## repair style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+hooks: $(VENV)/.dev ## let git run lint and type before each commit
+	$(BIN)/pre-commit install
+
+clean: ## remove what the other targets made
+	rm -rf .venv .venv-* .cache build dist
+
+# A stamp is made when pip has succeeded, and is out of date when pyproject.toml is newer. pip itself comes last into a new
+# environment, so one that was interrupted is made again.
+$(VENV)/.cli $(VENV)/.dev: $(VENV)/.%: pyproject.toml
+	@[ -x $(BIN)/pip ] || { python=$$(.ci/find-python) && echo "Making $(VENV) with $$python" && "$$python" -m venv --clear $(VENV); }
+	@echo "Installing jaxkv[$*] into $(VENV) (once, a few minutes at most)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
