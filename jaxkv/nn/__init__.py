@@ -1,0 +1,1 @@
+"""Readers: attention over what a cache keeps, and Flax modules around it."""
