@@ -82,7 +82,7 @@ def self_attend(
     k: Any,
     v: Any,
     *,
-    reach: Reach = Full(),  # noqa: B008  (frozen)
+    reach: Reach = Full(),
     positions: Any = None,
     spans: Any = None,
     scale: float | None = None,
@@ -174,12 +174,10 @@ class _Plan:
         vector = 4 * batch * spec.num_kv_heads * spec.head_dim  # bytes of one slot of all rows, as float32
         block = 2 ** int(math.log2(max(2**21 // vector, 1)))  # one block of keys fills the fast cache
         block = min(max(block, 64), 256 if tile > 16 else 1024, num_slots)
-        tails = []
+        tails: tuple[int, ...] = ()
         if batch == 1 and tile <= 16 and block > 64:
-            tails = [64 * 2**i for i in range(8) if 64 * 2**i < block]
-        return cls(
-            spec.reach, None if softcap is None else float(softcap), tile, block, (*tails, block) if tails else ()
-        )
+            tails = (*(64 * 2**i for i in range(8) if 64 * 2**i < block), block)
+        return cls(spec.reach, None if softcap is None else float(softcap), tile, block, tails)
 
 
 def _check(
