@@ -1,0 +1,150 @@
+"""The bookkeeping that layers of equal reach share: which position lies in which slot, and what may be gone.
+
+Slots follow one rule: position p < sinks lies in slot p, every other one in a ring behind the sinks. A ring as long as
+the capacity never wraps, so there slot = position. A ring that wraps is `reach - 1 + max(max_block, slack)` long: the
+first query of the largest block still finds all it may see.
+
+Loss is recorded as one interval per row: positions [lo, hi) may be gone, because the ring has overwritten them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.cache.spec import EMPTY, Reach
+
+FAR = 2**30  # above every position
+READ_BLOCK = 64  # buffers are whole multiples of it, so that attend reads whole blocks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Positions and loss of the layers of one reach."""
+
+    positions: Any  # int32 [R, V], EMPTY where nothing lies
+    lost: Any  # int32 [R, 2]: positions [lo, hi) may be gone; lo >= hi: nothing is
+    reach: Reach = dataclasses.field(metadata={"static": True})
+    ring: int = dataclasses.field(metadata={"static": True})
+    wraps: bool = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def init(cls, reach: Reach, num_rows: int, capacity: int, behind: int) -> Group:
+        """Returns an empty group; `behind` is max(max_block, slack), in tokens."""
+        if reach.sinks >= capacity:
+            raise ValueError(f"{reach} keeps {reach.sinks} sinks, but the capacity is {capacity}; give fewer sinks")
+        ring = capacity - reach.sinks
+        if reach.size is not None:
+            ring = min(ring, reach.size - 1 + behind)
+        used = reach.sinks + ring
+        num_slots = used if used <= READ_BLOCK else -(-used // READ_BLOCK) * READ_BLOCK
+        return cls(
+            positions=jnp.full((num_rows, num_slots), EMPTY, jnp.int32),
+            lost=jnp.tile(nothing_lost(), (num_rows, 1)),
+            reach=reach,
+            ring=ring,
+            wraps=used < capacity,
+        )
+
+    @property
+    def num_slots(self) -> int:
+        return self.positions.shape[-1]
+
+    def slot(self, p: Any) -> Any:
+        """Returns the slot of position p >= 0. int32, the shape of p."""
+        sinks = self.reach.sinks
+        return jnp.where(p < sinks, p, sinks + (p - sinks) % self.ring)
+
+    def filled(self, lengths: Any) -> Any:
+        """Returns how many leading slots may be in use by sequences of these lengths."""
+        return jnp.minimum(lengths, self.reach.sinks + self.ring)
+
+    def fits(self, lowest: Any, top: Any) -> Any:
+        """Returns whether the queries from `lowest` on find all they may see once `top` is the highest position. bool [R]."""
+        found = resume(self.reach, self.lost, lowest) == lowest
+        return found & (top - self.reach.first(lowest) < self.ring) if self.wraps else found
+
+    def lost_by_writing(self, lowest: Any, highest: Any, fit: Any) -> Any:
+        """Returns `lost` after positions lowest..highest [R] were written in the rows that fit."""
+        anew = fit & (lowest < self.lost[:, 1])  # what lies above the lowest new position is replaced or forgotten
+        lost = jnp.where(anew[:, None], cut(self.lost, lowest), self.lost)
+        if not self.wraps:
+            return lost
+        gone = jnp.where(fit, highest + 1 - self.ring, 0)  # the ring has overwritten positions below
+        wider = jnp.stack([jnp.minimum(lost[:, 0], self.reach.sinks), jnp.maximum(lost[:, 1], gone)], 1)
+        return jnp.where((gone > self.reach.sinks)[:, None], wider, lost)
+
+    def truncate(self, lengths: Any) -> Group:
+        """Returns the group without positions from lengths [R] on."""
+        positions = jnp.where(self.positions < lengths[:, None], self.positions, EMPTY)
+        return dataclasses.replace(self, positions=positions, lost=cut(self.lost, lengths))
+
+    def take(self, rows: Any, known: Any) -> Group:
+        """Returns the group whose row r is row rows[r] of this one, or empty where not known[r]."""
+        return dataclasses.replace(
+            self,
+            positions=jnp.where(known[:, None], self.positions[rows], EMPTY),
+            lost=jnp.where(known[:, None], self.lost[rows], nothing_lost()[None]),
+        )
+
+    def copy_prefix(self, src: Any, dst: Any, length: Any) -> Group:
+        """Returns the group with the first `length` positions of row src in row dst (past the last row: nowhere)."""
+        positions = jnp.where(self.positions[src] < length, self.positions[src], EMPTY)
+        return dataclasses.replace(
+            self,
+            positions=self.positions.at[dst].set(positions, mode="drop"),
+            lost=self.lost.at[dst].set(cut(self.lost[src], length), mode="drop"),
+        )
+
+    def remove(self, row: Any, begin: Any, end: Any) -> tuple[Group, Any, Any]:
+        """Forgets positions [begin, end) of one row and moves the later ones down.
+
+        Returns:
+          The group; int32 [V]: the slot that each slot's content comes from, V for none; int32 [V]: by how much the
+          position of each slot changed (0 or begin - end).
+        """
+        lo, hi = self.lost[row, 0], self.lost[row, 1]
+        old = self.positions[row]
+        old = jnp.where((old >= lo) & (old < hi) & (begin < end), EMPTY, old)
+        new = jnp.where(old < begin, old, jnp.where(old < end, EMPTY, old - (end - begin)))  # EMPTY < begin
+        target = jnp.where(new == EMPTY, self.num_slots, self.slot(new))
+        slots = jnp.arange(self.num_slots, dtype=jnp.int32)
+        sources = jnp.full_like(slots, self.num_slots).at[target].set(slots, mode="drop")
+        positions = jnp.full_like(slots, EMPTY).at[target].set(new, mode="drop")
+        delta = jnp.where((sources < self.num_slots) & (positions >= begin), begin - end, 0)
+
+        def down(x: Any) -> Any:
+            return jnp.where(x <= begin, x, jnp.where(x < end, begin, x - (end - begin)))
+
+        # Tokens that become sinks may be among the lost: the interval then begins below the sinks, and resume says so.
+        lost = jnp.where(lo < hi, jnp.stack([down(lo), down(hi)]), self.lost[row])
+        group = dataclasses.replace(
+            self, positions=self.positions.at[row].set(positions), lost=self.lost.at[row].set(lost)
+        )
+        return group, sources, delta
+
+
+def nothing_lost() -> Any:
+    """Returns the interval that means nothing is gone: int32 [2]."""
+    return jnp.array([FAR, 0], jnp.int32)
+
+
+def cut(lost: Any, length: Any) -> Any:
+    """Returns the lost intervals [..., 2] of sequences cut to `length` [...]."""
+    lo, hi = lost[..., 0], jnp.minimum(lost[..., 1], length)
+    return jnp.where((lo < hi)[..., None], jnp.stack([lo, hi], -1), jnp.broadcast_to(nothing_lost(), lost.shape))
+
+
+def resume(reach: Reach, lost: Any, p: Any) -> Any:
+    """Returns the largest position <= p [...] at which a query finds all it may see below, given lost [..., 2].
+
+    One step: falling back may land where another answer is due, so callers repeat it over all groups.
+    """
+    lo, hi = lost[..., 0], lost[..., 1]
+    first = reach.first(p)
+    nothing_missing = (lo >= hi) | (p <= lo) | ((lo >= reach.sinks) & ((first >= hi) | (first >= p)))
+    return jnp.where(nothing_missing, p, reach.fallback(lo, p))

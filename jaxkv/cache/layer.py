@@ -1,0 +1,115 @@
+"""One layer's buffers: put, get, read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.cache.spec import LayerSpec
+from jaxkv.cache.step import Step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Keys and values of one attention layer, or of a stack of equal layers.
+
+    A stack holds [L, ...] buffers and is meant to be the carry of a scan over layers: `stack.at(i)` is layer i with a
+    traced number, `put` returns the same kind, and `.at(None)` is the whole stack again.
+    """
+
+    k: Any  # [R, K, V, H]; stacked: [L, R, K, V, H]
+    v: Any  # [R, K, V, Hv]; stacked: [L, R, K, V, Hv]
+    index: Any  # None, or int32 scalar: which layer of a stack
+    group: int = dataclasses.field(metadata={"static": True})
+    spec: LayerSpec = dataclasses.field(metadata={"static": True})
+    layout: Any = dataclasses.field(metadata={"static": True})
+    num_slots: int = dataclasses.field(metadata={"static": True})
+    num_stacked: int | None = dataclasses.field(metadata={"static": True})  # None: not a stack
+
+    def at(self, index: Any) -> Layer:
+        """Returns layer `index` of a stack (int32 scalar, may be traced), or the whole stack for None."""
+        if self.num_stacked is None:
+            raise ValueError("at() chooses a layer of a stack, but this layer is not stacked: Cache.init(stacked=True)")
+        return dataclasses.replace(self, index=None if index is None else jnp.asarray(index, jnp.int32))
+
+    def put(self, step: Step, k: Any, v: Any) -> Layer:
+        """Returns this layer with the keys and values of the call's tokens stored.
+
+        In place when the cache is donated or the carry of a loop. Every layer puts once per `begin`; tokens of padding
+        and of sequences that did not fit are not stored.
+
+        Args:
+          step: from the `Cache.begin` of this forward pass.
+          k: keys [B, T, num_kv_heads, head_dim], already rotated if the model rotates keys; cast to the storage dtype.
+          v: values [B, T, num_kv_heads, value_dim].
+
+        Raises:
+          ValueError: while tracing, for shapes other than these, naming both.
+        """
+        self._check(step)
+        b, t = step.positions.shape
+        for name, x, size in (("k", k, self.spec.head_dim), ("v", v, self.spec.value_dim)):
+            want = (b, t, self.spec.num_kv_heads, size)
+            if x.shape != want:
+                raise ValueError(f"put: {name} has shape {x.shape}, this layer and step want [B, T, K, H] = {want}")
+        slots = step.groups[self.group].slots
+
+        def write(buffers: Any, storage: Any, x: Any) -> Any:
+            return jax.tree.map(
+                lambda buffer, y: self.layout.write(buffer, self.index, step.rows, slots, y, whole=step.whole),
+                buffers,
+                storage.encode(x),
+            )
+
+        k_buffer = write(self.k, self.spec.k_storage, k)
+        return dataclasses.replace(self, k=k_buffer, v=write(self.v, self.spec.v_storage, v))
+
+    def read(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
+        """Returns slots [start, start + size) of the call's sequences: k [B, K, size, H], v [B, K, size, Hv].
+
+        The form in which `attend` reads, block by block. `start` may be traced; the stretch must lie within num_slots.
+        """
+
+        def read(buffers: Any, storage: Any) -> Any:
+            return storage.decode(
+                jax.tree.map(
+                    lambda buffer: self.layout.read(buffer, self.index, step.rows, start, size, whole=step.whole),
+                    buffers,
+                )
+            )
+
+        return read(self.k, self.spec.k_storage), read(self.v, self.spec.v_storage)
+
+    def get(self, step: Step) -> tuple[Any, Any, Any]:
+        """Returns all keys and values of the call's sequences, and who sees what: the reference form.
+
+        It fits `jax.nn.dot_product_attention(q, k, v, mask=mask)`, which gives a query that sees nothing the mean of v;
+        `attend` gives it zeros and reads only what is filled.
+
+        Returns:
+          k [B, S, K, H], v [B, S, K, Hv], mask bool [B, 1, T, S]; S is num_slots, in slot order.
+        """
+        self._check(step)
+        group = step.groups[self.group]
+        k, v = self.read(step, 0, self.num_slots)
+        same_span = None
+        if step.spans is not None:
+            same_span = (step.spans[:, :, None] == group.kv_spans[:, None, :]) & (step.spans[:, :, None] != 0)
+        mask = self.spec.reach.visible(step.positions[:, :, None], group.kv_positions[:, None, :], same_span)
+        return k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None]
+
+    def _check(self, step: Step) -> None:
+        if not isinstance(step, Step):
+            raise ValueError(f"step is a {type(step).__name__}; give the Step that cache.begin(positions) returned")
+        slots = step.groups[self.group].kv_positions.shape[-1] if self.group < len(step.groups) else 0
+        if slots != self.num_slots:
+            raise ValueError(
+                f"this step belongs to another cache: its group {self.group} has {slots} slots, the layer has "
+                f"{self.num_slots}; use the step that begin() of the same cache returned"
+            )
+        if self.num_stacked is not None and self.index is None:
+            raise ValueError(f"a stack of {self.num_stacked} layers was used as one layer; choose one with stack.at(i)")

@@ -1,0 +1,82 @@
+"""Memory of a cache before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxkv.cache.cache import Cache, shardings
+from jaxkv.cache.spec import LayerSpec
+from jaxkv.sizes import format_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Exact bytes of a cache. `str(plan)` is a small table.
+
+    Attributes:
+      nbytes: all buffers and bookkeeping, over all devices, replicated parts once.
+      nbytes_per_device: what one device holds; equal to nbytes without a sharding.
+      bytes_per_token: what one more token of one sequence takes in the layers whose slots are as many as the capacity;
+        rings have a fixed size and add nothing.
+      groups: per group (reach, number of layers, slots per sequence, bytes).
+    """
+
+    nbytes: int
+    nbytes_per_device: int
+    bytes_per_token: int
+    groups: tuple[tuple[Any, int, int, int], ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{count} layer{'s' * (count > 1)} {reach}: {slots} slots per sequence, {format_bytes(size)}"
+            for reach, count, slots, size in self.groups
+        ]
+        lines.append(
+            f"in all {format_bytes(self.nbytes)}, {format_bytes(self.nbytes_per_device)} per device, "
+            f"{format_bytes(self.bytes_per_token)} per token"
+        )
+        return "\n".join(lines)
+
+
+def plan_memory(
+    specs: Sequence[LayerSpec], num_rows: int, capacity: int, *, sharding: Any = None, **options: Any
+) -> MemoryPlan:
+    """Returns what `Cache.init` with the same arguments would allocate, from shapes alone.
+
+    Args:
+      specs: one LayerSpec per layer.
+      num_rows: sequences.
+      capacity: tokens per sequence.
+      sharding: None, or a NamedSharding for axes (R, K, V, H).
+      **options: layout, max_block, slack, stacked, as for `Cache.init`.
+
+    Raises:
+      ValueError: as `Cache.init`.
+
+    >>> from jaxkv import Full, LayerSpec, plan_memory
+    >>> plan_memory([LayerSpec(Full(), num_kv_heads=8, head_dim=128)] * 32, num_rows=1, capacity=4096).bytes_per_token
+    262144
+    """
+    cache = jax.eval_shape(lambda: Cache.init(specs, num_rows, capacity, **options))
+    places = None if sharding is None else shardings(cache, sharding)
+    groups = []
+    for number, group in enumerate(cache.groups):
+        layers = [layer for layer in cache.layers if layer.group == number]
+        count = sum(layer.num_stacked or 1 for layer in layers)
+        groups.append((group.reach, count, group.num_slots, _nbytes((layers, group))))
+    growing = [layer for layer in cache.layers if not cache.groups[layer.group].wraps]
+    per_token = sum(_nbytes((layer.k, layer.v)) // (num_rows * layer.num_slots) for layer in growing)
+    return MemoryPlan(cache.nbytes, _nbytes(cache, places), per_token, tuple(groups))
+
+
+def _nbytes(tree: Any, places: Any = None) -> int:
+    leaves = jax.tree.leaves(tree)
+    shapes = [x.shape for x in leaves]
+    if places is not None:
+        shapes = [place.shard_shape(x.shape) for x, place in zip(leaves, jax.tree.leaves(places), strict=True)]
+    return sum(math.prod(shape) * x.dtype.itemsize for x, shape in zip(leaves, shapes, strict=True))

@@ -1,0 +1,184 @@
+"""What a layer keeps (LayerSpec), and which past tokens its queries may see (the reaches).
+
+Positions are int32, absolute, counted from 0 within their own sequence; EMPTY marks padding and unused slots. A reach
+says how far back a query may look, never what lies ahead: causality is added by `visible`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.cache.storage import Dense
+
+EMPTY = -1
+
+
+class Reach:
+    """What the three reaches have in common. `size` None means no limit; `sinks` counts first tokens always seen."""
+
+    size: int | None
+    sinks: int
+
+    def first(self, p: Any) -> Any:
+        """Returns the first position, besides sinks, that a query at position p may see. int32, the shape of p."""
+        raise NotImplementedError
+
+    def sees(self, q: Any, s: Any) -> Any:
+        """Returns whether position s is within reach of a query at q, be it past or future. bool; q and s broadcast."""
+        raise NotImplementedError
+
+    def fallback(self, lost_begin: Any, p: Any) -> Any:
+        """Returns where decoding can go on if at p it can't, because positions from lost_begin on are gone."""
+        return lost_begin
+
+    def visible(self, q: Any, s: Any, same_span: Any = None) -> Any:
+        """Returns which stored positions a query may see: the whole rule.
+
+        Args:
+          q: query positions, int32, EMPTY for padding.
+          s: positions of the slots of the same sequence, int32, EMPTY where nothing lies. Broadcasts with q.
+          same_span: bool or None; where True, query and slot see each other in both directions.
+
+        Returns:
+          bool, the broadcast shape.
+        """
+        past = s <= q if same_span is None else (s <= q) | same_span
+        return (q != EMPTY) & (s != EMPTY) & past & self.sees(q, s)
+
+
+@dataclasses.dataclass(frozen=True)
+class Full(Reach):
+    """Every past token is seen.
+
+    >>> Full().sees(9, 0)
+    Array(True, dtype=bool)
+    """
+
+    size = None
+    sinks = 0
+
+    def first(self, p: Any) -> Any:
+        return jnp.zeros_like(p)
+
+    def sees(self, q: Any, s: Any) -> Any:
+        return jnp.ones(jnp.broadcast_shapes(jnp.shape(q), jnp.shape(s)), bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(Reach):
+    """The last `size` tokens are seen, the query's own included, and always the first `sinks` tokens.
+
+    Sizes count as Hugging Face, vLLM and llama.cpp count them; Ollama's kvcache shows one key more, so its window W is
+    `Window(W + 1)` here. Sinks are those of StreamingLLM (Xiao et al. 2023).
+
+    Args:
+      size: keys a query sees besides sinks, in tokens, at least 1.
+      sinks: how many first tokens of the sequence stay visible, at least 0.
+
+    >>> [int(s) for s in range(8) if Window(3, sinks=1).visible(6, s)]
+    [0, 4, 5, 6]
+    """
+
+    size: int
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("Window", "size", self.size, 1)
+        _at_least("Window", "sinks", self.sinks, 0)
+
+    def first(self, p: Any) -> Any:
+        return jnp.maximum(p - (self.size - 1), 0)
+
+    def sees(self, q: Any, s: Any) -> Any:
+        return (s > q - self.size) | (s < self.sinks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk(Reach):
+    """The tokens of the query's own chunk are seen: position s from position q iff s // size == q // size.
+
+    Args:
+      size: tokens per chunk, at least 1. Chunk boundaries are absolute positions.
+
+    >>> [int(s) for s in range(8) if Chunk(4).visible(6, s)]
+    [4, 5, 6]
+    """
+
+    size: int
+    sinks = 0
+
+    def __post_init__(self) -> None:
+        _at_least("Chunk", "size", self.size, 1)
+
+    def first(self, p: Any) -> Any:
+        return p // self.size * self.size
+
+    def sees(self, q: Any, s: Any) -> Any:
+        return s // self.size == q // self.size
+
+    def fallback(self, lost_begin: Any, p: Any) -> Any:
+        return jnp.maximum(lost_begin, self.first(p))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """What one attention layer keeps. Frozen and hashable; layers with equal reach share one bookkeeping.
+
+    Args:
+      reach: which past tokens a query may see: Full(), Window(size, sinks) or Chunk(size).
+      num_kv_heads: heads of k and v, at least 1.
+      head_dim: size of a key, at least 1.
+      value_dim: size of a value; None means head_dim.
+      k_storage: how keys are kept.
+      v_storage: how values are kept.
+      rotary: None, or a frozen, hashable object whose `shift(k, delta)` turns keys to other positions (`jaxkv.Rotary`);
+        `Cache.remove` needs it to move tokens.
+
+    Raises:
+      ValueError: for sizes below 1, an unknown reach, or a rotary that is a function.
+
+    >>> LayerSpec(Window(1024), num_kv_heads=4, head_dim=64).value_dim
+    64
+    """
+
+    reach: Reach
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int = None  # type: ignore[assignment]
+    k_storage: Any = Dense()
+    v_storage: Any = Dense()
+    rotary: Any = None
+
+    def __post_init__(self) -> None:
+        if self.value_dim is None:
+            object.__setattr__(self, "value_dim", self.head_dim)
+        if not isinstance(self.reach, Reach):
+            raise ValueError(f"LayerSpec(reach={self.reach!r}): give Full(), Window(size) or Chunk(size)")
+        for name in ("num_kv_heads", "head_dim", "value_dim"):
+            _at_least("LayerSpec", name, getattr(self, name), 1)
+        for name in ("k_storage", "v_storage"):
+            if not hasattr(getattr(self, name), "encode"):
+                raise ValueError(f"LayerSpec({name}={getattr(self, name)!r}): give a storage such as Dense('float32')")
+        functions = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+        if self.rotary is not None and (isinstance(self.rotary, functions) or not hasattr(self.rotary, "shift")):
+            raise ValueError(
+                f"LayerSpec(rotary={self.rotary!r}): functions compare by identity and would recompile at every call; "
+                "give an object with shift(k, delta) that is a frozen dataclass, such as jaxkv.Rotary()"
+            )
+        try:
+            hash(self.rotary)
+        except TypeError as error:
+            raise ValueError(
+                f"LayerSpec(rotary={self.rotary!r}) is not hashable; make it a frozen dataclass"
+            ) from error
+
+
+def _at_least(owner: str, name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{owner}({name}={value!r}): {name} is a whole number of at least {least}")

@@ -1,0 +1,15 @@
+"""The errors of jaxkv. Wrong arguments raise ValueError; what a cache can't do raises one of these."""
+
+from __future__ import annotations
+
+
+class CacheError(Exception):
+    """Base of all errors that are jaxkv's own."""
+
+
+class CacheFullError(CacheError):
+    """A sequence did not fit: its tokens were not taken, and what it held before is intact."""
+
+
+class NotSupportedError(CacheError):
+    """The operation is not possible with the given layers."""
