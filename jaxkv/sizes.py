@@ -9,11 +9,7 @@ def format_bytes(size: int) -> str:
     >>> format_bytes(3_500_000)
     '3.3 MiB'
     """
-    number = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            break
-        number /= 1024
-    else:
-        unit = "TiB"
-    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+    if size < 1024:
+        return f"{size} B"
+    power = min((size.bit_length() - 1) // 10, 4)
+    return f"{size / 1024**power:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"

@@ -336,8 +336,8 @@ class Cache:
         for i, spec in enumerate(self.specs):
             if spec.rotary is None:
                 raise NotSupportedError(
-                    f"remove with an end moves later tokens, but layer {i} has rotary=None, so its keys can't be turned "
-                    "to their new positions; give rotary= in its LayerSpec, or end=None to truncate"
+                    f"remove with an end moves later tokens, but layer {i} has rotary=None: its keys can't be turned to "
+                    "their new positions; give rotary= in its LayerSpec, or end=None to truncate"
                 )
         row, known = self._row(row)
         length = jnp.where(known, self.lengths[row], 0)

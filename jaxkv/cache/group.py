@@ -64,7 +64,7 @@ class Group:
         return jnp.minimum(lengths, self.reach.sinks + self.ring)
 
     def fits(self, lowest: Any, top: Any) -> Any:
-        """Returns whether the queries from `lowest` on find all they may see once `top` is the highest position. bool [R]."""
+        """Returns whether queries from `lowest` on find all they may see once `top` is the last position: bool [R]."""
         found = resume(self.reach, self.lost, lowest) == lowest
         return found & (top - self.reach.first(lowest) < self.ring) if self.wraps else found
 

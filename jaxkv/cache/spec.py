@@ -150,7 +150,7 @@ class LayerSpec:
     reach: Reach
     num_kv_heads: int
     head_dim: int
-    value_dim: int = None  # type: ignore[assignment]
+    value_dim: Any = None
     k_storage: Any = Dense()
     v_storage: Any = Dense()
     rotary: Any = None

@@ -38,7 +38,7 @@ class Dense:
         return f"Dense({self.dtype.name!r})"
 
     def zeros(self, lead: tuple[int, ...], size: int) -> Any:
-        """Returns what is allocated for vectors of `size` numbers: a pytree of arrays [*lead, ...]; here [*lead, size]."""
+        """Returns what is allocated for vectors of `size` numbers: a pytree of arrays, here one [*lead, size]."""
         return jnp.zeros((*lead, size), self.dtype)
 
     def encode(self, x: Any) -> Any:
