@@ -336,7 +336,7 @@ class Cache:
         for i, spec in enumerate(self.specs):
             if spec.rotary is None:
                 raise NotSupportedError(
-                    f"remove with an end moves later tokens, but layer {i} has rotary=None: its keys can't be turned to "
+                    f"remove with an end moves later tokens, but layer {i} has rotary=None: its keys can't turn to "
                     "their new positions; give rotary= in its LayerSpec, or end=None to truncate"
                 )
         row, known = self._row(row)
