@@ -1,0 +1,291 @@
+"""Attention for `flax.nnx`, with or without a cache, and the way from a model to the function `generate` wants."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.linear import default_bias_init, default_kernel_init
+
+from jaxkv.cache.cache import Cache
+from jaxkv.cache.spec import Full, LayerSpec, Reach
+from jaxkv.cache.storage import Dense
+from jaxkv.nn.heads import Heads, biased, rms_norm
+
+
+class Attention(nnx.Module):
+    """Causal self-attention that reads its past out of a cache layer, or, without one, out of its own input.
+
+    With the default arguments the parameters are those of `flax.nnx.MultiHeadAttention`, so its checkpoints load
+    unchanged and give the numbers that it gives under a causal mask. There is no dropout on attention weights.
+
+    Args:
+      num_heads: query heads N.
+      in_features: size D of the input.
+      qkv_features: num_heads * head_dim, in all; None means in_features.
+      out_features: size of the output; None means in_features.
+      num_kv_heads: heads K of keys and values, a divisor of num_heads; None means num_heads.
+      head_dim: size H of a head, instead of qkv_features.
+      reach: which past tokens a query may see, with a cache and without: Full(), Window(size, sinks) or Chunk(size).
+      rotary: None, or `jaxkv.Rotary(...)`, which turns q and k by their positions.
+      qk_norm: whether each head's q and k are RMS-normalized before they are turned, as in Qwen 3 and Gemma 3 (whose
+        checkpoints hold scale - 1).
+      qk_norm_epsilon: added to the mean square.
+      softcap: None, or the bound c of c * tanh(scores / c).
+      scale: factor of the scores; None means head_dim ** -0.5.
+      sink_logits: whether one learned score per query head joins the softmax and brings no value (gpt-oss).
+      use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out".
+      dtype: of the computation; None infers it from input and parameters.
+      param_dtype: of the parameters.
+      precision: of the projections, see `jax.lax.Precision`.
+      kernel_init, bias_init: initializers of the projections, called as Flax calls them. Sharding annotations come with
+        them: `nnx.with_partitioning(init, (None, "heads", None))` for query, key and value, whose kernels are
+        [D, N, H], [D, K, H], [D, K, H].
+      out_kernel_init, out_bias_init: the same for the output, whose kernel is [N, H, out_features]; None means
+        kernel_init, bias_init.
+      implementation: of `jaxkv.attend`.
+      rngs: random streams of the parameters.
+
+    Raises:
+      ValueError: for sizes that don't fit together, naming both.
+
+    >>> from flax import nnx
+    >>> attn = jaxkv.nnx.Attention(num_heads=2, in_features=8, rotary=jaxkv.Rotary(), rngs=nnx.Rngs(0))
+    >>> x = jnp.ones((1, 3, 8))
+    >>> y = attn(x)                                                            # training
+    >>> cache = jaxkv.Cache.init([attn.layer_spec()], num_rows=1, capacity=16)
+    >>> cache, step = cache.begin(jnp.arange(3)[None])
+    >>> z, layer = attn(x, cache.layers[0], step)
+    >>> cache = cache.with_layers([layer])
+    >>> bool(jnp.allclose(y, z, atol=1e-6))
+    True
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        num_kv_heads: int | None = None,
+        *,
+        head_dim: int | None = None,
+        reach: Reach = Full(),
+        rotary: Any = None,
+        qk_norm: bool = False,
+        qk_norm_epsilon: float = 1e-6,
+        softcap: float | None = None,
+        scale: float | None = None,
+        sink_logits: bool = False,
+        use_bias: bool | Collection[str] = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Any = default_kernel_init,
+        out_kernel_init: Any = None,
+        bias_init: Any = default_bias_init,
+        out_bias_init: Any = None,
+        implementation: str = "auto",
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.heads = Heads.choose(
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            qkv_features,
+            in_features,
+            reach=reach,
+            rotary=rotary,
+            softcap=softcap,
+            scale=scale,
+            implementation=implementation,
+        )
+        self.in_features = in_features
+        self.out_features = in_features if out_features is None else out_features
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.qk_norm_epsilon = qk_norm_epsilon
+        with_bias = biased(use_bias)
+        linear = functools.partial(
+            nnx.LinearGeneral, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
+        )
+        inner = functools.partial(linear, in_features, kernel_init=kernel_init, bias_init=bias_init)
+        size = self.heads.head_dim
+        self.query = inner((num_heads, size), use_bias="query" in with_bias)
+        self.key = inner((self.heads.num_kv_heads, size), use_bias="key" in with_bias)
+        self.value = inner((self.heads.num_kv_heads, size), use_bias="value" in with_bias)
+        self.out = linear(
+            (num_heads, size),
+            self.out_features,
+            axis=(-2, -1),
+            kernel_init=kernel_init if out_kernel_init is None else out_kernel_init,
+            bias_init=bias_init if out_bias_init is None else out_bias_init,
+            use_bias="out" in with_bias,
+        )
+        self.query_norm = RMSScale(size, param_dtype=param_dtype) if qk_norm else nnx.data(None)
+        self.key_norm = RMSScale(size, param_dtype=param_dtype) if qk_norm else nnx.data(None)
+        self.sink_logits = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sink_logits else nnx.data(None)
+        self.cache: nnx.Cache | None = nnx.data(None)
+
+    def __call__(self, x: Any, layer: Any = None, step: Any = None, *, positions: Any = None, spans: Any = None) -> Any:
+        """Returns attention over the layer after storing the call's tokens in it, or over x itself without a layer.
+
+        Args:
+          x: [B, T, D], floating.
+          layer: None, or this module's layer of a cache, made from `layer_spec()`.
+          step: None, or the step of this forward pass from `cache.begin`.
+          positions: without a layer: int32 [B, T], EMPTY for padding; None means 0, 1, 2, ... in every row.
+          spans: without a layer: int32 [B, T]; tokens of the same span other than 0 see each other in both directions.
+
+        Returns:
+          y [B, T, out_features], or with a layer (y, the layer with the call's tokens).
+
+        Raises:
+          ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
+        """
+        self.heads.check_call(x, layer, step, positions, spans)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            q = rms_norm(q, self.query_norm.scale[...], self.qk_norm_epsilon)
+            k = rms_norm(k, self.key_norm.scale[...], self.qk_norm_epsilon)
+        sinks = None if self.sink_logits is None else self.sink_logits[...]
+        y, layer = self.heads.attend(q, k, v, layer, step, positions=positions, spans=spans, sink_logits=sinks)
+        y = self.out(y)
+        return y if layer is None else (y, layer)
+
+    def layer_spec(self, *, k_storage: Any = Dense(), v_storage: Any = Dense()) -> LayerSpec:
+        """Returns what a cache must keep for this module: its reach, kv heads, head size and rotary.
+
+        Args:
+          k_storage, v_storage: how keys and values are kept.
+
+        >>> from flax import nnx
+        >>> attn = jaxkv.nnx.Attention(2, 8, reach=jaxkv.Window(4), rngs=nnx.Rngs(0))
+        >>> attn.layer_spec().reach
+        Window(size=4, sinks=0)
+        """
+        return self.heads.layer_spec(k_storage, v_storage)
+
+    def init_cache(
+        self, num_rows: int, capacity: int, *, k_storage: Any = None, v_storage: Any = None, **options: Any
+    ) -> None:
+        """Gives this module an empty cache of its own, which `decode` reads and writes: one `nnx.Cache` variable.
+
+        For quick use of a single module. A model does better with one cache for all its layers, given to the call:
+        then one `begin` serves them all, and the cache can be handled apart from the parameters.
+
+        Args:
+          num_rows: sequences, the batch size of `decode`.
+          capacity: tokens a sequence can hold.
+          k_storage, v_storage: how keys and values are kept; None means `Dense` of the dtype of the computation.
+          **options: further arguments of `Cache.init`. `max_block` is by default the capacity if the reach is Full, so
+            that prompts of any length can be read at once.
+
+        >>> from flax import nnx
+        >>> attn = jaxkv.nnx.Attention(2, 8, rngs=nnx.Rngs(0))
+        >>> attn.init_cache(num_rows=1, capacity=16)
+        >>> attn.decode(jnp.ones((1, 3, 8))).shape, attn.decode(jnp.ones((1, 1, 8))).shape
+        ((1, 3, 8), (1, 1, 8))
+        >>> attn.cache.get_value().lengths
+        Array([4], dtype=int32)
+        """
+        dtype = self.param_dtype if self.dtype is None else self.dtype
+        self.cache = nnx.Cache(self.heads.own_cache(num_rows, capacity, dtype, k_storage, v_storage, **options))
+
+    def decode(self, x: Any, positions: Any = None) -> Any:
+        """Returns attention over the module's own cache, which takes the tokens of x: one token or a whole prompt.
+
+        Args:
+          x: [B, T, D], one batch row per row of the cache.
+          positions: int32 [B, T], EMPTY for padding; None continues every row where it ended.
+
+        Returns:
+          [B, T, out_features]. Zeros before the output projection where a row did not fit any more;
+          `attn.cache.get_value().check()` says so.
+
+        Raises:
+          ValueError: before `init_cache`, or for a batch of another size than the cache.
+        """
+        if self.cache is None:
+            raise ValueError("decode: this module has no cache of its own yet; call init_cache(num_rows, capacity)")
+        cache = self.cache.get_value()
+        cache, step = self.heads.begin(cache, x, positions)
+        y, layer = self(x, cache.layers[0], step)
+        self.cache.set_value(cache.with_layers([layer]))
+        return y
+
+
+class RMSScale(nnx.Module):
+    """The learned scale of an RMS norm. Parameter: `scale` [features], ones."""
+
+    def __init__(self, features: int, *, param_dtype: Any = jnp.float32) -> None:
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A model without its arrays: `forward(params, tokens, positions, cache) -> (logits, cache)`.
+
+    Hashable, and equal for models of equal structure, so it serves as a static argument of `jax.jit`.
+    """
+
+    graphdef: Any = dataclasses.field(repr=False)
+
+    def __call__(self, params: Any, tokens: Any, positions: Any, cache: Cache) -> tuple[Any, Cache]:
+        """Returns logits and the cache after the call's tokens.
+
+        Args:
+          params: what `functional` returned beside this, or an `nnx.State` of the same structure.
+          tokens: int32 [B, T].
+          positions: int32 [B, T], EMPTY for padding.
+          cache: what the tokens continue.
+        """
+        return nnx.merge(self.graphdef, params)(tokens, positions, cache)
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.graphdef)
+
+    def __hash__(self) -> int:  # remembered: a graphdef hashes the whole model, and jit asks at every call
+        return self._hash
+
+
+def functional(model: nnx.Module) -> tuple[Forward, Any]:
+    """Returns (forward, params): a model as a pure function and a plain tree, as `jaxkv.generate` wants them.
+
+    Args:
+      model: any nnx module that is called as `model(tokens, positions, cache) -> (logits, cache)`.
+
+    Returns:
+      forward, hashable and equal for models of equal structure; params, nested dicts of the model's arrays, shared with
+      it (`nnx.update(model, params)` puts others back). Dicts pass through `jax.jit` much faster than modules do.
+
+    Raises:
+      TypeError: if model is not an nnx module.
+
+    >>> from flax import nnx
+    >>> class Model(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.embed = nnx.Embed(5, 8, rngs=rngs)
+    ...         self.attn = jaxkv.nnx.Attention(2, 8, rngs=rngs)
+    ...     def __call__(self, tokens, positions, cache):
+    ...         cache, step = cache.begin(positions)
+    ...         y, layer = self.attn(self.embed(tokens), cache.layers[0], step)
+    ...         return self.embed.attend(y), cache.with_layers([layer])
+    >>> model = Model(nnx.Rngs(0))
+    >>> forward, params = jaxkv.nnx.functional(model)
+    >>> cache = jaxkv.Cache.init([model.attn.layer_spec()], num_rows=1, capacity=16)
+    >>> logits, cache = jax.jit(forward)(params, jnp.array([[1, 2]]), jnp.array([[0, 1]]), cache)
+    >>> logits.shape
+    (1, 2, 5)
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"functional wants a flax.nnx module, got a {type(model).__name__}")
+    graphdef, state = nnx.split(model)
+    return Forward(graphdef), nnx.to_pure_dict(state)
