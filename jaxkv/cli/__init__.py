@@ -1,0 +1,49 @@
+"""The command `jaxkv`: a model that continues text, out of a compiled loop that reads its past from a cache.
+
+Text goes to standard output, everything about it to standard error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from jaxkv.cli.options import UsageError, parser
+from jaxkv.cli.terminal import note
+from jaxkv.errors import CacheError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 for failures, 2 for wrong use, 130 after Ctrl-C, 141 when nobody reads any more.
+
+    Args:
+      argv: what follows the name of the command; None means that of this process.
+
+    Raises:
+      SystemExit: after --help and --version, and for options that can't be read.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that can't show a character shows "?"
+    try:
+        args = parser().parse_args(argv)
+        return importlib.import_module(f"jaxkv.cli.{args.command}").run(args)
+    except UsageError as error:
+        return _complain(error, 2)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Python flushes standard output once more when it ends: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except ModuleNotFoundError as error:
+        return _complain(f"{error.name} is not installed; run: pip install 'jaxkv[cli]'", 1)
+    except (CacheError, OSError) as error:
+        return _complain(error, 1)
+
+
+def _complain(what: object, status: int) -> int:
+    note(f"error: {' '.join(str(what).split())}")
+    return status

@@ -1,0 +1,141 @@
+"""What can be asked of the command, and how it is said in --help."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import textwrap
+from typing import Any, NoReturn
+
+MIN_CAPACITY = 1024  # a power of two, so that most calls share their compiled programs
+TEMPERATURE = 0.7
+SAMPLING = ("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty")
+
+
+class UsageError(Exception):
+    """What was asked for can't be done, whatever the machine."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, *, description: str, **rest: Any) -> None:
+        described = textwrap.fill(description, 100)
+        super().__init__(description=described, formatter_class=argparse.RawDescriptionHelpFormatter, **rest)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"jaxkv: error: {message}; see {self.prog} --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser; `command` names the file of this folder whose `run(args)` does what was asked for."""
+    top = _Parser(
+        prog="jaxkv",
+        description="Continues text with the small model that comes with jaxkv. What it has read stays in a cache and "
+        "is never computed twice.",
+        epilog="""\
+examples:
+  jaxkv generate "The with statement"
+  jaxkv generate "A list is" --max-new-tokens 400 --temperature 0.5 --samples 3
+  head -c 300 notes.txt | jaxkv generate --greedy --quiet > continued.txt
+  jaxkv generate "The with statement" --compare
+  jaxkv chat
+
+Compiled programs are kept in $JAXKV_CACHE_DIR (or $JAX_COMPILATION_CACHE_DIR; by default in a folder
+jaxkv under $XDG_CACHE_HOME or ~/.cache), so that the second start is quick. It may be deleted any time.""",
+    )
+    top.add_argument("--version", action=_Version, nargs=0, help="print the versions of jaxkv, JAX, Flax and Python")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    _add_generate(commands)
+    _add_chat(commands)
+    return top
+
+
+def _add_generate(commands: Any) -> None:
+    command = commands.add_parser(
+        "generate",
+        help="continue a text",
+        description="Continues a text, shown token by token as it comes; a token of this model is a byte. Standard "
+        "error says how long the first token took, how many followed per second, and what the cache takes.",
+        epilog="""\
+examples:
+  jaxkv generate "The with statement"                   the same every time: the seed is 0
+  jaxkv generate "The with statement" --seed 1 -n 500   another text, and longer
+  jaxkv generate "A list is" --greedy                   always the most probable next byte
+  jaxkv generate "A list is" --samples 4 --top-p 0.9    four texts, decoded together in one cache
+  echo "An iterator" | jaxkv generate -q                prompt from standard input, no report
+  jaxkv generate "A list is" --compare                  what the cache saves""",
+    )
+    command.set_defaults(command="generate")
+    add = command.add_argument
+    add(
+        "prompt",
+        nargs="?",
+        default="-",
+        metavar="PROMPT",
+        help="what to continue; standard input if it is - or left out",
+    )
+    _add_decoding(command, max_new_tokens=200)
+    add("--samples", type=_count, default=1, metavar="N", help="how many texts, decoded together (default: 1)")
+    add(
+        "--compare",
+        action="store_true",
+        help="decode greedily with a cache and without, at several lengths: are the tokens the same, what is the ratio "
+        "of the times",
+    )
+    add("-q", "--quiet", action="store_true", help="no report on standard error")
+
+
+def _add_chat(commands: Any) -> None:
+    command = commands.add_parser(
+        "chat",
+        help="write a text in turns with the model",
+        description="You write a line, the model goes on, and so in turns. The whole text stays in the cache, so only "
+        "what is new is read; a note after each turn says how many tokens did not have to be read again. When the "
+        "cache is full, the oldest part is forgotten. (The model continues text; nobody taught it to answer.)",
+        epilog="""\
+at your turn:
+  /reset    forget everything
+  /quit     end; so do Ctrl-D and Ctrl-C
+at the model's turn:
+  Ctrl-C    stop it; what it wrote stays""",
+    )
+    command.set_defaults(command="chat")
+    _add_decoding(command, max_new_tokens=120)
+    command.add_argument("-q", "--quiet", action="store_true", help="no notes on standard error")
+
+
+def _add_decoding(command: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    add = command.add_argument
+    length_help = f"at most this many new tokens (default: {max_new_tokens})"
+    add("-n", "--max-new-tokens", type=_count, default=max_new_tokens, metavar="N", help=length_help)
+    add(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help=f"below 1 more predictable, above 1 less (default: {TEMPERATURE})",
+    )
+    add("--top-k", type=int, metavar="K", help="choose among the K most probable tokens")
+    add("--top-p", type=float, metavar="P", help="choose among the fewest tokens that together have probability P")
+    add("--min-p", type=float, metavar="P", help="leave out tokens less probable than P times the most probable one")
+    add("--repetition-penalty", type=float, metavar="R", help="above 1: tokens that have occurred become less probable")
+    add("--greedy", action="store_true", help="always the most probable token")
+    add("--seed", type=int, default=0, metavar="N", help="another seed gives another text (default: 0)")
+    capacity_help = f"tokens that the cache can hold (default: what is needed, at least {MIN_CAPACITY:,})"
+    add("--capacity", type=_count, metavar="N", help=capacity_help)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count; give 1 or more")
+    return int(text)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        try:
+            jaxkv = importlib.metadata.version("jaxkv")
+        except importlib.metadata.PackageNotFoundError:
+            jaxkv = "(a checkout that was never installed)"
+        jax, flax = importlib.metadata.version("jax"), importlib.metadata.version("flax")
+        print(f"jaxkv {jaxkv} (jax {jax}, flax {flax}, Python {platform.python_version()})")
+        parser.exit()
