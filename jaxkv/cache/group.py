@@ -121,7 +121,8 @@ class Group:
             return jnp.where(x <= begin, x, jnp.where(x < end, begin, x - (end - begin)))
 
         # Tokens that become sinks may be among the lost: the interval then begins below the sinks, and resume says so.
-        lost = jnp.where(lo < hi, jnp.stack([down(lo), down(hi)]), self.lost[row])
+        # An interval that lay within what is removed is empty, and must not be widened from its old beginning.
+        lost = jnp.where(lo < hi, cut(jnp.stack([down(lo), down(hi)]), jnp.int32(FAR)), self.lost[row])
         group = dataclasses.replace(
             self, positions=self.positions.at[row].set(positions), lost=self.lost.at[row].set(lost)
         )
