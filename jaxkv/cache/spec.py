@@ -163,7 +163,7 @@ class LayerSpec:
         for name in ("num_kv_heads", "head_dim", "value_dim"):
             _at_least("LayerSpec", name, getattr(self, name), 1)
         for name in ("k_storage", "v_storage"):
-            if not hasattr(getattr(self, name), "encode"):
+            if not hasattr(getattr(self, name), "zeros"):
                 raise ValueError(f"LayerSpec({name}={getattr(self, name)!r}): give a storage such as Dense('float32')")
         functions = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
         if self.rotary is not None and (isinstance(self.rotary, functions) or not hasattr(self.rotary, "shift")):

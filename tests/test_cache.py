@@ -1,0 +1,369 @@
+"""What begin, put, get and the operations on sequences do and refuse, one small cache at a time.
+
+Laws that hold for every cache stand in contract.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkv
+from jaxkv import Cache, Chunk, Dense, Full, LayerSpec, Window
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """Keys whose first number is their position, turned by adding."""
+
+    def shift(self, k, delta):
+        return k + delta.astype(k.dtype)
+
+
+def make(*reaches, rows=2, capacity=12, max_block=4, **options):
+    specs = [LayerSpec(reach, 1, 2, rotary=Count()) for reach in reaches]
+    return Cache.init(specs, rows, capacity, max_block=max_block, **options)
+
+
+@jax.jit
+def feed(cache, positions, rows=None, spans=None):
+    """Puts keys that are their position, and values that are 10 x position + row."""
+    cache, step = cache.begin(positions, rows, spans)
+    batch = step.rows[:, None]
+    k = jnp.broadcast_to(positions[:, :, None, None].astype(jnp.float32), (*positions.shape, 1, 2))
+    v = 10 * k + batch[:, :, None, None].astype(jnp.float32)
+    layers = [layer.put(step, k, v) for layer in cache.layers]
+    return cache.with_layers(layers), step, [layer.get(step) for layer in layers]
+
+
+def fill(cache, length):
+    """Feeds positions 0..length-1 to every row."""
+    for begin in range(0, length, cache.max_block):
+        p = np.arange(begin, begin + cache.max_block)
+        p = np.where(p < length, p, -1)
+        cache, _, _ = feed(cache, jnp.asarray(np.tile(p, (cache.num_rows, 1)), jnp.int32))
+    return cache
+
+
+def seen(step, gets, layer=0, row=0):
+    """Returns per query of a batch row the sorted (key, value) that it may see; EMPTY queries give []."""
+    k, v, mask = (np.asarray(x) for x in gets[layer])
+    return [
+        sorted((int(k[row, s, 0, 0]), int(v[row, s, 0, 0])) for s in np.flatnonzero(picture))
+        for picture in mask[row, 0]
+    ]
+
+
+def keys(cache, row=0, layer=0):
+    """Returns the keys that the next query of a row would see, its own aside, by value."""
+    p = np.full((cache.num_rows, 1), -1)
+    p[row] = int(cache.lengths[row])
+    _, step, gets = feed(cache, jnp.asarray(p, jnp.int32))
+    return [k for k, _ in seen(step, gets, layer, row)[0] if k != int(cache.lengths[row])]
+
+
+def test_a_query_sees_what_lies_before_it_in_its_own_row():
+    cache = make(Full())
+    cache, step, gets = feed(cache, jnp.array([[0, 1, 2], [0, 1, -1]]))
+    assert seen(step, gets, row=0) == [[(0, 0)], [(0, 0), (1, 10)], [(0, 0), (1, 10), (2, 20)]]
+    assert seen(step, gets, row=1) == [[(0, 1)], [(0, 1), (1, 11)], []]
+    assert cache.lengths.tolist() == [3, 2]
+
+
+def test_a_flat_list_of_tokens_is_a_batch_of_single_tokens():
+    cache = make(Full(), Window(2))
+    rows = jnp.array([1, 0, 1, 1])
+    cache, step, gets = feed(cache, jnp.array([[2], [0], [0], [1]]), rows)
+    assert [[k for k, _ in seen(step, gets, row=b)[0]] for b in range(4)] == [[0, 1, 2], [0], [0], [0, 1]]
+    assert [[k for k, _ in seen(step, gets, 1, b)[0]] for b in range(4)] == [[1, 2], [0], [0], [0, 1]]
+    assert cache.lengths.tolist() == [1, 3]
+
+
+def test_spans_see_each_other_in_both_directions_across_batch_rows():
+    cache = make(Full())
+    rows = jnp.array([0, 0, 0, 1])
+    spans = jnp.array([[0], [7], [7], [7]])
+    _, step, gets = feed(cache, jnp.array([[0], [1], [2], [0]]), rows, spans)
+    assert [[k for k, _ in seen(step, gets, row=b)[0]] for b in range(4)] == [[0], [0, 1, 2], [0, 1, 2], [0]]
+
+
+def test_a_position_written_again_is_replaced():
+    cache = make(Full())
+    cache = fill(cache, 4)
+    cache, step = cache.begin(jnp.array([[2], [-1]]))
+    layer = cache.layers[0].put(step, jnp.full((2, 1, 1, 2), 9.0), jnp.zeros((2, 1, 1, 2)))
+    cache = cache.with_layers([layer])
+    assert cache.lengths.tolist() == [4, 4]
+    assert keys(cache) == [0, 1, 3, 9]
+
+
+def test_a_ring_keeps_what_the_first_query_of_a_block_may_see():
+    cache = fill(make(Window(3), capacity=64), 8)
+    cache, step, gets = feed(cache, jnp.tile(jnp.arange(8, 12), (2, 1)))
+    assert [[k for k, _ in row] for row in seen(step, gets)] == [[6, 7, 8], [7, 8, 9], [8, 9, 10], [9, 10, 11]]
+    assert cache.groups[0].ring == 3 - 1 + 4
+
+
+def test_past_the_capacity_a_row_stops_and_keeps_what_it_has():
+    cache = fill(make(Full(), Window(3)), 12)
+    held = jax.tree.map(np.asarray, cache.layers)
+    for _ in range(2):  # and stays stopped
+        cache, step, gets = feed(cache, jnp.array([[12], [-1]]))
+        assert step.ok.tolist() == [False, True]
+        assert step.positions.tolist() == [[-1], [-1]]
+        assert seen(step, gets) == [[]]
+    assert cache.ok.tolist() == [False, True]
+    assert cache.lengths.tolist() == [12, 12]
+    jax.tree.map(np.testing.assert_array_equal, held, jax.tree.map(np.asarray, cache.layers))
+    with pytest.raises(jaxkv.CacheFullError) as caught:
+        cache.check()
+    assert "sequence 0 (holds 12) did not fit into capacity 12" in str(caught.value)
+    cache = cache.rewind(jnp.array([8, 12])).retry(jnp.array([True, False]))
+    cache, step, _ = feed(cache, jnp.array([[8], [-1]]))
+    assert step.ok.all()
+    cache.check()
+
+
+def test_all_or_nothing_within_a_call():
+    cache = fill(make(Full()), 10)
+    cache, step, _ = feed(cache, jnp.array([[10, 11, 12], [10, 11, -1]]))
+    assert step.ok.tolist() == [False, True]
+    assert cache.lengths.tolist() == [10, 12]
+
+
+def test_the_same_position_twice_in_one_call_is_refused():
+    cache, step, _ = feed(make(Full()), jnp.array([[0, 1, 1], [0, 1, 2]]))
+    assert step.ok.tolist() == [False, True]
+    assert cache.lengths.tolist() == [0, 3]
+
+
+def test_gaps_are_allowed():
+    cache, step, gets = feed(make(Full()), jnp.array([[0, 5, 7], [3, -1, 4]]))
+    assert [[k for k, _ in row] for row in seen(step, gets)] == [[0], [0, 5], [0, 5, 7]]
+    assert cache.lengths.tolist() == [8, 5]
+
+
+def test_remove_moves_the_rest_down_and_turns_its_keys():
+    cache = jax.jit(Cache.remove)(fill(make(Full()), 8), 0, 2, 5)
+    assert cache.lengths.tolist() == [5, 8]
+    assert keys(cache, 0) == [0, 1, 2, 3, 4]  # Count: a key is its position, old 5, 6, 7 now say 2, 3, 4
+    assert keys(cache, 1) == list(range(8))
+    _, v, _ = cache.layers[0].get(cache.begin(jnp.array([[5], [8]]))[1])
+    assert np.asarray(v)[0, :5, 0, 0].tolist() == [0, 10, 50, 60, 70]  # values are not turned
+
+
+def test_remove_in_a_ring():
+    cache = jax.jit(Cache.remove)(fill(make(Window(4), capacity=64), 10), 0, 5, 7)
+    assert cache.lengths.tolist() == [8, 10]
+    assert keys(cache, 0) == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("row", "begin", "end"), [(0, 5, 5), (0, 6, 2), (0, 8, 9), (5, 0, 4), (-1, 0, 4), (0, 20, None)]
+)
+def test_remove_of_nothing_changes_nothing(row, begin, end):
+    before = fill(make(Full()), 8)
+    after = before.remove(row, begin, end)
+    jax.tree.map(np.testing.assert_array_equal, before.groups, after.groups)
+    assert after.lengths.tolist() == [8, 8]
+    assert keys(after) == keys(before)
+
+
+def test_remove_with_an_end_needs_keys_that_can_turn():
+    cache = Cache.init([LayerSpec(Full(), 1, 2, rotary=Count()), LayerSpec(Full(), 1, 2)], 1, 8)
+    with pytest.raises(jaxkv.NotSupportedError, match=r"layer 1 has rotary=None.*end=None to truncate"):
+        cache.remove(0, 1, 2)
+    assert cache.remove(0, 0).lengths.tolist() == [0]
+
+
+def test_rewind_lands_where_every_layer_can_go_on():
+    cache = fill(make(Full(), Window(3), capacity=64), 12)  # ring 6: positions 6..11 are held
+    assert int(cache.resume_point(0, 8)) == 8
+    assert int(cache.resume_point(0, 7)) == 0  # a query at 7 would see 5, which is gone
+    assert cache.can_resume(0, 8)
+    assert not cache.can_resume(0, 7)
+    assert cache.rewind(jnp.array([9, 7])).lengths.tolist() == [9, 0]
+    assert cache.rewind(jnp.array([12, 99])).lengths.tolist() == [12, 12]
+    assert keys(cache.rewind(jnp.array([9, 12])), 0, layer=1) == [7, 8]
+
+
+def test_a_chunk_falls_back_to_the_start_of_its_chunk():
+    cache = fill(make(Chunk(4), capacity=64, max_block=2), 12)  # ring 5: positions 7..11 are held
+    assert int(cache.resume_point(0, 10)) == 10
+    assert int(cache.resume_point(0, 8)) == 8
+    assert int(cache.resume_point(0, 7)) == 4  # and a query at 4 sees nothing below it
+
+
+def test_copy_prefix_and_take_copy_rows():
+    cache = fill(make(Full(), rows=3), 6)
+    copied = jax.jit(Cache.copy_prefix)(cache, 0, 2, 4)
+    assert copied.lengths.tolist() == [6, 6, 4]
+    assert keys(copied, 2) == [0, 1, 2, 3]
+    _, step, gets = feed(copied, jnp.array([[-1], [-1], [4]]))
+    assert seen(step, gets, row=2)[0][:2] == [(0, 0), (1, 10)]  # values of row 0
+    taken = cache.take(jnp.array([2, 7, 2, -1]))
+    assert taken.lengths.tolist() == [6, 0, 6, 0]
+    assert taken.ok.all()
+
+
+def test_copy_prefix_of_unknown_rows():
+    cache = fill(make(Full()), 6)
+    assert cache.copy_prefix(0, 9, 4).lengths.tolist() == [6, 6]
+    assert cache.copy_prefix(0, -1, 4).lengths.tolist() == [6, 6]
+    assert cache.copy_prefix(9, 1, 4).lengths.tolist() == [6, 0]
+
+
+def test_reset_forgets_and_makes_ok_again():
+    cache = fill(make(Full()), 12)
+    cache, _, _ = feed(cache, jnp.array([[12], [12]]))
+    assert not cache.ok.any()
+    cache = cache.reset(jnp.array([True, False]))
+    assert cache.lengths.tolist() == [0, 12]
+    assert cache.ok.tolist() == [True, False]
+
+
+def test_describe_says_what_lies_where():
+    cache = fill(make(Full(), Window(3, sinks=1), Full(), capacity=64), 11)
+    cache = cache.remove(1, 0)
+    text = cache.describe().splitlines()
+    assert text[0].startswith("Cache(layers=3, num_rows=2, capacity=64")
+    assert text[1].startswith("2 layers Full(): 1 x 2 k Dense('float32') v Dense('float32'), 64 slots, ")
+    assert text[2:4] == ["  row 0: 0-10", "  row 1: empty"]
+    assert text[4].startswith("1 layer Window(size=3, sinks=1): ")
+    assert text[5] == "  row 0: 0, 5-10"
+    assert "row 0" not in jax.eval_shape(lambda: cache).describe()  # shapes alone have no positions
+
+
+def test_nbytes_is_what_the_arrays_take():
+    cache = make(Full(), Window(3), Full(), stacked=True)
+    assert cache.nbytes == sum(np.asarray(x).nbytes for x in jax.tree.leaves(cache))
+
+
+def test_a_stack_is_the_carry_of_a_scan_over_layers():
+    stacked = Cache.init([LayerSpec(Full(), 1, 2)] * 3, 2, 8, max_block=4, stacked=True)
+    plain = Cache.init([LayerSpec(Full(), 1, 2)] * 3, 2, 8, max_block=4)
+    p = jnp.array([[0, 1], [0, -1]])
+    k = jnp.arange(3 * 2 * 2 * 2, dtype=jnp.float32).reshape(3, 2, 2, 1, 2)
+
+    @jax.jit
+    def run(cache):
+        cache, step = cache.begin(p)
+
+        def layer(stack, x):
+            i, k = x
+            layer = stack.at(i).put(step, k, k + 1)
+            return layer.at(None), layer.get(step)
+
+        stack, gets = jax.lax.scan(layer, cache.layers[0], (jnp.arange(3), k))
+        return cache.with_layers([stack]), gets
+
+    after, gets = run(stacked)
+    plain, step = plain.begin(p)
+    for i, layer in enumerate(plain.layers):
+        want = layer.put(step, k[i], k[i] + 1).get(step)
+        jax.tree.map(np.testing.assert_array_equal, want, jax.tree.map(lambda x: x[i], gets))  # noqa: B023
+    assert jax.tree.structure(after) == jax.tree.structure(stacked)
+
+
+def test_a_sharded_cache_keeps_its_sharding_and_its_bookkeeping_is_replicated():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "heads"))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "heads"))
+    cache = Cache.init([LayerSpec(Full(), 2, 2)], 2, 8, max_block=4, sharding=sharding)
+    assert cache.layers[0].k.sharding.spec == sharding.spec
+    assert cache.groups[0].positions.sharding.is_fully_replicated
+
+    @jax.jit
+    def put(cache):
+        cache, step = cache.begin(jnp.array([[0, 1], [0, 1]]))
+        x = jnp.ones((2, 2, 2, 2))
+        return cache.with_layers([cache.layers[0].put(step, x, x)])
+
+    after = put(cache)
+    assert after.layers[0].k.sharding.is_equivalent_to(sharding, 4)
+    assert "all-gather" not in put.lower(cache).compile().as_text()
+
+
+P = jnp.zeros((2, 1), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: Cache.init([], 1, 8), "specs is empty"),
+        (lambda: Cache.init([Full()], 1, 8), "give one jaxkv.LayerSpec per layer"),
+        (lambda: make(Full(), capacity=0), "Cache.init(capacity=0): capacity is a whole number of at least 1"),
+        (lambda: make(Full(), rows=0), "num_rows=0"),
+        (lambda: make(Full(), max_block=0), "max_block=0"),
+        (lambda: make(Full(), slack=-1), "slack=-1"),
+        (lambda: make(Window(2, sinks=12)), "keeps 12 sinks, but the capacity is 12"),
+        (lambda: make(Full()).begin(jnp.zeros((2, 5), jnp.int32)), "a block of 5 tokens is longer than max_block 4"),
+        (lambda: make(Full()).begin(jnp.zeros((3, 1), jnp.int32)), "3 batch rows, the cache 2 sequences"),
+        (lambda: make(Full()).begin(jnp.zeros((2,), jnp.int32)), "give int [B, T]"),
+        (lambda: make(Full()).begin(jnp.zeros((2, 1))), "positions has dtype float32; give integers"),
+        (lambda: make(Full()).begin(jnp.zeros((2, 1), bool)), "positions has dtype bool"),
+        (lambda: make(Full()).begin(P, rows=jnp.zeros((3,), jnp.int32)), "rows has shape (3,)"),
+        (lambda: make(Full()).begin(P, rows=jnp.zeros((2,))), "rows has dtype float32"),
+        (lambda: make(Full()).begin(P, spans=jnp.zeros((2, 2), jnp.int32)), "spans has shape (2, 2)"),
+        (lambda: make(Full()).rewind(jnp.array([1])), "lengths has shape (1,), the cache 2 rows"),
+        (lambda: make(Full()).reset(jnp.array([1, 0])), "give bool [2]"),
+        (lambda: make(Full()).retry(True), "give bool [2]"),
+        (lambda: make(Full()).take(jnp.array(0)), "give a list of row numbers"),
+        (lambda: make(Full()).remove(jnp.array([0]), 0, 1), "name one sequence by an int32 scalar"),
+        (lambda: make(Full()).with_layers([]), "with_layers got 0 layers, the cache has 1"),
+        (lambda: make(Full(), Window(3)).with_layers(make(Window(3), Full()).layers), "keep their order"),
+        (lambda: make(Full()).layers[0].at(0), "not stacked"),
+        (lambda: make(Full(), stacked=True).layers[0].get(make(Full()).begin(P)[1]), "choose one with stack.at(i)"),
+        (lambda: make(Full()).layers[0].get(make(Full(), capacity=9).begin(P)[1]), "belongs to another cache"),
+        (lambda: make(Full()).layers[0].get(None), "give the Step"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_refused_with_both_numbers_and_the_cure(call, says):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "says"),
+    [
+        ((2, 1, 1, 3), (2, 1, 1, 2), "k has shape (2, 1, 1, 3), this layer and step want [B, T, K, H] = (2, 1, 1, 2)"),
+        ((2, 1, 1, 2), (2, 1, 2, 2), "v has shape (2, 1, 2, 2)"),
+        ((2, 2, 1, 2), (2, 2, 1, 2), "k has shape (2, 2, 1, 2)"),
+    ],
+)
+def test_put_refuses_wrong_shapes(k, v, says):
+    cache, step = make(Full()).begin(P)
+    with pytest.raises(ValueError) as caught:
+        cache.layers[0].put(step, jnp.zeros(k), jnp.zeros(v))
+    assert says in str(caught.value)
+
+
+def test_integer_storage_refuses_fractions():
+    spec = LayerSpec(Full(), 1, 2, k_storage=Dense("int8"))
+    cache, step = Cache.init([spec], 2, 8).begin(P)
+    with pytest.raises(ValueError, match=r"float32 numbers would be cut to int8.*store them with Dense\('float32'\)"):
+        cache.layers[0].put(step, jnp.zeros((2, 1, 1, 2)), jnp.zeros((2, 1, 1, 2)))
+
+
+def test_any_integer_dtype_of_positions_is_taken():
+    for dtype in (np.int64, np.uint8, np.int16):
+        cache, _ = make(Full()).begin(np.array([[3], [4]], dtype))
+        assert cache.lengths.tolist() == [4, 5]
+        assert cache.lengths.dtype == jnp.int32
+
+
+def test_a_donated_cache_says_what_to_use_instead():
+    cache = make(Full())
+    jax.jit(lambda c: c.reset(jnp.array([True, True])), donate_argnums=0)(cache)
+    for use in (
+        lambda: cache.begin(P),
+        cache.check,
+        lambda: cache.rewind(jnp.array([0, 0])),
+        lambda: cache.take(jnp.array([0])),
+    ):
+        with pytest.raises(jaxkv.CacheError, match="go on with the cache that the function returned"):
+            use()
