@@ -1,5 +1,7 @@
 """jaxkv: functional caches for JAX."""
 
+from . import models as models
+from . import testing as testing
 from .cache.cache import Cache as Cache
 from .cache.layer import Layer as Layer
 from .cache.plan import MemoryPlan as MemoryPlan
@@ -15,3 +17,16 @@ from .cache.storage import Dense as Dense
 from .errors import CacheError as CacheError
 from .errors import CacheFullError as CacheFullError
 from .errors import NotSupportedError as NotSupportedError
+from .generate import sampling as sampling
+from .generate.loop import Generation as Generation
+from .generate.loop import Stream as Stream
+from .generate.loop import generate as generate
+from .generate.loop import stream as stream
+from .nn import linen as linen
+from .nn import nnx as nnx
+from .nn.attend import attend as attend
+from .nn.attend import self_attend as self_attend
+from .nn.rotary import LinearScaling as LinearScaling
+from .nn.rotary import Llama3Scaling as Llama3Scaling
+from .nn.rotary import Rotary as Rotary
+from .nn.rotary import YarnScaling as YarnScaling

@@ -1,0 +1,1 @@
+"""Models that decode with a cache."""
