@@ -1,0 +1,236 @@
+"""Samplers against NumPy, which sorts where the library bisects, and against the frequencies they should draw with."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkv.generate.sampling import Chain, Greedy, MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP
+
+V = 24
+
+
+def softmax(x):
+    e = np.exp(x - x[np.isfinite(x)].max())
+    return e / e.sum()
+
+
+def only(logits, kept):
+    out = np.full_like(logits, -np.inf)
+    out[list(kept)] = logits[list(kept)]
+    return out
+
+
+def expected(part, logits, seen):
+    """What each sampler does, said once more: float64, by sorting."""
+    best = np.argsort(-logits, kind="stable")
+    match part:
+        case Temperature(t):
+            return logits / t if t else logits
+        case TopK(k):
+            return only(logits, best[:k])
+        case TopP(p):
+            probs = softmax(logits)[best]
+            return only(logits, [token for i, token in enumerate(best) if probs[:i].sum() < p])
+        case MinP(p):
+            probs = softmax(logits)
+            return only(logits, np.flatnonzero(probs >= p * probs.max()))
+        case RepetitionPenalty(r):
+            return np.array([(x / r if x > 0 else x * r) if s else x for x, s in zip(logits, seen, strict=True)])
+        case Greedy():
+            return logits
+        case Chain(parts):
+            for one in parts:
+                logits = expected(one, logits, seen)
+            return logits
+    raise AssertionError(part)
+
+
+SAMPLERS = [
+    Greedy(),
+    Temperature(0.7),
+    Temperature(2.0),
+    TopK(1),
+    TopK(5),
+    TopK(V),
+    TopK(V + 100),
+    TopP(1e-6),
+    TopP(0.3),
+    TopP(0.9),
+    TopP(1.0),
+    MinP(0.0),
+    MinP(0.2),
+    MinP(1.0),
+    RepetitionPenalty(1.3),
+    RepetitionPenalty(0.8),
+    Temperature(0.8) | TopK(7) | TopP(0.8),
+    RepetitionPenalty(1.5) | Temperature(1.3) | TopK(12) | TopP(0.9) | MinP(0.05),
+    RepetitionPenalty(2.0) | Greedy(),
+]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    random = np.random.default_rng(0)
+    logits = (random.normal(size=(40, V)) * random.uniform(0.1, 5, size=(40, 1))).astype(np.float32)
+    return logits, random.random((40, V)) < 0.3
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_the_adjusted_logits_are_those_of_the_formula(sampler, rows):
+    logits, seen = rows
+    got = jax.jit(jax.vmap(sampler.adjust))(logits, seen)
+    want = np.stack([expected(sampler, x.astype(np.float64), s) for x, s in zip(logits, seen, strict=True)])
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Temperature(0.7),
+        TopK(3),
+        TopP(0.6),
+        MinP(0.3),
+        RepetitionPenalty(1.5),
+        RepetitionPenalty(1.2) | Temperature(1.5) | TopK(6) | TopP(0.9),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_as_often_as_they_should_be(sampler, rows):
+    logits, seen = rows[0][3], rows[1][3]
+    draws = 20_000
+    keys = jax.random.split(jax.random.key(7), draws)
+    tokens = jax.jit(jax.vmap(lambda key: sampler(key, jnp.asarray(logits), jnp.asarray(seen))))(keys)
+    assert tokens.dtype == jnp.int32
+    counts = np.bincount(np.asarray(tokens), minlength=V)
+    want = softmax(expected(sampler, logits.astype(np.float64), seen))
+    assert not counts[want == 0].any()
+    # 4.5 standard deviations of each count, with a fixed seed
+    assert (np.abs(counts - draws * want) <= 4.5 * np.sqrt(draws * want * (1 - want)) + 1e-9).all()
+
+
+def test_greedy_takes_the_most_likely_and_the_lowest_of_equals_without_a_key():
+    logits = jnp.array([0.0, 3.0, 1.0, 3.0])
+    assert int(Greedy()(None, logits)) == 1
+    assert int(Temperature(0)(None, logits)) == 1
+    assert int((TopK(3) | Temperature(0.0))(None, logits)) == 1
+
+
+def test_a_greedy_part_makes_the_chain_greedy_but_the_penalty_still_counts():
+    logits, seen = jnp.array([3.0, 2.9, -1.0]), jnp.array([True, False, False])
+    sampler = RepetitionPenalty(1.2) | Greedy()
+    assert sampler.greedy
+    assert not sampler.needs_key
+    assert int(sampler(None, logits, seen)) == 1
+    assert int(sampler(None, logits, ~seen)) == 0
+
+
+def test_equally_likely_tokens_stay_or_go_together():
+    logits = jnp.array([2.0, 1.0, 0.0, 1.0, -0.0])
+
+    def kept(sampler):
+        return np.isfinite(sampler.adjust(logits, None)).astype(int).tolist()
+
+    assert kept(TopK(2)) == [1, 1, 0, 1, 0]
+    assert kept(TopK(4)) == [1, 1, 1, 1, 1]
+    assert kept(TopP(0.5)) == [1, 1, 0, 1, 0]
+
+
+def test_tokens_that_were_ruled_out_stay_ruled_out():
+    logits = jnp.array([0.0, -jnp.inf, 1.0, -jnp.inf])
+    for sampler in (TopK(3), TopP(0.999), MinP(0.01), Temperature(0.5), RepetitionPenalty(1.5)):
+        adjusted = sampler.adjust(logits, jnp.ones(4, bool))
+        assert np.isfinite(adjusted).tolist() == [True, False, True, False], sampler
+
+
+def test_nan_logits_give_a_token_of_the_vocabulary_and_leave_the_other_rows_alone(rows):
+    logits, seen = rows
+    sampler = RepetitionPenalty(1.1) | Temperature(0.8) | TopK(8) | TopP(0.9) | MinP(0.01)
+    keys = jax.random.split(jax.random.key(0), len(logits))
+    run = jax.jit(jax.vmap(sampler))
+    clean = run(keys, logits, seen)
+    broken = logits.copy()
+    broken[5] = np.nan
+    broken[6, 3] = np.nan
+    tokens = run(keys, broken, seen)
+    assert 0 <= int(tokens[5]) < V
+    assert 0 <= int(tokens[6]) < V
+    np.testing.assert_array_equal(np.delete(tokens, [5, 6]), np.delete(clean, [5, 6]))
+
+
+def test_a_row_is_sampled_alike_whatever_its_neighbors(rows):
+    logits, seen = rows
+    sampler = RepetitionPenalty(1.1) | Temperature(0.8) | TopK(8) | TopP(0.9)
+    run = jax.jit(jax.vmap(lambda key, x, s: (sampler(key, x, s), sampler.adjust(x, s))))
+    keys = jax.random.split(jax.random.key(0), len(logits))
+    token, adjusted = run(keys, logits, seen)
+    others = np.roll(logits, 1, axis=0) * 3
+    others[11] = logits[11]
+    token2, adjusted2 = run(keys, others, seen)
+    assert token[11] == token2[11]
+    np.testing.assert_array_equal(adjusted[11], adjusted2[11])
+
+
+def test_samplers_are_values():
+    chain = Temperature(0.8) | TopK(40) | TopP(0.95)
+    assert chain == Chain((Temperature(0.8), TopK(40), TopP(0.95)))
+    assert chain == Chain([Chain((Temperature(0.8), TopK(40))), TopP(0.95)])
+    assert hash(chain) == hash(Temperature(0.8) | (TopK(40) | TopP(0.95)))
+    assert Temperature(np.float32(0.5)) == Temperature(0.5)
+    assert hash(TopK(np.int64(3))) == hash(TopK(3))
+    assert TopK(3.0) == TopK(3)
+    assert chain != Temperature(0.8) | TopP(0.95) | TopK(40)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        chain.parts[0].t = 3
+
+
+def test_a_users_own_part_composes():
+    @dataclasses.dataclass(frozen=True)
+    class Ban(Sampler):
+        token: int
+
+        def adjust(self, logits, seen):
+            return logits.at[self.token].set(-jnp.inf)
+
+    assert int((Ban(1) | Greedy())(None, jnp.array([0.0, 2.0, 1.0]))) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Temperature(-0.1), "Temperature: t is -0.1, must be 0 (greedy), or 1e-6 and above"),
+        (lambda: Temperature(1e-9), "Temperature: t is 1e-09, must be 0 (greedy), or 1e-6 and above"),
+        (lambda: Temperature(float("nan")), "Temperature: t is nan"),
+        (lambda: Temperature(float("inf")), "Temperature: t is inf"),
+        (lambda: Temperature("hot"), "Temperature: t is 'hot'"),
+        (lambda: Temperature(jnp.float32(1)), "Temperature: t is Array(1., dtype=float32)"),
+        (lambda: TopK(0), "TopK: k is 0, must be a whole number, 1 and above"),
+        (lambda: TopK(2.5), "TopK: k is 2.5, must be a whole number, 1 and above"),
+        (lambda: TopK(True), "TopK: k is True"),
+        (lambda: TopP(0), "TopP: p is 0, must be above 0 and at most 1 (1 is no limit)"),
+        (lambda: TopP(1.01), "TopP: p is 1.01"),
+        (lambda: TopP(None), "TopP: p is None"),
+        (lambda: MinP(-0.1), "MinP: p is -0.1, must be from 0 (no limit) to 1"),
+        (lambda: MinP(1.5), "MinP: p is 1.5"),
+        (lambda: RepetitionPenalty(0), "RepetitionPenalty: r is 0, must be above 0 (1 changes nothing)"),
+        (lambda: RepetitionPenalty(-1.2), "RepetitionPenalty: r is -1.2"),
+        (lambda: Chain(()), "Chain: no parts given; give at least one"),
+        (lambda: Chain((Temperature(1), print)), "can't be chained; parts are samplers like Temperature(0.8)"),
+        (lambda: Chain(Temperature(1)), "Chain: give a tuple of samplers, Chain((a, b)), not Temperature(t=1.0)"),
+        (lambda: RepetitionPenalty(1.2)(jax.random.key(0), jnp.zeros(3)), "give seen, bool [V]"),
+    ],
+)
+def test_what_is_impossible_is_refused_and_the_cure_is_named(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+def test_a_sampler_and_something_else_do_not_compose():
+    with pytest.raises(TypeError):
+        Temperature(1.0) | max
