@@ -56,7 +56,7 @@ class Heads:
         num_kv_heads: int | None,
         head_dim: int | None,
         qkv_features: int | None,
-        in_features: int,
+        in_features: int | None,
         **rest: Any,
     ) -> Heads:
         """Returns Heads with the sizes that are not given filled in as Flax does: in_features shared by num_heads."""
@@ -64,6 +64,10 @@ class Heads:
             raise ValueError(f"num_heads={num_heads!r}: give a whole number of at least 1")
         if head_dim is None:
             features = in_features if qkv_features is None else qkv_features
+            if features is None:
+                raise ValueError(
+                    "the size of a head is not known; give head_dim, or in_features if num_heads divides it"
+                )
             if features % num_heads:
                 name = "in_features" if qkv_features is None else "qkv_features"
                 raise ValueError(f"{name}={features} can't be shared by num_heads={num_heads}; give head_dim")
@@ -168,7 +172,7 @@ class Heads:
             options["max_block"] = capacity
         return Cache.init([self.layer_spec(k_storage, v_storage)], num_rows, capacity, **options)
 
-    def begin(self, cache: Cache, x: Any, positions: Any) -> tuple[Cache, Any]:
+    def begin(self, cache: Cache, x: Any, positions: Any, spans: Any) -> tuple[Cache, Any]:
         """Returns (cache, step) for x [B, T, D] in a hidden cache; positions None continues every row."""
         if x.ndim != 3 or x.shape[0] != cache.num_rows:
             raise ValueError(
@@ -177,7 +181,7 @@ class Heads:
             )
         if positions is None:
             positions = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
-        return cache.begin(positions)
+        return cache.begin(positions, spans=spans)
 
     def _rotate(self, q: Any, k: Any, positions: Any) -> tuple[Any, Any]:
         if self.rotary is None:

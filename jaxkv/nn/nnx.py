@@ -198,12 +198,13 @@ class Attention(nnx.Module):
         dtype = self.param_dtype if self.dtype is None else self.dtype
         self.cache = nnx.Cache(self.heads.own_cache(num_rows, capacity, dtype, k_storage, v_storage, **options))
 
-    def decode(self, x: Any, positions: Any = None) -> Any:
+    def decode(self, x: Any, positions: Any = None, *, spans: Any = None) -> Any:
         """Returns attention over the module's own cache, which takes the tokens of x: one token or a whole prompt.
 
         Args:
           x: [B, T, D], one batch row per row of the cache.
           positions: int32 [B, T], EMPTY for padding; None continues every row where it ended.
+          spans: int32 [B, T]; tokens of the same span other than 0 see each other in both directions.
 
         Returns:
           [B, T, out_features]. Zeros before the output projection where a row did not fit any more;
@@ -215,7 +216,7 @@ class Attention(nnx.Module):
         if self.cache is None:
             raise ValueError("decode: this module has no cache of its own yet; call init_cache(num_rows, capacity)")
         cache = self.cache.get_value()
-        cache, step = self.heads.begin(cache, x, positions)
+        cache, step = self.heads.begin(cache, x, positions, spans)
         y, layer = self(x, cache.layers[0], step)
         self.cache.set_value(cache.with_layers([layer]))
         return y

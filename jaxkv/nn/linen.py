@@ -1,0 +1,296 @@
+"""Attention for `flax.linen`, with or without a cache, and the way from a model to the function `generate` wants."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxkv.cache.cache import Cache
+from jaxkv.cache.spec import Full, LayerSpec, Reach
+from jaxkv.cache.storage import Dense
+from jaxkv.nn.heads import Heads, biased, rms_norm
+
+
+class Attention(nn.Module):
+    """Causal self-attention that reads its past out of a cache layer, or, without one, out of its own input.
+
+    With the default arguments the parameters are those of `flax.linen.MultiHeadDotProductAttention`, so its checkpoints
+    load unchanged and give the numbers that it gives under a causal mask. There is no dropout on attention weights.
+
+    Attributes:
+      num_heads: query heads N.
+      in_features: size D of the input; None takes it from the input.
+      qkv_features: num_heads * head_dim, in all; None means in_features.
+      out_features: size of the output; None means in_features.
+      num_kv_heads: heads K of keys and values, a divisor of num_heads; None means num_heads.
+      head_dim: size H of a head, instead of qkv_features.
+      reach: which past tokens a query may see, with a cache and without: Full(), Window(size, sinks) or Chunk(size).
+      rotary: None, or `jaxkv.Rotary(...)`, which turns q and k by their positions.
+      qk_norm: whether each head's q and k are RMS-normalized before they are turned, as in Qwen 3 and Gemma 3 (whose
+        checkpoints hold scale - 1).
+      qk_norm_epsilon: added to the mean square.
+      softcap: None, or the bound c of c * tanh(scores / c).
+      scale: factor of the scores; None means head_dim ** -0.5.
+      sink_logits: whether one learned score per query head joins the softmax and brings no value (gpt-oss).
+      use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out".
+      dtype: of the computation; None infers it from input and parameters.
+      param_dtype: of the parameters.
+      precision: of the projections, see `jax.lax.Precision`.
+      kernel_init, bias_init: initializers of the projections, called as Flax calls them. Sharding annotations come with
+        them: `nn.with_partitioning(init, (None, "heads", None))` for query, key and value, whose kernels are
+        [D, N, H], [D, K, H], [D, K, H].
+      out_kernel_init, out_bias_init: the same for the output, whose kernel is [N, H, out_features]; None means
+        kernel_init, bias_init.
+      implementation: of `jaxkv.attend`.
+      decode: whether calls read and write the module's own cache, see `__call__`.
+      cache_capacity: tokens a sequence of that cache can hold; None takes the length of the input of `init`.
+
+    Raises:
+      ValueError: when called, for sizes that don't fit together, naming both.
+
+    >>> attn = jaxkv.linen.Attention(num_heads=2, head_dim=4, rotary=jaxkv.Rotary())
+    >>> x = jnp.ones((1, 3, 8))
+    >>> variables = attn.init(jax.random.key(0), x)
+    >>> y = attn.apply(variables, x)                                           # training
+    >>> cache = jaxkv.Cache.init([attn.layer_spec()], num_rows=1, capacity=16)
+    >>> cache, step = cache.begin(jnp.arange(3)[None])
+    >>> z, layer = attn.apply(variables, x, cache.layers[0], step)
+    >>> cache = cache.with_layers([layer])
+    >>> bool(jnp.allclose(y, z, atol=1e-6))
+    True
+    """
+
+    num_heads: int
+    in_features: int | None = None
+    qkv_features: int | None = None
+    out_features: int | None = None
+    num_kv_heads: int | None = None
+    _: dataclasses.KW_ONLY
+    head_dim: int | None = None
+    reach: Reach = Full()
+    rotary: Any = None
+    qk_norm: bool = False
+    qk_norm_epsilon: float = 1e-6
+    softcap: float | None = None
+    scale: float | None = None
+    sink_logits: bool = False
+    use_bias: bool | Collection[str] = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Any = nn.linear.default_kernel_init
+    out_kernel_init: Any = None
+    bias_init: Any = nn.initializers.zeros_init()
+    out_bias_init: Any = None
+    implementation: str = "auto"
+    decode: bool = False
+    cache_capacity: int | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Any,
+        layer: Any = None,
+        step: Any = None,
+        *,
+        positions: Any = None,
+        spans: Any = None,
+        decode: bool | None = None,
+    ) -> Any:
+        """Returns attention over the layer after storing the call's tokens in it, or over x itself without a layer.
+
+        With `decode` the module keeps a cache of its own as variable "kv" of the collection "cache", one token or a
+        whole prompt at a time, as far as `cache_capacity`. It is made on the first call, with as many rows as x, or by
+        `init`, which does not write to it. For quick use of single modules; a model does better with one cache for all
+        its layers, given to the call.
+
+        Args:
+          x: [B, T, D], floating.
+          layer: None, or this module's layer of a cache, made from `layer_spec()`.
+          step: None, or the step of this forward pass from `cache.begin`.
+          positions: without a layer: int32 [B, T], EMPTY for padding; None means 0, 1, 2, ... in every row, or with
+            `decode` that every row continues where it ended.
+          spans: without a layer: int32 [B, T]; tokens of the same span other than 0 see each other in both directions.
+          decode: overrides the attribute of this name.
+
+        Returns:
+          y [B, T, out_features], or with a layer (y, the layer with the call's tokens).
+
+        Raises:
+          ValueError: while tracing, for shapes that don't fit, a layer that was not made for this module, or `decode`
+            without a capacity.
+
+        >>> attn = jaxkv.linen.Attention(num_heads=2, cache_capacity=16)
+        >>> x = jnp.ones((1, 3, 8))
+        >>> variables = attn.init(jax.random.key(0), x)
+        >>> y, state = attn.apply(variables, x, decode=True, mutable=["cache"])
+        >>> y, state = attn.apply(variables | state, x[:, :1], decode=True, mutable=["cache"])
+        >>> state["cache"]["kv"].lengths
+        Array([4], dtype=int32)
+        """
+        decode = self.decode if decode is None else decode
+        heads = self._heads(x.shape[-1])
+        heads.check_call(x, layer, step, positions, spans)
+        hidden = None
+        if decode:
+            if layer is not None:
+                raise ValueError(
+                    "decode=True uses the module's own cache, but a layer was given; give only one of them"
+                )
+            hidden = self.variable("cache", "kv", self._own_cache, heads, x)
+            if self.is_initializing():  # init runs the call: it makes the cache and must leave it empty
+                hidden = None
+        cache = None
+        if hidden is not None:
+            cache, step = heads.begin(hidden.value, x, positions, spans)
+            layer, positions, spans = cache.layers[0], None, None
+
+        with_bias = biased(self.use_bias)
+        linear = functools.partial(
+            nn.DenseGeneral, dtype=self.dtype, param_dtype=self.param_dtype, precision=self.precision
+        )
+        inner = functools.partial(linear, kernel_init=self.kernel_init, bias_init=self.bias_init)
+        size = heads.head_dim
+        q = inner((heads.num_heads, size), use_bias="query" in with_bias, name="query")(x)
+        k = inner((heads.num_kv_heads, size), use_bias="key" in with_bias, name="key")(x)
+        v = inner((heads.num_kv_heads, size), use_bias="value" in with_bias, name="value")(x)
+        if self.qk_norm:
+            q = rms_norm(q, RMSScale(self.param_dtype, name="query_norm")(size), self.qk_norm_epsilon)
+            k = rms_norm(k, RMSScale(self.param_dtype, name="key_norm")(size), self.qk_norm_epsilon)
+        sinks = None
+        if self.sink_logits:
+            sinks = self.param("sink_logits", nn.initializers.zeros_init(), (heads.num_heads,), self.param_dtype)
+        y, layer = heads.attend(q, k, v, layer, step, positions=positions, spans=spans, sink_logits=sinks)
+        y = linear(
+            x.shape[-1] if self.out_features is None else self.out_features,
+            axis=(-2, -1),
+            kernel_init=self.kernel_init if self.out_kernel_init is None else self.out_kernel_init,
+            bias_init=self.bias_init if self.out_bias_init is None else self.out_bias_init,
+            use_bias="out" in with_bias,
+            name="out",
+        )(y)
+        if hidden is not None and cache is not None:
+            hidden.value = cache.with_layers([layer])
+            return y
+        return y if layer is None else (y, layer)
+
+    def layer_spec(self, *, k_storage: Any = Dense(), v_storage: Any = Dense()) -> LayerSpec:
+        """Returns what a cache must keep for this module: its reach, kv heads, head size and rotary.
+
+        Args:
+          k_storage, v_storage: how keys and values are kept.
+
+        Raises:
+          ValueError: if none of head_dim, qkv_features and in_features was given.
+
+        >>> jaxkv.linen.Attention(num_heads=2, head_dim=4, reach=jaxkv.Window(4)).layer_spec().reach
+        Window(size=4, sinks=0)
+        """
+        return self._heads(None).layer_spec(k_storage, v_storage)
+
+    def _heads(self, features: int | None) -> Heads:
+        if self.in_features is not None and features is not None and features != self.in_features:
+            raise ValueError(f"x has {features} features, this module was made for in_features={self.in_features}")
+        features = self.in_features if features is None else features
+        return Heads.choose(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.qkv_features,
+            features,
+            reach=self.reach,
+            rotary=self.rotary,
+            softcap=self.softcap,
+            scale=self.scale,
+            implementation=self.implementation,
+        )
+
+    def _own_cache(self, heads: Heads, x: Any) -> Cache:
+        capacity = self.cache_capacity
+        if capacity is None and not self.is_initializing():
+            raise ValueError(
+                "decode: the module has no cache yet and nothing says how long it is; give cache_capacity to the "
+                "module, or make the cache by init with an input of that length"
+            )
+        dtype = self.param_dtype if self.dtype is None else self.dtype
+        return heads.own_cache(x.shape[0], x.shape[1] if capacity is None else capacity, dtype)
+
+
+class RMSScale(nn.Module):
+    """The learned scale of an RMS norm. Parameter: `scale` [features], ones."""
+
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: int) -> Any:
+        """Returns the scale, [features]."""
+        return self.param("scale", nn.initializers.ones_init(), (features,), self.param_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A model without its arrays: `forward(params, tokens, positions, cache) -> (logits, cache)`. Hashable."""
+
+    module: nn.Module
+
+    def __call__(self, params: Any, tokens: Any, positions: Any, cache: Cache) -> tuple[Any, Cache]:
+        """Returns logits and the cache after the call's tokens.
+
+        Args:
+          params: `variables["params"]` of the module.
+          tokens: int32 [B, T].
+          positions: int32 [B, T], EMPTY for padding.
+          cache: what the tokens continue.
+
+        Raises:
+          ValueError: for all the variables instead of the parameters alone.
+        """
+        if "params" in params:
+            raise ValueError("params holds a collection 'params'; give the parameters alone: variables['params']")
+        out: Any = self.module.apply({"params": params}, tokens, positions, cache)
+        return out
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.module)
+
+    def __hash__(self) -> int:  # remembered: a module hashes all its fields, and jit asks at every call
+        return self._hash
+
+
+def functional(module: nn.Module) -> Forward:
+    """Returns forward(params, tokens, positions, cache), as `jaxkv.generate` wants it: `module.apply`, hashable.
+
+    Args:
+      module: any linen module that is called as `module(tokens, positions, cache) -> (logits, cache)`; its fields must
+        be hashable for it to be a static argument of `jax.jit`.
+
+    Raises:
+      TypeError: if module is not a linen module.
+
+    >>> from flax import linen as nn
+    >>> class Model(nn.Module):
+    ...     def setup(self):
+    ...         self.embed = nn.Embed(5, 8)
+    ...         self.attn = jaxkv.linen.Attention(2, 8)
+    ...     def __call__(self, tokens, positions, cache):
+    ...         cache, step = cache.begin(positions)
+    ...         y, layer = self.attn(self.embed(tokens), cache.layers[0], step)
+    ...         return self.embed.attend(y), cache.with_layers([layer])
+    >>> forward = jaxkv.linen.functional(Model())
+    >>> spec = jaxkv.linen.Attention(2, 8).layer_spec()
+    >>> cache = jaxkv.Cache.init([spec], num_rows=1, capacity=16)
+    >>> tokens, positions = jnp.array([[1, 2]]), jnp.array([[0, 1]])
+    >>> params = Model().init(jax.random.key(0), tokens, positions, cache)["params"]
+    >>> logits, cache = jax.jit(forward)(params, tokens, positions, cache)
+    >>> logits.shape
+    (1, 2, 5)
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"functional wants a flax.linen module, got a {type(module).__name__}")
+    return Forward(module)
