@@ -1,0 +1,668 @@
+"""A whole model, one sequence: milliseconds per token of jaxkv, transformers (torch) and llama.cpp at three contexts.
+
+The model has the shape of a small Llama: 12 layers of width 768, 12 query and 4 kv heads of 64, a gated MLP of 2,048,
+a vocabulary of 32,000 and a head of its own (untied): 125 M parameters, float32, random. Every contestant gets the
+same weights and the same prompt and decodes greedily, and their tokens are compared, so that all are seen to compute
+the same thing.
+
+    python benchmarks/model.py                                  # a table
+    python benchmarks/model.py --out docs/data/model.json       # the same, kept, with docs/figures/model.png
+    python benchmarks/model.py --plot docs/data/model.json      # only draws the figure again
+
+Each contestant lives in a process of its own, loaded once and bound to the same cores; one works at a time, and they
+take turns: in every round each decodes `--tokens` tokens from the same context. Medians over the rounds are compared,
+so a slow minute of the machine meets all of them. What is not installed is left out, and the output says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from typing import Any
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The model and the lengths at which it is timed."""
+
+    num_layers: int = 12
+    width: int = 768
+    num_heads: int = 12
+    num_kv_heads: int = 4
+    head_dim: int = 64
+    mlp_dim: int = 2048
+    vocab_size: int = 32_000
+    norm_eps: float = 1e-6
+    theta: float = 10_000.0
+    capacity: int = 4096
+    max_block: int = 512
+    contexts: tuple[int, ...] = (32, 1024, 4000)
+    prefill: int = 1024
+
+    @property
+    def read_per_token(self) -> int:
+        """Parameters that one decode step reads: all but the embedding table, of which it reads one row."""
+        heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        return self.num_layers * self.width * (heads + 3 * self.mlp_dim + 2) + self.width * (self.vocab_size + 1)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.read_per_token + self.width * self.vocab_size
+
+    def read_bytes(self, context: int) -> int:
+        """Bytes that a decode step can't do without: those weights, and the keys and values of the context."""
+        cached = 2 * self.num_layers * self.num_kv_heads * self.head_dim * context
+        return 4 * (self.read_per_token + cached)
+
+
+TINY = Shape(2, 64, 4, 2, 16, 128, 256, capacity=64, max_block=16, contexts=(8, 40), prefill=32)
+
+
+def random_weights(shape: Shape) -> dict[str, np.ndarray]:
+    """Float32 weights under the names of transformers' Llama, every matrix [out, in].
+
+    The scale keeps the stream near 1 and makes attention sharp enough to matter: with small weights every model of this
+    shape would repeat one token, and comparing tokens would prove nothing.
+    """
+    rng = np.random.default_rng(SEED)
+
+    def matrix(out, into, gain=1.0):
+        return rng.standard_normal((out, into), dtype=np.float32) * np.float32(gain / into**0.5)
+
+    def scale():
+        return 1 + rng.standard_normal(shape.width, dtype=np.float32) * np.float32(0.1)
+
+    weights = {"model.embed_tokens.weight": matrix(shape.vocab_size, shape.width, shape.width**0.5)}
+    for i in range(shape.num_layers):
+        at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        weights |= {
+            f"model.layers.{i}.input_layernorm.weight": scale(),
+            at + "q_proj.weight": matrix(shape.num_heads * shape.head_dim, shape.width, 2.0),
+            at + "k_proj.weight": matrix(shape.num_kv_heads * shape.head_dim, shape.width, 2.0),
+            at + "v_proj.weight": matrix(shape.num_kv_heads * shape.head_dim, shape.width, 2.0),
+            at + "o_proj.weight": matrix(shape.width, shape.num_heads * shape.head_dim),
+            f"model.layers.{i}.post_attention_layernorm.weight": scale(),
+            mlp + "gate_proj.weight": matrix(shape.mlp_dim, shape.width),
+            mlp + "up_proj.weight": matrix(shape.mlp_dim, shape.width),
+            mlp + "down_proj.weight": matrix(shape.width, shape.mlp_dim),
+        }
+    weights["model.norm.weight"] = scale()
+    weights["lm_head.weight"] = matrix(shape.vocab_size, shape.width)
+    return weights
+
+
+# The contestants. Each keeps one sequence: `hold` brings the cache to all but the last token of a history, `decode`
+# reads that last token and goes on greedily, then puts the cache back to where it was; `prefill` starts from nothing
+# and ends when the token after the history is known. The last two return seconds and tokens.
+
+
+class Jaxkv:
+    """The `Decoder` of jaxkv.models in the compiled loop of jaxkv.generate."""
+
+    packages = ("jax", "jaxlib", "flax")
+
+    def __init__(self, shape: Shape, threads: int):
+        import jax
+        import jax.numpy as jnp
+        from flax import nnx
+
+        import jaxkv
+        from jaxkv.models import Decoder, DecoderConfig
+
+        self.generate = jaxkv.generate
+        config = DecoderConfig(
+            vocab_size=shape.vocab_size,
+            width=shape.width,
+            num_layers=shape.num_layers,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            mlp_dim=shape.mlp_dim,
+            rotary=jaxkv.Rotary(theta=shape.theta),
+            norm_eps=shape.norm_eps,
+            tied=False,
+        )
+        model = Decoder(config, rngs=nnx.Rngs(SEED))
+        load_into(model, random_weights(shape))
+        self.forward, self.params = jaxkv.nnx.functional(model)
+        self.cache = jaxkv.Cache.init(model.specs(), 1, shape.capacity, max_block=shape.max_block)
+        self.rewind = jax.jit(lambda cache, length: cache.rewind(length[None]), donate_argnums=0)
+        self.device = f"{jax.default_backend()}: {jax.devices()[0].device_kind}"
+        self.jnp, self.jax, self.held = jnp, jax, 0
+
+    def back_to(self, length: int) -> None:
+        self.cache = self.jax.block_until_ready(self.rewind(self.cache, self.jnp.int32(length)))
+        self.held = length
+
+    def run(self, history: np.ndarray, count: int) -> tuple[float, list[int]]:
+        start = time.perf_counter()
+        result = self.generate(self.forward, self.params, [history], self.cache, max_new_tokens=count)
+        tokens = np.asarray(result.tokens)[0].tolist()
+        seconds = time.perf_counter() - start
+        self.cache = result.cache
+        return seconds, tokens
+
+    def hold(self, history):
+        self.run(history, 1)
+        self.back_to(len(history) - 1)
+
+    def decode(self, history, count):
+        seconds, tokens = self.run(history, count)
+        self.back_to(len(history) - 1)
+        return seconds, tokens
+
+    def prefill(self, history):
+        self.back_to(0)
+        seconds, tokens = self.run(history, 1)
+        self.back_to(0)
+        return seconds, tokens
+
+
+class Transformers:
+    """LlamaForCausalLM on torch in a plain loop, which is quicker than its own `generate`."""
+
+    packages = ("torch", "transformers")
+    static = False
+
+    def __init__(self, shape: Shape, threads: int):
+        import torch
+        import transformers
+
+        torch.set_num_threads(threads)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = transformers.LlamaConfig(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.width,
+            intermediate_size=shape.mlp_dim,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_heads,
+            num_key_value_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            max_position_embeddings=shape.capacity,
+            rms_norm_eps=shape.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.theta},
+            tie_word_embeddings=False,
+            attn_implementation="sdpa",
+        )
+        self.model = transformers.LlamaForCausalLM(config).eval()
+        self.model.load_state_dict({name: torch.from_numpy(w) for name, w in random_weights(shape).items()})
+        self.model.to(self.device)
+        self.torch, self.transformers, self.shape = torch, transformers, shape
+        self.back_to(0)
+
+    def back_to(self, length: int) -> None:
+        if length == 0:
+            kind = self.transformers.StaticCache if self.static else self.transformers.DynamicCache
+            room = {"max_cache_len": self.shape.capacity} if self.static else {}
+            self.cache = kind(config=self.model.config, **room)
+        for layer in self.cache.layers if length else ():
+            if self.static:
+                layer.cumulative_length.fill_(length)
+            else:
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        self.held = length
+
+    def run(self, history: np.ndarray, count: int) -> tuple[float, list[int]]:
+        torch, tokens = self.torch, []
+        start = time.perf_counter()
+        new = torch.from_numpy(history[self.held :]).to(self.device)[None]
+        with torch.inference_mode():
+            for _ in range(count):
+                out = self.model(input_ids=new, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                new = out.logits[:, -1:].argmax(-1)
+                tokens.append(new)
+        tokens = torch.cat(tokens, 1)[0].tolist()
+        return time.perf_counter() - start, tokens
+
+    hold, decode, prefill = Jaxkv.hold, Jaxkv.decode, Jaxkv.prefill
+
+
+class TransformersStatic(Transformers):
+    static = True
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python, its cache in float32 like the others' (its default is float16)."""
+
+    packages = ("llama-cpp-python", "gguf")
+
+    def __init__(self, shape: Shape, threads: int):
+        import gguf
+        import llama_cpp
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/model.gguf"
+            write_gguf(gguf, path, shape)
+            self.llama = llama_cpp.Llama(
+                path,
+                n_ctx=shape.capacity,
+                n_batch=shape.max_block,
+                n_ubatch=shape.max_block,
+                n_threads=threads,
+                n_threads_batch=threads,
+                type_k=llama_cpp.GGML_TYPE_F32,
+                type_v=llama_cpp.GGML_TYPE_F32,
+                flash_attn=True,
+                use_mmap=False,
+                verbose=False,
+            )
+        self.vocab_size, self.device = shape.vocab_size, "cpu"
+
+    def back_to(self, length: int) -> None:
+        self.llama.n_tokens = length  # `eval` forgets what lies behind it
+
+    def run(self, history: np.ndarray, count: int) -> tuple[float, list[int]]:
+        start, tokens = time.perf_counter(), []
+        new = history[self.llama.n_tokens :].tolist()
+        for _ in range(count):
+            self.llama.eval(new)
+            logits = np.ctypeslib.as_array(self.llama._ctx.get_logits(), shape=(self.vocab_size,))
+            new = [int(logits.argmax())]
+            tokens += new
+        return time.perf_counter() - start, tokens
+
+    hold, decode, prefill = Jaxkv.hold, Jaxkv.decode, Jaxkv.prefill
+
+
+class PlainRead:
+    """Not a model: reads the same bytes once, by `jnp.sum`, and nothing else. What no decode step can beat."""
+
+    packages = ("jax",)
+
+    def __init__(self, shape: Shape, threads: int):
+        import jax
+        import jax.numpy as jnp
+
+        self.shape, self.device = shape, "the same as jaxkv"
+        self.sums = jax.jit(lambda parts: [part.sum() for part in parts])
+        self.block, self.ones, self.jax = 1 << 20, jnp.ones, jax
+        self.parts = {}
+
+    def hold(self, history):
+        size = self.shape.read_bytes(len(history) - 1) // 4
+        self.parts = [self.ones(max(size // 8, 1), "float32") for _ in range(8)]
+        self.decode(history, 1)
+
+    def decode(self, history, count):
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            self.jax.block_until_ready(self.sums(self.parts))
+            times.append(time.perf_counter() - start)
+        return min(times) * count, None
+
+    def prefill(self, history):
+        return None, None
+
+
+CONTESTANTS = {
+    "jaxkv": Jaxkv,
+    "llama.cpp": LlamaCpp,
+    "transformers DynamicCache": Transformers,
+    "transformers StaticCache": TransformersStatic,
+    "plain read": PlainRead,
+}
+CURES = {
+    Jaxkv: "pip install -e .",
+    PlainRead: "pip install -e .",
+    LlamaCpp: "pip install llama-cpp-python gguf  (compiles C++ for some minutes; CMAKE_ARGS=-DGGML_NATIVE=ON)",
+    Transformers: "pip install torch transformers",
+    TransformersStatic: "pip install torch transformers",
+}
+
+
+def load_into(model: Any, weights: dict[str, np.ndarray]) -> None:
+    """Puts weights under transformers' names into a jaxkv `Decoder`, all of them or none."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    names = {
+        "embed.embedding": ("model.embed_tokens.weight", False),
+        "head.kernel": ("lm_head.weight", True),
+        "norm.scale": ("model.norm.weight", False),
+    }
+    inside = {
+        "attention_norm.scale": ("input_layernorm.weight", False),
+        "attention.query.kernel": ("self_attn.q_proj.weight", True),
+        "attention.key.kernel": ("self_attn.k_proj.weight", True),
+        "attention.value.kernel": ("self_attn.v_proj.weight", True),
+        "attention.out.kernel": ("self_attn.o_proj.weight", True),
+        "mlp_norm.scale": ("post_attention_layernorm.weight", False),
+        "mlp.gate.kernel": ("mlp.gate_proj.weight", True),
+        "mlp.up.kernel": ("mlp.up_proj.weight", True),
+        "mlp.down.kernel": ("mlp.down_proj.weight", True),
+    }
+    for i in range(len(model.layers)):
+        names |= {f"layers.{i}.{ours}": (f"model.layers.{i}.{theirs}", t) for ours, (theirs, t) in inside.items()}
+    state = nnx.state(model, nnx.Param)
+    flat = nnx.to_flat_state(state)
+    ours = {".".join(map(str, path)) for path, _ in flat}
+    if ours != set(names):
+        raise ValueError(f"the decoder's parameters are not the expected ones: {sorted(ours ^ set(names))}")
+    for path, param in flat:
+        name, transposed = names[".".join(map(str, path))]
+        weight = weights[name].T if transposed else weights[name]
+        param.set_value(jnp.asarray(np.ascontiguousarray(weight).reshape(param.get_value().shape)))
+    nnx.update(model, state)
+
+
+def write_gguf(gguf: Any, path: str, shape: Shape) -> None:
+    """Writes the weights as llama.cpp wants them: what rotates together stands side by side, not half a head apart."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(shape.capacity)
+    writer.add_embedding_length(shape.width)
+    writer.add_block_count(shape.num_layers)
+    writer.add_feed_forward_length(shape.mlp_dim)
+    writer.add_head_count(shape.num_heads)
+    writer.add_head_count_kv(shape.num_kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(shape.theta)
+    writer.add_layer_norm_rms_eps(shape.norm_eps)
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_tokenizer_model("none")
+    names = {"model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm"}
+    inside = {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    for i in range(shape.num_layers):
+        names |= {f"model.layers.{i}.{theirs}": f"blk.{i}.{ours}" for theirs, ours in inside.items()}
+    for name, weight in random_weights(shape).items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            halves = weight.reshape(-1, 2, shape.head_dim // 2, shape.width)  # [heads, half, pair, D]
+            weight = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
+        writer.add_tensor(names[name.removesuffix(".weight")] + ".weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def work(name: str, shape: Shape, threads: int, pipe: Any) -> None:
+    """The life of a worker: load, say so, answer calls until the pipe closes."""
+    kind = CONTESTANTS[name]
+    try:
+        contestant = kind(shape, threads)
+        versions = {package: importlib.metadata.version(package) for package in kind.packages}
+        pipe.send({"device": contestant.device, "versions": versions})
+    except ModuleNotFoundError as error:
+        pipe.send({"left_out": f"{error.name} is not installed; {CURES[kind]}"})
+        return
+    while True:
+        try:
+            method, *arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(getattr(contestant, method)(*arguments))
+        except Exception:  # noqa: BLE001 (the other contestants go on)
+            pipe.send(RuntimeError(traceback.format_exc()))
+            return
+
+
+class Worker:
+    def __init__(self, name: str, shape: Shape, threads: int):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(name, shape, threads, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def answer(self) -> Any:
+        try:
+            result = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise RuntimeError(f"the worker ended with exit code {self.process.exitcode}") from None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def __call__(self, *message: Any) -> Any:
+        self.pipe.send(message)
+        return self.answer()
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.join(5)
+
+
+def in_turn(names: list[str], turn: int) -> list[str]:
+    """The contestants, starting with another one each turn, so that none always runs after the same one."""
+    start = turn % len(names)
+    return names[start:] + names[:start]
+
+
+def measure(shape: Shape, names: list[str], *, rounds: int, tokens: int, threads: int) -> dict[str, Any]:
+    """Runs all contestants and returns what `--out` writes."""
+    prompt = np.random.default_rng(SEED + 1).integers(0, shape.vocab_size, shape.capacity, dtype=np.int64)
+    workers, left_out, versions, devices = {}, {}, {}, {}
+    load_before = os.getloadavg()[0]
+    for name in names:
+        say(f"loading {name}")
+        worker = Worker(name, shape, threads)
+        hello = worker.answer()
+        if "left_out" in hello:
+            left_out[name] = hello["left_out"]
+            say(f"left out: {name}: {left_out[name]}")
+        else:
+            workers[name], devices[name] = worker, hello["device"]
+            versions |= hello["versions"]
+    present = list(workers)
+
+    def call(name, *message):
+        try:
+            return workers[name](*message)
+        except RuntimeError as error:
+            workers.pop(name).close()
+            present.remove(name)
+            left_out[name] = f"failed: {str(error).strip().splitlines()[-1]}"
+            say(f"{name} failed and is left out from here on:\n{error}")
+            return None, None
+
+    decode: dict[int, dict[str, list[float]]] = {}
+    continuations: dict[int, dict[str, list[int]]] = {}
+    for length in shape.contexts:
+        history = prompt[: length + 1]
+        decode[length] = {name: [] for name in present}
+        continuations[length] = {}
+        for name in list(present):
+            say(f"{name}: reading {length} tokens")
+            call(name, "hold", history)
+        for name in list(present):
+            call(name, "decode", history, tokens)  # compiles, or touches memory first
+        for turn in range(rounds):
+            say(f"decoding at {length}: round {turn + 1} of {rounds}")
+            for name in in_turn(list(present), turn):
+                seconds, out = call(name, "decode", history, tokens)
+                if seconds is not None:
+                    decode[length][name].append(1e3 * seconds / tokens)
+                if out is not None:
+                    continuations[length][name] = out
+    prefill: dict[str, list[float]] = {name: [] for name in present}
+    first: dict[str, list[int]] = {}
+    for turn in range(-1, max(rounds // 2, 1)):  # the first one compiles
+        say(f"prefill: round {turn + 1} of {max(rounds // 2, 1)}")
+        for name in in_turn(list(present), turn):
+            seconds, out = call(name, "prefill", prompt[: shape.prefill + 1])
+            if turn >= 0 and seconds is not None:
+                prefill[name].append(1e3 * seconds)
+                first[name] = out
+    for worker in workers.values():
+        worker.close()
+    say("")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": {
+            "cpu": cpu_name(),
+            "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "of_each": devices,
+            "load_before": load_before,
+        },
+        "versions": {"python": platform.python_version(), **versions},
+        "model": dataclasses.asdict(shape) | {"parameters": shape.num_parameters, "dtype": "float32", "tied": False},
+        "settings": {"rounds": rounds, "tokens": tokens, "threads": threads},
+        "decode_ms_per_token": {str(n): {k: v for k, v in by.items() if v} for n, by in decode.items()},
+        "prefill_ms": {name: times for name, times in prefill.items() if times},
+        "tokens": {str(n): by for n, by in continuations.items()} | {"prefill": first},
+        "left_out": left_out,
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def say(text: str) -> None:
+    """One line on standard error that the next one replaces, where somebody is looking."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="" if "\n" not in text else "\n", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def agreement(data: dict[str, Any]) -> dict[str, str]:
+    """Per contestant, how many of its tokens are those of the first: '32/32 at 32, 32/32 at 1024, ...'."""
+    lines: dict[str, str] = {}
+    for at, by_name in data["tokens"].items():
+        first, *others = by_name
+        ours = by_name[first]
+        for name in others:
+            theirs = by_name[name]
+            same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+            lines[name] = (lines[name] + ", " if name in lines else "") + f"{same}/{len(ours)} at {at}"
+    return lines
+
+
+def table(data: dict[str, Any]) -> str:
+    """The medians as text, each peer with its ratio to jaxkv."""
+    columns = {f"decode at {n}": by for n, by in data["decode_ms_per_token"].items()}
+    columns[f"prefill {data['model']['prefill']}"] = data["prefill_ms"]
+    medians = {column: {k: statistics.median(v) for k, v in by.items()} for column, by in columns.items()}
+    names = list(dict.fromkeys(name for by in medians.values() for name in by))
+    lines = [" " * 28 + "".join(f"{column:>20}" for column in columns)]
+    for name in names:
+        line = f"{name:28}"
+        for by in medians.values():
+            ratio = f" {by[name] / by['jaxkv']:5.2f}x" if name in by and "jaxkv" in by else ""
+            line += f"{f'{by[name]:.1f}{ratio}' if name in by else '-':>20}"
+        lines.append(line)
+    lines.append("medians in ms (decode: per token); x: times jaxkv's")
+    lines += [f"same tokens as {names[0]}: {name}: {same}" for name, same in agreement(data).items()]
+    lines += [f"left out: {name}: {why}" for name, why in data["left_out"].items()]
+    return "\n".join(lines)
+
+
+def plot(data: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws decode time at each context and prefill time beside it."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    contexts = list(data["decode_ms_per_token"])
+    names = list(data["decode_ms_per_token"][contexts[0]])
+    colors = {name: f"C{i}" for i, name in enumerate(names)} | {"plain read": "0.6"}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(3, 1), layout="constrained")
+    wide = 0.85 / len(names)
+    for i, name in enumerate(names):
+        at = [c for c, n in enumerate(contexts) if name in data["decode_ms_per_token"][n]]
+        heights = [statistics.median(data["decode_ms_per_token"][contexts[c]][name]) for c in at]
+        label = "weights and cache read once" if name == "plain read" else name
+        places = [c + (i - len(names) / 2 + 0.5) * wide for c in at]
+        bars = left.bar(places, heights, wide, color=colors[name], label=label)
+        left.bar_label(bars, fmt="%.0f", fontsize=8)
+    left.set_xticks(range(len(contexts)), [f"{int(n):,}" for n in contexts])
+    left.set(xlabel="tokens of context", ylabel="ms per token", title="Decoding")
+    left.legend(fontsize=8)
+    shown = [name for name in names if name in data["prefill_ms"]]
+    bars = right.bar(
+        range(len(shown)), [statistics.median(data["prefill_ms"][n]) for n in shown], color=[colors[n] for n in shown]
+    )
+    right.bar_label(bars, fmt="%.0f", fontsize=8)
+    right.set_xticks([])
+    right.set(ylabel="ms", title=f"{data['model']['prefill']:,} tokens of prompt, to the next token")
+    millions = data["model"]["parameters"] / 1e6
+    title = f"Llama shape, {millions:.0f} M parameters, float32, one sequence, {data['device']['cpu']}"
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, help="write the times as JSON, and draw the figure")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="JSON", help="only draw the figure of this file")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, metavar="NAME", help=f"of: {', '.join(CONTESTANTS)}")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant at each context (default 9)")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens decoded per turn (default 32)")
+    parser.add_argument("--threads", type=int, default=2, help="cores to use (default 2)")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: shows that the script runs")
+    arguments = parser.parse_args(argv)
+    if arguments.plot:
+        plot(json.loads(arguments.plot.read_text()), figure_path(arguments.plot))
+        return 0
+    shape, rounds, tokens = (TINY, 2, 8) if arguments.quick else (Shape(), arguments.rounds, arguments.tokens)
+    if max(shape.contexts) + 1 + tokens > shape.capacity:
+        parser.error(f"--tokens {tokens} do not fit behind {max(shape.contexts)} in a capacity of {shape.capacity}")
+    threads = arguments.threads
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) < threads:
+            parser.error(f"--threads {threads}, but this process may use {len(cores)} cores")
+        os.sched_setaffinity(0, cores[:threads])
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    data = measure(shape, arguments.only or list(CONTESTANTS), rounds=rounds, tokens=tokens, threads=threads)
+    print(table(data))
+    if data["device"]["load_before"] > 0.5:
+        print(f"the machine was busy (load {data['device']['load_before']:.1f}): don't trust the times")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(data, indent=1) + "\n")
+        try:
+            plot(data, figure_path(arguments.out))
+        except ModuleNotFoundError:
+            print("no figure: matplotlib is not installed; pip install matplotlib")
+    return 1 if any(why.startswith("failed") for why in data["left_out"].values()) else 0
+
+
+def figure_path(data_path: pathlib.Path) -> pathlib.Path:
+    """docs/data/model.json is drawn in docs/figures/model.png, x/model.json in x/model.png."""
+    folder = data_path.parent.parent / "figures" if data_path.parent.name == "data" else data_path.parent
+    return folder / f"{data_path.stem}.png"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
