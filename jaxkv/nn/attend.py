@@ -135,7 +135,7 @@ def self_attend(
     rows = jnp.arange(batch, dtype=jnp.int32)
     step = Step(positions, rows, jnp.ones((batch,), bool), spans, (group,), whole=True)
     if implementation == "auto":
-        implementation = "reference"
+        implementation = "blockwise"
     plan = _Plan.choose(spec, batch, length, q.shape[2] // num_kv_heads, length, softcap)
     return _attend(q, fresh, step, plan, scale, sink_logits, implementation)
 
@@ -170,14 +170,21 @@ class _Plan:
     @classmethod
     def choose(cls, spec: LayerSpec, batch: int, length: int, groups: int, num_slots: int, softcap: Any) -> _Plan:
         """Returns the sizes that were fastest on a CPU of two cores (benchmarks/decode.py)."""
-        tile = min(length, 256)
-        vector = 4 * batch * spec.num_kv_heads * spec.head_dim  # bytes of one slot of all rows, as float32
-        block = 2 ** int(math.log2(max(2**21 // vector, 1)))  # one block of keys fills the fast cache
-        block = min(max(block, 64), 256 if tile > 16 else 1024, num_slots)
+        heads = batch * spec.num_kv_heads
+        if length <= 16:  # decoding: one block of keys fills the fast cache
+            tile, block = length, _power(2**19 // (heads * spec.head_dim), 64, 1024)
+        else:  # the scores of one tile against one block do
+            tile = block = _power(math.isqrt(2**19 // (heads * groups)), 64, 256)
+        tile, block = min(tile, length), min(block, num_slots)
         tails: tuple[int, ...] = ()
-        if batch == 1 and tile <= 16 and block > 64:
+        if batch == 1 and length <= 16 and block > 64:
             tails = (*(64 * 2**i for i in range(8) if 64 * 2**i < block), block)
         return cls(spec.reach, None if softcap is None else float(softcap), tile, block, tails)
+
+
+def _power(x: int, least: int, most: int) -> int:
+    """Returns the largest power of two that is at most x, between two others."""
+    return min(max(2 ** (max(x, 1).bit_length() - 1), least), most)
 
 
 def _check(
