@@ -1,0 +1,293 @@
+"""The oracle: what a cache has to answer, from nothing but dictionaries of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxkv.cache.spec import Chunk
+
+EMPTY = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class OracleStep:
+    """What one call of `Oracle.begin` did.
+
+    Attributes:
+      positions: int array [B, T], EMPTY for padding and for sequences that did not fit.
+      ok: bool array [B], False where the sequence of the batch row did not fit in this call.
+      sees: sees[b][t][reach] maps each position that query (b, t) sees to its token; None for padding.
+    """
+
+    positions: np.ndarray
+    ok: np.ndarray
+    sees: list[list[dict[Any, dict[int, int]] | None]]
+
+
+class Oracle:
+    """A cache of tokens that is too simple to be wrong, to compare a `jaxkv.Cache` with.
+
+    It holds, for each row, the tokens it was given by position (`history`) and, for each row and reach, those of them
+    that a buffer as long as the design's ring rule still holds (`kept`). It is NumPy only, mutable, slow, and shares no
+    code with the cache: visibility, ring sizes and slots are worked out here once more.
+
+    Args:
+      reaches: the reaches of the layers; repeated ones count once.
+      num_rows: how many sequences.
+      capacity: tokens that a sequence can hold.
+      max_block: longest block of one call.
+      slack: how far behind the highest position written a rewind may go.
+
+    >>> from jaxkv.cache.spec import Window
+    >>> oracle = Oracle([Window(2)], num_rows=1, capacity=8, max_block=2)
+    >>> step = oracle.begin([[0, 1]], tokens=[[7, 8]])
+    >>> step = oracle.begin([[2, EMPTY]], tokens=[[9, 0]])
+    >>> step.sees[0][0][Window(2)]
+    {1: 8, 2: 9}
+    >>> oracle.resume_point(0, 2)
+    2
+    """
+
+    def __init__(self, reaches: Iterable[Any], *, num_rows: int, capacity: int, max_block: int, slack: int = 0):
+        self.reaches = tuple(dict.fromkeys(reaches))
+        self.num_rows, self.capacity = num_rows, capacity
+        self.ring = {}  # how many slots besides the sinks
+        for reach in self.reaches:
+            ring = capacity - reach.sinks
+            if _size(reach) is not None:
+                ring = min(ring, _size(reach) - 1 + max(min(max_block, capacity), slack))
+            self.ring[reach] = ring
+        self.history: list[dict[int, int]] = [{} for _ in range(num_rows)]
+        self.kept: list[dict[Any, dict[int, int]]] = [self._nothing() for _ in range(num_rows)]
+        self.lengths = [0] * num_rows
+        self.ok = [True] * num_rows
+        self.gaps = [False] * num_rows  # positions were skipped: the cache may then answer lower than it must
+
+    # ---------------------------------------------------------------- questions
+
+    def slot(self, reach: Any, position: int) -> int:
+        """Where a position lies in the buffers of a reach."""
+        return position if position < reach.sinks else reach.sinks + (position - reach.sinks) % self.ring[reach]
+
+    def fits(self, row: int, positions: Sequence[int]) -> bool:
+        """Whether `row` can take tokens at these positions in one call."""
+        if not self.ok[row] or max(positions) >= self.capacity or len(set(positions)) < len(positions):
+            return False
+        lowest, top = min(positions), max(max(positions), self.lengths[row] - 1)
+        if self._resumes(row, lowest) is False:
+            return False
+        return all(
+            top - _first(reach, lowest) < self.ring[reach]
+            for reach in self.reaches
+            if reach.sinks + self.ring[reach] < self.capacity
+        )
+
+    def resume_point(self, row: int, position: int) -> int:
+        """The largest p <= position from which `row` can go on, finding all that its queries may see."""
+        position = max(0, min(position, self.lengths[row]))
+        while not self._resumes(row, position):
+            position -= 1
+        return position
+
+    def can_resume(self, row: int, position: int) -> bool:
+        """Whether `resume_point(row, position)` is `position`."""
+        return self.resume_point(row, position) == position
+
+    def _resumes(self, row: int, position: int) -> bool:
+        return all(
+            past in self.kept[row][reach]
+            for reach in self.reaches
+            for past in self.history[row]
+            if past < position and _reaches(reach, position, past)
+        )
+
+    # ---------------------------------------------------------------- operations
+
+    def begin(
+        self,
+        positions: Any,
+        rows: Any = None,
+        spans: Any = None,
+        *,
+        tokens: Any,
+        refused: Iterable[int] = (),
+    ) -> OracleStep:
+        """Takes the tokens of one call.
+
+        Args:
+          positions: int [B, T], negative for padding.
+          rows: int [B], which sequence each batch row continues; None for row b on batch row b.
+          spans: int [B, T], tokens of one call with the same id other than 0 see each other both ways.
+          tokens: int [B, T], what lies at the positions.
+          refused: rows that the cache did not serve although they fit here. Only rows with gaps may be.
+
+        Returns:
+          An `OracleStep`.
+
+        Raises:
+          ValueError: if a refused row has no gaps.
+        """
+        positions, tokens = np.asarray(positions), np.asarray(tokens)
+        spans = np.zeros_like(positions) if spans is None else np.asarray(spans)
+        rows = np.arange(len(positions)) if rows is None else np.asarray(rows)
+        wanted: dict[int, list[tuple[int, int, int]]] = {}  # row: (position, token, span) of the whole call
+        for b, row in enumerate(rows):
+            for p, token, span in zip(positions[b], tokens[b], spans[b], strict=True):
+                if p >= 0 and 0 <= row < self.num_rows:
+                    wanted.setdefault(int(row), []).append((int(p), int(token), int(span)))
+        served = {}
+        for row, new in wanted.items():
+            fits = self.fits(row, [p for p, _, _ in new])
+            if fits and row in refused and not self.gaps[row]:
+                raise ValueError(f"row {row} fits and has no gaps, so the cache must not refuse it")
+            if fits and row not in refused:
+                served[row] = {p: span for p, _, span in new}
+                self._write(row, {p: token for p, token, _ in new})
+            else:
+                self.ok[row] = False
+        fitted = np.array([int(row) in served for row in rows])
+        new_positions = np.where(fitted[:, None] & (positions >= 0), positions, EMPTY)
+        sees: list[list[dict[Any, dict[int, int]] | None]] = []
+        for b, row in enumerate(rows):
+            sees.append([])
+            for t, q in enumerate(new_positions[b]):
+                if q == EMPTY:
+                    sees[b].append(None)
+                    continue
+                call, span = served[int(row)], int(spans[b, t])
+                sees[b].append(
+                    {
+                        reach: {
+                            p: token
+                            for p, token in sorted(self.kept[row][reach].items())
+                            if (p <= q or (span != 0 and call.get(p) == span)) and _reaches(reach, int(q), p)
+                        }
+                        for reach in self.reaches
+                    }
+                )
+        return OracleStep(new_positions, np.array([row in served or row not in wanted for row in rows]), sees)
+
+    def _write(self, row: int, new: Mapping[int, int]) -> None:
+        length = max(self.lengths[row], max(new) + 1)
+        if set(new) | set(range(self.lengths[row])) != set(range(length)):
+            self.gaps[row] = True
+        self.history[row].update(new)
+        self.lengths[row] = length
+        for reach, held in self.kept[row].items():
+            overwritten = {self.slot(reach, p) for p in new}
+            kept = {p: token for p, token in held.items() if self.slot(reach, p) not in overwritten}
+            self.kept[row][reach] = kept | dict(new)
+
+    def remove(self, row: int, begin: int, end: int | None = None) -> None:
+        """Forgets positions [begin, end); with an end, the later tokens move down."""
+        if not 0 <= row < self.num_rows:
+            return
+        if end is None:
+            if begin < self.lengths[row]:
+                self._truncate(row, self.resume_point(row, begin))
+            return
+        end = min(end, self.lengths[row])
+        begin = max(0, min(begin, end))
+
+        def moved(held: Mapping[int, int]) -> dict[int, int]:
+            return {p if p < begin else p - (end - begin): t for p, t in sorted(held.items()) if not begin <= p < end}
+
+        self.history[row] = moved(self.history[row])
+        for reach, held in self.kept[row].items():
+            by_slot = {self.slot(reach, p): (p, token) for p, token in moved(held).items()}  # the newest stays
+            self.kept[row][reach] = dict(by_slot.values())
+        self.lengths[row] -= end - begin
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Truncates every row; one asked for its own length or more is not touched."""
+        for row, length in enumerate(lengths):
+            self.remove(row, length)
+
+    def copy_prefix(self, src: int, dst: int, length: int) -> None:
+        """Makes `dst` the first `length` positions of `src`; an unknown src holds nothing."""
+        if not 0 <= dst < self.num_rows:
+            return
+        if src == dst:
+            self.remove(src, length)
+        elif not 0 <= src < self.num_rows:
+            self._truncate(dst, 0)
+        else:
+            keep = self.resume_point(src, length)
+            self._set(dst, self._get(src))
+            self._truncate(dst, keep)
+        self.ok[dst] = True
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Makes row r what row rows[r] is; an unknown one is empty."""
+        states = [self._get(row) if 0 <= row < self.num_rows else ({}, self._nothing(), 0, True, False) for row in rows]
+        self.num_rows = len(rows)
+        self.history, self.kept = [{} for _ in rows], [self._nothing() for _ in rows]
+        self.lengths, self.ok, self.gaps = [0] * len(rows), [True] * len(rows), [False] * len(rows)
+        for row, state in enumerate(states):
+            self._set(row, state)
+
+    def reset(self, mask: Sequence[bool]) -> None:
+        """Forgets whole sequences."""
+        for row in np.flatnonzero(mask):
+            self._truncate(row, 0)
+            self.ok[row] = True
+
+    def retry(self, mask: Sequence[bool]) -> None:
+        """Lets sequences that did not fit try again."""
+        for row in np.flatnonzero(mask):
+            self.ok[row] = True
+
+    def settle(self, row: int, length: int) -> None:
+        """Follows a cache that landed on a lower length than it must; only rows with gaps may.
+
+        Raises:
+          ValueError: if the length is higher than it may be, or lower than it must be.
+        """
+        lower = self.gaps[row] and length <= self.lengths[row] and self._resumes(row, length)
+        if length != self.lengths[row] and not lower:
+            raise ValueError(f"row {row} must have length {self.lengths[row]}, not {length}")
+        self._truncate(row, length)
+
+    def _truncate(self, row: int, length: int) -> None:
+        def below(held: Mapping[int, int]) -> dict[int, int]:
+            return {p: token for p, token in held.items() if p < length}
+
+        self.history[row] = below(self.history[row])
+        self.kept[row] = {reach: below(held) for reach, held in self.kept[row].items()}
+        self.lengths[row] = length
+        self.gaps[row] &= length > 0
+
+    def _nothing(self) -> dict[Any, dict[int, int]]:
+        return {reach: {} for reach in self.reaches}
+
+    def _get(self, row: int) -> tuple[Any, ...]:
+        kept = {reach: dict(held) for reach, held in self.kept[row].items()}
+        return dict(self.history[row]), kept, self.lengths[row], self.ok[row], self.gaps[row]
+
+    def _set(self, row: int, state: tuple[Any, ...]) -> None:
+        history, kept, self.lengths[row], self.ok[row], self.gaps[row] = state
+        self.history[row], self.kept[row] = dict(history), {reach: dict(held) for reach, held in kept.items()}
+
+
+def _size(reach: Any) -> int | None:
+    return getattr(reach, "size", None)
+
+
+def _first(reach: Any, position: int) -> int:
+    """The lowest position, sinks apart, that a query at `position` may see."""
+    size = _size(reach)
+    if size is None:
+        return 0
+    return position // size * size if isinstance(reach, Chunk) else max(0, position - size + 1)
+
+
+def _reaches(reach: Any, q: int, p: int) -> bool:
+    """Whether the reach lets a query at position q see position p, whichever came first."""
+    size = _size(reach)
+    if size is None:
+        return True
+    return p // size == q // size if isinstance(reach, Chunk) else p > q - size or p < reach.sinks

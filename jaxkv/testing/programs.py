@@ -1,0 +1,526 @@
+"""Random programs of cache operations, run on a `jaxkv.Cache` and on the `Oracle`, compared after every operation.
+
+A program is a list of operations, plain frozen dataclasses whose `repr` can be pasted back into Python. Operations are
+drawn one by one, since what is interesting next depends on how long the sequences are; shapes are never drawn, so that
+every operation compiles once per kind of cache.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.cache.cache import Cache
+from jaxkv.nn.attend import attend
+from jaxkv.testing.oracle import EMPTY, Oracle
+
+Choose = Callable[[int, int], int]  # (least, most) -> a whole number between them, both included
+
+# ---------------------------------------------------------------- operations
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """One forward pass: begin, and in every layer put, get and attend."""
+
+    positions: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...] | None = None
+    spans: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Remove:
+    """`cache.remove(row, begin, end)`."""
+
+    row: int
+    begin: int
+    end: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewind:
+    """`cache.rewind(lengths)`."""
+
+    lengths: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyPrefix:
+    """`cache.copy_prefix(src, dst, length)`."""
+
+    src: int
+    dst: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Take:
+    """`cache.take(rows)`."""
+
+    rows: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reset:
+    """`cache.reset(mask)`."""
+
+    mask: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Retry:
+    """`cache.retry(mask)`."""
+
+    mask: tuple[bool, ...]
+
+
+Operation = Begin | Remove | Rewind | CopyPrefix | Take | Reset | Retry
+
+
+def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: bool = True) -> Operation:
+    """Returns an operation that makes sense, or nearly, for what the oracle holds.
+
+    Mostly tokens in order, a block or a single one per row; also flat batches, blocks of named rows, padding anywhere,
+    gaps, positions again, repeated positions, spans, rows that don't exist, and everything that forgets or moves.
+
+    Args:
+      oracle: tells how long the sequences are.
+      choose: draws whole numbers; `lambda a, b: data.draw(st.integers(a, b))` makes it a Hypothesis strategy.
+      max_block: longest block of one call.
+      shift: whether to remove from the middle, which needs keys that can be turned.
+    """
+    num_rows = oracle.num_rows
+
+    def chance(percent: int) -> bool:
+        return choose(1, 100) > 100 - percent  # the simplest choice, 1, is no
+
+    def near(length: int) -> int:
+        return choose(0, length + 2)
+
+    kind = choose(0, 15)
+    if not all(oracle.ok) and chance(40):  # or most of a program would be spent on sequences that take nothing
+        full = [n >= oracle.capacity - max_block for n in oracle.lengths]
+        if any(full) and chance(50):
+            return Reset(tuple(full))
+        return Retry(tuple(not ok for ok in oracle.ok))
+    if kind < 10:
+        if kind < 4:
+            shape, rows = (num_rows, max_block), None
+        elif kind < 7:
+            shape, rows = (num_rows, 1), None
+        else:  # a flat batch, or blocks of some sequences
+            shape = (num_rows + 2, 1) if kind < 9 else (3, 2)
+            stray = 1 if chance(10) else 0
+            rows = tuple(choose(-stray, num_rows - 1 + stray) for _ in range(shape[0]))
+        return _random_begin(oracle, choose, chance, shape, rows)
+    row = choose(0, num_rows - 1)
+    if kind == 10:
+        lengths = tuple(max(0, n - choose(0, 4)) if chance(70) else 10**6 for n in oracle.lengths)
+        return Rewind(lengths)
+    if kind == 11:
+        return Take(tuple(choose(-1 if chance(10) else 0, num_rows - 1) for _ in range(num_rows)))
+    if kind == 12:
+        return CopyPrefix(row, choose(0, num_rows - 1), near(oracle.lengths[row]))
+    if kind == 13:
+        return Remove(row, near(oracle.lengths[row]), near(oracle.lengths[row]) if shift else None)
+    if kind == 14:
+        return Remove(row, near(oracle.lengths[row]))
+    mask = tuple(chance(30) for _ in range(num_rows))
+    return Retry(mask) if chance(40) else Reset(mask)
+
+
+def _random_begin(oracle: Oracle, choose: Choose, chance: Any, shape: tuple[int, int], rows: Any) -> Begin:
+    batch, length = shape
+    following = list(oracle.lengths)
+    positions = np.full(shape, EMPTY)
+    for b in range(batch):
+        row = b if rows is None else rows[b]
+        if chance(15):
+            continue
+        if not 0 <= row < oracle.num_rows:
+            positions[b] = [choose(-1, 4) for _ in range(length)]
+            continue
+        if chance(8):
+            following[row] = max(0, following[row] + choose(-3, 3))
+        dense = chance(50)
+        for t in range(length):
+            if dense or chance(60):
+                positions[b, t] = following[row]
+                following[row] += 1
+        if length > 1 and chance(5):
+            positions[b] = positions[b, ::-1]
+        if chance(2):
+            positions[b, 0] = positions[b, -1]  # comes twice, unless it is padding
+    spans = None
+    if chance(25):
+        spans = tuple(tuple(choose(0, 2) for _ in range(length)) for _ in range(batch))
+    return Begin(tuple(tuple(int(p) for p in row) for row in positions), rows, spans)
+
+
+# ---------------------------------------------------------------- running
+
+
+def _call(name: str, cache: Cache, *args: Any) -> Any:
+    return getattr(cache, name)(*args)
+
+
+@functools.partial(jax.jit, static_argnames="num_heads")
+def forward(cache: Cache, positions: Any, rows: Any, spans: Any, ks: Any, vs: Any, *, num_heads: int) -> Any:
+    """Returns what one forward pass through all layers gives: the way a model uses a cache, without a model.
+
+    Args:
+      cache: any cache.
+      positions, rows, spans: as `Cache.begin` takes them.
+      ks, vs: for each layer, stacked ones too, keys [B, T, K, H] and values [B, T, K, Hv].
+      num_heads: query heads per kv head; the keys themselves are the queries, head h of them times h + 1.
+
+    Returns:
+      The cache, the step's positions, the step's ok, and per layer (slot positions, k, v, mask, attended).
+    """
+    cache, step = cache.begin(positions, rows, spans)
+    ks, vs, layers, seen = list(ks), list(vs), [], []
+    for layer in cache.layers:
+        stacked = layer.num_stacked is not None
+        for i in range(layer.num_stacked if stacked else 1):
+            k, v = ks.pop(0), vs.pop(0)
+            layer = (layer.at(i) if stacked else layer).put(step, k, v)
+            q = jnp.stack([k.astype(jnp.float32) * (h + 1) for h in range(num_heads)], 3)
+            q = q.reshape(*k.shape[:2], -1, k.shape[3])  # [B, T, K * num_heads, H]
+            seen.append((step.groups[layer.group].kv_positions, *layer.get(step), attend(q, layer, step)))
+        layers.append(layer.at(None) if stacked else layer)
+    return cache.with_layers(layers), step.positions, step.ok, seen
+
+
+# Compiled once per kind of cache, for all machines.
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    name: jax.jit(functools.partial(_call, name))
+    for name in ("remove", "rewind", "copy_prefix", "take", "reset", "retry", "resume_point", "can_resume")
+}
+
+
+@functools.partial(jax.jit, static_argnames="rotary")
+def _shift(rotary: Any, k: Any, delta: Any) -> Any:
+    return rotary.shift(k, delta)
+
+
+class Machine:
+    """A cache and an oracle that are told the same things and must answer the same.
+
+    Attributes:
+      cache: the cache as it is now.
+      oracle: the oracle as it is now.
+      program: the operations so far.
+      counts: how often each kind of operation was run, and how often a sequence did not fit.
+
+    >>> spec = jaxkv.LayerSpec(jaxkv.Window(2), num_kv_heads=1, head_dim=2)
+    >>> machine = Machine(jaxkv.Cache.init([spec], num_rows=1, capacity=8, max_block=4))
+    >>> machine.run(Begin(positions=((0, 1, 2, -1),)))
+    >>> machine.run(Remove(row=0, begin=2))
+    >>> machine.oracle.lengths
+    [2]
+    """
+
+    HEADS = 2  # query heads per kv head
+
+    def __init__(self, cache: Cache):
+        """Starts from an empty cache; it is not donated.
+
+        Args:
+          cache: a cache that holds nothing.
+
+        Raises:
+          ValueError: if it holds something.
+        """
+        if np.asarray(cache.lengths).any():
+            raise ValueError(f"the cache holds sequences of lengths {np.asarray(cache.lengths)}; give an empty one")
+        self.cache = cache
+        self.layers: list[Any] = []  # the spec of each layer, stacked ones too, in the order of the forward pass
+        for layer in cache.layers:
+            self.layers += [layer.spec] * (layer.num_stacked or 1)
+        self.oracle = Oracle(
+            [spec.reach for spec in self.layers],
+            num_rows=cache.num_rows,
+            capacity=cache.capacity,
+            max_block=cache.max_block,
+            slack=cache.slack,
+        )
+        self.program: list[Operation] = []
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._written: list[tuple[int, list[np.ndarray], list[np.ndarray]]] = []  # token: position, k and v by layer
+        self._turns = 0
+
+    @property
+    def can_shift(self) -> bool:
+        """Whether keys of every layer can be turned, so that tokens can be removed from the middle."""
+        return all(spec.rotary is not None for spec in self.layers)
+
+    def run(self, operation: Operation) -> None:
+        """Runs one operation on both and compares everything that can be seen.
+
+        Raises:
+          AssertionError: if they differ; the message has a picture and the program so far.
+        """
+        self.program.append(operation)
+        self.counts[type(operation).__name__] += 1
+        match operation:
+            case Begin():
+                self._begin(operation)
+            case Remove(row, begin, end):
+                self._change("remove", row, begin, *([] if end is None else [end]))
+                self.oracle.remove(row, begin, end)
+                self._turns += end is not None
+                self._settle([row] if end is None else [])
+            case Rewind(lengths):
+                self._change("rewind", lengths)
+                self.oracle.rewind(lengths)
+                self._settle(range(self.oracle.num_rows))
+            case CopyPrefix(src, dst, length):
+                self._change("copy_prefix", src, dst, length)
+                self.oracle.copy_prefix(src, dst, length)
+                self._settle([dst])
+            case Take(rows):
+                self._change("take", rows)
+                self.oracle.take(rows)
+            case Reset(mask):
+                self._change("reset", mask)
+                self.oracle.reset(mask)
+            case Retry(mask):
+                self._change("retry", mask)
+                self.oracle.retry(mask)
+        self._same("lengths", np.asarray(self.cache.lengths), np.array(self.oracle.lengths))
+        self._same("ok", np.asarray(self.cache.ok), np.array(self.oracle.ok))
+
+    def compare_resume_points(self, row: int, position: int) -> None:
+        """Compares `resume_point` and `can_resume`; on a row with gaps the cache may answer lower, never higher.
+
+        Raises:
+          AssertionError: if they differ.
+        """
+        args = self.cache, np.int32(row), np.int32(position)
+        got, can = OPERATIONS["resume_point"](*args), OPERATIONS["can_resume"](*args)
+        want = self.oracle.resume_point(row, position)
+        lower = self.oracle.gaps[row] and got <= want and self.oracle.can_resume(row, int(got))
+        if got != want and not lower:
+            self._fail(f"resume_point({row}, {position}) is {got}, expected {want}")
+        if bool(can) != (int(got) == position):
+            self._fail(f"can_resume({row}, {position}) is {can}, but resume_point({row}, {position}) is {got}")
+
+    def _change(self, name: str, *args: Any) -> None:
+        arrays = [np.asarray(x, bool if name in ("reset", "retry") else np.int32) for x in args]
+        self.cache = OPERATIONS[name](self.cache, *arrays)
+
+    # ------------------------------------------------------------ forward passes
+
+    def _begin(self, operation: Begin) -> None:
+        positions = np.array(operation.positions, np.int32)
+        rows = None if operation.rows is None else np.array(operation.rows, np.int32)
+        # One compiled form with and without spans: all 0 is causal.
+        spans = np.zeros_like(positions) if operation.spans is None else np.array(operation.spans, np.int32)
+        tokens, ks, vs = self._new_tokens(positions)
+        cache, got_positions, ok, seen = forward(self.cache, positions, rows, spans, ks, vs, num_heads=self.HEADS)
+        ok, rows = np.asarray(ok), np.arange(len(positions)) if rows is None else rows
+        wanted = [row for b, row in enumerate(rows) if (positions[b] >= 0).any()]
+        refused = {int(row) for b, row in enumerate(rows) if not ok[b] and row in wanted}
+        try:
+            want = self.oracle.begin(positions, operation.rows, operation.spans, tokens=tokens, refused=refused)
+        except ValueError as error:
+            self._fail(f"step.ok is {ok}: {error}")
+        self.counts["did not fit"] += len(refused)
+        for b, row in enumerate(rows):
+            if ok[b] != want.ok[b]:
+                self._fail(f"step.ok of batch row {b} (row {row}) is {ok[b]}, expected {want.ok[b]}")
+        self._same("step.positions", np.asarray(got_positions), want.positions)
+        self.cache = cache
+        for i, (spec, arrays) in enumerate(zip(self.layers, seen, strict=True)):
+            self._compare_layer(i, spec, [np.asarray(x) for x in arrays], want, ks[i])
+
+    def _new_tokens(self, positions: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+        """Draws keys and values of every layer; token n is the n-th ever written, padding included."""
+        first = len(self._written)
+        random = np.random.default_rng(first)
+        ks: list[np.ndarray] = []
+        vs: list[np.ndarray] = []
+        for spec in self.layers:
+            for out, size, storage in ((ks, spec.head_dim, spec.k_storage), (vs, spec.value_dim, spec.v_storage)):
+                x = random.normal(size=(*positions.shape, spec.num_kv_heads, size))
+                whole = jnp.issubdtype(storage.dtype, jnp.integer)
+                out.append(np.round(4 * x).astype(storage.dtype) if whole else x.astype(np.float32))
+        tokens = first + np.arange(positions.size).reshape(positions.shape)
+        for b, t in np.ndindex(positions.shape):
+            self._written.append((int(positions[b, t]), [k[b, t] for k in ks], [v[b, t] for v in vs]))
+        return tokens, ks, vs
+
+    def _compare_layer(self, i: int, spec: Any, arrays: list[np.ndarray], want: Any, queries: np.ndarray) -> None:
+        slots, k, v, mask, out = arrays
+        name = f"layer {i} {spec.reach}"
+        batch, length = want.positions.shape
+        expected = np.zeros((batch, length, self.oracle.capacity), int)
+        seen = np.zeros_like(expected)
+        tokens = np.full((batch, slots.shape[1]), -1)  # which token each visible slot must hold
+        for b, t in np.ndindex(batch, length):
+            sees = want.sees[b][t]
+            if sees is not None:
+                expected[b, t, list(sees[spec.reach])] = 1
+            visible = np.flatnonzero(mask[b, 0, t])
+            if (slots[b, visible] < 0).any():
+                self._fail(
+                    f"layer {i} {spec.reach}: query [{b}, {t}] sees empty slots {visible[slots[b, visible] < 0]}"
+                )
+            np.add.at(seen, (b, t, slots[b, visible]), 1)
+            if sees is not None and (seen[b, t] == expected[b, t]).all():
+                tokens[b, visible] = [sees[spec.reach][p] for p in slots[b, visible]]
+        if (expected != seen).any():
+            b = int(np.argwhere(expected != seen)[0][0])
+            self._fail(
+                f"{name}, batch row {b}: what its queries see, over positions 0..{seen.shape[2] - 1}",
+                picture(want.positions[b], expected[b], seen[b]),
+            )
+        used = tokens >= 0
+        want_k, want_v = self._expected(i, spec, slots[used], tokens[used])
+        eps_k, eps_v = (_rounding(storage.dtype) for storage in (spec.k_storage, spec.v_storage))
+        self._close(f"layer {i} {spec.reach}: v", v[used].astype(np.float64), want_v, 8 * eps_v, slots, used)
+        self._close(
+            f"layer {i} {spec.reach}: k", k[used].astype(np.float64), want_k, 8 * eps_k * (1 + self._turns), slots, used
+        )
+        k, v = (np.where(used[:, :, None, None], x, 0).astype(np.float64) for x in (k, v))
+        attended = _attention(queries.astype(np.float64), k, v, mask, self.HEADS)
+        wrong = ~np.isclose(out, attended, rtol=1e-4, atol=1e-4)  # padding too: it must give zeros
+        if wrong.any():
+            b, t, *_ = np.argwhere(wrong)[0]
+            self._fail(
+                f"{name}: attend gives query [{b}, {t}] at position {want.positions[b, t]} "
+                f"{out[b, t].ravel()}, expected {attended[b, t].ravel()}"
+            )
+
+    def _expected(self, i: int, spec: Any, at: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns keys and values that tokens must have by now at these positions: as written, then turned."""
+        ks = np.array([self._written[n][1][i] for n in tokens]).reshape(-1, spec.num_kv_heads, spec.head_dim)
+        vs = np.array([self._written[n][2][i] for n in tokens]).reshape(-1, spec.num_kv_heads, spec.value_dim)
+        moved = at - np.array([self._written[n][0] for n in tokens], int)
+        if moved.any():  # padded to one length, so that it compiles once
+            most = 8 * self.oracle.num_rows * self.oracle.capacity
+            pad = lambda x: np.concatenate([x, np.zeros((most - len(x), *x.shape[1:]), x.dtype)])  # noqa: E731
+            turned = _shift(spec.rotary, pad(ks), pad(moved.astype(np.int32))[:, None, None])
+            ks = np.where(moved[:, None, None] != 0, np.asarray(turned)[: len(ks)], ks)
+        return ks.astype(np.float64), vs.astype(np.float64)
+
+    # ------------------------------------------------------------ comparing
+
+    def _settle(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            if 0 <= row < self.oracle.num_rows:
+                try:
+                    self.oracle.settle(row, int(self.cache.lengths[row]))
+                except ValueError as error:
+                    self._fail(str(error))
+
+    def _same(self, name: str, got: np.ndarray, want: np.ndarray) -> None:
+        if got.shape != want.shape or (got != want).any():
+            self._fail(f"{name} is\n{got}\nexpected\n{want}")
+
+    def _close(self, name: str, got: Any, want: Any, tolerance: float, slots: np.ndarray, used: np.ndarray) -> None:
+        wrong = ~(np.abs(got - want) <= tolerance * (1 + np.abs(want)))
+        if wrong.any():
+            first = int(np.argwhere(wrong)[0][0])
+            b, s = np.argwhere(used)[first]
+            self._fail(
+                f"{name} of batch row {b}, position {slots[b, s]} (slot {s}) is {got[first].ravel()}, "
+                f"expected {want[first].ravel()}"
+            )
+
+    def _fail(self, what: str, *more: str) -> Any:
+        lines = [f"after operation {len(self.program) - 1} cache and oracle differ: {what}", *more, "program = ["]
+        lines += [f"    {operation!r}," for operation in self.program]
+        raise AssertionError("\n".join([*lines, "]", f"cache: {_one_line(self.cache)}"]))
+
+
+def run_program(
+    cache: Cache, source: int | Iterable[Operation] | Choose, *, num_operations: int = 40
+) -> collections.Counter[str]:
+    """Runs a random or a given program on a cache and on the oracle, and compares them after every operation.
+
+    Operations are compiled once per kind of cache and stay compiled, so many short programs cost little.
+
+    Args:
+      cache: an empty cache; any specs, layout and sizes. It is not donated.
+      source: the seed of a random program; or the operations themselves, to run a reported program again; or a
+        function that draws a whole number between two others, such as
+        `lambda least, most: data.draw(st.integers(least, most))` with Hypothesis.
+      num_operations: how many operations to draw.
+
+    Returns:
+      How often each kind of operation was run.
+
+    Raises:
+      AssertionError: at the first difference, with a picture of what is seen and what should be, the program up to
+        there, and the seed.
+
+    >>> spec = jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=2)
+    >>> cache = jaxkv.Cache.init([spec], num_rows=1, capacity=8, max_block=4)
+    >>> run_program(cache, [Begin(((0, 1, 2, -1),)), Rewind((1,))])["Begin"]
+    1
+    """
+    machine = Machine(cache)
+    if isinstance(source, Iterable):
+        for operation in source:
+            machine.run(operation)
+        return machine.counts
+    choose: Choose
+    if callable(source):
+        choose = source
+    else:
+        random = np.random.default_rng(source)
+        choose = lambda least, most: int(random.integers(least, most + 1))  # noqa: E731
+    try:
+        for _ in range(num_operations):
+            block = machine.cache.max_block
+            machine.run(random_operation(machine.oracle, choose, max_block=block, shift=machine.can_shift))
+            row = choose(0, machine.oracle.num_rows - 1)
+            machine.compare_resume_points(row, choose(0, machine.oracle.lengths[row] + 1))
+    except AssertionError as error:
+        raise AssertionError(f"{error}\nsource: {source!r}") from None
+    return machine.counts
+
+
+def picture(positions: np.ndarray, expected: np.ndarray, seen: np.ndarray) -> str:
+    """Returns two masks [T, S] side by side as 0 and 1, a line per query that is not padding."""
+    width = max(expected.shape[1], len("expected"))
+    lines = [f"  {'':7}{'expected':{width}}  seen"]
+    for p, *masks in zip(positions, expected, seen, strict=True):
+        left, right = ("".join(str(int(x)) for x in mask) for mask in masks)
+        if p != EMPTY or right.strip("0"):
+            lines.append(f"  q={p:<4} {left:{width}}  {right}" + ("" if left == right else "  <-"))
+    return "\n".join(lines)
+
+
+def _attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, num_heads: int) -> np.ndarray:
+    """Softmax attention in float64; q [B, T, K, H] is what `forward` makes its queries of. Returns [B, T, N, Hv]."""
+    batch, length, heads, size = q.shape
+    q = np.stack([q * (h + 1) for h in range(num_heads)], 3)
+    scores = np.einsum("btkgh,bskh->btkgs", q, k) / np.sqrt(size)
+    scores = np.where(mask[:, 0, :, None, None, :], scores, -np.inf)
+    top = scores.max(-1, keepdims=True)
+    p = np.exp(scores - np.where(np.isfinite(top), top, 0))
+    p /= np.maximum(p.sum(-1, keepdims=True), 1e-300)
+    return np.einsum("btkgs,bskh->btkgh", p, v).reshape(batch, length, heads * num_heads, -1)
+
+
+def _rounding(dtype: Any) -> float:
+    return 0.0 if jnp.issubdtype(dtype, jnp.integer) else float(jnp.finfo(dtype).eps)
+
+
+def _one_line(cache: Cache) -> str:
+    specs = ", ".join(
+        repr(layer.spec) + (f" x {layer.num_stacked}" if layer.num_stacked else "") for layer in cache.layers
+    )
+    return (
+        f"[{specs}], num_rows={cache.num_rows}, capacity={cache.capacity}, max_block={cache.max_block}, "
+        f"slack={cache.slack}, layout={cache.layout!r}"
+    )
