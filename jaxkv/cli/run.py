@@ -58,7 +58,7 @@ def load_model() -> Model:
 
 def keep_compiled_programs() -> None:
     """Lets JAX keep what it compiles, so that the next start finds it."""
-    folder = os.environ.get("JAXKV_CACHE_DIR") or jax.config.jax_compilation_cache_dir
+    folder = os.environ.get("JAXKV_CACHE_DIR") or jax.config.values["jax_compilation_cache_dir"]
     if not folder:
         folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxkv")
     try:
@@ -74,17 +74,18 @@ def keep_compiled_programs() -> None:
 def make_sampler(args: argparse.Namespace) -> Any:
     if args.greedy and (given := set(sampling_options(args)) - {"--repetition-penalty"}):
         raise UsageError(f"--greedy takes the most probable token; leave out {' and '.join(sorted(given))}")
+    temperature = 0 if args.greedy else TEMPERATURE if args.temperature is None else args.temperature
     try:
-        parts = [] if args.repetition_penalty is None else [sampling.RepetitionPenalty(args.repetition_penalty)]
-        if args.greedy:
-            parts.append(sampling.Greedy())
-        else:
-            parts.append(sampling.Temperature(TEMPERATURE if args.temperature is None else args.temperature))
-        limits = ((sampling.TopK, args.top_k), (sampling.TopP, args.top_p), (sampling.MinP, args.min_p))
-        parts += [kind(value) for kind, value in limits if value is not None]
+        parts: tuple[tuple[Callable[[Any], Any], Any], ...] = (
+            (sampling.RepetitionPenalty, args.repetition_penalty),
+            (sampling.Temperature, temperature),
+            (sampling.TopK, args.top_k),
+            (sampling.TopP, args.top_p),
+            (sampling.MinP, args.min_p),
+        )
+        return sampling.Chain(tuple(kind(value) for kind, value in parts if value is not None))
     except ValueError as error:
         raise UsageError(error) from error
-    return sampling.Chain(tuple(parts))
 
 
 def sampling_options(args: argparse.Namespace) -> list[str]:
@@ -143,10 +144,10 @@ class Run:
 
     @contextlib.contextmanager
     def _watching_jax(self) -> Iterator[None]:
-        def listen(event: str, seconds: float, **_: Any) -> None:
+        def listen(event: str, duration_secs: float, **_: Any) -> None:
             if event.endswith(_PREPARING):
                 now = time.perf_counter()
-                self._preparing.append((now - seconds, now))
+                self._preparing.append((now - duration_secs, now))
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:

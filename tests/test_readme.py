@@ -1,0 +1,69 @@
+"""What README.md and docs/ show is true: their code runs, their commands exist, their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jaxkv.cli.options import parser
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """Returns (line it begins at, text) of each fenced block."""
+    text = page.read_text()
+    found = re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, block.start(1)), block.group(1)) for block in found]
+
+
+def commands(page: Path) -> list[str]:
+    """Returns the shell commands shown, in blocks and in the running text."""
+    lines = [line for _, block in blocks(page, "sh") for line in block.splitlines()]
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return lines + re.findall(r"`([^`\n]+)`", prose)
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "docs/cache.md", "docs/attention.md", "docs/generate.md"]
+)
+def test_a_page_about_the_library_shows_code(page):
+    assert blocks(ROOT / page, "python")
+
+
+@each_page
+def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": page.stem}
+    for line, code in blocks(page, "python"):
+        exec(compile("\n" * line + code, str(page), "exec"), names)
+
+
+@each_page
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    shown = {target for command in commands(page) for target in re.findall(r"^make ([a-z][a-z-]*)", command)}
+    assert shown <= targets
+
+
+@each_page
+def test_commands_can_be_parsed(page):
+    for command in commands(page):
+        found = re.search(r"(?:^|\s|/)(?:python -m )?jaxkv (?=generate|chat|-)([^|>#]*)", command)
+        words = shlex.split(found.group(1)) if found else ["--help"]
+        if {"--help", "--version"} & set(words):
+            continue
+        parser().parse_args(words)
+
+
+@each_page
+def test_links_within_the_project_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert not missing
