@@ -108,7 +108,7 @@ def test_the_seed_decides(small_model, capsys):
         return out
 
     assert text() == text("--seed", "0") != text("--seed", "1")
-    assert text("--greedy") == text("--greedy", "--seed", "1") == text("--top-k", "1")
+    assert text("--greedy") == text("--greedy", "--seed", "1")
 
 
 def test_every_sampler_option_is_used(small_model, capsys):
@@ -144,10 +144,10 @@ def test_the_prompt_may_come_from_standard_input(small_model, capsys, type_in, w
 
 
 def test_a_full_cache_ends_the_text_and_says_so(small_model, capsys):
-    assert main(["generate", "A list", "-n", "30", "--capacity", "16"]) == 0
+    assert main(["generate", "A list", "-n", "100", "--capacity", "64", "--greedy"]) == 0
     _, err = capsys.readouterr()
     assert "until the cache was full; a larger --capacity holds more" in err
-    assert "wrote 11 " in err  # 5 of the prompt and 11 fill 16; the 12th would follow the 17th
+    assert "read 6 tokens, wrote 59" in err  # the last one is in the text, and not yet in the cache
 
 
 def test_compare_shows_the_same_tokens_with_and_without_a_cache(small_model, capsys):
@@ -198,7 +198,7 @@ def test_chat_forgets_the_oldest_part_when_the_cache_is_full(small_model, capsys
 
 def test_chat_refuses_a_line_that_never_fits_and_goes_on(small_model, capsys, type_in):
     type_in("x" * 60 + "\n/what\nhello\n")
-    assert main(["chat", "-n", "8", "--capacity", "64"]) == 0
+    assert main(["chat", "-n", "8", "--capacity", "64", "--greedy"]) == 0
     _, err = capsys.readouterr()
     assert "error: 60 tokens and up to 8 new ones don't fit a cache that holds 64" in err
     assert "error: /what is not known; there are /reset and /quit" in err
