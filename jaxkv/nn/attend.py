@@ -224,7 +224,7 @@ def _check(
 def _attend(q: Any, layer: Any, step: Step, plan: _Plan, scale: Any, sinks: Any, implementation: str) -> Any:
     batch, length, num_heads, size = q.shape
     heads = layer.spec.num_kv_heads
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = q.dtype if q.dtype.itemsize > 4 else jnp.dtype("float32")
     x = q.astype(dtype) * jnp.asarray(size**-0.5 if scale is None else scale, dtype)
     x = x.reshape(batch, length, heads, num_heads // heads, size).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     if sinks is not None:
