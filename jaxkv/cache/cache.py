@@ -217,9 +217,11 @@ class Cache:
         if whole:
             lowest = jnp.where(real, positions, FAR).min(1)
             highest = jnp.where(real, positions, EMPTY).max(1)
+            count = real.sum(1, dtype=jnp.int32)
         else:
             lowest = jnp.full((num_rows,), FAR, jnp.int32).at[sequence].min(positions, mode="drop")
             highest = jnp.full((num_rows,), EMPTY, jnp.int32).at[sequence].max(positions, mode="drop")
+            count = jnp.zeros((num_rows,), jnp.int32).at[sequence].add(1, mode="drop")
         takes_part = highest >= 0
 
         # Serve: who fits.
@@ -252,7 +254,7 @@ class Cache:
                     slot_is_position=not group.wraps,
                 )
             )
-            lost = group.lost_by_writing(lowest, highest, fit)
+            lost = group.lost_by_writing(lowest, highest, count, fit)
             groups.append(dataclasses.replace(group, positions=written, lost=lost))
         refused = takes_part & ~fit
         cache = dataclasses.replace(self, groups=tuple(groups), lengths=lengths, ok=self.ok & ~refused)

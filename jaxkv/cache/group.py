@@ -68,12 +68,13 @@ class Group:
         found = resume(self.reach, self.lost, lowest) == lowest
         return found & (top - self.reach.first(lowest) < self.ring) if self.wraps else found
 
-    def lost_by_writing(self, lowest: Any, highest: Any, fit: Any) -> Any:
-        """Returns `lost` after positions lowest..highest [R] were written in the rows that fit."""
-        anew = fit & (lowest < self.lost[:, 1])  # what lies above the lowest new position is replaced or forgotten
-        lost = jnp.where(anew[:, None], cut(self.lost, lowest), self.lost)
+    def lost_by_writing(self, lowest: Any, highest: Any, count: Any, fit: Any) -> Any:
+        """Returns `lost` after `count` positions from lowest to highest [R] were written in the rows that fit."""
         if not self.wraps:
-            return lost
+            return self.lost
+        # What is lost from `lowest` on is there again only if all of it was written: not in part, not with gaps.
+        again = fit & (lowest < self.lost[:, 1]) & (self.lost[:, 1] <= highest + 1) & (highest - lowest < count)
+        lost = jnp.where(again[:, None], cut(self.lost, lowest), self.lost)
         gone = jnp.where(fit, highest + 1 - self.ring, 0)  # the ring has overwritten positions below
         wider = jnp.stack([jnp.minimum(lost[:, 0], self.reach.sinks), jnp.maximum(lost[:, 1], gone)], 1)
         return jnp.where((gone > self.reach.sinks)[:, None], wider, lost)

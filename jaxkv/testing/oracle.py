@@ -58,14 +58,14 @@ class Oracle:
         self.ring = {}  # how many slots besides the sinks
         for reach in self.reaches:
             ring = capacity - reach.sinks
-            if _size(reach) is not None:
-                ring = min(ring, _size(reach) - 1 + max(min(max_block, capacity), slack))
+            if (size := _size(reach)) is not None:
+                ring = min(ring, size - 1 + max(min(max_block, capacity), slack))
             self.ring[reach] = ring
         self.history: list[dict[int, int]] = [{} for _ in range(num_rows)]
         self.kept: list[dict[Any, dict[int, int]]] = [self._nothing() for _ in range(num_rows)]
         self.lengths = [0] * num_rows
         self.ok = [True] * num_rows
-        self.gaps = [False] * num_rows  # positions were skipped: the cache may then answer lower than it must
+        self.gaps = [False] * num_rows  # positions were skipped, or lost ones written in part: see `_write`
 
     # ---------------------------------------------------------------- questions
 
@@ -181,6 +181,8 @@ class Oracle:
             overwritten = {self.slot(reach, p) for p in new}
             kept = {p: token for p, token in held.items() if self.slot(reach, p) not in overwritten}
             self.kept[row][reach] = kept | dict(new)
+            # One interval of what is lost can't say this exactly either, so the cache may answer lower than it must.
+            self.gaps[row] |= any(p not in self.kept[row][reach] for p in self.history[row] if p > min(new))
 
     def remove(self, row: int, begin: int, end: int | None = None) -> None:
         """Forgets positions [begin, end); with an end, the later tokens move down."""
@@ -232,13 +234,13 @@ class Oracle:
 
     def reset(self, mask: Sequence[bool]) -> None:
         """Forgets whole sequences."""
-        for row in np.flatnonzero(mask):
+        for row in np.flatnonzero(mask).tolist():
             self._truncate(row, 0)
             self.ok[row] = True
 
     def retry(self, mask: Sequence[bool]) -> None:
         """Lets sequences that did not fit try again."""
-        for row in np.flatnonzero(mask):
+        for row in np.flatnonzero(mask).tolist():
             self.ok[row] = True
 
     def settle(self, row: int, length: int) -> None:

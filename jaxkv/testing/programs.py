@@ -188,7 +188,7 @@ def forward(cache: Cache, positions: Any, rows: Any, spans: Any, ks: Any, vs: An
     ks, vs, layers, seen = list(ks), list(vs), [], []
     for layer in cache.layers:
         stacked = layer.num_stacked is not None
-        for i in range(layer.num_stacked if stacked else 1):
+        for i in range(layer.num_stacked or 1):
             k, v = ks.pop(0), vs.pop(0)
             layer = (layer.at(i) if stacked else layer).put(step, k, v)
             q = jnp.stack([k.astype(jnp.float32) * (h + 1) for h in range(num_heads)], 3)
@@ -325,15 +325,15 @@ class Machine:
         spans = np.zeros_like(positions) if operation.spans is None else np.array(operation.spans, np.int32)
         tokens, ks, vs = self._new_tokens(positions)
         cache, got_positions, ok, seen = forward(self.cache, positions, rows, spans, ks, vs, num_heads=self.HEADS)
-        ok, rows = np.asarray(ok), np.arange(len(positions)) if rows is None else rows
-        wanted = [row for b, row in enumerate(rows) if (positions[b] >= 0).any()]
-        refused = {int(row) for b, row in enumerate(rows) if not ok[b] and row in wanted}
+        ok, names = np.asarray(ok), range(len(positions)) if rows is None else rows.tolist()
+        wanted = [row for b, row in enumerate(names) if (positions[b] >= 0).any()]
+        refused = {row for b, row in enumerate(names) if not ok[b] and row in wanted}
         try:
             want = self.oracle.begin(positions, operation.rows, operation.spans, tokens=tokens, refused=refused)
         except ValueError as error:
             self._fail(f"step.ok is {ok}: {error}")
         self.counts["did not fit"] += len(refused)
-        for b, row in enumerate(rows):
+        for b, row in enumerate(names):
             if ok[b] != want.ok[b]:
                 self._fail(f"step.ok of batch row {b} (row {row}) is {ok[b]}, expected {want.ok[b]}")
         self._same("step.positions", np.asarray(got_positions), want.positions)
