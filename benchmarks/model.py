@@ -292,8 +292,8 @@ class PlainRead:
 
         self.shape, self.device = shape, "the same as jaxkv"
         self.sums = jax.jit(lambda parts: [part.sum() for part in parts])
-        self.block, self.ones, self.jax = 1 << 20, jnp.ones, jax
-        self.parts = {}
+        self.ones, self.jax = jnp.ones, jax
+        self.parts: list[Any] = []
 
     def hold(self, history):
         size = self.shape.read_bytes(len(history) - 1) // 4
@@ -406,6 +406,7 @@ def write_gguf(gguf: Any, path: str, shape: Shape) -> None:
 
 def work(name: str, shape: Shape, threads: int, pipe: Any) -> None:
     """The life of a worker: load, say so, answer calls until the pipe closes."""
+    sys.path.insert(0, str(ROOT))  # a checkout that is not installed
     kind = CONTESTANTS[name]
     try:
         contestant = kind(shape, threads)
@@ -462,7 +463,10 @@ def in_turn(names: list[str], turn: int) -> list[str]:
 def measure(shape: Shape, names: list[str], *, rounds: int, tokens: int, threads: int) -> dict[str, Any]:
     """Runs all contestants and returns what `--out` writes."""
     prompt = np.random.default_rng(SEED + 1).integers(0, shape.vocab_size, shape.capacity, dtype=np.int64)
-    workers, left_out, versions, devices = {}, {}, {}, {}
+    workers: dict[str, Worker] = {}
+    left_out: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    devices: dict[str, str] = {}
     load_before = os.getloadavg()[0]
     for name in names:
         say(f"loading {name}")
@@ -643,7 +647,6 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--threads {threads}, but this process may use {len(cores)} cores")
         os.sched_setaffinity(0, cores[:threads])
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     data = measure(shape, arguments.only or list(CONTESTANTS), rounds=rounds, tokens=tokens, threads=threads)
     print(table(data))
     if data["device"]["load_before"] > 0.5:
