@@ -18,7 +18,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
     """Returns (line it begins at, text) of each fenced block."""
-    text = page.read_text()
+    text = page.read_text("utf-8")
     found = re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [(text.count("\n", 0, block.start(1)), block.group(1)) for block in found]
 
@@ -26,7 +26,7 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 def commands(page: Path) -> list[str]:
     """Returns the shell commands shown, in blocks and in the running text."""
     lines = [line for _, block in blocks(page, "sh") for line in block.splitlines()]
-    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     return lines + re.findall(r"`([^`\n]+)`", prose)
 
 
@@ -47,7 +47,7 @@ def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch):
 
 @each_page
 def test_make_targets_exist(page):
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     shown = {target for command in commands(page) for target in re.findall(r"^make ([a-z][a-z-]*)", command)}
     assert shown <= targets
 
@@ -64,6 +64,6 @@ def test_commands_can_be_parsed(page):
 
 @each_page
 def test_links_within_the_project_lead_somewhere(page):
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8"))
     missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
     assert not missing

@@ -30,8 +30,9 @@ def run(args: argparse.Namespace) -> int:
             f"turns of {args.max_new_tokens:,} tokens leave too little of a cache that holds {capacity:,}; give "
             f"--capacity {4 * args.max_new_tokens}, or a smaller --max-new-tokens"
         )
-    chat = _Chat(load_model(), args, sampler, capacity)
-    chat.note(f"cache: {describe_size(chat.cache)}. Write a line and the model goes on; /reset forgets, /quit ends")
+    model = load_model()
+    chat = _Chat(model, args, sampler, capacity)
+    chat.note(f"{describe_size(model, 1, capacity)}. Write a line and the model goes on; /reset forgets, /quit ends")
     while (line := _read_line()) is not None and line != "/quit":
         if line == "/reset":
             chat.reset()

@@ -33,7 +33,6 @@ def run(args: argparse.Namespace) -> int:
         write(text_of(prompt))
     model = load_model()
     cache = Cache.init(model.specs, args.samples, capacity)
-    size = describe_size(cache)
     decoding = Run(args.samples)
     try:
         for texts in decoding.tokens(model, [prompt] * args.samples, cache, args, sampler):
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         reasons = sorted({"running"} if decoding.result is None else set(decoding.result.reasons))
         ended = ", ".join(_REASONS[reason] for reason in reasons)
         note(f"{decoding.speed()}; read {len(prompt):,} tokens, wrote {decoding.num_tokens:,} ({ended})")
-        note(f"cache: {size}")
+        note(describe_size(model, args.samples, capacity))
     return 130 if decoding.stop else 0
 
 

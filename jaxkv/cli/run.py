@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxkv.cache.cache import Cache
+from jaxkv.cache.plan import plan_memory
 from jaxkv.cache.spec import EMPTY
 from jaxkv.cli.options import SAMPLING, TEMPERATURE, UsageError
 from jaxkv.cli.terminal import Text, note
@@ -93,10 +94,11 @@ def sampling_options(args: argparse.Namespace) -> list[str]:
     return [option for option in SAMPLING if getattr(args, option[2:].replace("-", "_")) is not None]
 
 
-def describe_size(cache: Cache) -> str:
-    per_token = format_bytes(round(cache.nbytes / (cache.num_rows * cache.capacity)))
-    texts = "1 text" if cache.num_rows == 1 else f"{cache.num_rows} texts"
-    return f"{per_token} per token, {format_bytes(cache.nbytes)} in all, for {texts} of up to {cache.capacity:,} tokens"
+def describe_size(model: Model, num_rows: int, capacity: int) -> str:
+    plan = plan_memory(model.specs, num_rows, capacity)
+    texts = "1 text" if num_rows == 1 else f"{num_rows} texts"
+    per_token, in_all = format_bytes(plan.bytes_per_token), format_bytes(plan.nbytes)
+    return f"cache: {per_token} per token, {in_all} in all, for {texts} of up to {capacity:,} tokens"
 
 
 class Run:

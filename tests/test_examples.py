@@ -1,0 +1,39 @@
+"""Every example runs, at a small size, as a user would start it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "train_tiny.py": "--steps 2 --every 1 --batch 2 --length 64 --width 32 --layers 2 --out run",
+}
+
+
+def run(name: str, words: str, folder: Path) -> subprocess.CompletedProcess:
+    cache = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
+    command = [sys.executable, str(ROOT / "examples" / name), *words.split()]
+    return subprocess.run(command, cwd=folder, env=cache, capture_output=True, text=True, check=False)
+
+
+def test_every_example_is_listed():
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_it_runs(name, tmp_path):
+    done = run(name, SMALL[name], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_it_explains_itself(name, tmp_path):
+    done = run(name, "--help", tmp_path)
+    assert done.returncode == 0
+    assert "usage:" in done.stdout
