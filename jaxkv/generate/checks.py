@@ -21,6 +21,10 @@ def check_cache(cache: Any) -> None:
     leaves = jax.tree.leaves(cache)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise ValueError("generate and stream run on the host; call them outside jit (they compile their own loop)")
+    check_alive(leaves)
+
+
+def check_alive(leaves: Any) -> None:
     if any(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array)):
         raise CacheError(
             "this cache was donated: an earlier generate or stream, or another jitted function, went on with its "

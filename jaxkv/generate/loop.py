@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ class Generation:
     """What came out, one row per row of the cache.
 
     Attributes:
-      tokens: int32 [B, N], EMPTY (-1) after a row's end; N is max_new_tokens, or the cache's capacity if that is less.
+      tokens: int32 [B, N], EMPTY (-1) after a row's end; N is max_new_tokens, but at most the cache's capacity + 1.
         A stop token is among them.
       lengths: int32 [B], how many tokens each row has.
       log_probs: float32 [B, N], of the tokens under the model's own distribution, log_softmax of the logits in float32
@@ -69,27 +70,58 @@ class Generation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
-    cache: Any
     token: Any  # int32 [B], last token of each row, not yet in the cache
     position: Any  # int32 [B], where it goes
     reason: Any  # int32 [B], index into _REASONS
     count: Any  # int32 scalar, steps so far
-    tokens: Any  # int32 [B, capacity]
-    log_probs: Any  # float32 [B, capacity]
+    tokens: Any  # int32 [B, capacity + 1]
+    log_probs: Any  # float32 [B, capacity + 1]
     seen: Any  # bool [B, V], tokens in prompt and generated; None unless the sampler needs it
 
 
+class _Form(NamedTuple):
+    """How the flat tuples of arrays that the compiled functions take and return are a cache or a state.
+
+    Flat, because building trees costs the host more time per token than all else here does; and see `Stream._set`.
+    """
+
+    kind: Any  # the tree
+    places: tuple[Any, ...] | None  # the sharding of each leaf, if they lie on a mesh
+
+    @classmethod
+    def of(cls, tree: Any) -> _Form:
+        places = tuple(leaf.sharding for leaf in jax.tree.leaves(tree))
+        on_mesh = all(isinstance(place, jax.sharding.NamedSharding) for place in places)
+        return cls(jax.tree.structure(tree), places if on_mesh else None)
+
+    def build(self, leaves: Any) -> Any:
+        return self.kind.unflatten(leaves)
+
+    def flatten(self, tree: Any) -> tuple[Any, ...]:
+        leaves = tuple(jax.tree.leaves(tree))
+        if self.places is None:
+            return leaves
+        # Left alone, XLA shards what was replicated, and the next call is compiled anew.
+        return tuple(map(jax.lax.with_sharding_constraint, leaves, self.places))
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _prefill(forward: Any, params: Any, tokens: Any, positions: Any, cache: Any) -> Any:
-    return forward(params, tokens, positions, cache)[1]  # the logits are unused: XLA drops the output head
+def _prefill(fixed: tuple[Any, _Form], params: Any, tokens: Any, positions: Any, cache: Any) -> tuple[Any]:
+    forward, form = fixed
+    _, after = forward(params, tokens, positions, form.build(cache))  # logits unused: XLA drops the output head
+    return (form.flatten(after),)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _decode(forward: Any, sampler: Any, params: Any, state: _State, stop_tokens: Any, key: Any, until: Any) -> Any:
-    """Returns the state after `until` steps, or fewer if every row has ended, and the newest tokens, int32 [B].
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(4, 5))
+def _decode(
+    fixed: tuple[Any, Any, _Form, _Form], params: Any, stops: Any, key: Any, cache: Any, state: Any, until: Any
+) -> tuple[Any, Any, Any]:
+    """Returns cache and state after `until` steps, or fewer if every row has ended, and the newest tokens, int32 [B].
 
     The newest tokens are those of the last step of this call, EMPTY if there was none.
     """
+    forward, sampler, cache_form, state_form = fixed
+    cache, state = cache_form.build(cache), state_form.build(state)
     before = state.count
     rows = jnp.arange(state.token.shape[0], dtype=jnp.int32)
     # A row's randomness depends on the key, its number and the position, on nothing else.
@@ -105,25 +137,26 @@ def _decode(forward: Any, sampler: Any, params: Any, state: _State, stop_tokens:
             )
         return token.astype(jnp.int32)
 
-    def unfinished(state: _State) -> Any:
+    def unfinished(carry: tuple[Any, _State]) -> Any:
+        _, state = carry
         return (state.count < until) & (state.reason == _RUNNING).any()
 
-    def step(state: _State) -> _State:
+    def step(carry: tuple[Any, _State]) -> tuple[Any, _State]:
+        cache, state = carry
         live = state.reason == _RUNNING
         positions = jnp.where(live, state.position, EMPTY)
-        logits, cache = forward(params, state.token[:, None], positions[:, None], state.cache)
+        logits, cache = forward(params, state.token[:, None], positions[:, None], cache)
         logits = logits[:, 0].astype(jnp.float32)
         chosen = jax.vmap(choose)(row_keys, state.position + 1, logits, state.seen)
         log_probs = jnp.take_along_axis(logits, chosen[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
         fits = live & cache.ok
-        stops = fits & (chosen[:, None] == stop_tokens[None, :]).any(1)
-        reason = jnp.where(live & ~cache.ok, _FULL, jnp.where(stops, _STOP, state.reason))
+        stopped = fits & (chosen[:, None] == stops[None, :]).any(1)
+        reason = jnp.where(live & ~cache.ok, _FULL, jnp.where(stopped, _STOP, state.reason))
         seen = state.seen
         if seen is not None:
             vocabulary = jnp.arange(seen.shape[1], dtype=jnp.int32)
             seen = seen | (fits[:, None] & (chosen[:, None] == vocabulary[None, :]))
-        return _State(
-            cache=cache,
+        state = _State(
             token=jnp.where(fits, chosen, state.token),
             position=jnp.where(fits, state.position + 1, state.position),
             reason=reason,
@@ -132,10 +165,18 @@ def _decode(forward: Any, sampler: Any, params: Any, state: _State, stop_tokens:
             log_probs=_write_column(state.log_probs, jnp.where(fits, log_probs, 0.0), state.count),
             seen=seen,
         )
+        return cache, state
 
-    state = jax.lax.while_loop(unfinished, step, state)
+    cache, state = jax.lax.while_loop(unfinished, step, (cache, state))
     newest = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=1, keepdims=False)
-    return state, jnp.where(state.count > before, newest, EMPTY)
+    newest = jnp.where(state.count > before, newest, EMPTY)
+    return cache_form.flatten(cache), state_form.flatten(state), newest
+
+
+@functools.lru_cache
+def _one_of_equals(fixed: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the first tuple that was equal to this one: jit compares what is identical in no time."""
+    return fixed
 
 
 def _write_column(buffer: Any, column: Any, i: Any) -> Any:
@@ -165,20 +206,20 @@ class Stream:
         held = np.array(cache.lengths)
         vocab_size = checks.check_forward(forward, params, cache)
         self._prompts = checks.check_prompts(prompts, held, cache.capacity, vocab_size)
-        self._limit = min(checks.check_max_new_tokens(max_new_tokens), cache.capacity)
+        most = cache.capacity + 1  # the last one is what does not fit any more
+        self._limit = min(checks.check_max_new_tokens(max_new_tokens), most)
         stops = checks.check_stop_tokens(stop_tokens, vocab_size)
         key = checks.check_sampler(sampler, key)
         self._last = np.array([max(prompt.size - 1, 0) for prompt in self._prompts], np.int32)
         self._read = np.minimum(held, self._last)  # how much of each prompt the cache holds
 
-        shape = (cache.num_rows, cache.capacity)  # as much as can be generated: one shape whatever the limit is
+        shape = (cache.num_rows, most)  # whatever the limit is, so that it is compiled once
         seen = None
         if getattr(sampler, "needs_seen", False):
             seen = np.zeros((cache.num_rows, vocab_size), bool)
             for row, prompt in enumerate(self._prompts):
                 seen[row, prompt] = True
         state = _State(
-            cache=None,
             token=np.array([prompt[-1] if prompt.size else 0 for prompt in self._prompts], np.int32),
             position=self._last,
             reason=np.array([_RUNNING if prompt.size else _IDLE for prompt in self._prompts], np.int32),
@@ -187,17 +228,28 @@ class Stream:
             log_probs=np.zeros(shape, np.float32),
             seen=seen,
         )
-        self._state = dataclasses.replace(jax.tree.map(jnp.array, state), cache=cache)
-        self._prefill = lambda tokens, positions, cache: _prefill(forward, params, tokens, positions, cache)
-        self._decode = lambda state, until: _decode(forward, sampler, params, state, stops, key, np.int32(until))
+        state = jax.tree.map(jnp.array, state)
+        on_mesh = cache.lengths.sharding
+        if isinstance(on_mesh, jax.sharding.NamedSharding):
+            state = jax.device_put(state, jax.sharding.NamedSharding(on_mesh.mesh, jax.sharding.PartitionSpec()))
+        self._forms = _Form.of(cache), _Form.of(state)
+        self._cache, self._state = (tuple(jax.tree.leaves(tree)) for tree in (cache, state))
+        self._prefill = functools.partial(_prefill, _one_of_equals((forward, self._forms[0])), params)
+        self._decode = functools.partial(_decode, _one_of_equals((forward, sampler, *self._forms)), params, stops, key)
         # A forward or a sampler that fails in the loop fails here, before the cache is donated.
-        jax.eval_shape(lambda state: self._decode(state, 0), self._state)
+        jax.eval_shape(self._decode, self._cache, self._state, np.int32(0))
+        self._block = 1 << (cache.max_block.bit_length() - 1)
+
+    _cache: tuple[Any, ...]
+    _state: tuple[Any, ...]
+    _newest: Any  # int32 [B]
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> np.ndarray:
-        count, reason = jax.device_get((self._state.count, self._state.reason))
+        state = self._forms[1].build(self._state)
+        count, reason = jax.device_get((state.count, state.reason))
         if count >= self._limit or (reason != _RUNNING).all():
             raise StopIteration
         tokens = np.array(self._advance(count + 1))
@@ -208,7 +260,10 @@ class Stream:
     @property
     def result(self) -> Generation:
         """The Generation so far. Its cache is donated when the iteration goes on."""
-        state, limit = self._state, self._limit
+        cache, state = (
+            form.build(leaves) for form, leaves in zip(self._forms, (self._cache, self._state), strict=True)
+        )
+        limit = self._limit
         tokens, log_probs = np.array(state.tokens)[:, :limit], np.array(state.log_probs)[:, :limit]
         still = "length" if int(state.count) >= limit else "running"
         return Generation(
@@ -216,24 +271,29 @@ class Stream:
             lengths=(tokens != EMPTY).sum(1, dtype=np.int32),
             log_probs=log_probs,
             reasons=tuple(still if i == _RUNNING else _REASONS[i] for i in np.array(state.reason)),
-            cache=state.cache,
+            cache=cache,
         )
 
     def _advance(self, until: int) -> Any:
         """Decodes up to `until` tokens per row, reading the prompts first, and returns the newest, int32 [B]."""
-        checks.check_cache(self._state.cache)
-        block = 1 << (self._state.cache.max_block.bit_length() - 1)
-        for size, taken in _schedule(self._last - self._read, block):
+        checks.check_alive(self._cache)
+        for size, taken in _schedule(self._last - self._read, self._block):
             tokens = np.zeros((taken.size, size), np.int32)
             positions = np.full((taken.size, size), EMPTY, np.int32)
             for row, (start, n) in enumerate(zip(self._read, taken, strict=True)):
                 tokens[row, :n] = self._prompts[row][start : start + n]
                 positions[row, :n] = np.arange(start, start + n)
-            cache = self._prefill(tokens, positions, self._state.cache)
-            self._state = dataclasses.replace(self._state, cache=cache)
+            self._set(("_cache",), self._prefill, tokens, positions, self._cache)
             self._read = self._read + taken
-        self._state, newest = self._decode(self._state, min(until, self._limit))
-        return newest
+        limit = np.int32(min(until, self._limit))
+        self._set(("_cache", "_state", "_newest"), self._decode, self._cache, self._state, limit)
+        return self._newest
+
+    def _set(self, names: tuple[str, ...], function: Callable[..., Any], *args: Any) -> None:
+        # Runs the function and keeps its results in one call into C. Python looks for Ctrl-C between byte codes: in two
+        # statements, or with trees to build, it would mostly strike in between, and what was donated would be lost.
+        results = itertools.chain.from_iterable(map(function, *([arg] for arg in args)))
+        vars(self).update(zip(names, results, strict=True))
 
 
 def stream(
