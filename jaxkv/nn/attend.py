@@ -174,7 +174,7 @@ class _Plan:
         if length <= 16:  # decoding: one block of keys fills the fast cache
             tile, block = length, _power(2**19 // (heads * spec.head_dim), 64, 1024)
         else:  # the scores of one tile against one block do
-            tile = block = _power(math.isqrt(2**19 // (heads * groups)), 64, 256)
+            tile = block = _power(math.isqrt(3 * 2**18 // (heads * groups)), 64, 256)
         tile, block = min(tile, length), min(block, num_slots)
         tails: tuple[int, ...] = ()
         if batch == 1 and length <= 16 and block > 64:
@@ -225,7 +225,8 @@ def _attend(q: Any, layer: Any, step: Step, plan: _Plan, scale: Any, sinks: Any,
     batch, length, num_heads, size = q.shape
     heads = layer.spec.num_kv_heads
     dtype = q.dtype if q.dtype.itemsize > 4 else jnp.dtype("float32")
-    x = q.astype(dtype) * jnp.asarray(size**-0.5 if scale is None else scale, dtype)
+    real = (step.positions != EMPTY)[:, :, None, None]  # what padding holds must not reach a key's gradient
+    x = jnp.where(real, q.astype(dtype) * jnp.asarray(size**-0.5 if scale is None else scale, dtype), 0)
     x = x.reshape(batch, length, heads, num_heads // heads, size).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     if sinks is not None:
         sinks = jnp.asarray(sinks).astype(dtype).reshape(heads, num_heads // heads)
@@ -395,8 +396,7 @@ def _blockwise_bwd(plan: _Plan, saved: Any, d_out: Any) -> Any:
     """The same loop once more: p from the saved log of the denominator (FlashAttention, algorithm 4)."""
     q, sinks, layer, step, out, log_total = saved
     length, num_slots = step.positions.shape[1], layer.num_slots
-    real = (step.positions != EMPTY)[:, None, None, :, None]
-    q, d_out = (jnp.where(real, x, 0) for x in (q, d_out))  # what padding holds must not reach a key's gradient
+    d_out = jnp.where((step.positions != EMPTY)[:, None, None, :, None], d_out, 0)
     drop = (d_out * out).sum(-1, keepdims=True)
 
     def visit(tile: Any, i: Any, carry: Any) -> Any:

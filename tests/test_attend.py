@@ -1,0 +1,442 @@
+"""attend against plain NumPy in float64, and the laws it promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkv
+from jaxkv import EMPTY, Cache, Chunk, Full, LayerSpec, Window
+
+REACHES = (Full(), Window(40), Window(1500, sinks=2), Chunk(33))
+FORMS = ("reference", "blockwise")
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def sees(reach, q, s, same_span=False):
+    """One query position, one key position: the rule, word for word."""
+    if q < 0 or s < 0 or (s > q and not same_span):
+        return False
+    if isinstance(reach, Window):
+        return s > q - reach.size or s < reach.sinks
+    if isinstance(reach, Chunk):
+        return s // reach.size == q // reach.size
+    return True
+
+
+def numpy_attention(q, k, v, see, softcap=None, sinks=None, scale=None):
+    """q [T, N, H], k [S, K, H], v [S, K, Hv], see [T, S] -> [T, N, Hv], one query and one head at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros((q.shape[0], q.shape[1], v.shape[2]))
+    for t in range(q.shape[0]):
+        if see[t].any():
+            for n in range(q.shape[1]):
+                head = n // (q.shape[1] // k.shape[1])
+                scores = k[see[t], head] @ q[t, n] * (q.shape[2] ** -0.5 if scale is None else scale)
+                if softcap is not None:
+                    scores = softcap * np.tanh(scores / softcap)
+                weights = np.exp(scores)
+                total = weights.sum() + (0 if sinks is None else np.exp(np.float64(sinks[n])))
+                out[t, n] = weights @ v[see[t], head] / total
+    return out
+
+
+# Every line differs from the others in several ways: [B, T, N, K, H, Hv], reach, softcap, sinks, spans, padding.
+BLOCKS = {
+    "plain": ((1, 5, 2, 2, 8, 8), Full(), None, False, False, False),
+    "window of several tiles, grouped, sinks": ((2, 150, 6, 2, 8, 8), Window(40), None, True, False, True),
+    "window with first tokens, soft cap": ((2, 150, 4, 2, 8, 4), Window(30, sinks=3), 2.0, False, False, True),
+    "chunk with spans": ((2, 150, 3, 1, 4, 6), Chunk(33), None, True, True, True),
+    "full with spans in order": ((1, 130, 2, 1, 4, 4), Full(), 1.5, True, True, False),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_over_itself_equals_numpy_and_so_do_gradients(name):
+    (b, t, n, heads, size, value), reach, softcap, with_sinks, with_spans, padded = BLOCKS[name]
+    rng = np.random.default_rng(1)
+    q, k, v, w = (
+        normal(2, b, t, n, size),
+        normal(3, b, t, heads, size),
+        normal(4, b, t, heads, value),
+        normal(5, b, t, n, value),
+    )
+    sinks = normal(6, n) if with_sinks else None
+    spans = rng.integers(0, 3, (b, t)).astype(np.int32) if with_spans else None
+    positions = None
+    if padded:  # holes in the middle, another order of the rows
+        positions = np.where(rng.random((b, t)) < 0.2, EMPTY, np.arange(t)[None]).astype(np.int32)
+
+    def loss(args, form):
+        q, k, v, sinks = args
+        options = dict(reach=reach, positions=positions, spans=spans, softcap=softcap, sink_logits=sinks)
+        out = jaxkv.self_attend(q, k, v, implementation=form, **options)
+        return (out * w).sum(), out
+
+    results = [
+        jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)((q, k, v, sinks), form) for form in FORMS
+    ]
+    at = np.broadcast_to(np.arange(t), (b, t)) if positions is None else positions
+    same = (
+        np.zeros((b, t, t), bool) if spans is None else (spans[:, :, None] == spans[:, None]) & (spans[:, :, None] != 0)
+    )
+    for row in range(b):
+        see = np.array([[sees(reach, at[row, i], at[row, j], same[row, i, j]) for j in range(t)] for i in range(t)])
+        want = numpy_attention(q[row], k[row], v[row], see, softcap, sinks)
+        for (_, out), _ in results:
+            np.testing.assert_allclose(out[row], want, atol=3e-6)
+    (_, plain), (_, blockwise) = results
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(blockwise), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-4)
+
+
+# The cache of most tests below: more slots than one block, and not a whole number of blocks.
+CAPACITY, HEADS, KV_HEADS, SIZE, VALUE = 2200, 4, 2, 8, 4
+SPECS = [LayerSpec(reach, KV_HEADS, SIZE, VALUE) for reach in REACHES]
+
+
+def tensors(positions, seed):
+    """q, k, v of tokens at [B, T] positions: numbers that depend on row and position only."""
+    at = np.asarray(positions)
+    b, _ = at.shape
+    table = [normal(seed + row, CAPACITY + 1, HEADS * SIZE + KV_HEADS * (SIZE + VALUE)) for row in range(b)]
+    x = np.stack([table[row][at[row]] for row in range(b)])
+    q, k, v = np.split(x, [HEADS * SIZE, HEADS * SIZE + KV_HEADS * SIZE], axis=-1)
+    return (
+        q.reshape(*at.shape, HEADS, SIZE),
+        k.reshape(*at.shape, KV_HEADS, SIZE),
+        v.reshape(*at.shape, KV_HEADS, VALUE),
+    )
+
+
+@partial(jax.jit, static_argnames="form")
+def read_block(cache, positions, q, k, v, spans=None, form="blockwise"):
+    cache, step = cache.begin(positions, spans=spans)
+    layers = [layer.put(step, k, v) for layer in cache.layers]
+    outs = [jaxkv.attend(q, layer, step, sink_logits=jnp.ones(HEADS), implementation=form) for layer in layers]
+    return cache.with_layers(layers), outs
+
+
+def test_decoding_from_a_cache_equals_numpy_with_gaps_idle_rows_and_padding():
+    cache = Cache.init(SPECS, num_rows=3, capacity=CAPACITY, max_block=20)
+    far = np.arange(1400, 1420)
+    hole = np.where(np.arange(20) % 7 == 3, EMPTY, np.arange(20))
+    calls = [
+        np.stack([np.arange(20), hole, np.full(20, EMPTY)]),
+        np.stack([np.arange(20, 40), far, np.full(20, EMPTY)]),
+        np.array([[40], [1420], [EMPTY]]),
+        np.array([[41], [2199], [0]]),
+    ]
+    held: list[set] = [set(), set(), set()]
+    for positions in calls:
+        q, k, v = tensors(positions, 10)
+        cache, outs = read_block(cache, positions.astype(np.int32), q, k, v)
+        for row in range(3):
+            held[row] |= set(positions[row]) - {EMPTY}
+            keys = np.array(sorted(held[row]), int)
+            everything = np.tile(keys, (3, 1))
+            _, all_k, all_v = tensors(everything, 10)
+            for reach, out in zip(REACHES, outs, strict=True):
+                see = np.array([[sees(reach, p, s) for s in keys] for p in positions[row]]).reshape(
+                    positions.shape[1], len(keys)
+                )
+                want = numpy_attention(q[row], all_k[row], all_v[row], see, sinks=np.ones(HEADS))
+                np.testing.assert_allclose(out[row], want, atol=3e-6)
+    assert bool(cache.ok.all())
+
+
+def test_one_sequence_alone_is_right_at_every_fill():
+    """Batch 1 ends in a block of a size that fits: each of the sizes, and their edges."""
+    cache = Cache.init([LayerSpec(Full(), 1, 4)], num_rows=1, capacity=CAPACITY, max_block=1)
+    k, v = normal(1, 1, 1, cache.layers[0].num_slots, 4), normal(2, 1, 1, cache.layers[0].num_slots, 4)
+    layer = dataclasses.replace(cache.layers[0], k=jnp.asarray(k), v=jnp.asarray(v))
+    _, step = cache.begin(jnp.zeros((1, 1), jnp.int32))
+    q = normal(3, 1, 1, 2, 4)
+
+    @jax.jit
+    def at_fill(n):
+        slots = jnp.arange(layer.num_slots, dtype=jnp.int32)[None]
+        group = dataclasses.replace(step.groups[0], kv_positions=jnp.where(slots < n, slots, EMPTY), filled=n[None])
+        here = dataclasses.replace(step, positions=n[None, None] - 1, groups=(group,))
+        return jaxkv.attend(q, layer, here)
+
+    for n in (1, 63, 64, 65, 129, 512, 513, 1023, 1024, 1025, 1100, 2048, 2049, 2112, 2113, 2200):
+        want = numpy_attention(q[0], k[0].swapaxes(0, 1)[:n], v[0].swapaxes(0, 1)[:n], np.ones((1, n), bool))
+        np.testing.assert_allclose(at_fill(jnp.int32(n))[0], want, atol=3e-6)
+
+
+def test_a_row_does_not_depend_on_its_neighbors_not_by_one_bit():
+    cache = Cache.init(SPECS, num_rows=3, capacity=CAPACITY, max_block=20)
+    cache = read_block(cache, *block_of([np.arange(20)] * 3))[0]
+    jump = read_block(cache, *block_of([[EMPTY], [2100], [1300]]))[0]
+    idle = cache.reset(jnp.array([False, True, True]))
+    nan = jax.tree.map(lambda x: x.at[1:].set(jnp.nan) if x.ndim == 4 else x, idle)
+    results = [
+        read_block(c, *block_of(last))[1]
+        for c, last in (
+            (cache, [[20], [20], [20]]),
+            (jump, [[20], [2101], [1301]]),
+            (idle, [[20], [EMPTY], [0]]),
+            (nan, [[20], [EMPTY], [0]]),
+        )
+    ]
+    for outs in results[1:]:
+        for one, other in zip(results[0], outs, strict=True):
+            np.testing.assert_array_equal(one[0], other[0])
+    assert all(np.isfinite(out).all() for out in results[-1])
+
+
+def block_of(positions):
+    positions = np.asarray(positions, np.int32)
+    return positions, *tensors(positions, 10)
+
+
+def test_a_query_that_sees_nothing_gets_zeros():
+    cache = Cache.init(SPECS, num_rows=3, capacity=CAPACITY, max_block=20)
+    for form in FORMS:
+        calls = block_of([[EMPTY], [3], [CAPACITY]])  # padding, a token, one that does not fit
+        outs = read_block(cache, *calls, form=form)[1]
+        for out in outs:
+            assert (np.asarray(out[0]) == 0).all()
+            assert (np.asarray(out[1]) != 0).all()
+            assert (np.asarray(out[2]) == 0).all()
+
+
+@partial(jax.jit, static_argnames=("form", "flat", "stacked"))
+def through_put(cache, positions, q, k, v, sinks, w, form, flat=False, stacked=False):
+    """A loss of what is read right after a put, and its gradients in q, k, v, sinks and all that was held before."""
+
+    def loss(args):
+        q, k, v, sinks, buffers = args
+        rows = jnp.zeros(positions.shape[0], jnp.int32) if flat else None
+        c, step = cache.begin(positions, rows=rows)
+        total = 0.0
+        for layer, (old_k, old_v) in zip(c.layers, buffers, strict=True):
+            layer = dataclasses.replace(layer, k=old_k, v=old_v)
+            layer = (layer.at(jnp.int32(1)) if stacked else layer).put(step, k, v)
+            total += (jaxkv.attend(q, layer, step, softcap=3.0, sink_logits=sinks, implementation=form) * w).sum()
+        return total
+
+    buffers = [(layer.k, layer.v) for layer in cache.layers]
+    return jax.value_and_grad(loss)((q, k, v, sinks, buffers))
+
+
+@pytest.mark.parametrize("kind", ["rows", "flat", "stacked"])
+def test_gradients_equal_those_of_the_reference_also_through_put(kind):
+    flat, stacked = kind == "flat", kind == "stacked"
+    specs = [LayerSpec(reach, KV_HEADS, SIZE, VALUE) for reach in (Full(), Window(30, sinks=1))] * (2 if stacked else 1)
+    cache = Cache.init(specs, num_rows=2, capacity=200, max_block=100, stacked=stacked)
+    first = np.stack([np.arange(100), np.where(np.arange(100) % 5 == 0, EMPTY, np.arange(100))])
+    cache, _ = jax.jit(Cache.begin)(cache, first.astype(np.int32))
+    fill = iter(range(100))
+    layers = [
+        dataclasses.replace(
+            x, k=jnp.asarray(normal(next(fill), *x.k.shape)), v=jnp.asarray(normal(next(fill), *x.v.shape))
+        )
+        for x in cache.layers
+    ]
+    cache = cache.with_layers(layers)
+    positions = np.array([[100], [101], [102]]) if flat else np.array([[100, EMPTY, 101], [100, 101, 102]])
+    positions = positions.astype(np.int32)
+    q, k, v = (x[..., :] for x in tensors(positions, 20))
+    w = normal(30, *positions.shape, HEADS, VALUE)
+    want, got = (through_put(cache, positions, q, k, v, normal(31, HEADS), w, form, flat, stacked) for form in FORMS)
+    for one, other in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-4)
+    assert np.abs(got[1][4][0][0]).max() > 0.01  # what was held before has a gradient
+
+
+def test_nan_in_slots_that_nobody_sees_reaches_neither_result_nor_gradient():
+    cache = Cache.init([LayerSpec(Window(30), KV_HEADS, SIZE, VALUE)], num_rows=2, capacity=200, max_block=100)
+    positions = np.array([[0, EMPTY, 1], [EMPTY, EMPTY, EMPTY]], np.int32)
+    q, k, v = tensors(positions, 20)
+    w, sinks = normal(30, 2, 3, HEADS, VALUE), normal(31, HEADS)
+    bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if x.ndim == 4 else x, cache)
+    nan_q = np.where((positions == EMPTY)[:, :, None, None], np.float32(np.nan), q)
+    for form in FORMS:
+        clean = through_put(cache, positions, q, k, v, sinks, w, form)
+        dirty = through_put(bad, positions, nan_q, k, v, sinks, w, form)
+        for one, other in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+PICTURES = {
+    Full(): """
+        1000000
+        1100000
+        1110000
+        1111000
+        1111100
+        1111110
+        1111111""",
+    Window(2, sinks=1): """
+        1000000
+        1100000
+        1110000
+        1011000
+        1001100
+        1000110
+        1000011""",
+    Chunk(3): """
+        1000000
+        1100000
+        1110000
+        0001000
+        0001100
+        0001110
+        0000001""",
+}
+
+
+@pytest.mark.parametrize("reach", PICTURES, ids=repr)
+def test_the_receptive_field_is_what_the_reach_says(reach):
+    q, k, v = normal(1, 1, 7, 1, 4), normal(2, 1, 7, 1, 4), normal(3, 1, 7, 1, 4)
+
+    def one(query, v):
+        return jaxkv.self_attend(q, k, v, reach=reach)[0, query].sum()
+
+    field = jax.jit(jax.vmap(jax.grad(one, 1), (0, None)))(jnp.arange(7), v)[:, 0, :, 0, 0] != 0
+    drawn = "\n".join("".join("01"[int(x)] for x in row) for row in field)
+    assert drawn == re.sub(r" +", "", PICTURES[reach].strip())
+
+
+def test_spans_see_each_other_in_both_directions():
+    q, k, v = normal(1, 1, 5, 1, 4), normal(2, 1, 5, 1, 4), normal(3, 1, 5, 1, 4)
+    spans = jnp.array([[0, 7, 7, 7, 0]])
+
+    def one(query, v):
+        return jaxkv.self_attend(q, k, v, spans=spans)[0, query].sum()
+
+    field = jax.jit(jax.vmap(jax.grad(one, 1), (0, None)))(jnp.arange(5), v)[:, 0, :, 0, 0] != 0
+    drawn = ["".join("01"[int(x)] for x in row) for row in field]
+    assert drawn == ["10000", "11110", "11110", "11110", "11111"]
+
+
+def test_spans_in_a_cache_equal_the_reference():
+    cache = Cache.init(SPECS[1:3], num_rows=3, capacity=CAPACITY, max_block=20)
+    positions, q, k, v = block_of([np.arange(20), np.arange(1490, 1510), np.full(20, EMPTY)])
+    spans = np.where(np.arange(20) % 10 < 6, np.arange(20) // 10 + 1, 0) * np.ones((3, 1), int)
+    want, got = (read_block(cache, positions, q, k, v, spans.astype(np.int32), form=form)[1] for form in FORMS)
+    for one, other in zip(want, got, strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-6)
+
+
+def test_a_long_prompt_never_has_an_array_of_queries_times_slots():
+    length = 4096
+    cache = jax.eval_shape(lambda: Cache.init([LayerSpec(Full(), 1, 8)], 1, length, max_block=length))
+
+    def prefill(cache, q, k, v):
+        cache, step = cache.begin(jnp.arange(length, dtype=jnp.int32)[None])
+        layer = cache.layers[0].put(step, k, v)
+        return jaxkv.attend(q, layer, step), cache.with_layers([layer])
+
+    x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+    q = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+    forward = jax.jit(prefill, donate_argnums=0).lower(cache, q, x, x).compile()
+    backward = jax.jit(jax.grad(lambda q, k, v: jaxkv.self_attend(q, k, v).sum(), (0, 1, 2))).lower(q, x, x).compile()
+    for compiled in (forward, backward):
+        assert compiled.memory_analysis().temp_size_in_bytes < length * length // 4  # a mask of bools would be 4 x that
+        assert not re.search(rf"\[[\d,]*{length},{length}[\d,]*\]", compiled.as_text())
+
+
+@pytest.mark.parametrize(("batch", "dtype"), [(1, "float32"), (2, "float16"), (1, "int8")])
+def test_a_decode_step_has_no_temporary_of_cache_size(batch, dtype):
+    capacity = 65536
+    spec = LayerSpec(Full(), 2, 16, None, jaxkv.Dense(dtype), jaxkv.Dense(dtype))
+    cache = jax.eval_shape(lambda: Cache.init([spec], batch, capacity))
+
+    def decode(cache, x):
+        def body(i, carry):
+            cache, x = carry
+            cache, step = cache.begin(jnp.full((batch, 1), i, jnp.int32))
+            layer = cache.layers[0].put(step, x.astype(dtype), x.astype(dtype))
+            return cache.with_layers([layer]), jaxkv.attend(x, layer, step)
+
+        return jax.lax.fori_loop(0, 100, body, (cache, x))
+
+    x = jax.ShapeDtypeStruct((batch, 1, 2, 16), jnp.float32)
+    compiled = jax.jit(decode, donate_argnums=0).lower(cache, x).compile()
+    assert not re.search(rf"\[{batch},2,{capacity},16\]\S* copy\(", compiled.as_text())
+    buffer = batch * 2 * capacity * 16 * jnp.dtype(dtype).itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < buffer // 2
+
+
+def test_scan_remat_and_vmap_give_the_same_gradients():
+    q, k, v = normal(1, 3, 1, 70, 2, 4), normal(2, 3, 1, 70, 1, 4), normal(3, 3, 1, 70, 1, 4)
+
+    def one(q, k, v):
+        return (jaxkv.self_attend(q, k, v, reach=Window(9)) ** 2).sum()
+
+    def scanned(q, k, v):
+        return jax.lax.scan(jax.checkpoint(lambda total, x: (total + one(*x), None)), 0.0, (q, k, v))[0]
+
+    def mapped(q, k, v):
+        return jax.vmap(one)(q, k, v).sum()
+
+    want = [
+        jnp.stack(x)
+        for x in zip(*(jax.jit(jax.grad(one, (0, 1, 2)))(*x) for x in zip(q, k, v, strict=True)), strict=True)
+    ]
+    for form in (scanned, mapped):
+        for one_grad, other in zip(want, jax.jit(jax.grad(form, (0, 1, 2)))(q, k, v), strict=True):
+            np.testing.assert_allclose(one_grad, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_goes_in_and_comes_out_but_is_not_computed_in(dtype):
+    q, k, v = (jnp.asarray(normal(i, 1, 6, 2, 8)).astype(dtype) for i in range(3))
+    want = jaxkv.self_attend(*(x.astype(jnp.float32) for x in (q, k, v)))
+    for form in FORMS:
+        out = jaxkv.self_attend(q, k, v, implementation=form)
+        assert out.dtype == dtype
+        np.testing.assert_array_equal(out.astype(jnp.float32), want.astype(dtype).astype(jnp.float32))
+
+
+def test_scale_is_taken_as_given():
+    q, k, v = normal(1, 1, 4, 2, 8), normal(2, 1, 4, 2, 8), normal(3, 1, 4, 2, 8)
+    want = numpy_attention(q[0], k[0], v[0], np.tri(4, dtype=bool), scale=0.3)
+    for form in FORMS:
+        np.testing.assert_allclose(jaxkv.self_attend(q, k, v, scale=0.3, implementation=form)[0], want, atol=1e-6)
+
+
+def bad(match, **changes):
+    return pytest.param(changes, match, id=match)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        bad("3 query heads are no multiple of 2 kv heads; 2 would be", q=jnp.zeros((1, 1, 3, 8))),
+        bad("q has head_dim 4, the keys have 8", q=jnp.zeros((1, 1, 2, 4))),
+        bad(r"q has \[B, T\] = \(2, 1\), the call's positions have \(1, 1\)", q=jnp.zeros((2, 1, 2, 8))),
+        bad(r"q has shape \(1, 2, 8\); attend wants \[B, T, N, H\]", q=jnp.zeros((1, 2, 8))),
+        bad("q is int32; attend wants a floating dtype", q=jnp.zeros((1, 1, 2, 8), jnp.int32)),
+        bad("softcap=0: it bounds the scores and must be above 0", softcap=0),
+        bad(r"sink_logits has shape \(3,\); give one per query head: \(2,\)", sink_logits=jnp.zeros(3)),
+        bad("sink_logits is int32", sink_logits=jnp.zeros(2, jnp.int32)),
+        bad("implementation='fast'; choose one of 'auto', 'reference', 'blockwise'", implementation="fast"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, match):
+    cache = Cache.init([LayerSpec(Full(), 2, 8)], num_rows=1, capacity=4)
+    cache, step = cache.begin(jnp.zeros((1, 1), jnp.int32))
+    arguments = {"q": jnp.zeros((1, 1, 2, 8)), **changes}
+    with pytest.raises(ValueError, match=match):
+        jaxkv.attend(arguments.pop("q"), cache.layers[0], step, **arguments)
+
+
+def test_self_attend_names_keys_and_values_that_do_not_fit():
+    q = jnp.zeros((1, 3, 2, 8))
+    with pytest.raises(ValueError, match=r"k \(1, 3, 2, 8\) and v \(1, 4, 2, 8\)"):
+        jaxkv.self_attend(q, q, jnp.zeros((1, 4, 2, 8)))
+    with pytest.raises(ValueError, match=r"positions must be int32 \[B, T\] = \(1, 3\), got float32"):
+        jaxkv.self_attend(q, q, q, positions=jnp.zeros((1, 3)))
