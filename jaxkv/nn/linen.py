@@ -7,6 +7,7 @@ import functools
 from collections.abc import Collection
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -154,7 +155,8 @@ class Attention(nn.Module):
         linear = functools.partial(
             nn.DenseGeneral, dtype=self.dtype, param_dtype=self.param_dtype, precision=self.precision
         )
-        inner = functools.partial(linear, kernel_init=self.kernel_init, bias_init=self.bias_init)
+        kernel_init, bias_init = _named(self.kernel_init), _named(self.bias_init)
+        inner = functools.partial(linear, kernel_init=kernel_init, bias_init=bias_init)
         size = heads.head_dim
         q = inner((heads.num_heads, size), use_bias="query" in with_bias, name="query")(x)
         k = inner((heads.num_kv_heads, size), use_bias="key" in with_bias, name="key")(x)
@@ -169,8 +171,8 @@ class Attention(nn.Module):
         y = linear(
             x.shape[-1] if self.out_features is None else self.out_features,
             axis=(-2, -1),
-            kernel_init=self.kernel_init if self.out_kernel_init is None else self.out_kernel_init,
-            bias_init=self.bias_init if self.out_bias_init is None else self.out_bias_init,
+            kernel_init=kernel_init if self.out_kernel_init is None else _named(self.out_kernel_init),
+            bias_init=bias_init if self.out_bias_init is None else _named(self.out_bias_init),
             use_bias="out" in with_bias,
             name="out",
         )(y)
@@ -219,6 +221,40 @@ class Attention(nn.Module):
             )
         dtype = self.param_dtype if self.dtype is None else self.dtype
         return heads.own_cache(x.shape[0], x.shape[1] if capacity is None else capacity, dtype)
+
+
+def _named(init: Any) -> Any:
+    """Returns an initializer whose sharding annotation survives `nn.DenseGeneral` under `jax.set_mesh`.
+
+    DenseGeneral initializes a flat kernel and reshapes it, and in between its annotation, which names the axes of the
+    whole kernel, would be applied to the flat one: an error in every Flax that is supported.
+    """
+
+    def named(key: Any, shape: Any, dtype: Any) -> Any:
+        box = init(key, shape, dtype)
+        return _Flat(box) if isinstance(box, nn.meta.AxisMetadata) else box
+
+    return named
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flat(nn.meta.AxisMetadata[Any]):
+    """An annotated array on its way to its shape: taken out as it is, put back into its own annotation."""
+
+    box: Any
+
+    def unbox(self) -> Any:
+        (x,) = jax.tree.leaves(self.box)
+        return x
+
+    def replace_boxed(self, val: Any) -> Any:
+        return jax.tree.map(lambda _: val, self.box)
+
+    def add_axis(self, index: int, params: Any) -> Any:
+        return _Flat(self.box.add_axis(index, params))
+
+    def remove_axis(self, index: int, params: Any) -> Any:
+        return _Flat(self.box.remove_axis(index, params))
 
 
 class RMSScale(nn.Module):
