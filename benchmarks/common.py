@@ -1,0 +1,85 @@
+"""What the benchmarks share: turns, medians, and what is said about machine and versions.
+
+A machine drifts by more than most differences are worth, so contestants take turns in one run, medians are compared,
+and only ratios of one run are quoted.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a checkout that is not installed: import this module before jaxkv
+
+
+def in_turn(names: list[str], turn: int) -> list[str]:
+    """The contestants, starting with another one each turn, so that none always runs after the same one."""
+    start = turn % max(len(names), 1)
+    return names[start:] + names[:start]
+
+
+def interleave(runs: dict[str, Callable[[int], float]], *, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Returns milliseconds per step of each contestant, one number per round.
+
+    Args:
+      runs: name -> function that runs so many steps and returns the seconds they took.
+      rounds: how often each has its turn.
+      seconds: about how long one turn lasts; at least one step is run.
+    """
+    steps = {}
+    for name, run in runs.items():
+        run(1)  # compiles, touches memory
+        steps[name] = max(1, min(1000, int(seconds / max(run(2) / 2, 1e-7))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds):
+        for name in in_turn(list(runs), turn):
+            runs[name](1)  # the caches, and the threads of whoever ran before, settle
+            times[name].append(1e3 * runs[name](steps[name]) / steps[name])
+    return times
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def about(packages: Iterable[str]) -> dict[str, Any]:
+    """Date, machine and versions of the packages that are installed: what every number is committed with."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": {
+            "cpu": cpu_name(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "load_before": os.getloadavg()[0],
+        },
+        "versions": versions,
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def say(text: str) -> None:
+    """One line on standard error that the next one replaces, where somebody is looking."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="" if "\n" not in text else "\n", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
