@@ -18,14 +18,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import importlib.metadata
 import json
 import multiprocessing
 import os
 import pathlib
-import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -33,6 +30,7 @@ import traceback
 from typing import Any
 
 import numpy as np
+from common import about, in_turn, medians, say
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SEED = 0
@@ -454,12 +452,6 @@ class Worker:
         self.process.join(5)
 
 
-def in_turn(names: list[str], turn: int) -> list[str]:
-    """The contestants, starting with another one each turn, so that none always runs after the same one."""
-    start = turn % len(names)
-    return names[start:] + names[:start]
-
-
 def measure(shape: Shape, names: list[str], *, rounds: int, tokens: int, threads: int) -> dict[str, Any]:
     """Runs all contestants and returns what `--out` writes."""
     prompt = np.random.default_rng(SEED + 1).integers(0, shape.vocab_size, shape.capacity, dtype=np.int64)
@@ -467,7 +459,7 @@ def measure(shape: Shape, names: list[str], *, rounds: int, tokens: int, threads
     left_out: dict[str, str] = {}
     versions: dict[str, str] = {}
     devices: dict[str, str] = {}
-    load_before = os.getloadavg()[0]
+    facts = about(())
     for name in names:
         say(f"loading {name}")
         worker = Worker(name, shape, threads)
@@ -522,14 +514,9 @@ def measure(shape: Shape, names: list[str], *, rounds: int, tokens: int, threads
         worker.close()
     say("")
     return {
-        "date": datetime.date.today().isoformat(),
-        "device": {
-            "cpu": cpu_name(),
-            "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "of_each": devices,
-            "load_before": load_before,
-        },
-        "versions": {"python": platform.python_version(), **versions},
+        "date": facts["date"],
+        "device": facts["device"] | {"of_each": devices},
+        "versions": facts["versions"] | versions,
         "model": dataclasses.asdict(shape) | {"parameters": shape.num_parameters, "dtype": "float32", "tied": False},
         "settings": {"rounds": rounds, "tokens": tokens, "threads": threads},
         "decode_ms_per_token": {str(n): {k: v for k, v in by.items() if v} for n, by in decode.items()},
@@ -537,22 +524,6 @@ def measure(shape: Shape, names: list[str], *, rounds: int, tokens: int, threads
         "tokens": {str(n): by for n, by in continuations.items()} | {"prefill": first},
         "left_out": left_out,
     }
-
-
-def cpu_name() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def say(text: str) -> None:
-    """One line on standard error that the next one replaces, where somebody is looking."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="" if "\n" not in text else "\n", file=sys.stderr, flush=True)
-    elif text:
-        print(text, file=sys.stderr, flush=True)
 
 
 def agreement(data: dict[str, Any]) -> dict[str, str]:
@@ -572,12 +543,12 @@ def table(data: dict[str, Any]) -> str:
     """The medians as text, each peer with its ratio to jaxkv."""
     columns = {f"decode at {n}": by for n, by in data["decode_ms_per_token"].items()}
     columns[f"prefill {data['model']['prefill']}"] = data["prefill_ms"]
-    medians = {column: {k: statistics.median(v) for k, v in by.items()} for column, by in columns.items()}
-    names = list(dict.fromkeys(name for by in medians.values() for name in by))
+    middle = {column: medians(by) for column, by in columns.items()}
+    names = list(dict.fromkeys(name for by in middle.values() for name in by))
     lines = [" " * 28 + "".join(f"{column:>20}" for column in columns)]
     for name in names:
         line = f"{name:28}"
-        for by in medians.values():
+        for by in middle.values():
             ratio = f" {by[name] / by['jaxkv']:5.2f}x" if name in by and "jaxkv" in by else ""
             line += f"{f'{by[name]:.1f}{ratio}' if name in by else '-':>20}"
         lines.append(line)
@@ -594,14 +565,16 @@ def plot(data: dict[str, Any], path: pathlib.Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    contexts = list(data["decode_ms_per_token"])
-    names = list(data["decode_ms_per_token"][contexts[0]])
+    decode = {n: medians(by) for n, by in data["decode_ms_per_token"].items()}
+    prefill = medians(data["prefill_ms"])
+    contexts = list(decode)
+    names = list(decode[contexts[0]])
     colors = {name: f"C{i}" for i, name in enumerate(names)} | {"plain read": "0.6"}
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(3, 1), layout="constrained")
     wide = 0.85 / len(names)
     for i, name in enumerate(names):
-        at = [c for c, n in enumerate(contexts) if name in data["decode_ms_per_token"][n]]
-        heights = [statistics.median(data["decode_ms_per_token"][contexts[c]][name]) for c in at]
+        at = [c for c, n in enumerate(contexts) if name in decode[n]]
+        heights = [decode[contexts[c]][name] for c in at]
         label = "weights and cache read once" if name == "plain read" else name
         places = [c + (i - len(names) / 2 + 0.5) * wide for c in at]
         bars = left.bar(places, heights, wide, color=colors[name], label=label)
@@ -609,10 +582,7 @@ def plot(data: dict[str, Any], path: pathlib.Path) -> None:
     left.set_xticks(range(len(contexts)), [f"{int(n):,}" for n in contexts])
     left.set(xlabel="tokens of context", ylabel="ms per token", title="Decoding")
     left.legend(fontsize=8)
-    shown = [name for name in names if name in data["prefill_ms"]]
-    bars = right.bar(
-        range(len(shown)), [statistics.median(data["prefill_ms"][n]) for n in shown], color=[colors[n] for n in shown]
-    )
+    bars = right.bar(range(len(prefill)), list(prefill.values()), color=[colors[name] for name in prefill])
     right.bar_label(bars, fmt="%.0f", fontsize=8)
     right.set_xticks([])
     right.set(ylabel="ms", title=f"{data['model']['prefill']:,} tokens of prompt, to the next token")
