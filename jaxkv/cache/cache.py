@@ -373,8 +373,10 @@ class Cache:
         """
         self._check_alive()
         landed = self.resume_point(src, length)
-        src, _ = self._row(src)
+        src, src_known = self._row(src)
         dst, known = self._row(dst)
+        untouched = (src == dst) & src_known & (_integers("length", length) >= self.lengths[src])  # as rewind says
+        landed = jnp.where(untouched, self.lengths[src], landed)
         dst = jnp.where(known, dst, self.num_rows)
         return dataclasses.replace(
             self,
