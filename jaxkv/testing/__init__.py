@@ -1,5 +1,6 @@
 """For tests of caches and of models that decode with one: an oracle, random programs, `assert_cache_correct`."""
 
+from .decoding import WAYS_OF_FEEDING as WAYS_OF_FEEDING
 from .decoding import assert_cache_correct as assert_cache_correct
 from .oracle import Oracle as Oracle
 from .oracle import OracleStep as OracleStep

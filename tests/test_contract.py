@@ -1,0 +1,70 @@
+"""Every cache of the table meets every law, and random programs of operations agree with the oracle.
+
+`JAXKV_PROGRAMS=1000 pytest tests/test_contract.py -k programs` looks longer.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from contract import LAWS, TABLE
+from jaxkv.testing import Begin, Remove, Rewind, run_program
+
+PROGRAMS = int(os.environ.get("JAXKV_PROGRAMS", "25"))  # random programs per row of the table
+
+
+@pytest.mark.parametrize("case", TABLE.values(), ids=TABLE)
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+def test_law(law, case):
+    law(case)
+
+
+@pytest.mark.parametrize("case", TABLE.values(), ids=TABLE)
+def test_random_programs_agree_with_the_oracle(case):
+    counts = collections.Counter()
+    for seed in range(PROGRAMS):
+        counts += run_program(case.cache(), seed, num_operations=36)
+    kinds = ("Begin", "Remove", "Rewind", "CopyPrefix", "Take", "Reset", "Retry", "did not fit")
+    assert min(counts[kind] for kind in kinds) > PROGRAMS / 5, counts
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_programs_drawn_by_hypothesis_agree_with_the_oracle(data):
+    cache = TABLE["mixture"].cache()
+    run_program(cache, lambda least, most: data.draw(st.integers(least, most)), num_operations=12)
+
+
+def test_a_lost_interval_inside_removed_positions_is_forgotten():
+    tokens = [
+        Begin(tuple((p, *[-1] * 3) if row else (p, p + 1, p + 2, p + 3) for row in range(4))) for p in (0, 4, 8, 12)
+    ]
+    more = [Begin(((p, p + 1, p + 2, p + 3), *[(-1,) * 4] * 3)) for p in (16, 8, 12)]
+    program = [*tokens, more[0], Remove(0, 1, 13), *more[1:], Rewind((11, 99, 99, 99))]
+    run_program(TABLE["mixture"].cache(), program)
+
+
+def test_a_span_is_seen_in_both_directions_within_reach():
+    case = TABLE["mixture"]
+    seen = _masks(case, positions=[[0, 1, 2, 3], [-1] * 4, [-1] * 4, [-1] * 4], spans=[[0, 5, 5, 0]] + [[0] * 4] * 3)
+    assert seen["Full()"] == ["1000", "1110", "1110", "1111"]
+
+
+def _masks(case, positions, spans):
+    """What the first row's queries see, as pictures over positions."""
+    from contract import HEADS, tokens
+    from jaxkv.testing.programs import forward
+
+    positions = np.array(positions, np.int32)
+    sides = [[x[:, : positions.shape[1]] for x in side] for side in tokens(case)]
+    *_, seen = forward(case.cache(), positions, None, np.array(spans, np.int32), *sides, num_heads=HEADS)
+    return {
+        repr(layer.reach): ["".join(str(int(x)) for x in row[: positions.shape[1]]) for row in np.asarray(mask)[0, 0]]
+        for layer, (_, _, _, mask, _) in zip(case.layers, seen, strict=True)
+    }

@@ -1,0 +1,319 @@
+"""jaxkv.testing finds what it is there to find: right things pass, each deliberate fault is caught and named."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkv import Cache, Chunk, Dense, Full, LayerSpec, Window
+from jaxkv.testing import (
+    Begin,
+    CopyPrefix,
+    Oracle,
+    Remove,
+    Reset,
+    Retry,
+    Rewind,
+    Take,
+    assert_cache_correct,
+    run_program,
+)
+
+# ---------------------------------------------------------------- the oracle
+
+
+def test_oracle_sizes_rings_by_reach_and_block_or_slack():
+    oracle = Oracle([Window(5, sinks=2), Chunk(4), Full(), Window(90)], num_rows=1, capacity=24, max_block=3, slack=6)
+    assert list(oracle.ring.values()) == [4 + 6, 3 + 6, 24, 24]
+    assert [oracle.slot(Window(5, sinks=2), p) for p in (0, 1, 2, 11, 12, 13)] == [0, 1, 2, 11, 2, 3]
+
+
+def test_oracle_sees_what_reach_and_order_allow():
+    oracle = Oracle([Full(), Window(2, sinks=1), Chunk(4)], num_rows=1, capacity=12, max_block=6)
+    oracle.begin([range(6)], tokens=[range(6)])
+    step = oracle.begin([[6, -1, 8]], tokens=[[6, 0, 8]])
+    pictures = [
+        ["".join(str(int(p in sees[reach])) for p in range(9)) for reach in oracle.reaches]
+        for sees in step.sees[0]
+        if sees is not None
+    ]
+    assert pictures == [
+        ["111111100", "100001100", "000011100"],
+        ["111111101", "100000001", "000000001"],
+    ]
+
+
+def test_oracle_spans_see_each_other():
+    oracle = Oracle([Full()], num_rows=1, capacity=8, max_block=4)
+    step = oracle.begin([[0, 1, 2, 3]], spans=[[0, 7, 7, 0]], tokens=[[0, 1, 2, 3]])
+    assert [sorted(sees[Full()]) for sees in step.sees[0]] == [[0], [0, 1, 2], [0, 1, 2], [0, 1, 2, 3]]
+
+
+def test_oracle_refuses_what_does_not_fit():
+    oracle = Oracle([Window(3)], num_rows=4, capacity=8, max_block=2)
+    step = oracle.begin([[0, 1], [0, 0], [7, 8], [-1, -1]], tokens=np.zeros((4, 2), int))
+    assert step.ok.tolist() == [True, False, False, True]
+    assert step.positions.tolist() == [[0, 1], [-1, -1], [-1, -1], [-1, -1]]
+    assert oracle.lengths == [2, 0, 0, 0]
+    assert oracle.ok == [True, False, False, True]
+
+
+def test_oracle_resumes_where_nothing_seen_is_overwritten():
+    oracle = Oracle([Window(3)], num_rows=1, capacity=20, max_block=2)  # 4 slots: 6, 7, 8, 9
+    for p in range(0, 10, 2):
+        oracle.begin([[p, p + 1]], tokens=[[p, p + 1]])
+    assert [oracle.resume_point(0, p) for p in (10, 9, 8, 7, 1)] == [10, 9, 8, 0, 0]
+    oracle.remove(0, 7)
+    assert oracle.lengths == [0]
+
+
+def test_oracle_moves_tokens_down():
+    oracle = Oracle([Full()], num_rows=1, capacity=8, max_block=4)
+    oracle.begin([[0, 1, 2, 3]], tokens=[[10, 11, 12, 13]])
+    oracle.remove(0, 1, 3)
+    assert oracle.history == [{0: 10, 1: 13}]
+    assert oracle.lengths == [2]
+
+
+def test_oracle_refuses_to_follow_a_cache_without_a_reason():
+    oracle = Oracle([Full()], num_rows=1, capacity=8, max_block=4)
+    with pytest.raises(ValueError, match="row 0 fits and has no gaps"):
+        oracle.begin([[0]], tokens=[[0]], refused=[0])
+    oracle.begin([[0]], tokens=[[0]])
+    with pytest.raises(ValueError, match="must have length 1, not 0"):
+        oracle.settle(0, 0)
+
+
+# ---------------------------------------------------------------- programs
+
+
+@dataclasses.dataclass(frozen=True)
+class LongWindow(Window):
+    """Sees one token more than it says."""
+
+    def sees(self, q, s):
+        return (s >= q - self.size) | (s < self.sinks)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForgetfulWindow(Window):
+    """Says that nothing before a position is needed to go on from it."""
+
+    def first(self, p):
+        return p
+
+
+@dataclasses.dataclass(frozen=True)
+class Negated(Dense):
+    """Hands out the negative of what was put."""
+
+    def decode(self, stored):
+        return -stored
+
+
+def small(reach, **storage):
+    return Cache.init([LayerSpec(reach, 1, 2, **storage)], num_rows=1, capacity=16, max_block=4)
+
+
+def steps(*starts):
+    return [Begin((tuple(range(p, p + 4)),)) for p in starts]
+
+
+def test_a_wrong_mask_is_shown_as_a_picture():
+    with pytest.raises(AssertionError) as error:
+        run_program(small(LongWindow(2)), steps(0))
+    assert "after operation 0 cache and oracle differ: layer 0 LongWindow(size=2, sinks=0)" in str(error.value)
+    assert [line.split() for line in str(error.value).splitlines()[2:6]] == [
+        ["q=0", "1000000000000000", "1000000000000000"],
+        ["q=1", "1100000000000000", "1100000000000000"],
+        ["q=2", "0110000000000000", "1110000000000000", "<-"],
+        ["q=3", "0011000000000000", "0111000000000000", "<-"],
+    ]
+
+
+def test_a_reported_program_can_be_run_again():
+    def report(source):
+        with pytest.raises(AssertionError) as error:
+            run_program(small(LongWindow(2)), source)
+        return str(error.value)
+
+    first = report(3)
+    assert "source: 3" in first
+    names = {x.__name__: x for x in (Begin, CopyPrefix, Remove, Reset, Retry, Rewind, Take)}
+    program = eval(first[first.index("program = [") + len("program = ") : first.index("]\ncache:") + 1], names)
+    assert report(program) == first[: first.index("\nsource: 3")]
+
+
+def test_a_row_that_resumes_where_it_can_not_is_caught():
+    with pytest.raises(AssertionError, match="row 0 must have length 0, not 7"):
+        run_program(small(ForgetfulWindow(4)), [*steps(0, 4, 8), Rewind((7,))])
+
+
+def test_wrong_values_are_caught():
+    with pytest.raises(AssertionError, match=r"Full\(\): v of batch row 0, position 0 \(slot 0\)"):
+        run_program(small(Full(), v_storage=Negated()), steps(0))
+
+
+def test_a_cache_that_holds_something_is_refused():
+    cache, _ = small(Full()).begin(jnp.zeros((1, 1), jnp.int32))
+    with pytest.raises(ValueError, match="give an empty one"):
+        run_program(cache, 0)
+    with pytest.raises(ValueError, match="give an empty one"):
+        assert_cache_correct(None, None, cache, vocab_size=3)
+
+
+# ---------------------------------------------------------------- a model, right and wrong
+
+VOCAB, WIDTH, WINDOW = 11, 8, 5
+
+
+def init_params():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"embed": (VOCAB, WIDTH), "place": (64, WIDTH), "qkv": (2, 3, WIDTH, WIDTH)}
+    return {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+def mix(q, k, v, mask):
+    """Attention of one head; q [B, T, H], k [B, S, H], mask [B, T, S]."""
+    scores = jnp.where(mask, jnp.einsum("bth,bsh->bts", q, k) / np.float32(WIDTH**0.5), -1e9)
+    return jnp.einsum("bts,bsh->bth", jax.nn.softmax(scores), v)
+
+
+def project(params, layer, x):
+    return [jnp.einsum("btd,dh->bth", x, params["qkv"][layer, i]) / np.float32(WIDTH**0.5) for i in range(3)]
+
+
+def embed(params, tokens, positions):
+    return params["embed"][tokens] + params["place"][jnp.maximum(positions, 0)]
+
+
+@jax.jit
+def uncached(params, tokens):
+    length = tokens.shape[1]
+    x = embed(params, tokens, jnp.broadcast_to(jnp.arange(length), tokens.shape))
+    q, s = jnp.arange(length)[:, None], jnp.arange(length)[None]
+    for layer, mask in enumerate([(s <= q) & (s > q - WINDOW), s <= q]):
+        x = x + mix(*project(params, layer, x), mask[None])
+    return jnp.einsum("btd,vd->btv", x, params["embed"])
+
+
+def cached(params, tokens, positions, cache, *, fault=None):
+    given = cache
+    if fault == "positions start over with each block":
+        real = positions >= 0
+        x = embed(params, tokens, jnp.where(real, jnp.arange(tokens.shape[1])[None], 0))
+    elif fault == "positions are off by one":
+        x = embed(params, tokens, positions + 1)
+    else:
+        x = embed(params, tokens, positions)
+    if fault == "padding is taken for tokens":
+        positions = jnp.maximum(positions, 0)
+    if fault == "rows mix":
+        x = x + x.mean(0, keepdims=True)
+    cache, step = cache.begin(positions)
+    layers = []
+    for i, layer in enumerate(cache.layers):
+        q, k, v = project(params, i, x)
+        put = layer.put(step, k[:, :, None], v[:, :, None])
+        if fault != "a layer is not handed on" or i == 0:
+            layer = put
+        k, v, mask = put.get(step)
+        mask = mask[:, 0]
+        if fault == "the step's mask is ignored":
+            mask = jnp.ones_like(mask)
+        elif fault == "the mask asks slots, not positions":
+            mask = jnp.arange(k.shape[1])[None, None] <= step.positions[:, :, None]
+        x = x + mix(q, k[:, :, 0], v[:, :, 0], mask)
+        layers.append(layer)
+    if fault == "with_layers is forgotten":
+        layers = cache.layers
+    if fault == "the cache of begin is forgotten":
+        cache = given
+    return jnp.einsum("btd,vd->btv", x, params["embed"]), cache.with_layers(layers)
+
+
+def model_cache(window=WINDOW, **sizes):
+    specs = [LayerSpec(Window(window), 1, WIDTH), LayerSpec(Full(), 1, WIDTH)]
+    return Cache.init(specs, **{"num_rows": 3, "capacity": 24, "max_block": 4} | sizes)
+
+
+def test_a_right_model_passes_in_every_way_of_feeding():
+    differences = assert_cache_correct(cached, init_params(), model_cache(), vocab_size=VOCAB, uncached=uncached)
+    assert max(differences.values()) < 1e-4
+    assert {"token by token", "padding in the middle", "rejected draft, then rewind"} < set(differences)
+
+
+def test_a_right_model_passes_without_an_uncached_form():
+    assert_cache_correct(cached, init_params(), model_cache(), vocab_size=VOCAB, ways=["token by token"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "way", "report"),
+    [
+        ("positions start over with each block", "in blocks of max_block", "WRONG  first at position 4 of row 0"),
+        ("positions are off by one", "in blocks of max_block", "WRONG  first at position 0 of row 0"),
+        ("padding is taken for tokens", "padding on the right", r"WRONG  row \d holds \d tokens and does not fit"),
+        ("rows mix", "row by row", "WRONG  first at position"),
+        ("the step's mask is ignored", "in blocks of max_block", "WRONG  first at position 0 of row 0"),
+        ("the mask asks slots, not positions", "in blocks of max_block", "WRONG  first at position 5 of row 0"),
+        ("a layer is not handed on", "token by token", "nothing was ever put into layer 1 .*with_layers"),
+        ("with_layers is forgotten", "token by token", "nothing was ever put into layer 0 .*with_layers"),
+        ("the cache of begin is forgotten", "token by token", r"cache, step = cache.begin\(positions\)"),
+    ],
+)
+def test_a_wrong_model_is_caught_and_the_fault_shown(fault, way, report):
+    forward = functools.partial(cached, fault=fault)
+    with pytest.raises(AssertionError, match=f"(?s){report}"):
+        assert_cache_correct(
+            forward, init_params(), model_cache(), vocab_size=VOCAB, uncached=uncached, ways=[way], seed=1
+        )
+
+
+def test_a_report_says_of_every_way_whether_it_is_right():
+    forward = functools.partial(cached, fault="positions start over with each block")
+    ways = ["in one block", "in blocks of max_block"]
+    with pytest.raises(AssertionError) as error:
+        assert_cache_correct(forward, init_params(), model_cache(), vocab_size=VOCAB, uncached=uncached, ways=ways)
+    first, one_block, blocks, *picture = str(error.value).splitlines()
+    assert first.startswith("cached decoding differs from uncached decoding")
+    assert "in one block " in one_block
+    assert "right  largest difference" in one_block
+    assert "WRONG  first at position 4 of row 0, off by" in blocks
+    assert picture[0] == "wrong positions when fed in blocks of max_block, over positions 0..23:"
+    assert picture[1] == "  row 0  000011111111111111111111"
+
+
+@pytest.mark.parametrize("window", [WINDOW - 1, WINDOW + 1])
+def test_a_spec_with_another_window_than_the_model_is_caught(window):
+    with pytest.raises(AssertionError, match=r"in one block +WRONG") as error:
+        assert_cache_correct(
+            cached, init_params(), model_cache(window), vocab_size=VOCAB, uncached=uncached, ways=["in one block"]
+        )
+    first = min(window, WINDOW)
+    assert f"over positions 0..23:\n  row 0  {'0' * first}1" in str(error.value)
+
+
+def test_a_forward_that_returns_another_kind_of_cache_is_caught():
+    def forward(params, tokens, positions, cache):
+        logits, cache = cached(params, tokens, positions, cache)
+        return logits, dataclasses.replace(cache, slack=cache.slack + 1)
+
+    with pytest.raises(AssertionError, match="must return the kind of cache it was given"):
+        assert_cache_correct(forward, init_params(), model_cache(), vocab_size=VOCAB, ways=["token by token"])
+
+
+def test_a_way_of_feeding_must_be_known():
+    with pytest.raises(ValueError, match=r"unknown ways of feeding .*backwards.*; there are in one block, "):
+        assert_cache_correct(cached, init_params(), model_cache(), vocab_size=VOCAB, ways=["backwards"])
+
+
+def test_tokens_must_fit_the_cache():
+    with pytest.raises(ValueError, match="give vocab_size, or tokens"):
+        assert_cache_correct(cached, init_params(), model_cache())
+    with pytest.raises(ValueError, match=r"tokens has shape \(3, 25\), the cache 3 rows of capacity 24"):
+        assert_cache_correct(cached, init_params(), model_cache(), tokens=np.zeros((3, 25), int))
