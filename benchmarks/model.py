@@ -578,14 +578,14 @@ def plot(data: dict[str, Any], path: pathlib.Path) -> None:
         label = "weights and cache read once" if name == "plain read" else name
         places = [c + (i - len(names) / 2 + 0.5) * wide for c in at]
         bars = left.bar(places, heights, wide, color=colors[name], label=label)
-        left.bar_label(bars, fmt="%.0f", fontsize=8)
+        left.bar_label(bars, fmt="%.1f", fontsize=8)
     left.set_xticks(range(len(contexts)), [f"{int(n):,}" for n in contexts])
     left.set(xlabel="tokens of context", ylabel="ms per token", title="Decoding")
     left.legend(fontsize=8)
     bars = right.bar(range(len(prefill)), list(prefill.values()), color=[colors[name] for name in prefill])
     right.bar_label(bars, fmt="%.0f", fontsize=8)
     right.set_xticks([])
-    right.set(ylabel="ms", title=f"{data['model']['prefill']:,} tokens of prompt, to the next token")
+    right.set(ylabel="ms", title=f"Prompt of {data['model']['prefill']:,} tokens")
     millions = data["model"]["parameters"] / 1e6
     title = f"Llama shape, {millions:.0f} M parameters, float32, one sequence, {data['device']['cpu']}"
     figure.suptitle(title, fontsize=10)
