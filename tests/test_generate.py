@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import re
 import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def test_cached_generation_is_the_uncached_loop_token_for_token(reaches):
     result = generate(toy, PARAMS, PROMPTS, toy.cache(), max_new_tokens=20)
     tokens, log_probs = uncached_loop(toy, PROMPTS, 20, lambda i, row, x: int(x.argmax()))
     np.testing.assert_array_equal(result.tokens, tokens)
-    np.testing.assert_allclose(result.log_probs, log_probs, atol=2e-5)
+    np.testing.assert_allclose(result.log_probs, log_probs, rtol=1e-5, atol=5e-4)
     assert result.tokens.dtype == result.lengths.dtype == np.int32
     assert result.log_probs.dtype == np.float32
     assert result.lengths.tolist() == [20] * B
@@ -136,7 +137,9 @@ def test_random_sampling_is_the_uncached_loop_with_the_documented_keys():
 
     tokens, log_probs = uncached_loop(TOY, PROMPTS, 12, choose)
     np.testing.assert_array_equal(result.tokens, tokens)
-    np.testing.assert_allclose(result.log_probs, log_probs, atol=2e-5)  # of the model, not of what the sampler left
+    np.testing.assert_allclose(
+        result.log_probs, log_probs, rtol=1e-5, atol=5e-4
+    )  # of the model, not of what the sampler left
 
 
 def test_a_stream_gives_exactly_the_tokens_of_generate():
@@ -181,20 +184,37 @@ def test_a_stream_that_was_left_can_be_gone_on_from_by_its_cache():
         next(steps)
 
 
-def test_ctrl_c_leaves_a_usable_result():
-    def interrupt_after(n, steps):
-        for i, _tokens in enumerate(steps):
-            if i == n:
-                signal.raise_signal(signal.SIGINT)
-
+def test_ctrl_c_between_steps_leaves_a_usable_result():
     whole = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=12)
     steps = stream(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=12)
-    with pytest.raises(KeyboardInterrupt):
-        interrupt_after(3, steps)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        for i, _tokens in enumerate(steps):
+            if i == 3:
+                signal.raise_signal(signal.SIGINT)
     result = steps.result
     np.testing.assert_array_equal(result.tokens[:, :4], whole.tokens[:, :4])
     rest = generate(TOY, PARAMS, history(PROMPTS, result), result.cache, max_new_tokens=8)
     np.testing.assert_array_equal(rest.tokens, whole.tokens[:, 4:])
+
+
+def test_ctrl_c_in_a_step_can_not_lose_what_was_donated():
+    # Python raises KeyboardInterrupt where it runs byte code: so none may run between the step and the keeping of it.
+    steps = stream(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=12)
+    for _, _tokens in zip(range(3), steps, strict=False):
+        pass
+    events = []
+    sys.setprofile(lambda frame, event, arg: events.append((event, frame.f_code.co_name, getattr(arg, "__name__", ""))))
+    try:
+        next(steps)
+    finally:
+        sys.setprofile(None)
+    begin = events.index(("c_call", "_set", "update"))
+    assert events[begin + 1] == ("c_return", "_set", "update")
+
+
+def test_a_cache_that_came_back_from_numpy_goes_on():
+    want = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=3)
+    assert_same(generate(TOY, PARAMS, PROMPTS, jax.device_get(TOY.cache()), max_new_tokens=3), want)
 
 
 def test_the_next_turn_goes_on_from_the_cache_and_gives_the_text_of_one_run():
@@ -206,7 +226,7 @@ def test_the_next_turn_goes_on_from_the_cache_and_gives_the_text_of_one_run():
     second = generate(TOY, PARAMS, said, first.cache, max_new_tokens=6)
     tokens, log_probs = uncached_loop(TOY, said, 6, lambda i, row, x: int(x.argmax()))
     np.testing.assert_array_equal(second.tokens, tokens)
-    np.testing.assert_allclose(second.log_probs, log_probs, atol=2e-5)
+    np.testing.assert_allclose(second.log_probs, log_probs, rtol=1e-5, atol=5e-4)
 
 
 def test_only_what_the_cache_lacks_is_read(monkeypatch):

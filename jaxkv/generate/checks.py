@@ -44,7 +44,7 @@ def check_forward(forward: Any, params: Any, cache: Cache) -> int:
             "give a function, or jaxkv.nnx.functional(model)"
         ) from None
     one = np.zeros((cache.num_rows, 1), np.int32)
-    out = jax.eval_shape(functools.partial(_forward, forward), params, one, one, cache)
+    out = _forward.eval_shape(forward, params, one, one, cache)
     if not isinstance(out, tuple) or len(out) != 2:
         raise ValueError(f"forward returned {type(out).__name__}; it must return (logits, cache)")
     logits, after = out

@@ -105,23 +105,32 @@ class _Form(NamedTuple):
         return tuple(map(jax.lax.with_sharding_constraint, leaves, self.places))
 
 
+@functools.lru_cache(maxsize=None)  # jit keeps a program for each of them as well
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Fixed:
+    """What a program is compiled for. Made once for equal parts: jit then compares and hashes it by identity."""
+
+    forward: Any
+    sampler: Any
+    cache: _Form
+    state: _Form | None
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _prefill(fixed: tuple[Any, _Form], params: Any, tokens: Any, positions: Any, cache: Any) -> tuple[Any]:
-    forward, form = fixed
-    _, after = forward(params, tokens, positions, form.build(cache))  # logits unused: XLA drops the output head
-    return (form.flatten(after),)
+def _prefill(fixed: Any, params: Any, tokens: Any, positions: Any, cache: Any) -> tuple[Any]:
+    # The logits are unused: XLA drops the output head.
+    _, after = fixed.forward(params, tokens, positions, fixed.cache.build(cache))
+    return (fixed.cache.flatten(after),)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(4, 5))
-def _decode(
-    fixed: tuple[Any, Any, _Form, _Form], params: Any, stops: Any, key: Any, cache: Any, state: Any, until: Any
-) -> tuple[Any, Any, Any]:
+def _decode(fixed: Any, params: Any, stops: Any, key: Any, cache: Any, state: Any, until: Any) -> tuple[Any, Any, Any]:
     """Returns cache and state after `until` steps, or fewer if every row has ended, and the newest tokens, int32 [B].
 
     The newest tokens are those of the last step of this call, EMPTY if there was none.
     """
-    forward, sampler, cache_form, state_form = fixed
-    cache, state = cache_form.build(cache), state_form.build(state)
+    forward, sampler = fixed.forward, fixed.sampler
+    cache, state = fixed.cache.build(cache), fixed.state.build(state)
     before = state.count
     rows = jnp.arange(state.token.shape[0], dtype=jnp.int32)
     # A row's randomness depends on the key, its number and the position, on nothing else.
@@ -170,13 +179,7 @@ def _decode(
     cache, state = jax.lax.while_loop(unfinished, step, (cache, state))
     newest = jax.lax.dynamic_index_in_dim(state.tokens, state.count - 1, axis=1, keepdims=False)
     newest = jnp.where(state.count > before, newest, EMPTY)
-    return cache_form.flatten(cache), state_form.flatten(state), newest
-
-
-@functools.lru_cache
-def _one_of_equals(fixed: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns the first tuple that was equal to this one: jit compares what is identical in no time."""
-    return fixed
+    return fixed.cache.flatten(cache), fixed.state.flatten(state), newest
 
 
 def _write_column(buffer: Any, column: Any, i: Any) -> Any:
@@ -203,6 +206,7 @@ class Stream:
         key: Any,
     ) -> None:
         checks.check_cache(cache)
+        cache = jax.tree.map(jnp.asarray, cache)
         held = np.array(cache.lengths)
         vocab_size = checks.check_forward(forward, params, cache)
         self._prompts = checks.check_prompts(prompts, held, cache.capacity, vocab_size)
@@ -234,10 +238,10 @@ class Stream:
             state = jax.device_put(state, jax.sharding.NamedSharding(on_mesh.mesh, jax.sharding.PartitionSpec()))
         self._forms = _Form.of(cache), _Form.of(state)
         self._cache, self._state = (tuple(jax.tree.leaves(tree)) for tree in (cache, state))
-        self._prefill = functools.partial(_prefill, _one_of_equals((forward, self._forms[0])), params)
-        self._decode = functools.partial(_decode, _one_of_equals((forward, sampler, *self._forms)), params, stops, key)
+        self._prefill = functools.partial(_prefill, _Fixed(forward, None, self._forms[0], None), params)
+        self._decode = functools.partial(_decode, _Fixed(forward, sampler, *self._forms), params, stops, key)
         # A forward or a sampler that fails in the loop fails here, before the cache is donated.
-        jax.eval_shape(self._decode, self._cache, self._state, np.int32(0))
+        _decode.eval_shape(*self._decode.args, self._cache, self._state, np.int32(0))
         self._block = 1 << (cache.max_block.bit_length() - 1)
 
     _cache: tuple[Any, ...]
@@ -260,9 +264,7 @@ class Stream:
     @property
     def result(self) -> Generation:
         """The Generation so far. Its cache is donated when the iteration goes on."""
-        cache, state = (
-            form.build(leaves) for form, leaves in zip(self._forms, (self._cache, self._state), strict=True)
-        )
+        cache, state = self._forms[0].build(self._cache), self._forms[1].build(self._state)
         limit = self._limit
         tokens, log_probs = np.array(state.tokens)[:, :limit], np.array(state.log_probs)[:, :limit]
         still = "length" if int(state.count) >= limit else "running"
