@@ -1,0 +1,298 @@
+"""One decoder, driven by a config: embed, then attend and mix layer by layer, then score the next token."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxkv.cache.cache import Cache
+from jaxkv.cache.spec import Full, LayerSpec, Reach
+from jaxkv.cache.storage import Dense
+from jaxkv.nn.heads import rms_norm
+from jaxkv.nn.nnx import Attention
+from jaxkv.nn.rotary import Rotary
+
+NORMS = ("rms", "layer")
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """What a decoder is made of. Frozen and hashable; what is left out as None is filled in.
+
+    Args:
+      vocab_size: tokens the model knows, V.
+      width: size D of the stream that runs through the layers.
+      num_layers: how many layers.
+      num_heads: query heads N of a layer.
+      num_kv_heads: heads K of keys and values, a divisor of num_heads; None means num_heads.
+      head_dim: size H of a head; None means width / num_heads.
+      mlp_dim: hidden size of the MLP; None means 4 * width.
+      reaches: which past tokens the layers see, a pattern repeated from the first layer on:
+        (Window(128), Window(128), Full()) is two window layers to a full one.
+      rotary: how queries and keys are turned by position: one Rotary, a pattern repeated like `reaches`, or None.
+      max_positions: length of a learned table of positions, added to the embeddings; None for no table.
+      norm: "rms" or "layer": before attention, before the MLP, and at the end.
+      norm_eps: added to the mean square.
+      activation: of the MLP: "silu", "gelu" (exact), "gelu_tanh" or "relu".
+      gated: whether the MLP multiplies two projections (SwiGLU with "silu", GeGLU with "gelu") or has one.
+      use_bias: whether attention and MLP have biases.
+      qk_norm: whether each head's queries and keys are RMS-normalized before they are turned.
+      tied: whether the embedding table is the output head too.
+      dtype: of the computation and the logits.
+      param_dtype: of the parameters as they are made.
+
+    Raises:
+      ValueError: for sizes below 1 or that don't divide, and names that are not known.
+
+    >>> config = DecoderConfig(vocab_size=256, width=64, num_layers=4, num_heads=4)
+    >>> config.head_dim, config.num_kv_heads, config.mlp_dim
+    (16, 4, 256)
+    """
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: Any = None
+    head_dim: Any = None
+    mlp_dim: Any = None
+    reaches: tuple[Reach, ...] = (Full(),)
+    rotary: Rotary | tuple[Rotary | None, ...] | None = Rotary()
+    max_positions: int | None = None
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    activation: str = "silu"
+    gated: bool = True
+    use_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = True
+    dtype: Any = "float32"
+    param_dtype: Any = "float32"
+
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("vocab_size", "width", "num_layers", "num_heads")}
+        if self.head_dim is None and self.num_heads > 0 and self.width % self.num_heads:
+            raise ValueError(f"width={self.width} is no multiple of num_heads={self.num_heads}; give head_dim")
+        defaults = {"num_kv_heads": self.num_heads, "mlp_dim": 4 * self.width}
+        defaults["head_dim"] = self.width // max(self.num_heads, 1)
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+            sizes[name] = getattr(self, name)
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"DecoderConfig({name}={size}): {name} is at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}: every key head serves "
+                "as many query heads"
+            )
+        if self.max_positions is not None and self.max_positions < 1:
+            raise ValueError(f"max_positions={self.max_positions}: a table has at least 1; None for no table")
+        if not self.reaches or not all(isinstance(reach, Reach) for reach in self.reaches):
+            raise ValueError(f"reaches={self.reaches!r}: give a tuple of Full(), Window(size) or Chunk(size)")
+        if self.rotary == ():
+            raise ValueError("rotary=(): a pattern has at least one entry; None for no rotation")
+        for name, known in (("norm", NORMS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: known are {', '.join(known)}")
+        for name in ("dtype", "param_dtype"):
+            object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
+            if not jnp.issubdtype(getattr(self, name), jnp.floating):
+                raise ValueError(f"{name}={getattr(self, name)}: give a floating dtype such as 'float32'")
+
+    def reach(self, layer: int) -> Reach:
+        """Returns what a layer sees."""
+        return self.reaches[layer % len(self.reaches)]
+
+    def layer_rotary(self, layer: int) -> Rotary | None:
+        """Returns how a layer turns queries and keys."""
+        return self.rotary[layer % len(self.rotary)] if isinstance(self.rotary, tuple) else self.rotary
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over the width, computed in float32. Parameters as Flax names them: `scale`, `bias`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        self.centered, self.epsilon, self.dtype = config.norm == "layer", config.norm_eps, config.dtype
+        self.scale = nnx.Param(jnp.ones((config.width,), config.param_dtype))
+        self.bias = nnx.Param(jnp.zeros((config.width,), config.param_dtype)) if self.centered else nnx.data(None)
+
+    def __call__(self, x: Any) -> Any:
+        y = x.astype(jnp.float32)
+        if self.centered:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = rms_norm(y, self.scale[...], self.epsilon)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)[None, None, :]
+        return y.astype(self.dtype)
+
+
+class MLP(nnx.Module):
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        kind = {
+            "use_bias": config.use_bias,
+            "dtype": config.dtype,
+            "param_dtype": config.param_dtype,
+            "rngs": rngs,
+        }
+        self.activation = config.activation
+        self.gate = nnx.Linear(config.width, config.mlp_dim, **kind) if config.gated else nnx.data(None)
+        self.up = nnx.Linear(config.width, config.mlp_dim, **kind)
+        self.down = nnx.Linear(config.mlp_dim, config.width, **kind)
+
+    def __call__(self, x: Any) -> Any:
+        act = ACTIVATIONS[self.activation]
+        return self.down(act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP, each after a norm and added to what came in."""
+
+    def __init__(self, config: DecoderConfig, index: int, *, rngs: nnx.Rngs) -> None:
+        kind = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        self.attention_norm = Norm(config)
+        self.attention = Attention(
+            config.num_heads,
+            config.width,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            reach=config.reach(index),
+            rotary=config.layer_rotary(index),
+            qk_norm=config.qk_norm,
+            qk_norm_epsilon=config.norm_eps,
+            use_bias=config.use_bias,
+            **kind,
+        )
+        self.mlp_norm = Norm(config)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: Any, positions: Any, layer: Any, step: Any) -> tuple[Any, Any]:
+        h = self.attention_norm(x)
+        if layer is None:
+            y = self.attention(h, positions=positions)
+        else:
+            y, layer = self.attention(h, layer, step)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), layer
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer, with a cache or without.
+
+    `model(tokens)` and `model(tokens, positions)` return logits: training. `model(tokens, positions, cache)` returns
+    (logits, cache): decoding. `jaxkv.nnx.functional(model)` makes it what `jaxkv.generate` takes.
+
+    Args:
+      config: what it is made of.
+      rngs: random streams of the parameters.
+
+    >>> from flax import nnx
+    >>> from jaxkv.models import Decoder, DecoderConfig
+    >>> model = Decoder(DecoderConfig(vocab_size=8, width=16, num_layers=1, num_heads=2), rngs=nnx.Rngs(0))
+    >>> forward, params = jaxkv.nnx.functional(model)
+    >>> cache = jaxkv.Cache.init(model.specs(), num_rows=1, capacity=16)
+    >>> logits, cache = jax.jit(forward)(params, jnp.array([[3, 1, 4]]), jnp.array([[0, 1, 2]]), cache)
+    >>> logits.shape, cache.lengths.tolist()
+    ((1, 3, 8), [3])
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        kind = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        self.config = config
+        self.embed = nnx.Embed(config.vocab_size, config.width, **kind)
+        table = config.max_positions
+        self.positions = nnx.data(None) if table is None else nnx.Embed(table, config.width, **kind)
+        self.layers = nnx.List([Block(config, i, rngs=rngs) for i in range(config.num_layers)])
+        self.norm = Norm(config)
+        head = nnx.data(None) if config.tied else nnx.Linear(config.width, config.vocab_size, use_bias=False, **kind)
+        self.head = head
+
+    def __call__(self, tokens: Any, positions: Any = None, cache: Cache | None = None) -> Any:
+        """Returns the logits of the token after each, and the cache if one was given.
+
+        Args:
+          tokens: int [B, T]. One outside the vocabulary makes logits NaN; of padding the token doesn't matter.
+          positions: int [B, T], EMPTY for padding; without a cache None means 0, 1, 2, ... in every row.
+          cache: None, or what the tokens continue, made from `specs()`.
+
+        Returns:
+          logits [B, T, V] in the config's dtype, or (logits, cache).
+
+        Raises:
+          ValueError: for tokens that are not int [B, T] or, outside of jit, not in the vocabulary; for positions that
+            don't fit tokens, or, as far as sizes tell, the learned table; for a cache made for other layers.
+        """
+        self._check(tokens, positions, cache)
+        layers: Any = (None,) * len(self.layers)
+        step = None
+        if cache is not None:
+            cache, step = cache.begin(positions)
+            layers = cache.layers
+        x = self._embed(tokens, positions)  # [B, T, D]
+        put = []
+        for block, layer in zip(self.layers, layers, strict=True):
+            x, layer = block(x, positions, layer, step)
+            put.append(layer)
+        x = self.norm(x)
+        logits = self.embed.attend(x) if self.head is None else self.head(x)
+        return logits if cache is None else (logits, cache.with_layers(put))
+
+    def specs(self, k_storage: Any = None, v_storage: Any = None) -> list[LayerSpec]:
+        """Returns what a cache for this model must keep, layer by layer.
+
+        Args:
+          k_storage, v_storage: how keys and values are kept; None means Dense of the dtype of the computation.
+        """
+        k_storage, v_storage = (Dense(self.config.dtype) if s is None else s for s in (k_storage, v_storage))
+        return [block.attention.layer_spec(k_storage=k_storage, v_storage=v_storage) for block in self.layers]
+
+    def _embed(self, tokens: Any, positions: Any) -> Any:
+        if positions is not None:  # NaN of an unknown token in padding would spread: 0 * NaN is NaN
+            tokens = jnp.where(positions < 0, 0, tokens)
+        x = self.embed(tokens)
+        if self.positions is None:
+            return x
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        return x + self.positions(jnp.maximum(positions, 0))
+
+    def _check(self, tokens: Any, positions: Any, cache: Cache | None) -> None:
+        if getattr(tokens, "ndim", None) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            what = f"{tokens.dtype}{tokens.shape}" if hasattr(tokens, "shape") else type(tokens).__name__
+            raise ValueError(f"tokens is {what}; give an integer array [B, T]")
+        if positions is not None and np.shape(positions) != tokens.shape:
+            raise ValueError(f"positions has shape {np.shape(positions)}, tokens {tokens.shape}; they must agree")
+        if cache is not None and positions is None:
+            raise ValueError("with a cache give positions too, int [B, T]: cache.lengths[:, None] + arange(T) goes on")
+        if cache is not None and len(cache.layers) != len(self.layers):
+            raise ValueError(
+                f"the cache has {len(cache.layers)} layers, the model {len(self.layers)}; make it from the model: "
+                "Cache.init(model.specs(), ...)"
+            )
+        table = self.config.max_positions
+        longest, what = (cache.capacity, "the cache's capacity is") if cache is not None else (0, "")
+        if cache is None and positions is None:
+            longest, what = tokens.shape[1], "the sequence has"
+        if table is not None and longest > table:
+            raise ValueError(
+                f"{what} {longest} tokens, the model's learned table max_positions={table}; stay within it"
+            )
+        if not isinstance(tokens, jax.core.Tracer) and not isinstance(positions, jax.core.Tracer):
+            real = np.asarray(tokens) if positions is None else np.asarray(tokens)[np.asarray(positions) >= 0]
+            wrong = real[(real < 0) | (real >= self.config.vocab_size)]
+            if wrong.size:
+                raise ValueError(f"token {wrong[0]} is not in the vocabulary of {self.config.vocab_size}")

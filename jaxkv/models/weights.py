@@ -1,0 +1,219 @@
+"""Parameters in files: safetensors, named "layers.0.mlp.up.kernel", read tensor by tensor through a memory map.
+
+The format is a length, a header in JSON, and the bytes (https://huggingface.co/docs/safetensors). It is read and
+written here without the `safetensors` package, whose NumPy side has no bfloat16 and writes arrays wrongly that are not
+contiguous.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# The format's names of dtypes, and NumPy's (with those that JAX adds to it).
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_CODES = {name: code for code, name in DTYPES.items()}
+
+
+class File(Mapping[str, np.ndarray]):
+    """A safetensors file: a mapping from names to read-only arrays, whose bytes are read when they are touched.
+
+    Args:
+      path: the file.
+
+    Attributes:
+      metadata: the strings that were written beside the tensors.
+
+    Raises:
+      OSError: if it can't be opened.
+      ValueError: if it is no safetensors file, is cut short, or has a dtype that isn't known here.
+
+    >>> import os, tempfile
+    >>> from jaxkv.models import weights
+    >>> path = os.path.join(tempfile.mkdtemp(), "some.safetensors")
+    >>> weights.write(path, {"scale": np.arange(3.0)})
+    >>> weights.File(path)["scale"]
+    array([0., 1., 2.])
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError(f"{self.path} ({size:,} bytes) is no safetensors file, or is cut short")
+            text = file.read(length)
+        start = 8 + length
+        self._bytes = np.memmap(self.path, np.uint8, "r", start) if size > start else np.zeros(0, np.uint8)
+        try:
+            header = json.loads(text)
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self._entries = {}
+            for name, entry in header.items():
+                begin, end = map(int, entry["data_offsets"])
+                self._entries[name] = entry["dtype"], tuple(map(int, entry["shape"])), begin, end
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} is no safetensors file: its header can't be read") from error
+        for name, (code, shape, begin, end) in self._entries.items():
+            if code not in DTYPES:
+                raise ValueError(f"{self.path}: {name} has dtype {code}; known are {', '.join(DTYPES)}")
+            need = math.prod(shape) * jnp.dtype(DTYPES[code]).itemsize
+            if not 0 <= begin <= end <= len(self._bytes) or end - begin != need:
+                raise ValueError(
+                    f"{self.path}: {name} {shape} needs {need:,} bytes and has [{begin:,}, {end:,}) of "
+                    f"{len(self._bytes):,}; the file is damaged or cut short, fetch it again"
+                )
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        code, shape, begin, end = self._entries[name]
+        return np.asarray(self._bytes[begin:end]).view(jnp.dtype(DTYPES[code])).reshape(shape)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
+        return self._entries[name][1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], *, dtype: Any = None, metadata: Any = None) -> None:
+    """Writes arrays as safetensors: all of them or, if anything goes wrong, nothing.
+
+    Args:
+      path: the file, replaced if it is there.
+      tensors: arrays by name, fetched from their device one by one.
+      dtype: floating arrays are cast to it; None keeps their own.
+      metadata: strings by name, put into the header.
+
+    Raises:
+      ValueError: for a dtype that safetensors doesn't know.
+    """
+    dtypes = {}
+    for name, tensor in tensors.items():
+        cast = dtype is not None and jnp.issubdtype(tensor.dtype, jnp.floating)
+        dtypes[name] = jnp.dtype(dtype if cast else tensor.dtype)
+        if dtypes[name].name not in _CODES:
+            raise ValueError(f"{name} is {dtypes[name].name}; safetensors knows {', '.join(_CODES)}")
+    # The largest items first, so that each lies at a multiple of its size.
+    names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        shape = list(tensors[name].shape)
+        begin, end = end, end + math.prod(shape) * dtypes[name].itemsize
+        header[name] = {"dtype": _CODES[dtypes[name].name], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    partial = Path(f"{os.fspath(path)}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                file.write(np.asarray(tensors[name]).astype(dtypes[name]).tobytes())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def named(params: Any) -> dict[str, Any]:
+    """Returns the leaves of a params tree by name.
+
+    Args:
+      params: an `nnx.State`, or nested dicts and lists.
+
+    >>> named({"mlp": [{"kernel": 1}, {"kernel": 2}]})
+    {'mlp.0.kernel': 1, 'mlp.1.kernel': 2}
+    """
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def save(path: str | os.PathLike[str], params: Any, *, dtype: Any = None, metadata: Any = None) -> None:
+    """Saves a params tree as safetensors.
+
+    Args:
+      path: the file, replaced if it is there.
+      params: an `nnx.State`, or nested dicts, of arrays.
+      dtype: floating arrays are cast to it; None keeps their own.
+      metadata: strings by name, put into the header.
+    """
+    write(path, named(params), dtype=dtype, metadata=metadata)
+
+
+def load(
+    path: str | os.PathLike[str], like: Any, *, dtype: Any = None, rename: Callable[[str], str] | None = None
+) -> Any:
+    """Returns what a file holds as a params tree.
+
+    Args:
+      path: a safetensors file.
+      like: a tree of arrays or of `jax.ShapeDtypeStruct`, which says names, shapes and dtypes: `nnx.state(model)`, or
+        that of a model made under `nnx.eval_shape`, for which nothing is drawn to be replaced.
+      dtype: of floating tensors; None takes those of `like`.
+      rename: gives a tensor's name in the file for its name in the tree; None where they are the same.
+
+    Returns:
+      A tree of the structure of `like`.
+
+    Raises:
+      ValueError: naming every tensor that is missing, unknown, or of another shape.
+
+    >>> import os, tempfile
+    >>> from jaxkv.models import weights
+    >>> path = os.path.join(tempfile.mkdtemp(), "some.safetensors")
+    >>> weights.save(path, {"norm": {"scale": jnp.ones(2)}}, dtype="bfloat16")
+    >>> weights.load(path, {"norm": {"scale": jnp.zeros(2)}})
+    {'norm': {'scale': Array([1., 1.], dtype=float32)}}
+    """
+    file = File(path)
+    place = {name: rename(name) if rename else name for name in named(like)}
+    problems = []
+    for name, leaf in named(like).items():
+        if place[name] not in file:
+            problems.append(f"missing: {place[name]} {tuple(leaf.shape)}")
+        elif file.shape(place[name]) != tuple(leaf.shape):
+            there, here = file.shape(place[name]), tuple(leaf.shape)
+            problems.append(f"shape: {place[name]} is {there} in the file, {here} in the model")
+    problems += [f"unknown: {name} {file.shape(name)}" for name in file if name not in place.values()]
+    if problems:
+        raise ValueError(f"{file.path} does not fit the model:\n  " + "\n  ".join(problems))
+
+    def fetch(path: Any, leaf: Any) -> Any:
+        cast = dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.array(file[place[_name(path)]].astype(dtype if cast else leaf.dtype, copy=False))
+
+    return jax.tree_util.tree_map_with_path(fetch, like)
+
+
+def _name(path: Any) -> str:
+    parts = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path]
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey):  # the `value` inside a Variable of an nnx.State
+        parts.pop()
+    return ".".join(map(str, parts))
