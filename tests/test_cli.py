@@ -64,8 +64,8 @@ def compiled_programs(monkeypatch):
 
 
 def test_generate_continues_the_prompt_with_the_shipped_model():
-    process = start("generate", "The with statement", "-n", "60")
-    out, err = (text.decode() for text in process.communicate())
+    with start("generate", "The with statement", "-n", "60") as process:
+        out, err = (text.decode() for text in process.communicate())
     assert process.returncode == 0, err
     assert out.startswith("The with statement") and len(out) > 60
     assert re.search(r"first token after [\d.]+ s .*, then [\d,]+ tokens/s; read 18 tokens, wrote \d+", err)
@@ -73,25 +73,25 @@ def test_generate_continues_the_prompt_with_the_shipped_model():
 
 
 def test_version_names_what_matters_in_a_report():
-    process = start("--version")
-    out, err = process.communicate()
+    with start("--version") as process:
+        out, err = process.communicate()
     assert (process.returncode, err) == (0, b"")
     assert re.fullmatch(rb"jaxkv \S.* \(jax [\d.]+, flax [\d.]+, Python [\d.]+\)\n", out)
 
 
 def test_a_reader_that_goes_away_ends_it_quietly():
-    process = start("generate", "The", "-n", "5000")
-    process.stdout.read(10)
-    process.stdout.close()
-    assert process.wait() == 141
-    assert process.stderr.read() == b""
+    with start("generate", "The", "-n", "5000") as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
 
 
 def test_interrupt_keeps_what_was_written_and_ends_with_130():
-    process = start("generate", "The", "-n", "50000", "--greedy", code=LISTENING)
-    begun = process.stdout.read(20)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
+    with start("generate", "The", "-n", "50000", "--greedy", code=LISTENING) as process:
+        begun = process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
     assert process.returncode == 130
     assert begun.startswith(b"The") and out.endswith(b"\n")
     assert b"until Ctrl-C" in err and b"Traceback" not in err
