@@ -331,7 +331,7 @@ def test_many_prompts_compile_a_handful_of_times():
         pass
     after = loop._decode._cache_size(), loop._prefill._cache_size()
     assert after[0] - before[0] == 1
-    assert after[1] - before[1] == 2  # blocks of 16 and 8
+    assert after[1] - before[1] == 1  # blocks of 16
 
 
 def test_a_prefix_read_on_the_same_grid_gives_bitwise_the_same_cache_and_text():
@@ -355,10 +355,15 @@ def test_prompts_are_cut_row_by_row(block):
     np.testing.assert_array_equal(sum(taken for _, taken in schedule), left)
     assert all(size & (size - 1) == 0 and size <= block for size, _ in schedule)
     assert all((taken <= size).all() for size, taken in schedule)
-    assert len({size for size, _ in schedule}) <= max(1, block.bit_length() - 3)
+    assert len({size for size, _ in schedule}) <= max(1, block.bit_length() - 5)
     for row, n in enumerate(left):
         alone = [(size, taken[0]) for size, taken in loop._schedule(np.array([n]), block)]
         assert [(size, taken[row]) for size, taken in schedule if taken[row]] == alone
+
+
+def test_the_end_of_a_prompt_is_padded_where_that_spares_blocks():
+    for n, sizes in ((1023, [512, 512]), (300, [256, 32, 32]), (385, [512]), (384, [256, 128]), (5, [32])):
+        assert [size for size, _ in loop._schedule(np.array([n]), 512)] == sizes
 
 
 def test_a_cache_that_takes_one_token_at_a_time_reads_prompts_too():
