@@ -154,6 +154,25 @@ def test_decoding_from_a_cache_equals_numpy_with_gaps_idle_rows_and_padding():
     assert bool(cache.ok.all())
 
 
+def test_rows_visited_one_after_the_other_give_the_same(monkeypatch):
+    """The form for one CPU, which the several devices of the tests would not choose."""
+    cache = Cache.init(SPECS, num_rows=3, capacity=CAPACITY, max_block=20)
+    first = read_block(cache, *block_of([np.arange(20)] * 3))[0]
+    far = read_block(first, *block_of([[EMPTY], [2100], [1300]]))[0]
+    want = read_block(far, *block_of([[20], [EMPTY], [1301]]))[1]
+    monkeypatch.setattr("jaxkv.nn.attend._pays_by_row", lambda spec: True)
+    by_row = jax.jit(read_block.__wrapped__)
+    got = by_row(far, *block_of([[20], [EMPTY], [1301]]))[1]
+    alone = by_row(first, *block_of([[20], [2100], [EMPTY]]))[1]
+    for one, other, neighbors in zip(want, got, alone, strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-6)
+        np.testing.assert_array_equal(other[0], neighbors[0])
+    q, k, v = normal(1, 2, 5, 2, 8), normal(2, 2, 5, 2, 8), normal(3, 2, 5, 2, 8)
+    np.testing.assert_allclose(
+        jaxkv.self_attend(q, k, v), jaxkv.self_attend(q, k, v, implementation="reference"), atol=3e-6
+    )
+
+
 def test_one_sequence_alone_is_right_at_every_fill():
     """Batch 1 ends in a block of a size that fits: each of the sizes, and their edges."""
     cache = Cache.init([LayerSpec(Full(), 1, 4)], num_rows=1, capacity=CAPACITY, max_block=1)

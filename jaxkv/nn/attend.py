@@ -152,9 +152,10 @@ class _Fresh:
     num_slots: int = dataclasses.field(metadata={"static": True})
 
     def read(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
+        k, v = (x if step.whole else jnp.take(x, step.rows, axis=0, mode="clip") for x in (self.k, self.v))
         if size == self.num_slots:
-            return self.k, self.v
-        return lax.dynamic_slice_in_dim(self.k, start, size, 2), lax.dynamic_slice_in_dim(self.v, start, size, 2)
+            return k, v
+        return lax.dynamic_slice_in_dim(k, start, size, 2), lax.dynamic_slice_in_dim(v, start, size, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,20 +167,31 @@ class _Plan:
     tile: int  # queries at a time
     block: int  # slots at a time
     tails: tuple[int, ...]  # sizes the last block may have; empty: it is as long as the others
+    by_row: bool  # one sequence after the other, each as far as it is filled
 
     @classmethod
     def choose(cls, spec: LayerSpec, batch: int, length: int, groups: int, num_slots: int, softcap: Any) -> _Plan:
         """Returns the sizes that were fastest on a CPU of two cores (benchmarks/decode.py)."""
-        heads = batch * spec.num_kv_heads
+        by_row = batch > 1 and length <= 16 and _pays_by_row(spec)
+        heads = spec.num_kv_heads * (1 if by_row else batch)
         if length <= 16:  # decoding: one block of keys fills the fast cache
             tile, block = length, _power(2**19 // (heads * spec.head_dim), 64, 1024)
         else:  # the scores of one tile against one block do
             tile = block = _power(math.isqrt(3 * 2**18 // (heads * groups)), 64, 256)
         tile, block = min(tile, length), min(block, num_slots)
         tails: tuple[int, ...] = ()
-        if batch == 1 and length <= 16 and block > 64:
+        # Only where no neighbor has a say in it: a row's result must not depend on what the others hold.
+        if length <= 16 and (batch == 1 or by_row) and block > 64:
             tails = (*(64 * 2**i for i in range(8) if 64 * 2**i < block), block)
-        return cls(spec.reach, None if softcap is None else float(softcap), tile, block, tails)
+        return cls(spec.reach, None if softcap is None else float(softcap), tile, block, tails, by_row)
+
+
+def _pays_by_row(spec: LayerSpec) -> bool:
+    """Whether to visit one sequence after the other: on a CPU, if one alone is enough work.
+
+    Accelerators want all at once, and several devices may share the rows.
+    """
+    return jax.default_backend() == "cpu" and jax.device_count() == 1 and spec.num_kv_heads * spec.head_dim >= 256
 
 
 def _power(x: int, least: int, most: int) -> int:
@@ -302,7 +314,10 @@ def _block(plan: _Plan, layer: Any, step: Step, start: Any, size: int, dtype: An
 
 def _scores(plan: _Plan, q: Any, k: Any, see: Any) -> Any:
     """Returns float [B, K, G * T, size], -inf where a query may not see. q is [B, K, G, T, H]."""
-    scores = jnp.einsum("bkrh,bksh->bkrs", _merge(q), k)
+    if q.shape[3] <= 16:  # with few queries, keys first is quicker on a CPU
+        scores = jnp.einsum("bksh,bkrh->bksr", k, _merge(q)).swapaxes(2, 3)
+    else:
+        scores = jnp.einsum("bkrh,bksh->bkrs", _merge(q), k)
     apart = _cap(plan, scores).reshape(*q.shape[:4], -1)
     return jnp.where(see, apart, -jnp.inf).reshape(scores.shape)
 
@@ -369,8 +384,35 @@ def _join(x: Any, length: int) -> Any:
     return x.reshape(*x.shape[:3], -1, x.shape[-1])[:, :, :, :length]
 
 
+def _row(x: Any, b: Any) -> Any:
+    return None if x is None else lax.dynamic_slice_in_dim(x, b, 1, 0)
+
+
+def _row_of(step: Step, group: int, b: Any) -> Step:
+    """Returns the step of one batch row, for reading."""
+    old = step.groups[group]
+    new = dataclasses.replace(
+        old, kv_positions=_row(old.kv_positions, b), kv_spans=_row(old.kv_spans, b), filled=_row(old.filled, b)
+    )
+    return dataclasses.replace(
+        step,
+        positions=_row(step.positions, b),
+        rows=_row(step.rows, b),
+        spans=_row(step.spans, b),
+        groups=(*step.groups[:group], new, *step.groups[group + 1 :]),
+        whole=False,
+    )
+
+
 def _forward(plan: _Plan, q: Any, sinks: Any, layer: Any, step: Step) -> tuple[Any, Any]:
-    length = step.positions.shape[1]
+    batch, length = step.positions.shape
+    if plan.by_row:
+
+        def row(b: Any) -> Any:
+            return _forward_tile(plan, _row(q, b), sinks, layer, _row_of(step, layer.group, b))
+
+        out, log_total = lax.map(row, jnp.arange(batch, dtype=jnp.int32))
+        return out[:, 0], log_total[:, 0]
     if length <= plan.tile:
         return _forward_tile(plan, q, sinks, layer, step)
 
