@@ -332,25 +332,28 @@ def train(args: argparse.Namespace) -> int:
     data, held_out = corpus()
     facts["corpus"] = {"train": len(data), "held_out": len(held_out)}
     print(f"{len(data):,} bytes to train on, {len(held_out):,} held out; {facts['parameters']:,} parameters")
-    checks = [held_out[i : i + args.length + 1] for i in range(0, len(held_out) - args.length, args.length)]
-    checks = np.stack(checks).astype(np.int32)
+    starts = range(0, len(held_out) - args.length, args.length)
+    checks = np.stack([held_out[i : i + args.length + 1] for i in starts]).astype(np.int32)
 
-    def measure(losses: list, parts: int | None = None) -> None:
-        size = min(16, len(checks))
-        groups = [checks[i : i + size] for i in range(0, len(checks) - size + 1, size)][:parts]
-        point = {
-            "step": facts["step"],
-            "bytes": facts["step"] * args.batch * args.length,
-            "seconds": round(facts["seconds"]),
-            "train": round(float(np.mean(jax.device_get(losses))) / math.log(2), 4),
-            "held_out": round(float(np.mean([evaluate(params, group) for group in groups])) / math.log(2), 4),
-        }
-        facts["curve"].append(point)
+    def held_out_bits(rows: np.ndarray) -> float:
+        size = min(16, len(rows))
+        groups = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
+        return round(float(np.mean([evaluate(params, group) for group in groups])) / math.log(2), 4)
+
+    def keep() -> None:
         save_checkpoint(checkpoint, params, opt_state, facts)
         weights.save(args.out / "model.safetensors", params, dtype="float16")
         (args.out / "curve.json").write_text(json.dumps(facts, indent=1) + "\n")
         plot(facts["curve"], args.out / "curve.png")
-        tqdm.tqdm.write(f"step {point['step']}: {point['train']:.3f} bits per byte, held out {point['held_out']:.3f}")
+
+    def measure(losses: list) -> None:
+        train_bits = round(float(np.mean(jax.device_get(losses))) / math.log(2), 4)
+        some = checks[:: max(1, len(checks) // 32)]  # the same ones each time
+        point = {"step": facts["step"], "bytes": facts["step"] * args.batch * args.length}
+        point |= {"seconds": round(facts["seconds"]), "train": train_bits, "held_out": held_out_bits(some)}
+        facts["curve"].append(point)
+        keep()
+        tqdm.tqdm.write(f"step {point['step']}: {train_bits} bits per byte, held out {point['held_out']}")
 
     stop = False
 
@@ -378,12 +381,16 @@ def train(args: argparse.Namespace) -> int:
                 bar.set_postfix_str(f"step {facts['step']}, {float(value) / math.log(2):.3f} bits per byte")
             facts["seconds"] = spent + time.monotonic() - began
             if facts["step"] % args.every == 0:
-                measure(losses, parts=2)
+                measure(losses)
                 losses = []
                 prompt = PROMPTS[facts["step"] // args.every % len(PROMPTS)]
                 tqdm.tqdm.write(sample(config, params, prompt, 200) + "\n")
         if losses:
             measure(losses)
+        if not stop:
+            facts["held_out_bits"] = held_out_bits(checks)
+            keep()
+            tqdm.tqdm.write(f"all that was held out: {facts['held_out_bits']} bits per byte")
     finally:
         bar.close()
         signal.signal(signal.SIGINT, before)
