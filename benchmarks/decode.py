@@ -342,7 +342,9 @@ def plot(data: dict[str, Any], path: pathlib.Path) -> None:
 
     batches = list(dict.fromkeys(cell["batch"] for cell in data["cells"]))
     low, high = (f(cell["capacity"] for cell in data["cells"]) for f in (min, max))
-    figure, axes = pyplot.subplots(1, len(batches), figsize=(5 * len(batches), 4), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(batches), figsize=(5 * len(batches), 4.4), layout="constrained", squeeze=False
+    )
     for batch, panel in zip(batches, axes[0], strict=True):
         rows = [cell for cell in data["cells"] if cell["batch"] == batch]
         near = [cell for cell in rows if cell["capacity"] == low]
@@ -358,9 +360,7 @@ def plot(data: dict[str, Any], path: pathlib.Path) -> None:
         far = [cell for cell in rows if cell["capacity"] == high]
         if high > low and all("jaxkv" in cell["ms"] for cell in far):
             ms = [medians(cell["ms"])["jaxkv"] for cell in far]
-            panel.plot(
-                [c["fill"] for c in far], ms, color=COLORS["jaxkv"], linestyle="--", label=f"jaxkv, {high:,} slots"
-            )
+            panel.plot([c["fill"] for c in far], ms, "k--", linewidth=1, label=f"jaxkv, {high:,} slots")
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(fills, [f"{n:,}" for n in fills])
@@ -368,7 +368,7 @@ def plot(data: dict[str, Any], path: pathlib.Path) -> None:
         title = "one sequence" if batch == 1 else f"{batch} sequences"
         panel.set(title=f"{title}, {low:,} slots", xlabel="tokens held", ylabel="ms per step")
         panel.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8, loc="center left", bbox_to_anchor=(0, 0.62))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     shape = data["shape"]
     heads = f"{shape['num_heads']} query and {shape['num_kv_heads']} kv heads of {shape['head_dim']}"
     figure.suptitle(f"One decode step of one layer, float32, {heads}; {data['device']['cpu']}", fontsize=10)
