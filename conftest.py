@@ -25,6 +25,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+collect_ignore_glob = ["tests/golden/make_*.py"]  # they need the libraries that made the golden files
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _doctest_names(doctest_namespace):
     """The names every doctest may use without importing them."""

@@ -50,7 +50,7 @@ class Layer:
         Raises:
           ValueError: while tracing, for shapes other than these, naming both.
         """
-        self._check(step)
+        self.check_step(step)
         b, t = step.positions.shape
         for name, x, size in (("k", k, self.spec.head_dim), ("v", v, self.spec.value_dim)):
             want = (b, t, self.spec.num_kv_heads, size)
@@ -93,16 +93,14 @@ class Layer:
         Returns:
           k [B, S, K, H], v [B, S, K, Hv], mask bool [B, 1, T, S]; S is num_slots, in slot order.
         """
-        self._check(step)
-        group = step.groups[self.group]
+        self.check_step(step)
         k, v = self.read(step, 0, self.num_slots)
-        same_span = None
-        if step.spans is not None:
-            same_span = (step.spans[:, :, None] == group.kv_spans[:, None, :]) & (step.spans[:, :, None] != 0)
-        mask = self.spec.reach.visible(step.positions[:, :, None], group.kv_positions[:, None, :], same_span)
+        group = step.groups[self.group]
+        mask = step.visible(self.spec.reach, group.kv_positions, group.kv_spans)
         return k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None]
 
-    def _check(self, step: Step) -> None:
+    def check_step(self, step: Step) -> None:
+        """Raises ValueError unless this layer can be used with `step`: same cache, and of a stack one layer chosen."""
         if not isinstance(step, Step):
             raise ValueError(f"step is a {type(step).__name__}; give the Step that cache.begin(positions) returned")
         slots = step.groups[self.group].kv_positions.shape[-1] if self.group < len(step.groups) else 0

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
+
+from jaxkv.cache.spec import Reach
 
 
 @jax.tree_util.register_dataclass
@@ -19,6 +23,16 @@ class GroupStep:
     filled: Any  # int32 [B]; slots from here on are empty
     slot_is_position: bool = dataclasses.field(metadata={"static": True})
 
+    def of_row(self, one: Callable[[Any], Any]) -> GroupStep:
+        """Returns this for one batch row; `one` cuts it out of an array [B, ...] or None."""
+        return dataclasses.replace(
+            self,
+            slots=one(self.slots),
+            kv_positions=one(self.kv_positions),
+            kv_spans=one(self.kv_spans),
+            filled=one(self.filled),
+        )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -31,3 +45,35 @@ class Step:
     spans: Any  # int32 [B, T], 0: causal; None: all causal
     groups: tuple[GroupStep, ...]
     whole: bool = dataclasses.field(metadata={"static": True})  # batch row b is sequence b
+
+    def visible(self, reach: Reach, kv_positions: Any, kv_spans: Any) -> Any:
+        """Returns which of some slots, by their positions and spans, the queries of this call may see.
+
+        Args:
+          reach: of the layer.
+          kv_positions: int32 [B, S].
+          kv_spans: int32 [B, S]; not looked at if the call has no spans.
+
+        Returns:
+          bool [B, T, S].
+        """
+        same_span = None
+        if self.spans is not None:
+            same_span = (self.spans[:, :, None] == kv_spans[:, None, :]) & (self.spans[:, :, None] != 0)
+        return reach.visible(self.positions[:, :, None], kv_positions[:, None, :], same_span)
+
+    def of_row(self, group: int, b: Any) -> Step:
+        """Returns the step of batch row b (int32 scalar, may be traced) alone, to read the layers of one group."""
+
+        def one(x: Any) -> Any:
+            return None if x is None else lax.dynamic_slice_in_dim(x, b, 1, 0)
+
+        return dataclasses.replace(
+            self,
+            positions=one(self.positions),
+            rows=one(self.rows),
+            ok=one(self.ok),
+            spans=one(self.spans),
+            groups=(*self.groups[:group], self.groups[group].of_row(one), *self.groups[group + 1 :]),
+            whole=False,
+        )

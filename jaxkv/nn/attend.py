@@ -68,6 +68,7 @@ def attend(
     >>> jaxkv.attend(k, layer, step)[0, :, 0, 0]
     Array([2., 3.], dtype=float32)
     """
+    layer.check_step(step)
     spec = layer.spec
     _check(q, step.positions.shape, spec.num_kv_heads, spec.head_dim, softcap, sink_logits, implementation)
     batch, length = step.positions.shape
@@ -249,7 +250,7 @@ def _attend(q: Any, layer: Any, step: Step, plan: _Plan, scale: Any, sinks: Any,
 
 def _reference(plan: _Plan, q: Any, sinks: Any, layer: Any, step: Step) -> Any:
     group = step.groups[layer.group]
-    see = _visible(plan.reach, step, group.kv_positions, group.kv_spans)  # [B, T, S]
+    see = step.visible(plan.reach, group.kv_positions, group.kv_spans)  # [B, T, S]
     used = see.any(1)[:, None, :, None]
     k, v = (jnp.where(used, x.astype(q.dtype), 0) for x in layer.read(step, 0, layer.num_slots))
     see = see[:, None, None]
@@ -264,14 +265,6 @@ def _reference(plan: _Plan, q: Any, sinks: Any, layer: Any, step: Step) -> Any:
     if sinks is not None:
         total = total + jnp.exp(sinks[None, :, :, None, None] - top)
     return jnp.einsum("bkgts,bksh->bkgth", p, v) / jnp.where(total == 0, 1, total)
-
-
-def _visible(reach: Reach, step: Step, kv_positions: Any, kv_spans: Any) -> Any:
-    """Returns which of some slots, by their positions and spans [B, S], the queries of a step may see: [B, T, S]."""
-    same_span = None
-    if step.spans is not None:
-        same_span = (step.spans[:, :, None] == kv_spans[:, None, :]) & (step.spans[:, :, None] != 0)
-    return reach.visible(step.positions[:, :, None], kv_positions[:, None, :], same_span)
 
 
 def _cap(plan: _Plan, scores: Any) -> Any:
@@ -305,7 +298,7 @@ def _block(plan: _Plan, layer: Any, step: Step, start: Any, size: int, dtype: An
         again = jnp.arange(size, dtype=jnp.int32) < start - at
         positions = jnp.where(again[None], EMPTY, positions)
     spans = None if step.spans is None else lax.dynamic_slice_in_dim(group.kv_spans, at, size, 1)
-    see = _visible(plan.reach, step, positions, spans)
+    see = step.visible(plan.reach, positions, spans)
     used = see.any(1)[:, None, :, None]
     # NaN in a slot that nobody may see must not meet a product, not even with a weight of 0.
     k, v = (jnp.where(used, x.astype(dtype), 0) for x in layer.read(step, at, size))
@@ -388,28 +381,12 @@ def _row(x: Any, b: Any) -> Any:
     return None if x is None else lax.dynamic_slice_in_dim(x, b, 1, 0)
 
 
-def _row_of(step: Step, group: int, b: Any) -> Step:
-    """Returns the step of one batch row, for reading."""
-    old = step.groups[group]
-    new = dataclasses.replace(
-        old, kv_positions=_row(old.kv_positions, b), kv_spans=_row(old.kv_spans, b), filled=_row(old.filled, b)
-    )
-    return dataclasses.replace(
-        step,
-        positions=_row(step.positions, b),
-        rows=_row(step.rows, b),
-        spans=_row(step.spans, b),
-        groups=(*step.groups[:group], new, *step.groups[group + 1 :]),
-        whole=False,
-    )
-
-
 def _forward(plan: _Plan, q: Any, sinks: Any, layer: Any, step: Step) -> tuple[Any, Any]:
     batch, length = step.positions.shape
     if plan.by_row:
 
         def row(b: Any) -> Any:
-            return _forward_tile(plan, _row(q, b), sinks, layer, _row_of(step, layer.group, b))
+            return _forward_tile(plan, _row(q, b), sinks, layer, step.of_row(layer.group, b))
 
         out, log_total = lax.map(row, jnp.arange(batch, dtype=jnp.int32))
         return out[:, 0], log_total[:, 0]
