@@ -111,7 +111,7 @@ def test_logits_are_those_of_the_formulas(name):
     np.testing.assert_allclose(nnx.jit(model)(ids)[0], numpy_logits(model, np.asarray(ids[0])), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["llama", "mixed"])
 def test_a_cache_gives_the_logits_of_training_however_the_tokens_are_fed(name):
     model = make(CONFIGS[name])
     ids = tokens(2, 16)
@@ -128,7 +128,7 @@ def test_a_cache_gives_the_logits_of_training_however_the_tokens_are_fed(name):
 
 @pytest.mark.slow
 def test_cached_decoding_passes_the_public_check():
-    model = make(CONFIGS["llama"])
+    model = make(CONFIGS["gpt2"])
     forward, params = jaxkv.nnx.functional(model)
     cache = jaxkv.Cache.init(model.specs(), num_rows=2, capacity=24, max_block=4)
     graph = nnx.graphdef(model)

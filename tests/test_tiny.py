@@ -56,14 +56,16 @@ def test_it_predicts_english(model):
 
 
 def test_it_writes_english_past_its_window_and_the_cache_changes_no_token(model):
-    prompt = tiny.encode("The with statement")
+    prompt = tiny.encode("The for statement")  # 16 are read in one block, the last with the first step
     forward, params = jaxkv.nnx.functional(model)
     cache = jaxkv.Cache.init(model.specs(), num_rows=1, capacity=256, max_block=16)
-    result = jaxkv.generate(forward, params, [prompt], cache, max_new_tokens=182)
+    result = jaxkv.generate(forward, params, [prompt], cache, max_new_tokens=183)
     new = np.asarray(result.tokens)[0]
     text = tiny.decode(new)
-    words = set(re.findall(r"[a-z]+", text.lower()))
-    assert len(words & {"the", "a", "of", "to", "is", "in", "and", "that", "object", "be"}) >= 5, text
+    known = "a an and be class for function if in is name not object of return string that the this to type value with"
+    words = re.findall(r"[a-z]+", text.lower())
+    assert len(set(words) & set(known.split())) >= 5, text
+    assert sum(word in known.split() for word in words) > 0.4 * len(words), text
 
     ids = jnp.asarray([[*prompt, *new]], jnp.int32)  # [1, 200]
     logits = np.asarray(nnx.jit(model)(ids))[0, len(prompt) - 1 : -1]
