@@ -234,6 +234,7 @@ def _check(
         raise ValueError(f"implementation={implementation!r}; choose one of {', '.join(map(repr, IMPLEMENTATIONS))}")
 
 
+@functools.partial(jax.jit, static_argnums=(3, 6))  # equal layers of a model are traced once
 def _attend(q: Any, layer: Any, step: Step, plan: _Plan, scale: Any, sinks: Any, implementation: str) -> Any:
     batch, length, num_heads, size = q.shape
     heads = layer.spec.num_kv_heads
