@@ -112,7 +112,7 @@ def random_weights(shape: Shape) -> dict[str, np.ndarray]:
 
 
 class Jaxkv:
-    """The `Decoder` of jaxkv.models in the compiled loop of jaxkv.generate."""
+    """The `Decoder` of jaxkv.models, its weights laid out for decoding, in the compiled loop of jaxkv.generate."""
 
     packages = ("jax", "jaxlib", "flax")
 
@@ -139,7 +139,7 @@ class Jaxkv:
         )
         model = Decoder(config, rngs=nnx.Rngs(SEED))
         load_into(model, random_weights(shape))
-        self.forward, self.params = jaxkv.nnx.functional(model)
+        self.forward, self.params = jaxkv.nnx.functional(jaxkv.nnx.fuse(model))
         self.cache = jaxkv.Cache.init(model.specs(), 1, shape.capacity, max_block=shape.max_block)
         self.rewind = jax.jit(lambda cache, length: cache.rewind(length[None]), donate_argnums=0)
         self.device = f"{jax.default_backend()}: {jax.devices()[0].device_kind}"
@@ -581,7 +581,7 @@ def plot(data: dict[str, Any], path: pathlib.Path) -> None:
         left.bar_label(bars, fmt="%.1f", fontsize=8)
     left.set_xticks(range(len(contexts)), [f"{int(n):,}" for n in contexts])
     left.set(xlabel="tokens of context", ylabel="ms per token", title="Decoding")
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(names))
     bars = right.bar(range(len(prefill)), list(prefill.values()), color=[colors[name] for name in prefill])
     right.bar_label(bars, fmt="%.0f", fontsize=8)
     right.set_xticks([])

@@ -23,7 +23,7 @@ from jaxkv.cli.options import SAMPLING, TEMPERATURE, UsageError
 from jaxkv.cli.terminal import Text, note
 from jaxkv.generate import sampling, stream
 from jaxkv.models import tiny
-from jaxkv.nn.nnx import functional
+from jaxkv.nn.nnx import functional, fuse
 from jaxkv.sizes import format_bytes
 
 _STOP = 0  # the byte that separates documents
@@ -42,7 +42,7 @@ class Model:
 
 def load_model() -> Model:
     keep_compiled_programs()
-    module = tiny.load()
+    module = fuse(tiny.load())
     graphdef, state = nnx.split(module)
 
     @jax.jit

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Full, LayerSpec, Reach
 from jaxkv.cache.storage import Dense
+from jaxkv.nn.fuse import Joined, Transposed
 from jaxkv.nn.heads import rms_norm
 from jaxkv.nn.nnx import Attention
 from jaxkv.nn.rotary import Rotary
@@ -150,13 +151,26 @@ class MLP(nnx.Module):
             "rngs": rngs,
         }
         self.activation = config.activation
-        self.gate = nnx.Linear(config.width, config.mlp_dim, **kind) if config.gated else nnx.data(None)
-        self.up = nnx.Linear(config.width, config.mlp_dim, **kind)
-        self.down = nnx.Linear(config.mlp_dim, config.width, **kind)
+        self.gate: Any = nnx.Linear(config.width, config.mlp_dim, **kind) if config.gated else nnx.data(None)
+        self.up: Any = nnx.Linear(config.width, config.mlp_dim, **kind)
+        self.down: Any = nnx.Linear(config.mlp_dim, config.width, **kind)
+        self.gate_up: Joined | None = nnx.data(None)  # instead of gate and up, after `fuse`
 
     def __call__(self, x: Any) -> Any:
         act = ACTIVATIONS[self.activation]
+        if self.gate_up is not None:
+            gate, up = self.gate_up(x)
+            return self.down(act(gate) * up)
         return self.down(act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x))
+
+    def fuse(self) -> None:
+        """Lays the weights out for decoding, see `jaxkv.nnx.fuse`."""
+        if isinstance(self.down, Transposed):
+            return
+        self.down = Transposed(self.down)
+        if self.gate is not None:
+            self.gate_up = Joined([self.gate, self.up])
+            self.gate = self.up = nnx.data(None)
 
 
 class Block(nnx.Module):

@@ -14,6 +14,8 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Full, LayerSpec, Reach
 from jaxkv.cache.storage import Dense
+from jaxkv.nn.fuse import Joined, Transposed
+from jaxkv.nn.fuse import fuse as fuse
 from jaxkv.nn.heads import Heads, biased, rms_norm
 
 
@@ -115,10 +117,10 @@ class Attention(nnx.Module):
         )
         inner = functools.partial(linear, in_features, kernel_init=kernel_init, bias_init=bias_init)
         size = self.heads.head_dim
-        self.query = inner((num_heads, size), use_bias="query" in with_bias)
-        self.key = inner((self.heads.num_kv_heads, size), use_bias="key" in with_bias)
-        self.value = inner((self.heads.num_kv_heads, size), use_bias="value" in with_bias)
-        self.out = linear(
+        self.query: Any = inner((num_heads, size), use_bias="query" in with_bias)
+        self.key: Any = inner((self.heads.num_kv_heads, size), use_bias="key" in with_bias)
+        self.value: Any = inner((self.heads.num_kv_heads, size), use_bias="value" in with_bias)
+        self.out: Any = linear(
             (num_heads, size),
             self.out_features,
             axis=(-2, -1),
@@ -129,6 +131,7 @@ class Attention(nnx.Module):
         self.query_norm = RMSScale(size, param_dtype=param_dtype) if qk_norm else nnx.data(None)
         self.key_norm = RMSScale(size, param_dtype=param_dtype) if qk_norm else nnx.data(None)
         self.sink_logits = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sink_logits else nnx.data(None)
+        self.qkv: Joined | None = nnx.data(None)  # instead of query, key and value, after `fuse`
         self.cache: nnx.Cache | None = nnx.data(None)
 
     def __call__(self, x: Any, layer: Any = None, step: Any = None, *, positions: Any = None, spans: Any = None) -> Any:
@@ -150,7 +153,7 @@ class Attention(nnx.Module):
         self.heads.check_call(x, layer, step, positions, spans)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
-        q, k, v = self.query(x), self.key(x), self.value(x)
+        q, k, v = (self.query(x), self.key(x), self.value(x)) if self.qkv is None else self.qkv(x)
         if self.query_norm is not None and self.key_norm is not None:
             q = rms_norm(q, self.query_norm.scale[...], self.qk_norm_epsilon)
             k = rms_norm(k, self.key_norm.scale[...], self.qk_norm_epsilon)
@@ -158,6 +161,13 @@ class Attention(nnx.Module):
         y, layer = self.heads.attend(q, k, v, layer, step, positions=positions, spans=spans, sink_logits=sinks)
         y = self.out(y)
         return y if layer is None else (y, layer)
+
+    def fuse(self) -> None:
+        """Lays the weights out for decoding: query, key and value in one product. See `jaxkv.nnx.fuse`."""
+        if self.qkv is None:
+            self.qkv = Joined([self.query, self.key, self.value])
+            self.query = self.key = self.value = nnx.data(None)
+            self.out = Transposed(self.out)
 
     def layer_spec(self, *, k_storage: Any = Dense(), v_storage: Any = Dense()) -> LayerSpec:
         """Returns what a cache must keep for this module: its reach, kv heads, head size and rotary.
