@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxkv
 from jaxkv import Cache, Chunk, Dense, Full, LayerSpec, Window
@@ -236,6 +237,19 @@ def test_describe_says_what_lies_where():
     assert text[4].startswith("1 layer Window(size=3, sinks=1): ")
     assert text[5] == "  row 0: 0, 5-10"
     assert "row 0" not in jax.eval_shape(lambda: cache).describe()  # shapes alone have no positions
+
+
+def test_parts_are_printed_without_their_contents():
+    cache = make(Full(), stacked=True)
+    cache, step = cache.begin(P)
+    assert repr(cache.layers[0]).startswith("Layer(k=float32[1,2,1,12,2], v=float32[1,2,1,12,2], index=None, group=0,")
+    assert repr(step).startswith("Step(positions=int32[2,1], rows=int32[2], ok=bool[2], spans=None, groups=(GroupStep(")
+    assert repr(cache).startswith("Cache(layers=1, num_rows=2, capacity=12, ")
+    shapes = jax.tree.map(lambda x: x.shape, cache)
+    assert repr(shapes).startswith("Cache(layers=(Layer(k=(1, 2, 1, 12, 2), ")
+    assert repr(jax.tree.map(lambda x: None, cache)).startswith("Cache(layers=(Layer(k=None, ")
+    assert repr(jax.eval_shape(lambda: cache)) == repr(cache)
+    assert repr(cache) in str(nnx.Cache(cache))
 
 
 def test_nbytes_is_what_the_arrays_take():

@@ -13,6 +13,7 @@ import numpy as np
 from jaxkv.cache.group import FAR, Group, resume
 from jaxkv.cache.layer import Layer
 from jaxkv.cache.rows import Rows
+from jaxkv.cache.show import show
 from jaxkv.cache.spec import EMPTY, LayerSpec
 from jaxkv.cache.step import GroupStep, Step
 from jaxkv.errors import CacheError, CacheFullError, NotSupportedError
@@ -436,6 +437,8 @@ class Cache:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
+        if not hasattr(self.lengths, "shape"):  # a tree of something else, such as shardings
+            return show(self)
         count = sum(layer.num_stacked or 1 for layer in self.layers)
         return (
             f"Cache(layers={count}, num_rows={self.num_rows}, capacity={self.capacity}, max_block={self.max_block}, "

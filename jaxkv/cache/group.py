@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxkv.cache.show import show
 from jaxkv.cache.spec import EMPTY, Reach
 
 FAR = 2**30  # above every position
@@ -22,7 +23,7 @@ READ_BLOCK = 64  # buffers are whole multiples of it, so that attend reads whole
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Group:
     """Positions and loss of the layers of one reach."""
 
@@ -31,6 +32,8 @@ class Group:
     reach: Reach = dataclasses.field(metadata={"static": True})
     ring: int = dataclasses.field(metadata={"static": True})
     wraps: bool = dataclasses.field(metadata={"static": True})
+
+    __repr__ = show
 
     @classmethod
     def init(cls, reach: Reach, num_rows: int, capacity: int, behind: int) -> Group:

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxkv.cache.show import show
 from jaxkv.cache.spec import LayerSpec
 from jaxkv.cache.step import Step
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Layer:
     """Keys and values of one attention layer, or of a stack of equal layers.
 
@@ -29,6 +30,8 @@ class Layer:
     layout: Any = dataclasses.field(metadata={"static": True})
     num_slots: int = dataclasses.field(metadata={"static": True})
     num_stacked: int | None = dataclasses.field(metadata={"static": True})  # None: not a stack
+
+    __repr__ = show
 
     def at(self, index: Any) -> Layer:
         """Returns layer `index` of a stack (int32 scalar, may be traced), or the whole stack for None."""

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 from jax import lax
 
+from jaxkv.cache.show import show
 from jaxkv.cache.spec import Reach
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class GroupStep:
     """Where the tokens of one call lie in the layers of one group, and what lies beside them."""
 
@@ -22,6 +23,8 @@ class GroupStep:
     kv_spans: Any  # int32 [B, V], 0: none; None if the call has no spans
     filled: Any  # int32 [B]; slots from here on are empty
     slot_is_position: bool = dataclasses.field(metadata={"static": True})
+
+    __repr__ = show
 
     def of_row(self, one: Callable[[Any], Any]) -> GroupStep:
         """Returns this for one batch row; `one` cuts it out of an array [B, ...] or None."""
@@ -35,7 +38,7 @@ class GroupStep:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Step:
     """Positions and addresses of one forward pass, made by `Cache.begin`; lives as long as the trace it was made in."""
 
@@ -45,6 +48,8 @@ class Step:
     spans: Any  # int32 [B, T], 0: causal; None: all causal
     groups: tuple[GroupStep, ...]
     whole: bool = dataclasses.field(metadata={"static": True})  # batch row b is sequence b
+
+    __repr__ = show
 
     def visible(self, reach: Reach, kv_positions: Any, kv_spans: Any) -> Any:
         """Returns which of some slots, by their positions and spans, the queries of this call may see.
