@@ -4,6 +4,7 @@ VENV ?= .venv
 PROMPT ?= The with statement
 WORKERS ?= 2
 PYTEST_ARGS ?=
+EXTRAS_dev := [dev]
 
 BIN := $(VENV)/bin
 export PYTHON PROMPT
@@ -14,10 +15,10 @@ export PYTHON PROMPT
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.cli ## let the model that comes with jaxkv continue a sentence: make demo PROMPT="A list is"
+demo: $(VENV)/.run ## let the model that comes with jaxkv continue a sentence: make demo PROMPT="A list is"
 	@$(BIN)/python -m jaxkv generate "$$PROMPT"
 
-chat: $(VENV)/.cli ## talk with it; what was said stays in the cache
+chat: $(VENV)/.run ## talk with it; what was said stays in the cache
 	@$(BIN)/python -m jaxkv chat
 
 test: $(VENV)/.dev ## run all tests, the doctests and the code in README.md and docs/
@@ -51,8 +52,8 @@ clean: ## remove what the other targets made
 
 # A stamp is made when pip has succeeded, and is out of date when pyproject.toml is newer. pip itself comes last into a new
 # environment, so one that was interrupted is made again.
-$(VENV)/.cli $(VENV)/.dev: $(VENV)/.%: pyproject.toml
+$(VENV)/.run $(VENV)/.dev: $(VENV)/.%: pyproject.toml
 	@[ -x $(BIN)/pip ] || { python=$$(.ci/find-python) && echo "Making $(VENV) with $$python" && "$$python" -m venv --clear $(VENV); }
-	@echo "Installing jaxkv[$*] into $(VENV) (once, a few minutes at most)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@echo "Installing jaxkv$(EXTRAS_$*) into $(VENV) (once, a few minutes at most)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.$(EXTRAS_$*)'
 	@touch $@

@@ -262,15 +262,6 @@ def test_failures_are_one_line_and_status_1(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("jaxkv: error: ")
 
 
-def test_a_missing_package_is_named_with_its_cure(monkeypatch, capsys):
-    def broken() -> None:
-        raise ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
-
-    monkeypatch.setattr(tiny, "load", broken)
-    assert main(["chat"]) == 1
-    assert "jaxkv: error: safetensors is not installed; run: pip install 'jaxkv[cli]'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["chat", "--help"]])
 def test_help_fits_a_terminal_and_shows_examples(words, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")

@@ -38,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes standard output once more when it ends: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except ModuleNotFoundError as error:
-        return _complain(f"{error.name} is not installed; run: pip install 'jaxkv[cli]'", 1)
     except (CacheError, OSError) as error:
         return _complain(error, 1)
 
