@@ -50,6 +50,36 @@ def test_a_lost_interval_inside_removed_positions_is_forgotten():
     run_program(TABLE["mixture"].cache(), program)
 
 
+LOST_2_AND_3 = [  # of a Window(5, sinks=2): 2 and 3 are overwritten, then what lies above them is removed
+    *(Begin(((p, p + 1, p + 2, p + 3), *[(-1,) * 4] * 3)) for p in (0, 4, 8)),
+    Begin(((12, 13, 14, -1), *[(-1,) * 4] * 3)),
+    Remove(0, 4, 15),
+]
+
+
+def _run_on_sinks(*more):
+    counts = run_program(TABLE["window-sinks-float16"].cache(), [*LOST_2_AND_3, *more])
+    return counts["did not fit"]
+
+
+def _block(*positions):
+    return Begin(((*positions, *[-1] * (4 - len(positions))), *[(-1,) * 4] * 3))
+
+
+def test_what_was_lost_can_be_written_again_token_by_token():
+    assert _run_on_sinks(*(_block(p) for p in (2, 3, 4, 5))) == 0
+
+
+def test_a_query_over_a_lost_position_is_refused():
+    assert _run_on_sinks(_block(2), _block(4)) == 1  # 3 is still lost
+    assert _run_on_sinks(_block(2, 4)) == 1
+
+
+def test_a_lost_position_is_there_again_only_when_it_was_written():
+    assert _run_on_sinks(_block(2), _block(4, 5, 6, 7)) == 1
+    assert _run_on_sinks(_block(2, 3), _block(4, 5, 6, 7)) == 0
+
+
 def test_a_span_is_seen_in_both_directions_within_reach():
     case = TABLE["mixture"]
     seen = _masks(case, positions=[[0, 1, 2, 3], [-1] * 4, [-1] * 4, [-1] * 4], spans=[[0, 5, 5, 0]] + [[0] * 4] * 3)

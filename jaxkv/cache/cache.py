@@ -223,6 +223,7 @@ class Cache:
             lowest = jnp.full((num_rows,), FAR, jnp.int32).at[sequence].min(positions, mode="drop")
             highest = jnp.full((num_rows,), EMPTY, jnp.int32).at[sequence].max(positions, mode="drop")
             count = jnp.zeros((num_rows,), jnp.int32).at[sequence].add(1, mode="drop")
+        dense = highest - lowest < count
         takes_part = highest >= 0
 
         # Serve: who fits.
@@ -231,7 +232,7 @@ class Cache:
             fit &= ~_has_twice(sequence, positions, num_rows)
         top = jnp.maximum(highest, self.lengths - 1)
         for group in self.groups:
-            fit &= group.fits(lowest, top)
+            fit &= group.fits(lowest, highest, top, dense)
         lengths = jnp.where(fit, jnp.maximum(self.lengths, highest + 1), self.lengths)
 
         # Write.
@@ -255,7 +256,7 @@ class Cache:
                     slot_is_position=not group.wraps,
                 )
             )
-            lost = group.lost_by_writing(lowest, highest, count, fit)
+            lost = group.lost_by_writing(lowest, highest, dense, fit)
             groups.append(dataclasses.replace(group, positions=written, lost=lost))
         refused = takes_part & ~fit
         cache = dataclasses.replace(self, groups=tuple(groups), lengths=lengths, ok=self.ok & ~refused)

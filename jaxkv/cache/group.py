@@ -66,18 +66,36 @@ class Group:
         """Returns how many leading slots may be in use by sequences of these lengths."""
         return jnp.minimum(lengths, self.reach.sinks + self.ring)
 
-    def fits(self, lowest: Any, top: Any) -> Any:
-        """Returns whether queries from `lowest` on find all they may see once `top` is the last position: bool [R]."""
-        found = resume(self.reach, self.lost, lowest) == lowest
-        return found & (top - self.reach.first(lowest) < self.ring) if self.wraps else found
+    def fits(self, lowest: Any, highest: Any, top: Any, dense: Any) -> Any:
+        """Returns whether new queries find all they may see.
 
-    def lost_by_writing(self, lowest: Any, highest: Any, count: Any, fit: Any) -> Any:
-        """Returns `lost` after `count` positions from lowest to highest [R] were written in the rows that fit."""
+        Args:
+          lowest, highest: int32 [R], the first and the last new position.
+          top: int32 [R], the last position that the sequence then holds.
+          dense: bool [R], whether all positions from lowest to highest are new; where they aren't, they must not lie
+            around lost ones.
+
+        Returns:
+          bool [R].
+        """
+        if not self.wraps:
+            return jnp.ones(lowest.shape, bool)
+        lo, hi = self.lost[:, 0], self.lost[:, 1]
+        found = resume(self.reach, self.lost, lowest) == lowest
+        apart = (lo >= hi) | (highest <= lo) | (lowest >= hi)
+        return found & (dense | apart) & (top - self.reach.first(lowest) < self.ring)
+
+    def lost_by_writing(self, lowest: Any, highest: Any, dense: Any, fit: Any) -> Any:
+        """Returns `lost` after lowest..highest [R], all of it where dense, was written in the rows that fit."""
         if not self.wraps:
             return self.lost
-        # What is lost from `lowest` on is there again only if all of it was written: not in part, not with gaps.
-        again = fit & (lowest < self.lost[:, 1]) & (self.lost[:, 1] <= highest + 1) & (highest - lowest < count)
-        lost = jnp.where(again[:, None], cut(self.lost, lowest), self.lost)
+        lo, hi = self.lost[:, 0], self.lost[:, 1]
+        there = fit & dense & (lowest < hi)  # the block reaches into what is lost: that part is there again
+        from_below = there & (lowest <= lo)
+        to_the_end = there & (hi <= highest + 1)
+        lo = jnp.where(from_below, jnp.maximum(lo, highest + 1), lo)
+        hi = jnp.where(to_the_end, jnp.minimum(hi, lowest), hi)
+        lost = cut(jnp.stack([lo, hi], -1), jnp.full_like(hi, FAR))
         gone = jnp.where(fit, highest + 1 - self.ring, 0)  # the ring has overwritten positions below
         wider = jnp.stack([jnp.minimum(lost[:, 0], self.reach.sinks), jnp.maximum(lost[:, 1], gone)], 1)
         return jnp.where((gone > self.reach.sinks)[:, None], wider, lost)

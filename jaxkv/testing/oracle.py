@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ class Oracle:
         if not self.ok[row] or max(positions) >= self.capacity or len(set(positions)) < len(positions):
             return False
         lowest, top = min(positions), max(max(positions), self.lengths[row] - 1)
-        if self._resumes(row, lowest) is False:
+        if not all(self._finds(row, p, positions) for p in positions):
             return False
         return all(
             top - _first(reach, lowest) < self.ring[reach]
@@ -98,8 +98,12 @@ class Oracle:
         return self.resume_point(row, position) == position
 
     def _resumes(self, row: int, position: int) -> bool:
+        return self._finds(row, position, ())
+
+    def _finds(self, row: int, position: int, new: Collection[int]) -> bool:
+        """Whether a query finds all it may see, with the positions that come in the same call."""
         return all(
-            past in self.kept[row][reach]
+            past in self.kept[row][reach] or past in new
             for reach in self.reaches
             for past in self.history[row]
             if past < position and _reaches(reach, position, past)
@@ -123,7 +127,8 @@ class Oracle:
           rows: int [B], which sequence each batch row continues; None for row b on batch row b.
           spans: int [B, T], tokens of one call with the same id other than 0 see each other both ways.
           tokens: int [B, T], what lies at the positions.
-          refused: rows that the cache did not serve although they fit here. Only rows with gaps may be.
+          refused: rows that the cache did not serve although they fit here. Only rows with gaps may be, or those
+            that get some by this call.
 
         Returns:
           An `OracleStep`.
@@ -142,7 +147,8 @@ class Oracle:
         served = {}
         for row, new in wanted.items():
             fits = self.fits(row, [p for p, _, _ in new])
-            if fits and row in refused and not self.gaps[row]:
+            whole = max(p for p, _, _ in new) - min(p for p, _, _ in new) < len(new)
+            if fits and row in refused and whole and not self.gaps[row]:
                 raise ValueError(f"row {row} fits and has no gaps, so the cache must not refuse it")
             if fits and row not in refused:
                 served[row] = {p: span for p, _, span in new}
