@@ -106,32 +106,32 @@ class Cache:
                 raise ValueError(f"Cache.init({name}={size!r}): {name} is a whole number of at least {least}")
         max_block = min(max_block, capacity)
         reaches = list(dict.fromkeys(spec.reach for spec in specs))
-        groups = tuple(Group.init(reach, num_rows, capacity, max(max_block, slack)) for reach in reaches)
-
-        def layer(spec: LayerSpec, num_stacked: int | None) -> Layer:
-            group = reaches.index(spec.reach)
-            num_slots = groups[group].num_slots
-            lead = layout.lead(num_rows, spec.num_kv_heads, num_slots)
-            lead = lead if num_stacked is None else (num_stacked, *lead)
-            return Layer(
-                k=spec.k_storage.zeros(lead, spec.head_dim),
-                v=spec.v_storage.zeros(lead, spec.value_dim),
-                index=None,
-                group=group,
-                spec=spec,
-                layout=layout,
-                num_slots=num_slots,
-                num_stacked=num_stacked,
-            )
 
         def build() -> Cache:
+            groups = tuple(Group.init(reach, num_rows, capacity, max(max_block, slack)) for reach in reaches)
+
+            def layer(spec: LayerSpec, num_stacked: int | None) -> Layer:
+                group = reaches.index(spec.reach)
+                num_slots = groups[group].num_slots
+                lead = layout.lead(num_rows, spec.num_kv_heads, num_slots)
+                lead = lead if num_stacked is None else (num_stacked, *lead)
+                return Layer(
+                    k=spec.k_storage.zeros(lead, spec.head_dim),
+                    v=spec.v_storage.zeros(lead, spec.value_dim),
+                    index=None,
+                    group=group,
+                    spec=spec,
+                    layout=layout,
+                    num_slots=num_slots,
+                    num_stacked=num_stacked,
+                )
+
             if stacked:
                 layers = tuple(layer(spec, specs.count(spec)) for spec in dict.fromkeys(specs))
             else:
                 layers = tuple(layer(spec, None) for spec in specs)
             lengths, ok = jnp.zeros((num_rows,), jnp.int32), jnp.ones((num_rows,), bool)
-            fresh = tuple(Group.init(reach, num_rows, capacity, max(max_block, slack)) for reach in reaches)
-            return cls(layers, fresh, lengths, ok, capacity, max_block, slack, layout)
+            return cls(layers, groups, lengths, ok, capacity, max_block, slack, layout)
 
         if sharding is None:
             return build()

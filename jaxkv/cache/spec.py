@@ -6,6 +6,7 @@ says how far back a query may look, never what lies ahead: causality is added by
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import types
@@ -19,19 +20,19 @@ from jaxkv.cache.storage import Dense
 EMPTY = -1
 
 
-class Reach:
+class Reach(abc.ABC):
     """What the three reaches have in common. `size` None means no limit; `sinks` counts first tokens always seen."""
 
     size: int | None
     sinks: int
 
+    @abc.abstractmethod
     def first(self, p: Any) -> Any:
         """Returns the first position, besides sinks, that a query at position p may see. int32, the shape of p."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sees(self, q: Any, s: Any) -> Any:
         """Returns whether position s is within reach of a query at q, be it past or future. bool; q and s broadcast."""
-        raise NotImplementedError
 
     def fallback(self, lost_begin: Any, p: Any) -> Any:
         """Returns where decoding can go on if at p it can't, because positions from lost_begin on are gone."""
