@@ -211,6 +211,14 @@ def test_copy_prefix_and_take_copy_rows():
     assert taken.ok.all()
 
 
+def test_copy_prefix_onto_itself_is_rewind():
+    cache = fill(make(Window(5, sinks=2), capacity=24), 15).remove(0, 4, 15)
+    assert int(cache.lengths[0]) == 4
+    assert int(cache.resume_point(0, 4)) == 2  # 2 and 3 are overwritten
+    assert cache.copy_prefix(0, 0, 99).lengths.tolist() == [4, 15]  # as long as it is: not touched
+    assert cache.copy_prefix(0, 0, 3).lengths.tolist() == [2, 15]
+
+
 def test_copy_prefix_of_unknown_rows():
     cache = fill(make(Full()), 6)
     assert cache.copy_prefix(0, 9, 4).lengths.tolist() == [6, 6]
