@@ -43,17 +43,15 @@ class Rows:
 
     def read(self, buffer: Any, index: Any, rows: Any, start: Any, size: int, *, whole: bool) -> Any:
         """Returns slots [start, start + size) of the sequences in `rows`: [B, K, size, H]."""
-        if index is not None:
-            num_layers, *_ = buffer.shape
-            num_rows = buffer.shape[1]
-            if not whole:
-                buffer = buffer.reshape(num_layers * num_rows, *buffer.shape[2:])
-                rows = index * num_rows + jnp.clip(rows, 0, num_rows - 1)
-            else:
-                starts = (index, 0, 0, start, 0)
-                return lax.dynamic_slice(buffer, starts, (1, *buffer.shape[1:3], size, buffer.shape[4]))[0]
-        if whole:
+        if whole and index is None:
             return lax.dynamic_slice_in_dim(buffer, start, size, axis=2)
+        if whole:
+            stretch = (1, *buffer.shape[1:3], size, buffer.shape[4])
+            return lax.dynamic_slice(buffer, (index, 0, 0, start, 0), stretch)[0]
+        if index is not None:  # the layers of a stack one after the other: row r of layer i is row i * R + r
+            num_rows = buffer.shape[1]
+            rows = index * num_rows + jnp.clip(rows, 0, num_rows - 1)
+            buffer = buffer.reshape(-1, *buffer.shape[2:])
         one = (1, buffer.shape[1], size, buffer.shape[3])
         return jax.vmap(lambda row: lax.dynamic_slice(buffer, (row, 0, start, 0), one)[0])(rows)
 

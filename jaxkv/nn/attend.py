@@ -378,16 +378,13 @@ def _join(x: Any, length: int) -> Any:
     return x.reshape(*x.shape[:3], -1, x.shape[-1])[:, :, :, :length]
 
 
-def _row(x: Any, b: Any) -> Any:
-    return None if x is None else lax.dynamic_slice_in_dim(x, b, 1, 0)
-
-
 def _forward(plan: _Plan, q: Any, sinks: Any, layer: Any, step: Step) -> tuple[Any, Any]:
     batch, length = step.positions.shape
     if plan.by_row:
 
         def row(b: Any) -> Any:
-            return _forward_tile(plan, _row(q, b), sinks, layer, step.of_row(layer.group, b))
+            one = lax.dynamic_slice_in_dim(q, b, 1, 0)
+            return _forward_tile(plan, one, sinks, layer, step.of_row(layer.group, b))
 
         out, log_total = lax.map(row, jnp.arange(batch, dtype=jnp.int32))
         return out[:, 0], log_total[:, 0]
