@@ -4,3 +4,5 @@ from . import tiny as tiny
 from . import weights as weights
 from .decoder import Decoder as Decoder
 from .decoder import DecoderConfig as DecoderConfig
+from .generation import GenerationConfig as GenerationConfig
+from .model import Model as Model

@@ -1,0 +1,66 @@
+"""Model: what `jaxkv.models.load` returns, ready for `Cache.init` and `generate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from jaxkv.cache.spec import LayerSpec
+from jaxkv.models.generation import GenerationConfig
+from jaxkv.nn.nnx import Forward, functional
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model as a function and its parameters, and what belongs to it.
+
+    Attributes:
+      forward: `forward(params, tokens, positions, cache) -> (logits, cache)`, hashable.
+      params: nested dicts of arrays.
+      specs: one LayerSpec per layer, for `Cache.init`.
+      config: what the module is made of, a DecoderConfig.
+      context: tokens of the longest sequence it was made for; None if nobody says.
+      generation: stop tokens, and how its makers want it to be sampled.
+      source: the parsed config.json of its checkpoint, empty if there is none.
+    """
+
+    forward: Forward
+    params: Any = dataclasses.field(repr=False)
+    specs: tuple[LayerSpec, ...] = dataclasses.field(repr=False)
+    config: Any
+    context: int | None = None
+    generation: GenerationConfig = GenerationConfig()
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    make_tokenizer: Callable[[], Any] | None = dataclasses.field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, module: Any, **rest: Any) -> Model:
+        """Returns the Model of an nnx module that has a `config` and `specs()`.
+
+        Args:
+          module: such as a `Decoder`; its arrays are shared.
+          **rest: further fields.
+        """
+        forward, params = functional(module)
+        return cls(forward, params, tuple(module.specs()), module.config, **rest)
+
+    @property
+    def module(self) -> Any:
+        """The nnx module with these params: `model.module(tokens)` gives logits without a cache, and trains."""
+        return nnx.merge(self.forward.graphdef, self.params)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """Text to tokens and back, see `jaxkv.models.Tokenizer`; read on first use.
+
+        Raises:
+          ImportError: without the extra `jaxkv[models]`.
+          OSError: if the checkpoint has no tokenizer.json.
+        """
+        if self.make_tokenizer is None:
+            raise FileNotFoundError("this model came without a tokenizer; make one: jaxkv.models.Tokenizer(directory)")
+        return self.make_tokenizer()
