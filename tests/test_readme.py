@@ -18,9 +18,28 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
     """Returns (line it begins at, text) of each fenced block."""
+    return [(line, text) for line, name, text in all_blocks(page) if name == language]
+
+
+def all_blocks(page: Path) -> list[tuple[int, str, str]]:
+    """Returns (line it begins at, language, text) of each fenced block."""
     text = page.read_text("utf-8")
-    found = re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [(text.count("\n", 0, block.start(1)), block.group(1)) for block in found]
+    found = re.finditer(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, block.start(2)), block.group(1), block.group(2)) for block in found]
+
+
+def patched(sources: list[str], diff: str) -> str:
+    """Returns the latest of some sources that a diff fits, changed by it. Each hunk must fit at one place exactly."""
+    hunks = [hunk.splitlines(keepends=True) for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE)]
+    old, new = (
+        ["".join(line[1:] or "\n" for line in hunk if line[0] != other) for hunk in hunks] for other in ("+", "-")
+    )
+    fitting = [source for source in sources if all(source.count(part) == 1 for part in old)]
+    assert fitting, f"no block of code before it has all hunks of this diff:\n{diff}"
+    source = fitting[-1]
+    for before, after in zip(old, new, strict=True):
+        source = source.replace(before, after)
+    return source
 
 
 def commands(page: Path) -> list[str]:
@@ -31,18 +50,25 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/index.md", "docs/cache.md", "docs/attention.md", "docs/generate.md"]
+    "page",
+    ["README.md", "docs/index.md", "docs/cache.md", "docs/attention.md", "docs/generate.md", "docs/own_models.md"],
 )
 def test_a_page_about_the_library_shows_code(page):
     assert blocks(ROOT / page, "python")
 
 
 @each_page
-def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch):
+def test_python_blocks_run_one_after_another_and_diffs_apply_to_them(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page.stem}
-    for line, code in blocks(page, "python"):
-        exec(compile("\n" * line + code, str(page), "exec"), names)
+    sources = []
+    for line, language, code in all_blocks(page):
+        if language == "diff":
+            code = patched(sources, code)
+        elif language != "python":
+            continue
+        sources.append(code)
+        exec(compile("\n" * line + code, str(page), "exec", dont_inherit=True), names)
 
 
 @each_page
