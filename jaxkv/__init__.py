@@ -9,6 +9,7 @@ from .cache.plan import plan_memory as plan_memory
 from .cache.rows import Rows as Rows
 from .cache.spec import EMPTY as EMPTY
 from .cache.spec import Chunk as Chunk
+from .cache.spec import Cross as Cross
 from .cache.spec import Full as Full
 from .cache.spec import LayerSpec as LayerSpec
 from .cache.spec import Window as Window
@@ -28,5 +29,6 @@ from .nn.attend import attend as attend
 from .nn.attend import self_attend as self_attend
 from .nn.rotary import LinearScaling as LinearScaling
 from .nn.rotary import Llama3Scaling as Llama3Scaling
+from .nn.rotary import LongRopeScaling as LongRopeScaling
 from .nn.rotary import Rotary as Rotary
 from .nn.rotary import YarnScaling as YarnScaling

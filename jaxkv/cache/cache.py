@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.cache.cross import Encoded
 from jaxkv.cache.group import FAR, Group, resume
 from jaxkv.cache.layer import Layer
 from jaxkv.cache.rows import Rows
 from jaxkv.cache.show import show
-from jaxkv.cache.spec import EMPTY, LayerSpec
+from jaxkv.cache.spec import EMPTY, Cross, LayerSpec
 from jaxkv.cache.step import GroupStep, Step
 from jaxkv.errors import CacheError, CacheFullError, NotSupportedError
 from jaxkv.sizes import format_bytes
@@ -31,7 +32,8 @@ class Cache:
 
     Attributes:
       layers: one Layer per layer of the model; stacked: one per distinct LayerSpec.
-      groups: bookkeeping, one Group per distinct reach.
+      groups: bookkeeping, one Group per distinct reach but Cross.
+      encoded: bookkeeping of the Cross layers; None if there are none.
       lengths: int32 [R], the next position of each sequence.
       ok: bool [R], False once a sequence did not fit; it takes nothing more until `retry` or `reset`.
       capacity: tokens a sequence can hold.
@@ -52,6 +54,7 @@ class Cache:
 
     layers: tuple[Layer, ...]
     groups: tuple[Group, ...]
+    encoded: Encoded | None
     lengths: Any  # int32 [R]
     ok: Any  # bool [R]
     capacity: int = dataclasses.field(metadata={"static": True})
@@ -75,7 +78,8 @@ class Cache:
         """Returns an empty cache.
 
         Args:
-          specs: one LayerSpec per layer of the model, in order.
+          specs: one LayerSpec per layer of the model, in order. Cross layers may stand anywhere, or alone; all of them
+            read the output of one encoder, so their reaches are equal.
           num_rows: sequences the cache holds (R).
           capacity: tokens a sequence can hold.
           layout: Rows().
@@ -88,7 +92,8 @@ class Cache:
             replicated over its mesh.
 
         Raises:
-          ValueError: for no layers, sizes below 1, a negative slack, or a reach with as many sinks as capacity.
+          ValueError: for no layers, sizes below 1, a negative slack, a reach with as many sinks as capacity, or Cross
+            layers of different sizes.
         """
         specs = tuple(specs)
         for spec in specs:
@@ -105,14 +110,21 @@ class Cache:
             if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < least:
                 raise ValueError(f"Cache.init({name}={size!r}): {name} is a whole number of at least {least}")
         max_block = min(max_block, capacity)
-        reaches = list(dict.fromkeys(spec.reach for spec in specs))
+        reaches = list(dict.fromkeys(spec.reach for spec in specs if not isinstance(spec.reach, Cross)))
+        crosses = list(dict.fromkeys(spec.reach for spec in specs if isinstance(spec.reach, Cross)))
+        if len(crosses) > 1:
+            raise ValueError(
+                f"{crosses[0]} and {crosses[1]} in one cache: all Cross layers read the output of one encoder; give "
+                "them the larger size"
+            )
 
         def build() -> Cache:
             groups = tuple(Group.init(reach, num_rows, capacity, max(max_block, slack)) for reach in reaches)
+            encoded = Encoded.init(crosses[0], num_rows) if crosses else None
 
             def layer(spec: LayerSpec, num_stacked: int | None) -> Layer:
-                group = reaches.index(spec.reach)
-                num_slots = groups[group].num_slots
+                group = [*reaches, *crosses].index(spec.reach)
+                num_slots = _bookkeeping(groups, encoded)[group].num_slots
                 lead = layout.lead(num_rows, spec.num_kv_heads, num_slots)
                 lead = lead if num_stacked is None else (num_stacked, *lead)
                 return Layer(
@@ -131,7 +143,7 @@ class Cache:
             else:
                 layers = tuple(layer(spec, None) for spec in specs)
             lengths, ok = jnp.zeros((num_rows,), jnp.int32), jnp.ones((num_rows,), bool)
-            return cls(layers, groups, lengths, ok, capacity, max_block, slack, layout)
+            return cls(layers, groups, encoded, lengths, ok, capacity, max_block, slack, layout)
 
         if sharding is None:
             return build()
@@ -146,6 +158,11 @@ class Cache:
     def specs(self) -> tuple[LayerSpec, ...]:
         """The LayerSpec of each entry of `layers`."""
         return tuple(layer.spec for layer in self.layers)
+
+    @property
+    def bookkeeping(self) -> tuple[Any, ...]:
+        """What each layer's `group` counts: the groups, then that of the Cross layers."""
+        return _bookkeeping(self.groups, self.encoded)
 
     @property
     def nbytes(self) -> int:
@@ -193,26 +210,18 @@ class Cache:
             raise ValueError(f"positions has shape {positions.shape}; give int [B, T], for one token each [:, None]")
         b, t = positions.shape
         num_rows = self.num_rows
-        whole = rows is None and b == num_rows
-        if rows is None:
-            if b > num_rows:
-                raise ValueError(f"positions has {b} batch rows, the cache {num_rows} sequences; name them by rows=")
-            if t > self.max_block:
-                raise ValueError(
-                    f"a block of {t} tokens is longer than max_block {self.max_block}: feed it in pieces, or raise "
-                    f"max_block (up to the capacity, {self.capacity}) in Cache.init"
-                )
-            rows = jnp.arange(b, dtype=jnp.int32)
-        rows = _integers("rows", rows)
-        if rows.shape != (b,):
-            raise ValueError(f"rows has shape {rows.shape}, positions {positions.shape}; give int [{b}]")
+        if rows is None and t > self.max_block:
+            raise ValueError(
+                f"a block of {t} tokens is longer than max_block {self.max_block}: feed it in pieces, or raise "
+                f"max_block (up to the capacity, {self.capacity}) in Cache.init"
+            )
+        rows, known, whole = self._batch_rows("positions", b, rows)
         if spans is not None:
             spans = _integers("spans", spans)
             if spans.shape != (b, t):
                 raise ValueError(f"spans has shape {spans.shape}, positions {positions.shape}; they must be equal")
 
         # Count: what each sequence brings. Index R means nowhere.
-        known = (rows >= 0) & (rows < num_rows)
         real = (positions >= 0) & known[:, None]
         sequence = jnp.where(real, rows[:, None], num_rows)
         if whole:
@@ -258,6 +267,8 @@ class Cache:
             )
             lost = group.lost_by_writing(lowest, highest, dense, fit)
             groups.append(dataclasses.replace(group, positions=written, lost=lost))
+        if self.encoded is not None:
+            steps.append(self.encoded.step(None if whole else clipped))
         refused = takes_part & ~fit
         cache = dataclasses.replace(self, groups=tuple(groups), lengths=lengths, ok=self.ok & ~refused)
         step = Step(
@@ -269,6 +280,76 @@ class Cache:
             whole=whole,
         )
         return cache, step
+
+    def begin_cross(self, lengths: Any, rows: Any = None) -> tuple[Cache, Step]:
+        """Makes room for the encoder's output of some sequences, in place of what they had; all or nothing for each.
+
+        Every Cross layer then puts once, with this step. From then on the queries of Cross layers see all of it, from
+        every position, however the sequence is edited: it belongs to the row. A sequence fits iff its `ok` is True, its
+        length is at most the size of the Cross layers, and it comes once. One that does not fit takes nothing: its `ok`
+        turns False, and what it held is intact.
+
+        Args:
+          lengths: int [B], keys of the encoder's output of each batch row; what is put beyond it is padding. 0 is an
+            output without keys: the row counts as encoded, and its queries get zeros. Any negative length brings
+            nothing.
+          rows: int [B], the sequence that each batch row belongs to; None: batch row b is sequence b. Rows outside
+            [0, R) bring nothing.
+
+        Returns:
+          The cache with the new lengths, and the Step for the puts of the Cross layers.
+
+        Raises:
+          ValueError: while tracing, for wrong shapes or dtypes, or a cache without Cross layers.
+          CacheError: if this cache was donated.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxkv import Cache, Cross, LayerSpec
+        >>> cache = Cache.init([LayerSpec(Cross(4), num_kv_heads=1, head_dim=2)], num_rows=2, capacity=8)
+        >>> cache, step = cache.begin_cross(jnp.array([3, -1]))
+        >>> layer = cache.layers[0].put(step, jnp.ones((2, 4, 1, 2)), jnp.ones((2, 4, 1, 2)))
+        >>> cache = cache.with_layers([layer])
+        >>> cache.encoder_cached.tolist()
+        [True, False]
+        """
+        self._check_alive()
+        encoded = self.encoded
+        if encoded is None:
+            raise ValueError(
+                "begin_cross: this cache has no layer for an encoder's output; give Cache.init a "
+                "LayerSpec(Cross(size), ...) for each layer that reads one"
+            )
+        lengths = _integers("lengths", lengths)
+        if lengths.ndim != 1:
+            raise ValueError(f"lengths has shape {lengths.shape}; give int [B], keys of each encoder output")
+        rows, known, whole = self._batch_rows("lengths", lengths.shape[0], rows)
+        num_rows = self.num_rows
+        real = (lengths >= 0) & known
+        sequence = jnp.where(real, rows, num_rows)
+        count = jnp.zeros((num_rows,), jnp.int32).at[sequence].add(1, mode="drop")
+        asked = jnp.full((num_rows,), EMPTY, jnp.int32).at[sequence].max(lengths, mode="drop")
+        fit = self.ok & (count == 1) & (asked <= encoded.reach.size)
+        refused = (count > 0) & ~fit
+        encoded = dataclasses.replace(encoded, lengths=jnp.where(fit, asked, encoded.lengths))
+        clipped = jnp.clip(rows, 0, num_rows - 1)
+        positions = encoded.positions(jnp.where(real & fit[clipped], lengths, 0))
+        slots = jnp.where(positions == EMPTY, encoded.num_slots, positions)
+        own = dataclasses.replace(encoded.step(None if whole else clipped), slots=slots)
+        step = Step(
+            positions=positions,
+            rows=rows,
+            ok=~(refused[clipped] & known),
+            spans=None,
+            groups=(*(None for _ in self.groups), own),
+            whole=whole,
+            cross=True,
+        )
+        return dataclasses.replace(self, encoded=encoded, ok=self.ok & ~refused), step
+
+    @property
+    def encoder_cached(self) -> Any:
+        """Whether the encoder's output of each row is there: bool [R], False everywhere without Cross layers."""
+        return jnp.zeros_like(self.ok) if self.encoded is None else self.encoded.lengths >= 0
 
     def resume_point(self, row: Any, position: Any) -> Any:
         """Returns the largest p <= position from which a sequence can be decoded on correctly, in all layers.
@@ -295,7 +376,7 @@ class Cache:
         """Returns this cache with every sequence truncated, at its resume point at or below the asked length.
 
         Exact for Full layers, and for rings within `slack`; the new `lengths` says where each sequence landed. A
-        sequence asked for its own length or more is not touched.
+        sequence asked for its own length or more is not touched. An encoder's output stays.
 
         Args:
           lengths: int32 [R], in tokens.
@@ -309,10 +390,14 @@ class Cache:
         return dataclasses.replace(self, groups=tuple(group.truncate(landed) for group in self.groups), lengths=landed)
 
     def reset(self, mask: Any) -> Cache:
-        """Returns this cache without the sequences where mask (bool [R]) is True; they are empty and ok again."""
+        """Returns this cache without the sequences where mask (bool [R]) is True; they are empty and ok again.
+
+        Their encoder outputs are gone too.
+        """
         mask = self._mask("reset", mask)
         cache = self.rewind(jnp.where(mask, 0, FAR))
-        return dataclasses.replace(cache, ok=cache.ok | mask)
+        encoded = None if self.encoded is None else self.encoded.reset(mask)
+        return dataclasses.replace(cache, ok=cache.ok | mask, encoded=encoded)
 
     def retry(self, mask: Any) -> Cache:
         """Returns this cache with sequences that did not fit (bool [R]) ready to take tokens again."""
@@ -323,7 +408,7 @@ class Cache:
 
         With a finite `end` the later tokens move down by `end - begin` and their keys are turned back by as much. With
         `end=None` the sequence is truncated, at the resume point at or below `begin`. Nothing changes if end <= begin,
-        begin is past the length, or the row is unknown.
+        begin is past the length, or the row is unknown. An encoder's output stays.
 
         Args:
           row: which sequence. int32 scalar, may be traced.
@@ -338,7 +423,7 @@ class Cache:
             asked = jnp.where(jnp.arange(self.num_rows) == _integers("row", row), _integers("begin", begin), FAR)
             return self.rewind(asked)
         for i, spec in enumerate(self.specs):
-            if spec.rotary is None:
+            if spec.rotary is None and not isinstance(spec.reach, Cross):
                 raise NotSupportedError(
                     f"remove with an end moves later tokens, but layer {i} has rotary=None: its keys can't turn to "
                     "their new positions; give rotary= in its LayerSpec, or end=None to truncate"
@@ -350,6 +435,9 @@ class Cache:
         moves = [group.remove(row, begin, end) for group in self.groups]
         layers = []
         for layer in self.layers:
+            if isinstance(layer.spec.reach, Cross):
+                layers.append(layer)
+                continue
             _, sources, delta = moves[layer.group]
             turn = _turn_keys(layer.spec, delta)
             layers.append(
@@ -365,8 +453,8 @@ class Cache:
     def copy_prefix(self, src: Any, dst: Any, length: Any) -> Cache:
         """Returns this cache with row dst being the first `length` positions of row src, and ok.
 
-        The copy ends at src's resume point at or below `length`; the new `lengths` says where. An unknown src holds
-        nothing, an unknown dst changes nothing; `copy_prefix(r, r, n)` rewinds r.
+        The copy ends at src's resume point at or below `length`; the new `lengths` says where. An encoder's output is
+        copied whole. An unknown src holds nothing, an unknown dst changes nothing; `copy_prefix(r, r, n)` rewinds r.
 
         Args:
           src: int32 scalar, may be traced.
@@ -384,6 +472,7 @@ class Cache:
             self,
             layers=self._map_buffers(lambda buffer: self.layout.copy(buffer, src, dst)),
             groups=tuple(group.copy_prefix(src, dst, landed) for group in self.groups),
+            encoded=None if self.encoded is None else self.encoded.copy(src, src_known, dst),
             lengths=self.lengths.at[dst].set(landed, mode="drop"),
             ok=self.ok.at[dst].set(True, mode="drop"),
         )
@@ -404,6 +493,7 @@ class Cache:
             self,
             layers=self._map_buffers(lambda buffer: self.layout.take(buffer, rows)),
             groups=tuple(group.take(rows, known) for group in self.groups),
+            encoded=None if self.encoded is None else self.encoded.take(rows, known),
             lengths=jnp.where(known, self.lengths[rows], 0),
             ok=jnp.where(known, self.ok[rows], True),
         )
@@ -414,15 +504,16 @@ class Cache:
         full = np.flatnonzero(~np.asarray(self.ok))
         if full.size:
             held = ", ".join(f"{row} (holds {int(self.lengths[row])})" for row in full)
+            encoder = "" if self.encoded is None else f", or its encoder's output into {self.encoded.reach}"
             raise CacheFullError(
-                f"sequence {held} did not fit into capacity {self.capacity}; what it holds is intact. Make a larger "
-                "cache, remove or rewind tokens and call retry, or reset the row"
+                f"sequence {held} did not fit into capacity {self.capacity}{encoder}; what it holds is intact. Make a "
+                "larger cache, remove or rewind tokens and call retry, or reset the row"
             )
 
     def describe(self) -> str:
         """Returns a readable account: per group its layers, reach, storage, bytes and the positions each row holds."""
         lines = [f"{self!r}"]
-        for number, group in enumerate(self.groups):
+        for number, group in enumerate(self.bookkeeping):
             layers = [layer for layer in self.layers if layer.group == number]
             count = sum(layer.num_stacked or 1 for layer in layers)
             kept = dict.fromkeys(
@@ -433,7 +524,7 @@ class Cache:
             size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((layers, group)))
             lines.append(
                 f"{count} layer{'s' * (count > 1)} {group.reach}: {', '.join(kept)}, "
-                f"{group.num_slots} slots, {format_bytes(size)}{_held(group.positions)}"
+                f"{group.num_slots} slots, {format_bytes(size)}{_held(group)}"
             )
         return "\n".join(lines)
 
@@ -445,6 +536,17 @@ class Cache:
             f"Cache(layers={count}, num_rows={self.num_rows}, capacity={self.capacity}, max_block={self.max_block}, "
             f"slack={self.slack}, layout={self.layout}, nbytes={format_bytes(self.nbytes)})"
         )
+
+    def _batch_rows(self, name: str, b: int, rows: Any) -> tuple[Any, Any, bool]:
+        """Returns int32 [B]: the sequence of each batch row; bool [B]: whether there is one; whether it is row b."""
+        if rows is None:
+            if b > self.num_rows:
+                raise ValueError(f"{name} has {b} batch rows, the cache {self.num_rows} sequences; name them by rows=")
+            return jnp.arange(b, dtype=jnp.int32), jnp.ones((b,), bool), b == self.num_rows
+        rows = _integers("rows", rows)
+        if rows.shape != (b,):
+            raise ValueError(f"rows has shape {rows.shape}, {name} has {b} batch rows; give int [{b}]")
+        return rows, (rows >= 0) & (rows < self.num_rows), False
 
     def _resume(self, position: Any, lost: list[Any]) -> Any:
         for _ in range(2 * len(self.groups)):  # one group's fallback may move another's
@@ -498,6 +600,10 @@ def shardings(cache: Any, sharding: Any) -> Any:
     return dataclasses.replace(whole, layers=layers)
 
 
+def _bookkeeping(groups: tuple[Group, ...], encoded: Encoded | None) -> tuple[Any, ...]:
+    return groups if encoded is None else (*groups, encoded)
+
+
 def _integers(name: str, x: Any) -> Any:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
@@ -532,10 +638,12 @@ def _turn_keys(spec: LayerSpec, delta: Any) -> Any:
     return turn
 
 
-def _held(positions: Any) -> str:
+def _held(group: Any) -> str:
     """Returns a text of the positions each row holds, empty for abstract values."""
-    if isinstance(positions, jax.core.Tracer) or not isinstance(positions, jax.Array | np.ndarray):
+    known = group.lengths if isinstance(group, Encoded) else group.positions
+    if isinstance(known, jax.core.Tracer) or not isinstance(known, jax.Array | np.ndarray):
         return ""
+    positions = group.positions(known) if isinstance(group, Encoded) else known
     lines = []
     for row, slots in enumerate(np.asarray(positions)):
         held = np.sort(slots[slots != EMPTY])

@@ -44,9 +44,8 @@ class Group:
         if reach.size is not None:
             ring = min(ring, reach.size - 1 + behind)
         used = reach.sinks + ring
-        num_slots = used if used <= READ_BLOCK else -(-used // READ_BLOCK) * READ_BLOCK
         return cls(
-            positions=jnp.full((num_rows, num_slots), EMPTY, jnp.int32),
+            positions=jnp.full((num_rows, slots_for(used)), EMPTY, jnp.int32),
             lost=jnp.tile(nothing_lost(), (num_rows, 1)),
             reach=reach,
             ring=ring,
@@ -149,6 +148,11 @@ class Group:
             self, positions=self.positions.at[row].set(positions), lost=self.lost.at[row].set(lost)
         )
         return group, sources, delta
+
+
+def slots_for(used: int) -> int:
+    """Returns how many slots a buffer has of which `used` may be in use: whole read blocks."""
+    return used if used <= READ_BLOCK else -(-used // READ_BLOCK) * READ_BLOCK
 
 
 def nothing_lost() -> Any:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.cache.show import show
-from jaxkv.cache.spec import LayerSpec
+from jaxkv.cache.spec import Cross, LayerSpec
 from jaxkv.cache.step import Step
 
 
@@ -43,23 +43,31 @@ class Layer:
         """Returns this layer with the keys and values of the call's tokens stored.
 
         In place when the cache is donated or the carry of a loop. Every layer puts once per `begin`; tokens of padding
-        and of sequences that did not fit are not stored.
+        and of sequences that did not fit are not stored. A Cross layer puts once per `begin_cross`: the whole output of
+        the encoder, in place of what the row had. Where a length is beyond what is given here, the missing keys and
+        values are NaN (0 for integers), so that it shows.
 
         Args:
-          step: from the `Cache.begin` of this forward pass.
+          step: from the `Cache.begin` of this forward pass; for a Cross layer, from `Cache.begin_cross`.
           k: keys [B, T, num_kv_heads, head_dim], already rotated if the model rotates keys; cast to the storage dtype.
+            For a Cross layer T is any size up to that of its reach.
           v: values [B, T, num_kv_heads, value_dim].
 
         Raises:
-          ValueError: while tracing, for shapes other than these, naming both.
+          ValueError: while tracing, for shapes other than these, naming both, or a step of the other kind.
         """
-        self.check_step(step)
+        self._check_step(step, cross=isinstance(self.spec.reach, Cross))
         b, t = step.positions.shape
+        if step.cross:
+            t = min([self.spec.reach.size, *jnp.shape(k)[1:2]])
         for name, x, size in (("k", k, self.spec.head_dim), ("v", v, self.spec.value_dim)):
             want = (b, t, self.spec.num_kv_heads, size)
             if x.shape != want:
                 raise ValueError(f"put: {name} has shape {x.shape}, this layer and step want [B, T, K, H] = {want}")
         slots = step.groups[self.group].slots
+        if step.cross:
+            k, v = (_fill_up(x, self.spec.reach.size) for x in (k, v))
+            slots = slots[:, : self.spec.reach.size]
 
         def write(buffers: Any, storage: Any, x: Any) -> Any:
             return jax.tree.map(
@@ -103,9 +111,22 @@ class Layer:
         return k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None]
 
     def check_step(self, step: Step) -> None:
-        """Raises ValueError unless this layer can be used with `step`: same cache, and of a stack one layer chosen."""
+        """Raises ValueError unless queries can read this layer with `step`: same cache, of a stack one layer chosen."""
+        self._check_step(step, cross=False)
+
+    def _check_step(self, step: Step, *, cross: bool) -> None:
         if not isinstance(step, Step):
             raise ValueError(f"step is a {type(step).__name__}; give the Step that cache.begin(positions) returned")
+        if step.cross and not cross:
+            raise ValueError(
+                "this step is of cache.begin_cross(lengths), with which Cross layers put an encoder's output and "
+                f"nothing else; to use a layer of {self.spec.reach} take the step of cache.begin(positions)"
+            )
+        if cross and not step.cross:
+            raise ValueError(
+                f"put: a layer of {self.spec.reach} takes an encoder's output, with the step of "
+                "cache.begin_cross(lengths); this step is of cache.begin(positions), with which the layer is only read"
+            )
         slots = step.groups[self.group].kv_positions.shape[-1] if self.group < len(step.groups) else 0
         if slots != self.num_slots:
             raise ValueError(
@@ -114,3 +135,9 @@ class Layer:
             )
         if self.num_stacked is not None and self.index is None:
             raise ValueError(f"a stack of {self.num_stacked} layers was used as one layer; choose one with stack.at(i)")
+
+
+def _fill_up(x: Any, size: int) -> Any:
+    """Returns x [B, S, K, H] made [B, size, K, H]; nothing that was not given may be read as if it were."""
+    nothing = jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0
+    return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0)), constant_values=nothing)

@@ -22,7 +22,7 @@ class MemoryPlan:
       nbytes: all buffers and bookkeeping, over all devices, replicated parts once.
       nbytes_per_device: what one device holds; equal to nbytes without a sharding.
       bytes_per_token: what one more token of one sequence takes in the layers whose slots are as many as the capacity;
-        rings have a fixed size and add nothing.
+        rings, and an encoder's output, have a fixed size and add nothing.
       groups: per group (reach, number of layers, slots per sequence, bytes).
     """
 
@@ -65,11 +65,12 @@ def plan_memory(
     cache = jax.eval_shape(lambda: Cache.init(specs, num_rows, capacity, **options))
     places = None if sharding is None else shardings(cache, sharding)
     groups = []
-    for number, group in enumerate(cache.groups):
+    for number, group in enumerate(cache.bookkeeping):
         layers = [layer for layer in cache.layers if layer.group == number]
         count = sum(layer.num_stacked or 1 for layer in layers)
         groups.append((group.reach, count, group.num_slots, _nbytes((layers, group))))
-    growing = [layer for layer in cache.layers if not cache.groups[layer.group].wraps]
+    grows = [not group.wraps for group in cache.groups] + [False]
+    growing = [layer for layer in cache.layers if grows[layer.group]]
     per_token = sum(_nbytes((layer.k, layer.v)) // (num_rows * layer.num_slots) for layer in growing)
     return MemoryPlan(cache.nbytes, _nbytes(cache, places), per_token, tuple(groups))
 

@@ -21,7 +21,7 @@ EMPTY = -1
 
 
 class Reach(abc.ABC):
-    """What the three reaches have in common. `size` None means no limit; `sinks` counts first tokens always seen."""
+    """What the reaches have in common. `size` None means no limit; `sinks` counts first tokens always seen."""
 
     size: int | None
     sinks: int
@@ -128,21 +128,52 @@ class Chunk(Reach):
 
 
 @dataclasses.dataclass(frozen=True)
+class Cross(Reach):
+    """All of an encoder's output is seen, from every position of the row that it belongs to.
+
+    Keys and values are written once per row by `Cache.begin_cross` and `Layer.put`; their positions are their places in
+    the encoder's output and are compared with no query's.
+
+    Args:
+      size: most keys that an encoder's output has, at least 1.
+
+    >>> [int(s) for s in range(4) if Cross(4).visible(0, s)]
+    [0, 1, 2, 3]
+    """
+
+    size: int
+    sinks = 0
+
+    def __post_init__(self) -> None:
+        _at_least("Cross", "size", self.size, 1)
+
+    def first(self, p: Any) -> Any:
+        return jnp.zeros_like(p)
+
+    def sees(self, q: Any, s: Any) -> Any:
+        return jnp.ones(jnp.broadcast_shapes(jnp.shape(q), jnp.shape(s)), bool)
+
+    def visible(self, q: Any, s: Any, same_span: Any = None) -> Any:
+        return (q != EMPTY) & (s != EMPTY)
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerSpec:
     """What one attention layer keeps. Frozen and hashable; layers with equal reach share one bookkeeping.
 
     Args:
-      reach: which past tokens a query may see: Full(), Window(size, sinks) or Chunk(size).
+      reach: which past tokens a query may see: Full(), Window(size, sinks) or Chunk(size); Cross(size) for the keys and
+        values of an encoder's output.
       num_kv_heads: heads of k and v, at least 1.
       head_dim: size of a key, at least 1.
       value_dim: size of a value; None means head_dim.
       k_storage: how keys are kept.
       v_storage: how values are kept.
       rotary: None, or a frozen, hashable object whose `shift(k, delta)` turns keys to other positions (`jaxkv.Rotary`);
-        `Cache.remove` needs it to move tokens.
+        `Cache.remove` needs it to move tokens. None for Cross, whose keys never move.
 
     Raises:
-      ValueError: for sizes below 1, an unknown reach, or a rotary that is a function.
+      ValueError: for sizes below 1, an unknown reach, a rotary that is a function, or one for Cross.
 
     >>> LayerSpec(Window(1024), num_kv_heads=4, head_dim=64).value_dim
     64
@@ -160,7 +191,7 @@ class LayerSpec:
         if self.value_dim is None:
             object.__setattr__(self, "value_dim", self.head_dim)
         if not isinstance(self.reach, Reach):
-            raise ValueError(f"LayerSpec(reach={self.reach!r}): give Full(), Window(size) or Chunk(size)")
+            raise ValueError(f"LayerSpec(reach={self.reach!r}): give Full(), Window(size), Chunk(size) or Cross(size)")
         for name in ("num_kv_heads", "head_dim", "value_dim"):
             _at_least("LayerSpec", name, getattr(self, name), 1)
         for name in ("k_storage", "v_storage"):
@@ -171,6 +202,10 @@ class LayerSpec:
             raise ValueError(
                 f"LayerSpec(rotary={self.rotary!r}): functions compare by identity and would recompile at every call; "
                 "give an object with shift(k, delta) that is a frozen dataclass, such as jaxkv.Rotary()"
+            )
+        if self.rotary is not None and isinstance(self.reach, Cross):
+            raise ValueError(
+                f"LayerSpec({self.reach}, rotary={self.rotary!r}): an encoder's keys never move; give rotary=None"
             )
         try:
             hash(self.rotary)

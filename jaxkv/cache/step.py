@@ -18,9 +18,9 @@ from jaxkv.cache.spec import Reach
 class GroupStep:
     """Where the tokens of one call lie in the layers of one group, and what lies beside them."""
 
-    slots: Any  # int32 [B, T]; num_slots: nowhere
+    slots: Any  # int32 [B, T]; num_slots: nowhere; None: nothing is put in this call
     kv_positions: Any  # int32 [B, V], after the call's own tokens; EMPTY where nothing lies
-    kv_spans: Any  # int32 [B, V], 0: none; None if the call has no spans
+    kv_spans: Any  # int32 [B, V], 0: none; None if the call, or what lies there, has no spans
     filled: Any  # int32 [B]; slots from here on are empty
     slot_is_position: bool = dataclasses.field(metadata={"static": True})
 
@@ -40,14 +40,18 @@ class GroupStep:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Step:
-    """Positions and addresses of one forward pass, made by `Cache.begin`; lives as long as the trace it was made in."""
+    """Positions and addresses of one forward pass, made by `Cache.begin`; lives as long as the trace it was made in.
+
+    One made by `Cache.begin_cross` serves to put an encoder's output; its positions [B, V] are places in that output.
+    """
 
     positions: Any  # int32 [B, T]; EMPTY: padding, or a token of a sequence that did not fit
     rows: Any  # int32 [B], the sequence that each batch row continues
     ok: Any  # bool [B], False where the sequence did not fit in this call
     spans: Any  # int32 [B, T], 0: causal; None: all causal
-    groups: tuple[GroupStep, ...]
+    groups: tuple[Any, ...]  # GroupSteps; None: layers that have no part in the call
     whole: bool = dataclasses.field(metadata={"static": True})  # batch row b is sequence b
+    cross: bool = dataclasses.field(default=False, metadata={"static": True})  # made by begin_cross
 
     __repr__ = show
 
@@ -57,13 +61,13 @@ class Step:
         Args:
           reach: of the layer.
           kv_positions: int32 [B, S].
-          kv_spans: int32 [B, S]; not looked at if the call has no spans.
+          kv_spans: int32 [B, S], or None; not looked at if the call has no spans.
 
         Returns:
           bool [B, T, S].
         """
         same_span = None
-        if self.spans is not None:
+        if self.spans is not None and kv_spans is not None:
             same_span = (self.spans[:, :, None] == kv_spans[:, None, :]) & (self.spans[:, :, None] != 0)
         return reach.visible(self.positions[:, :, None], kv_positions[:, None, :], same_span)
 

@@ -298,7 +298,7 @@ def _block(plan: _Plan, layer: Any, step: Step, start: Any, size: int, dtype: An
     if layer.num_slots % size:
         again = jnp.arange(size, dtype=jnp.int32) < start - at
         positions = jnp.where(again[None], EMPTY, positions)
-    spans = None if step.spans is None else lax.dynamic_slice_in_dim(group.kv_spans, at, size, 1)
+    spans = None if group.kv_spans is None else lax.dynamic_slice_in_dim(group.kv_spans, at, size, 1)
     see = step.visible(plan.reach, positions, spans)
     used = see.any(1)[:, None, :, None]
     # NaN in a slot that nobody may see must not meet a product, not even with a weight of 0.

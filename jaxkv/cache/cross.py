@@ -1,0 +1,68 @@
+"""The bookkeeping of Cross layers: how much of an encoder's output each row has.
+
+It belongs to the row, not to positions. Slot s holds key s of the output, so a length per row says all; an output is
+written whole, and replaces what was there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.cache.group import slots_for
+from jaxkv.cache.show import show
+from jaxkv.cache.spec import EMPTY, Cross
+from jaxkv.cache.step import GroupStep
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Encoded:
+    """What each row has of an encoder's output."""
+
+    lengths: Any  # int32 [R], keys of the encoder's output; EMPTY: not encoded
+    reach: Cross = dataclasses.field(metadata={"static": True})
+
+    __repr__ = show
+
+    @classmethod
+    def init(cls, reach: Cross, num_rows: int) -> Encoded:
+        """Returns that no row is encoded."""
+        return cls(jnp.full((num_rows,), EMPTY, jnp.int32), reach)
+
+    @property
+    def num_slots(self) -> int:
+        return slots_for(self.reach.size)
+
+    def positions(self, lengths: Any) -> Any:
+        """Returns the slots in use by encoder outputs of these lengths [B], EMPTY for the others: int32 [B, V]."""
+        slots = jnp.arange(self.num_slots, dtype=jnp.int32)[None, :]
+        return jnp.where(slots < lengths[:, None], slots, EMPTY)
+
+    def step(self, rows: Any) -> GroupStep:
+        """Returns what queries find in these rows: int32 [B], all of them known; None for all in order."""
+        lengths = self.lengths if rows is None else self.lengths[rows]
+        return GroupStep(
+            slots=None,
+            kv_positions=self.positions(lengths),
+            kv_spans=None,
+            filled=jnp.maximum(lengths, 0),
+            slot_is_position=False,  # a query's position says nothing about the slots that it sees
+        )
+
+    def reset(self, mask: Any) -> Encoded:
+        """Returns this without the rows where mask [R] is True."""
+        return dataclasses.replace(self, lengths=jnp.where(mask, EMPTY, self.lengths))
+
+    def take(self, rows: Any, known: Any) -> Encoded:
+        """Returns this with row r being row rows[r], or not encoded where not known[r]."""
+        return dataclasses.replace(self, lengths=jnp.where(known, self.lengths[rows], EMPTY))
+
+    def copy(self, src: Any, known: Any, dst: Any) -> Encoded:
+        """Returns this with row src, or nothing if not known, in row dst (past the last row: nowhere)."""
+        return dataclasses.replace(
+            self, lengths=self.lengths.at[dst].set(jnp.where(known, self.lengths[src], EMPTY), mode="drop")
+        )
