@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxkv.generate.sampling import Chain, Greedy, MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP
+from jaxkv.generate.sampling import sampler as make_sampler
 
 V = 24
 
@@ -234,3 +235,12 @@ def test_what_is_impossible_is_refused_and_the_cure_is_named(make, message):
 def test_a_sampler_and_something_else_do_not_compose():
     with pytest.raises(TypeError):
         Temperature(1.0) | max
+
+
+def test_a_sampler_is_made_from_the_numbers_known_everywhere():
+    numbers = dict(min_p=0.1, top_p=0.9, top_k=40, temperature=0.8, repetition_penalty=1.1)
+    assert make_sampler(**numbers) == RepetitionPenalty(1.1) | Temperature(0.8) | TopK(40) | TopP(0.9) | MinP(0.1)
+    assert make_sampler(top_k=40) == Temperature(1.0) | TopK(40)
+    assert make_sampler(temperature=0).greedy and not make_sampler().greedy
+    with pytest.raises(ValueError, match="TopP: p is 2"):
+        make_sampler(top_p=2)

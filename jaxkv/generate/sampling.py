@@ -271,6 +271,36 @@ class RepetitionPenalty(Sampler):
         return jnp.where(seen, jnp.where(logits > 0, logits / self.r, logits * self.r), logits)
 
 
+def sampler(
+    *,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+) -> Chain:
+    """Returns the sampler that these numbers, known by the same names everywhere, stand for; None leaves one out.
+
+    Args:
+      temperature: 0 is greedy, None is 1.
+      top_k, top_p, min_p, repetition_penalty: see `TopK`, `TopP`, `MinP`, `RepetitionPenalty`.
+
+    Raises:
+      ValueError: for a number out of range.
+
+    >>> sampler(temperature=0.8, top_p=0.95)
+    Chain(parts=(Temperature(t=0.8), TopP(p=0.95)))
+    """
+    parts: tuple[tuple[Callable[[Any], Sampler], Any], ...] = (
+        (RepetitionPenalty, repetition_penalty),
+        (Temperature, 1 if temperature is None else temperature),
+        (TopK, top_k),
+        (TopP, top_p),
+        (MinP, min_p),
+    )
+    return Chain(tuple(kind(value) for kind, value in parts if value is not None))
+
+
 def _number(sampler: str, name: str, value: Any, possible: str, good: Callable[[float], bool]) -> float:
     # A plain float, so that 0.8 and np.float64(0.8) are the same static fact.
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)

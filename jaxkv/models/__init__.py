@@ -2,7 +2,15 @@
 
 from . import tiny as tiny
 from . import weights as weights
+from .checkpoint import Files as Files
+from .checkpoint import init as init
+from .checkpoint import load as load
+from .checkpoint import read_config as read_config
+from .checkpoint import save as save
+from .checkpoint import tensor_parallel as tensor_parallel
 from .decoder import Decoder as Decoder
 from .decoder import DecoderConfig as DecoderConfig
 from .generation import GenerationConfig as GenerationConfig
 from .model import Model as Model
+from .tokenizer import ByteTokenizer as ByteTokenizer
+from .tokenizer import Tokenizer as Tokenizer

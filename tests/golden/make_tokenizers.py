@@ -1,0 +1,236 @@
+"""Makes tokenizers.json: what Hugging Face transformers makes of texts and conversations, with small tokenizers.
+
+    python tests/golden/make_tokenizers.py
+
+needs transformers. The tokenizers and templates are written down here, so that tests build them without it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+PATH = Path(__file__).with_name("tokenizers.json")
+TEXTS = [
+    "Hello world, hello!",
+    " leading and  double  spaces \n\tand a tab",
+    "naïve café → 你好 🐍👩‍👩‍👧",
+    "",
+    "<|user|>typed as text</s>",
+]
+MESSAGES = {
+    "one": [{"role": "user", "content": " Hello? "}],
+    "system": [{"role": "system", "content": "Say little."}, {"role": "user", "content": "Hello"}],
+    "turns": [
+        {"role": "user", "content": "Hello", "name": None},
+        {"role": "assistant", "content": "naïve 🐍 <b> & "},
+        {"role": "user", "content": "And now?\n"},
+    ],
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "time", "description": "Says the time, 'now' → <b>", "parameters": {}}}
+]
+
+# In the manner of Qwen and ChatML, Llama 3, Gemma, Llama 2; the last shows what else templates make use of.
+CHATML = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- for tool in tools %}
+        {{- "\\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- "<|im_end|>\\n" }}
+{%- endif %}
+{% for message in messages %}
+    {%- if loop.first and message.role != 'system' %}
+        {{- '<|im_start|>system\\nBe helpful.<|im_end|>\\n' }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+{% endfor %}
+{% if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{% endif %}
+"""
+LLAMA3 = """\
+{{- bos_token }}
+{%- if not date_string is defined %}{%- set date_string = strftime_now("%Y") if false else "26 Jul 2024" %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start|>system<|sep|>\\n\\nToday: " + date_string + "\\n" + system_message + "<|eot|>" }}
+{%- for message in messages %}
+    {{- '<|start|>' + message['role'] + '<|sep|>\\n\\n' + message['content'] | trim + '<|eot|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant<|sep|>\\n\\n' }}{%- endif %}
+"""
+GEMMA = """\
+{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{%- for message in messages %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+{{ '<turn>' + role + '\\n' + message['content'] | trim + '</turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{'<turn>model\\n'}}{% endif %}"""
+LLAMA2 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] + "
+    "' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' ' + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+ODD = """\
+{%- set state = namespace(count=0) %}
+{%- set extra = dict(a=1) %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{% continue %}{% endif %}
+    {%- set state.count = state.count + 1 %}
+    {%- if state.count > 2 %}{% break %}{% endif %}
+    {%- if 'name' in message %}named {% endif %}
+    {% generation %}
+    {{ message.content | tojson }} {{ tools is defined }} {{ unk_token }}{{ nothing }}{{ image_token }}
+    {% endgeneration %}
+{%- endfor %}
+{{ state.count }} {{ extra | tojson(indent=2) }}
+"""
+
+
+def byte_level() -> Tokenizer:
+    """BPE over bytes, as GPT-2, Llama 3 and Qwen have it; it begins a text with <|begin|>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [
+        ("H", "e"),
+        ("l", "l"),
+        ("He", "ll"),
+        ("Hell", "o"),
+        ("Ġ", "w"),
+        ("Ġ", "Ġ"),
+        ("ä", "½"),
+        ("n", "a"),
+        ("Ã", "¯"),
+    ]
+    vocab = {token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|sep|>", "<|eot|>"]
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken("<|user|>", special=False, normalized=False)])
+    begin = tokenizer.token_to_id("<|begin|>")
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]),
+        ]
+    )
+    tokenizer.enable_truncation(4)  # as files carry it that were saved in training; it is not for us
+    return tokenizer
+
+
+def metaspace() -> Tokenizer:
+    """Unigram with spaces as U+2581 and bytes for what is unknown, as Gemma and Llama 2 have it."""
+    words = {"▁": -3.0, "▁Hello": -4.0, "▁world": -4.5, "▁hello": -5.0, "lo": -5.0, "▁▁": -5.5, "▁a": -5.5, "你": -6.0}
+    letters = {letter: -8.0 - i / 100 for i, letter in enumerate("abcdefghijklmnopqrstuvwxyzHTSA,.!?[]/<>|ï\n")}
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((f"<0x{i:02X}>", 0.0) for i in range(256))]
+    pieces += [*words.items(), *letters.items()]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<turn>", "</turn>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return tokenizer
+
+
+# name: (tokenizer, tokenizer_config.json, further files)
+KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
+    "qwen": (
+        byte_level,
+        {
+            "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True},
+            "bos_token": None,
+            "add_bos_token": False,
+            "chat_template": CHATML,
+        },
+        {},
+    ),
+    "llama3": (byte_level, {"bos_token": "<|begin|>", "eos_token": "<|eot|>", "chat_template": LLAMA3}, {}),
+    "gemma": (
+        metaspace,
+        {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True},
+        {"chat_template.jinja": GEMMA},
+    ),
+    "llama2": (metaspace, {"bos_token": "<s>", "eos_token": "</s>", "chat_template": LLAMA2}, {}),
+    "odd": (
+        metaspace,
+        {
+            "unk_token": "<unk>",
+            "eos_token": "</s>",
+            "extra_special_tokens": {"image_token": "<turn>"},
+            "add_eos_token": True,
+            "chat_template": [{"name": "default", "template": ODD}, {"name": "tool_use", "template": CHATML}],
+        },
+        {},
+    ),
+    "files": (
+        byte_level,
+        {"eos_token": "<|user|>"},
+        {"chat_template.jinja": ODD, "additional_chat_templates/tool_use.jinja": CHATML},
+    ),
+}
+
+
+def build(kind: str, directory: Path) -> Path:
+    """Writes a tokenizer as a checkpoint carries it, and returns the directory."""
+    tokenizer, config, files = KINDS[kind]
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer().save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, text in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(text)
+    return directory
+
+
+def expected(kind: str, directory: Path) -> dict[str, Any]:
+    """Returns what transformers says."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    facts: dict[str, Any] = {"texts": [], "chats": {}}
+    for text in TEXTS:
+        framed, plain = tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)
+        shown = tokenizer.decode(framed), tokenizer.decode(framed, skip_special_tokens=True)
+        facts["texts"].append([framed, plain, *shown])
+    for name, messages in MESSAGES.items():
+        for prompt in (True, False):
+            for tools in (None, TOOLS):
+                key = f"{name}{' prompt' * prompt}{' tools' * (tools is not None)}"
+                options = {"add_generation_prompt": prompt, "tools": tools}
+                try:
+                    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+                    tokens = tokenizer.apply_chat_template(messages, return_dict=False, **options)
+                    facts["chats"][key] = [text, tokens]
+                except Exception as error:  # noqa: BLE001  (whatever it is, it is refused)
+                    facts["chats"][key] = [str(error), None]
+    return facts
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        facts = {kind: expected(kind, build(kind, Path(folder) / kind)) for kind in KINDS}
+    PATH.write_text(json.dumps(facts, ensure_ascii=False, separators=(",", ":")) + "\n")
+    print(f"{PATH}: {PATH.stat().st_size:,} bytes", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
