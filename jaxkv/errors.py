@@ -12,4 +12,4 @@ class CacheFullError(CacheError):
 
 
 class NotSupportedError(CacheError):
-    """The operation is not possible with the given layers."""
+    """The operation is not possible with the given layers, or a checkpoint wants what is not computed here."""

@@ -1,4 +1,7 @@
-"""One decoder, driven by a config: embed, then attend and mix layer by layer, then score the next token."""
+"""One decoder, driven by a config: embed, then attend and mix layer by layer, then score the next token.
+
+What the well-known families differ in is a field of the config; `jaxkv.models.families` fills it in from theirs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Full, LayerSpec, Reach
 from jaxkv.cache.storage import Dense
 from jaxkv.nn.fuse import Joined, Transposed
-from jaxkv.nn.heads import rms_norm
+from jaxkv.nn.heads import PROJECTIONS, rms_norm
 from jaxkv.nn.nnx import Attention
 from jaxkv.nn.rotary import Rotary
 
@@ -45,10 +48,20 @@ class DecoderConfig:
       max_positions: length of a learned table of positions, added to the embeddings; None for no table.
       norm: "rms" or "layer": before attention, before the MLP, and at the end.
       norm_eps: added to the mean square.
+      post_norms: whether what attention and MLP give is normalized too, before it is added (Gemma 2 and 3).
       activation: of the MLP: "silu", "gelu" (exact), "gelu_tanh" or "relu".
       gated: whether the MLP multiplies two projections (SwiGLU with "silu", GeGLU with "gelu") or has one.
-      use_bias: whether attention and MLP have biases.
+      num_experts: None, or how many experts take the MLP's place, of which each token is sent to a few. They are those
+        of gpt-oss, see `Experts`; `activation` and `gated` are then not looked at.
+      experts_per_token: how many.
+      use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out" and
+        "mlp".
       qk_norm: whether each head's queries and keys are RMS-normalized before they are turned.
+      attention_scale: factor of the scores; None means head_dim ** -0.5.
+      attention_softcap: None, or the bound c of c * tanh(scores / c).
+      sink_logits: whether one learned score per query head joins the softmax and brings no value (gpt-oss).
+      embed_scale: factor of the embeddings, rounded to the dtype of the computation (Gemma: width ** 0.5).
+      logit_softcap: None, or the bound of the logits, as `attention_softcap`.
       tied: whether the embedding table is the output head too.
       dtype: of the computation and the logits.
       param_dtype: of the parameters as they are made.
@@ -73,10 +86,18 @@ class DecoderConfig:
     max_positions: int | None = None
     norm: str = "rms"
     norm_eps: float = 1e-6
+    post_norms: bool = False
     activation: str = "silu"
     gated: bool = True
-    use_bias: bool = False
+    num_experts: int | None = None
+    experts_per_token: int = 1
+    use_bias: bool | tuple[str, ...] = False
     qk_norm: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    sink_logits: bool = False
+    embed_scale: float | None = None
+    logit_softcap: float | None = None
     tied: bool = True
     dtype: Any = "float32"
     param_dtype: Any = "float32"
@@ -103,8 +124,23 @@ class DecoderConfig:
             raise ValueError(f"max_positions={self.max_positions}: a table has at least 1; None for no table")
         if not self.reaches or not all(isinstance(reach, Reach) for reach in self.reaches):
             raise ValueError(f"reaches={self.reaches!r}: give a tuple of Full(), Window(size) or Chunk(size)")
+        if self.num_experts is not None and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}: a token is sent to at "
+                "least one, at most all"
+            )
+        known_biases = (*PROJECTIONS, "mlp")
+        if not isinstance(self.use_bias, bool) and not (
+            isinstance(self.use_bias, tuple) and set(self.use_bias) <= set(known_biases)
+        ):
+            raise ValueError(
+                f"use_bias={self.use_bias!r}: give True, False, or a tuple of names out of {', '.join(known_biases)}"
+            )
         if self.rotary == ():
             raise ValueError("rotary=(): a pattern has at least one entry; None for no rotation")
+        for name in ("attention_softcap", "logit_softcap"):
+            if (bound := getattr(self, name)) is not None and not bound > 0:
+                raise ValueError(f"{name}={bound}: it is a bound, so it is above 0; None for none")
         for name, known in (("norm", NORMS), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: known are {', '.join(known)}")
@@ -112,6 +148,13 @@ class DecoderConfig:
             object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
             if not jnp.issubdtype(getattr(self, name), jnp.floating):
                 raise ValueError(f"{name}={getattr(self, name)}: give a floating dtype such as 'float32'")
+
+    @property
+    def biases(self) -> frozenset[str]:
+        """The names of the projections that have a bias."""
+        if isinstance(self.use_bias, bool):
+            return frozenset((*PROJECTIONS, "mlp") if self.use_bias else ())
+        return frozenset(self.use_bias)
 
     def reach(self, layer: int) -> Reach:
         """Returns what a layer sees."""
@@ -145,7 +188,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         kind = {
-            "use_bias": config.use_bias,
+            "use_bias": "mlp" in config.biases,
             "dtype": config.dtype,
             "param_dtype": config.param_dtype,
             "rngs": rngs,
@@ -173,6 +216,62 @@ class MLP(nnx.Module):
             self.gate = self.up = nnx.data(None)
 
 
+class Experts(nnx.Module):
+    """The experts of gpt-oss in place of an MLP: a router sends each token to a few of them and weighs what they give.
+
+    An expert is (up + 1) * gate * sigmoid(1.702 gate), clamped at 7, between two projections with biases, as
+    transformers' `GptOssExperts` has it: gate and up lie interleaved in one kernel. Every token runs through every expert
+    in turn, but for few tokens, which run through theirs alone: decoding reads the weights that it needs.
+
+    Args:
+      config: what it is made of.
+      rngs: random streams of the parameters.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        experts = config.num_experts or 1
+        width, hidden, dtype = config.width, config.mlp_dim, config.param_dtype
+        self.dtype, self.chosen = config.dtype, config.experts_per_token
+        self.router = nnx.Linear(width, experts, dtype=config.dtype, param_dtype=dtype, rngs=rngs)
+        init = nnx.initializers.lecun_normal(batch_axis=0)
+        self.gate_up = nnx.Param(init(rngs.params(), (experts, width, 2 * hidden), dtype))
+        self.gate_up_bias = nnx.Param(jnp.zeros((experts, 2 * hidden), dtype))
+        self.down = nnx.Param(init(rngs.params(), (experts, hidden, width), dtype))
+        self.down_bias = nnx.Param(jnp.zeros((experts, width), dtype))
+
+    def __call__(self, x: Any) -> Any:
+        tokens = x.reshape(-1, x.shape[-1])
+        scores, experts = jax.lax.top_k(self.router(tokens), self.chosen)  # [T, k]
+        weights = jax.nn.softmax(scores, axis=-1)
+        parts = [p[...].astype(self.dtype) for p in (self.gate_up, self.gate_up_bias, self.down, self.down_bias)]
+        if experts.size < parts[0].shape[0]:
+
+            def one_choice(total: Any, choice: Any) -> tuple[Any, None]:
+                token, expert, weight = choice
+                y = _expert(tokens[token][None, :], *(part[expert] for part in parts))
+                return total.at[token].add(weight * y[0]), None
+
+            owners = jnp.repeat(jnp.arange(tokens.shape[0], dtype=jnp.int32), self.chosen)
+            total, _ = jax.lax.scan(one_choice, jnp.zeros_like(tokens), (owners, experts.ravel(), weights.ravel()))
+        else:
+            all_weights = jnp.zeros((tokens.shape[0], parts[0].shape[0]), weights.dtype)
+            all_weights = jnp.put_along_axis(all_weights, experts, weights, axis=1, inplace=False)
+
+            def one_expert(total: Any, expert: Any) -> tuple[Any, None]:
+                weight, *part = expert
+                return total + weight[:, None] * _expert(tokens, *part), None
+
+            total, _ = jax.lax.scan(one_expert, jnp.zeros_like(tokens), (all_weights.T, *parts))
+        return total.reshape(x.shape)
+
+
+def _expert(x: Any, gate_up: Any, gate_up_bias: Any, down: Any, down_bias: Any) -> Any:
+    """Returns what one expert gives for x [T, D]."""
+    y = x @ gate_up + gate_up_bias[None, :]
+    gate, up = jnp.minimum(y[:, ::2], 7.0), jnp.clip(y[:, 1::2], -7.0, 7.0)
+    return ((up + 1) * gate * jax.nn.sigmoid(1.702 * gate)) @ down + down_bias[None, :]
+
+
 class Block(nnx.Module):
     """One layer: attention and MLP, each after a norm and added to what came in."""
 
@@ -188,11 +287,16 @@ class Block(nnx.Module):
             rotary=config.layer_rotary(index),
             qk_norm=config.qk_norm,
             qk_norm_epsilon=config.norm_eps,
-            use_bias=config.use_bias,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+            sink_logits=config.sink_logits,
+            use_bias=config.biases - {"mlp"},
             **kind,
         )
+        self.attention_post_norm = Norm(config) if config.post_norms else nnx.data(None)
         self.mlp_norm = Norm(config)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs) if config.num_experts is None else Experts(config, rngs=rngs)
+        self.mlp_post_norm = Norm(config) if config.post_norms else nnx.data(None)
 
     def __call__(self, x: Any, positions: Any, layer: Any, step: Any) -> tuple[Any, Any]:
         h = self.attention_norm(x)
@@ -200,8 +304,9 @@ class Block(nnx.Module):
             y = self.attention(h, positions=positions)
         else:
             y, layer = self.attention(h, layer, step)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), layer
+        x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
+        y = self.mlp(self.mlp_norm(x))
+        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), layer
 
 
 class Decoder(nnx.Module):
@@ -263,6 +368,8 @@ class Decoder(nnx.Module):
             put.append(layer)
         x = self.norm(x)
         logits = self.embed.attend(x) if self.head is None else self.head(x)
+        if (bound := self.config.logit_softcap) is not None:
+            logits = bound * jnp.tanh(logits / bound)
         return logits if cache is None else (logits, cache.with_layers(put))
 
     def specs(self, k_storage: Any = None, v_storage: Any = None) -> list[LayerSpec]:
@@ -278,6 +385,8 @@ class Decoder(nnx.Module):
         if positions is not None:  # NaN of an unknown token in padding would spread: 0 * NaN is NaN
             tokens = jnp.where(positions < 0, 0, tokens)
         x = self.embed(tokens)
+        if self.config.embed_scale is not None:
+            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         if self.positions is None:
             return x
         if positions is None:

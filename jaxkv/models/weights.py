@@ -97,6 +97,10 @@ class File(Mapping[str, np.ndarray]):
         """Returns the shape of a tensor."""
         return self._entries[name][1]
 
+    def kind(self, name: str) -> Any:
+        """Returns the dtype of a tensor."""
+        return jnp.dtype(DTYPES[self._entries[name][0]])
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
@@ -152,7 +156,7 @@ def named(params: Any) -> dict[str, Any]:
     >>> named({"mlp": [{"kernel": 1}, {"kernel": 2}]})
     {'mlp.0.kernel': 1, 'mlp.1.kernel': 2}
     """
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def save(path: str | os.PathLike[str], params: Any, *, dtype: Any = None, metadata: Any = None) -> None:
@@ -207,12 +211,13 @@ def load(
 
     def fetch(path: Any, leaf: Any) -> Any:
         cast = dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.array(file[place[_name(path)]].astype(dtype if cast else leaf.dtype, copy=False))
+        return jnp.array(file[place[name_of(path)]].astype(dtype if cast else leaf.dtype, copy=False))
 
     return jax.tree_util.tree_map_with_path(fetch, like)
 
 
-def _name(path: Any) -> str:
+def name_of(path: Any) -> str:
+    """Returns the name of a leaf of a params tree from its path, as `named` gives it."""
     parts = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path]
     if path and isinstance(path[-1], jax.tree_util.GetAttrKey):  # the `value` inside a Variable of an nnx.State
         parts.pop()

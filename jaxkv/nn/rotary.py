@@ -168,6 +168,60 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE: every frequency is divided by a factor of its own, found by search, and q and k grow a little.
+
+    Ding et al. 2024, https://arxiv.org/abs/2402.13753. Checkpoints such as Phi-3's bring two lists of factors, short and
+    long: for sequences that stay within the length of training, and for longer ones. A key that was turned with one list
+    does not fit queries turned with the other, so one is chosen for all that a cache will hold.
+
+    Args:
+      factors: what each frequency is divided by, above 0, as many as half the turned dimensions.
+      factor: how many times longer than in training sequences become at most, at least 1.
+      original_length: tokens the model was trained on (transformers: original_max_position_embeddings).
+      attention_factor: factor on rotated q and k; None computes sqrt(1 + ln(factor) / ln(original_length)).
+
+    Raises:
+      ValueError: for factors that are not above 0, a factor below 1, or a length below 2.
+
+    >>> LongRopeScaling((1.0, 2.0), factor=32.0, original_length=4096).scale(np.array([1.0, 0.1]), 1e4).tolist()
+    [1.0, 0.05]
+    """
+
+    factors: tuple[float, ...]
+    factor: float
+    original_length: int
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        for number in self.factors:
+            _number("LongRopeScaling", "factors", number, above=0.0)
+        _number("LongRopeScaling", "factor", self.factor, least=1.0)
+        _number("LongRopeScaling", "original_length", self.original_length, least=2)
+        if self.attention_factor is not None:
+            _number("LongRopeScaling", "attention_factor", self.attention_factor, above=0.0)
+
+    @property
+    def num_pairs(self) -> int:
+        """How many pairs of dimensions are turned."""
+        return len(self.factors)
+
+    @property
+    def magnitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return math.sqrt(1.0 + math.log(self.factor) / math.log(self.original_length))
+
+    def scale(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
+        if len(frequencies) != len(self.factors):
+            raise ValueError(
+                f"LongRopeScaling has {len(self.factors)} factors, but {len(frequencies)} pairs of dimensions are "
+                "turned; give a factor for each"
+            )
+        return frequencies / np.array(self.factors)
+
+
+@dataclasses.dataclass(frozen=True)
 class Rotary:
     """Rotary position embedding of one layer. Frozen and hashable: give the same to the module and to its LayerSpec.
 
@@ -177,7 +231,7 @@ class Rotary:
     Args:
       theta: base of the wavelengths, above 0.
       dim: how many leading dimensions of a head are turned, even; None turns all.
-      scaling: None, LinearScaling, YarnScaling or Llama3Scaling.
+      scaling: None, LinearScaling, YarnScaling, Llama3Scaling or LongRopeScaling.
       interleaved: whether a pair is two neighbors instead of two halves.
 
     Raises:
@@ -204,10 +258,10 @@ class Rotary:
         if self.scaling is not None:
             if isinstance(self.scaling, type) or not isinstance(self.scaling, Scaling):
                 raise ValueError(
-                    f"Rotary(scaling={self.scaling!r}): give None, LinearScaling(...), YarnScaling(...) "
-                    "or Llama3Scaling(...)"
+                    f"Rotary(scaling={self.scaling!r}): give None, LinearScaling(...), YarnScaling(...), "
+                    "Llama3Scaling(...) or LongRopeScaling(...)"
                 )
-            self.scaling.scale(np.ones(1), self.theta)
+            self.frequencies(2 * getattr(self.scaling, "num_pairs", 1) if dim is None else dim)
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Returns radians per token of each pair. float32 [dim / 2].

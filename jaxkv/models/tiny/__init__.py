@@ -7,7 +7,6 @@ docstrings and the longer comments of the standard library. Four layers have a w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,9 @@ from flax import nnx
 from jaxkv.cache.spec import Full, Window
 from jaxkv.models import weights
 from jaxkv.models.decoder import Decoder, DecoderConfig
+from jaxkv.models.generation import GenerationConfig
+from jaxkv.models.model import Model
+from jaxkv.models.tokenizer import ByteTokenizer
 
 PATH = Path(__file__).parent / "model.safetensors"
 CONFIG = DecoderConfig(
@@ -28,43 +30,24 @@ CONFIG = DecoderConfig(
     mlp_dim=384,
     reaches=(Window(128), Window(128), Full()),
 )
+CONTEXT = 512  # bytes per sequence in training; what comes later it predicts much worse
 
 
-def load(dtype: Any = "float32") -> Decoder:
+def load(dtype: Any = "float32") -> Model:
     """Returns the trained model.
 
     Args:
       dtype: of its parameters and of the computation.
 
     >>> from jaxkv.models import tiny
-    >>> [spec.reach.size for spec in tiny.load().specs()]
+    >>> model = tiny.load()
+    >>> [spec.reach.size for spec in model.specs]
     [128, 128, None, 128, 128]
+    >>> model.tokenizer.encode("with"), model.generation.stop_tokens, model.context
+    ([119, 105, 116, 104], (0,), 512)
     """
     config = dataclasses.replace(CONFIG, dtype=dtype, param_dtype=dtype)
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))  # shapes alone: nothing is drawn to be replaced
-    nnx.update(model, weights.load(PATH, nnx.state(model)))
-    return model
-
-
-def encode(text: str) -> list[int]:
-    """Returns the tokens of a text: its bytes in UTF-8.
-
-    >>> encode("é!")
-    [195, 169, 33]
-    """
-    return list(text.encode())
-
-
-def decode(tokens: Iterable[int]) -> str:
-    """Returns the text of tokens, with a replacement character for what is not UTF-8.
-
-    Args:
-      tokens: ints or an integer array [T]; anything outside [0, 256) is left out, as EMPTY after a text's end.
-
-    Raises:
-      TypeError: if tokens are not integers.
-
-    >>> decode([195, 169, 33, -1])
-    'é!'
-    """
-    return bytes(token for token in map(int, tokens) if 0 <= token < 256).decode(errors="replace")
+    module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))  # shapes alone: nothing is drawn to be replaced
+    nnx.update(module, weights.load(PATH, nnx.state(module)))
+    generation = GenerationConfig(stop_tokens=(0,), greedy=False, temperature=0.7)
+    return Model.of(module, context=CONTEXT, generation=generation, make_tokenizer=ByteTokenizer)

@@ -1,0 +1,466 @@
+"""Checkpoints as Hugging Face publishes them: a directory with config.json and safetensors, into a Model and back.
+
+What config.json asks for is checked before any weight is read. Weights are read through a memory map, tensor by tensor,
+straight into their place: beside the model there is one tensor in memory at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxkv.errors import NotSupportedError
+from jaxkv.models import weights
+from jaxkv.models.decoder import Decoder
+from jaxkv.models.families import FAMILIES
+from jaxkv.models.families.table import Family, Fields, Tensor
+from jaxkv.models.generation import GenerationConfig
+from jaxkv.models.model import Model
+from jaxkv.models.tokenizer import Tokenizer
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    sharding: Any = None,
+    context: int | None = None,
+    fuse: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Returns the model of a checkpoint directory, ready for `Cache.init` and `generate`.
+
+    Args:
+      directory: with config.json and model.safetensors, or several files and their index; tokenizer.json and
+        generation_config.json if they are there.
+      dtype: of the parameters and the computation; None takes that of the checkpoint. Scales of norms of which the
+        checkpoint holds scale - 1 stay float32.
+      sharding: None, a `jax.sharding.Sharding` for all parameters, or a function (name, shape) -> Sharding such as
+        `tensor_parallel(mesh)`. Each device then reads its own part.
+      context: how many tokens sequences may reach; None: as many as the model was made for. Only LongRoPE (Phi-3 with
+        long contexts) computes differently for it: beyond the original length with its long factors.
+      fuse: whether weights are laid out for decoding on one CPU, see `jaxkv.nnx.fuse`. Such a model can't be saved.
+      progress: called with (bytes read, bytes in all) after each tensor.
+
+    Raises:
+      OSError: if a file is missing or can't be read.
+      NotSupportedError: for a family or a feature that is not computed here; before any weight is read.
+      ValueError: naming every tensor that is missing, unknown or of another shape or kind.
+
+    ```python
+    model = jaxkv.models.load("Llama-3.2-1B-Instruct", dtype="bfloat16")
+    cache = jaxkv.Cache.init(model.specs, num_rows=1, capacity=4096)
+    prompt = model.tokenizer.encode("The capital of France is")
+    result = jaxkv.generate(model.forward, model.params, [prompt], cache, stop_tokens=model.generation.stop_tokens)
+    ```
+    """
+    directory = Path(directory)
+    name, config, source = read_config(directory, context=context)
+    files = Files(directory)
+    config = _with_dtype(config, dtype if dtype is not None else files.dtype)
+    family = FAMILIES[name]
+    module = nnx.eval_shape(lambda: _kind(family)(config, rngs=nnx.Rngs(0)))  # shapes alone: nothing is drawn
+    state = nnx.state(module)
+    params = weights.named(state)
+    places = _places(family, params, files)
+    sizes = {name: math.prod(leaf.shape) * files.kind(places[name].name).itemsize for name, leaf in params.items()}
+    done, total = 0, sum(sizes.values())
+
+    def fetch(path: Any, like: Any) -> Any:
+        nonlocal done
+        name = weights.name_of(path)
+        array = places[name].read(files, like, None if sharding is None else _sharding_of(sharding, name, like))
+        done += sizes[name]
+        if progress is not None:
+            progress(done, total)
+        return array
+
+    nnx.update(module, jax.tree_util.tree_map_with_path(fetch, state))
+    if fuse:
+        for _, part in list(nnx.iter_modules(module)):
+            if hasattr(part, "fuse"):
+                part.fuse()
+    return Model.of(
+        module,
+        context=_context(source) if context is None else context,
+        generation=GenerationConfig.read(directory),
+        source=source,
+        make_tokenizer=functools.partial(Tokenizer, directory),
+    )
+
+
+def init(source: Mapping[str, Any] | str | os.PathLike[str], *, dtype: Any = "float32", rngs: nnx.Rngs) -> Model:
+    """Returns an untrained model of a known family, made from its config.json alone: to be trained and saved.
+
+    Args:
+      source: the parsed config.json, its path, or the directory that holds it.
+      dtype: of the parameters and the computation.
+      rngs: random streams of the parameters.
+
+    Raises:
+      NotSupportedError: for a family or a feature that is not computed here.
+
+    >>> from flax import nnx
+    >>> gpt2 = {"model_type": "gpt2", "vocab_size": 8, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    >>> jaxkv.models.init(gpt2, rngs=nnx.Rngs(0)).config.head_dim
+    2
+    """
+    name, config, parsed = read_config(source)
+    module = _kind(FAMILIES[name])(_with_dtype(config, dtype), rngs=rngs)
+    return Model.of(module, context=_context(parsed), source=parsed)
+
+
+def save(
+    directory: str | os.PathLike[str], model: Model, *, dtype: Any = None, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Writes a model as transformers' `save_pretrained` would: config.json and safetensors, one file or several.
+
+    `model = dataclasses.replace(model, params=trained)` takes trained parameters along. The tokenizer's files are not
+    written; copy them.
+
+    Args:
+      directory: made if it isn't there. Files of the same names are replaced.
+      model: from `load` or `init`, not fused.
+      dtype: of the tensors in the file; None: that of the model's computation.
+      max_shard_bytes: about the largest size of a file, in bytes; with more than one there is an index.
+
+    Raises:
+      ValueError: for a model that did not come from a config.json, or is fused.
+    """
+    directory = Path(directory)
+    if not model.source:
+        raise ValueError("this model did not come from a config.json; make it by jaxkv.models.init(config, rngs=...)")
+    name, _, _ = read_config(model.source)
+    dtype = jnp.dtype(model.config.dtype if dtype is None else dtype)
+    family = FAMILIES[name]
+    params = weights.named(model.params)
+    tensors: dict[str, Any] = {}
+    left = set(params)
+    for tensor, file, names in _entries(family, params):
+        left -= set(names)
+        tensors[file] = _Written(tensor, [params[name] for name in names])
+    if left:
+        raise ValueError(
+            f"params {', '.join(sorted(left)[:3])} have no name in a {name} checkpoint; a fused model can't be saved: "
+            "load it without fuse"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = _shards(tensors, dtype.itemsize, max_shard_bytes)
+    count = len(shards)
+    files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
+    for file, names in zip(files, shards, strict=True):
+        weights.write(directory / file, {n: tensors[n] for n in names}, dtype=dtype, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(math.prod(tensor.shape) for tensor in tensors.values()) * dtype.itemsize
+        weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    else:
+        (directory / INDEX).unlink(missing_ok=True)
+    source = {key: value for key, value in model.source.items() if key != "torch_dtype"}
+    _write_json(directory / "config.json", {**source, "dtype": dtype.name})
+
+
+def read_config(
+    source: Mapping[str, Any] | str | os.PathLike[str], *, context: int | None = None
+) -> tuple[str, Any, dict[str, Any]]:
+    """Returns (family, config, parsed config.json), and reads no weights.
+
+    Args:
+      source: a checkpoint directory, a path of config.json, or what was parsed from it.
+      context: as for `load`.
+
+    Raises:
+      OSError: if there is no such file.
+      NotSupportedError: for an unknown family or a feature that is not computed here, naming the field.
+      ValueError: for a field that is missing or makes no sense.
+
+    >>> name, config, _ = read_config({"model_type": "gpt2", "vocab_size": 8, "n_embd": 4, "n_layer": 1, "n_head": 2})
+    >>> name, config.norm, config.max_positions
+    ('gpt2', 'layer', 1024)
+    """
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        source = _read_json(path / "config.json" if path.is_dir() or path.suffix != ".json" else path)
+    source = dict(source)
+    name = source.get("model_type")
+    if name not in FAMILIES:
+        raise NotSupportedError(
+            f'config.json has "model_type": {name!r}, which is not known here; known are {", ".join(FAMILIES)}. '
+            "docs/models.md says how to add a family"
+        )
+    if source.get("quantization_config") is not None:
+        method = source["quantization_config"].get("quant_method")
+        raise NotSupportedError(
+            f'config.json has "quantization_config" ({method}): weights that are quantized can\'t be read; fetch the '
+            "model in bfloat16 or float16, or save it dequantized"
+        )
+    fields = source
+    if isinstance(source.get("text_config"), Mapping):  # a model that sees images too: its text part
+        top = {key: source[key] for key in ("tie_word_embeddings",) if key in source}
+        fields = {**top, **source["text_config"], "model_type": name}
+    family = FAMILIES[name]
+    try:
+        config = family.config(Fields(fields, family, context))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"config.json has a field of a wrong kind: {error}") from error
+    return name, config, source
+
+
+def tensor_parallel(mesh: jax.sharding.Mesh, axis: str | None = None) -> Callable[[str, tuple[int, ...]], Any]:
+    """Returns the `sharding` of `load` that splits heads, MLPs and vocabulary over a mesh axis, as Megatron-LM does.
+
+    Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053. What the axis does not divide is replicated. The cache goes
+    along by `Cache.init(..., sharding=NamedSharding(mesh, PartitionSpec(None, axis)))`, if the axis divides the kv heads.
+
+    Args:
+      mesh: devices.
+      axis: its axis; None: the last one.
+
+    >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("model",))
+    >>> tensor_parallel(mesh)("layers.0.attention.query.kernel", (64, 4, 16)).spec
+    PartitionSpec(None, 'model', None)
+    """
+    axis = mesh.axis_names[-1] if axis is None else axis
+    if axis not in mesh.axis_names:
+        raise ValueError(f"axis={axis!r}: the mesh has {', '.join(map(str, mesh.axis_names))}")
+    split = {  # which axis of the param
+        r"attention\.(query|key|value)\.kernel": 1,
+        r"attention\.(query|key|value)\.bias": 0,
+        r"attention\.out\.kernel": 0,
+        r"attention\.sink_logits": 0,
+        r"mlp\.(gate|up)\.kernel": 1,
+        r"mlp\.(gate|up)\.bias": 0,
+        r"mlp\.down\.kernel": 0,
+        r"^embed\.embedding": 0,
+        r"^head\.kernel": 1,
+    }
+
+    def place(name: str, shape: tuple[int, ...]) -> Any:
+        spec: list[str | None] = [None] * len(shape)
+        for pattern, at in split.items():
+            if re.search(pattern, name) and shape[at] % mesh.shape[axis] == 0:
+                spec[at] = axis
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    return place
+
+
+class Files(Mapping[str, np.ndarray]):
+    """The tensors of a directory, in one safetensors file or several: a mapping from names to read-only arrays.
+
+    Args:
+      directory: with model.safetensors, or model.safetensors.index.json and what it names.
+
+    Raises:
+      OSError: if there is neither, or a file that the index names is missing.
+      ValueError: for files that are damaged.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self._file_of: dict[str, weights.File] = {}
+        if (self.directory / INDEX).exists():
+            names = dict.fromkeys(_read_json(self.directory / INDEX).get("weight_map", {}).values())
+            missing = [name for name in names if not (self.directory / name).exists()]
+            if missing or not names:
+                raise FileNotFoundError(
+                    f"{self.directory / INDEX} names {len(names)} files, of which {', '.join(missing) or 'all'} are not "
+                    "there; fetch the rest of the checkpoint"
+                )
+        elif (self.directory / SINGLE).exists():
+            names = {SINGLE: None}
+        else:
+            others = sorted(path.name for path in self.directory.glob("*") if path.suffix in (".bin", ".pt", ".gguf"))
+            found = f"; {', '.join(others)} can't be read, convert the checkpoint to safetensors" if others else ""
+            raise FileNotFoundError(f"{self.directory} holds neither {SINGLE} nor {INDEX}{found}")
+        for name in names:
+            file = weights.File(self.directory / name)
+            self._file_of.update(dict.fromkeys(file, file))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._file_of[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
+        return self._file_of[name].shape(name)
+
+    def kind(self, name: str) -> Any:
+        """Returns the dtype of a tensor."""
+        return self._file_of[name].kind(name)
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many parameters there are of each dtype."""
+        counts: dict[str, int] = {}
+        for name, file in self._file_of.items():
+            kind = file.kind(name).name
+            counts[kind] = counts.get(kind, 0) + math.prod(file.shape(name))
+        return counts
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of most parameters."""
+        return jnp.dtype(max(self.dtypes.items(), key=lambda item: item[1])[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where in the files a param lies."""
+
+    tensor: Tensor
+    name: str  # of the file's tensor
+    stretch: slice | None  # of its joined axis; None: it is the param's alone
+
+    def read(self, files: Files, like: Any, sharding: Any) -> jax.Array:
+        """Returns the param: of like's shape, and like's dtype but for scales that become one larger."""
+        dtype = jnp.dtype("float32") if self.tensor.form == "minus_one" else like.dtype
+        x = files[self.name]
+        if self.stretch is not None:
+            x = x[self.stretch] if self.tensor.joined_axis == 0 else x[..., self.stretch]
+        if sharding is None:
+            return _decode(x, self.tensor.form, like.shape, dtype)
+        x = self.tensor.decode(x.astype(dtype, copy=False) if self.tensor.form == "minus_one" else x, like.shape)
+        return jax.make_array_from_callback(like.shape, sharding, lambda index: x[index].astype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _decode(x: Any, form: str, shape: tuple[int, ...], dtype: Any) -> Any:
+    # Cast and turned round in one pass by XLA. Compiled once per kind of tensor, so the tensor's name is left out.
+    return Tensor("", (), form).decode(x.astype(dtype), shape)
+
+
+class _Written:
+    """A tensor of a file, put together from its params when it is written."""
+
+    def __init__(self, tensor: Tensor, params: list[Any]) -> None:
+        self.tensor, self.params = tensor, params
+        self.dtype = params[0].dtype
+        shapes = [tensor.file_shape(param.shape) for param in params]
+        shape = list(shapes[0])
+        shape[tensor.joined_axis] = sum(shape[tensor.joined_axis] for shape in shapes)
+        self.shape = tuple(shape)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        parts = [self.tensor.encode(np.asarray(param)) for param in self.params]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, self.tensor.joined_axis)
+
+
+def _kind(family: Family) -> Any:
+    return Decoder if family.module is None else family.module
+
+
+def _entries(family: Family, names: Iterable[str]) -> Iterator[tuple[Tensor, str, list[str]]]:
+    """Yields (tensor, its name in the file, names of its params) for all that a model with these params has."""
+    names = set(names)
+    numbers = sorted({int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)})
+    for tensor in family.tensors:
+        for number in numbers if "{}" in tensor.file else [0]:
+            params = [param.format(number) for param in tensor.params]
+            if params[0] in names:
+                yield tensor, tensor.file.format(number), params
+
+
+def _places(family: Family, params: Mapping[str, Any], files: Files) -> dict[str, _Place]:
+    """Returns where each param lies, or raises with all that doesn't fit."""
+    there: dict[str, str] = {}  # the names that the family knows, and those in the files
+    for name in files:
+        known = name
+        for pattern, replacement in family.renames:
+            known = re.sub(pattern, replacement, known)
+        there[known] = name
+    places: dict[str, _Place] = {}
+    expected = set()
+    problems = []
+    for tensor, file, names in _entries(family, params):
+        expected.add(file)
+        shapes = [tensor.file_shape(params[name].shape) for name in names]
+        want = list(shapes[0])
+        want[tensor.joined_axis] = sum(shape[tensor.joined_axis] for shape in shapes)
+        if file not in there:
+            problems.append(f"missing: {file} {tuple(want)}")
+            continue
+        if files.shape(there[file]) != tuple(want):
+            problems.append(f"shape: {file} is {files.shape(there[file])} in the file, {tuple(want)} in the model")
+        elif not jnp.issubdtype(kind := files.kind(there[file]), jnp.floating) or kind.itemsize < 2:
+            problems.append(f"kind: {file} is {kind.name}; quantized weights can't be read")
+        begin = 0
+        for name, shape in zip(names, shapes, strict=True):
+            end = begin + shape[tensor.joined_axis]
+            places[name] = _Place(tensor, there[file], None if len(names) == 1 else slice(begin, end))
+            begin = end
+    tied = "lm_head.weight"  # some write the table twice
+    for known, name in there.items():
+        if known not in expected and known != tied and not any(re.fullmatch(p, known) for p in family.ignored):
+            problems.append(f"unknown: {name} {files.shape(name)}")
+    if problems:
+        raise ValueError(f"{files.directory} does not fit its config.json:\n  " + "\n  ".join(problems))
+    if lost := set(params) - set(places):
+        raise ValueError(f"the family's table has no tensor for {', '.join(sorted(lost))}")
+    return places
+
+
+def _shards(tensors: Mapping[str, Any], itemsize: int, most: int) -> list[list[str]]:
+    """Returns names in groups of at most so many bytes, but for tensors that are larger alone."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        nbytes = math.prod(tensor.shape) * itemsize
+        if shards[-1] and size + nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards
+
+
+def _with_dtype(config: Any, dtype: Any) -> Any:
+    return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+
+
+def _context(source: Mapping[str, Any]) -> int | None:
+    fields = {**source, **source.get("text_config", {})}
+    names = ("max_position_embeddings", "n_positions", "max_target_positions")
+    return next((int(fields[name]) for name in names if fields.get(name) is not None), None)
+
+
+def _sharding_of(sharding: Any, name: str, like: Any) -> Any:
+    return sharding if isinstance(sharding, jax.sharding.Sharding) else sharding(name, like.shape)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no {path}; give a directory as Hugging Face publishes them, with config.json and safetensors"
+        )
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return parsed
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,244 @@
+"""Writes families/: tiny random checkpoints, and what Hugging Face transformers computes from them.
+
+    pip install torch transformers
+    python tests/golden/make_families.py [name ...]
+
+Each folder is a checkpoint as `save_pretrained` writes it (bfloat16), and expected.safetensors:
+
+- `tokens` [24] and `logits` [24, V], float32, of the float32 model;
+- `greedy` [64]: how transformers' `generate` goes on, and `short` [7], `short_greedy` [64] for another prompt.
+
+Seeds are tried until the best two logits lie at least 1e-3 apart at every step, and the text is not the same few tokens.
+tests/test_families.py makes more settings (ODD) anew where transformers is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+FOLDER = Path(__file__).parent / "families"
+VOCAB, PROMPT, SHORT, NEW = 96, 24, 7, 64
+GAP = 1e-3
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
+GEMMA = {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 8}
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1_000_000.0},
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.1],
+    "long_factor": [1.5, 4.0],
+    "partial_rotary_factor": 0.5,
+}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_positions": 96,
+    "n_embd": 24,
+    "n_layer": 3,
+    "n_head": 4,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+GPT_OSS = {
+    **SIZES,
+    "head_dim": 8,
+    "sliding_window": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {**YARN, "rope_theta": 150_000.0},
+}
+
+# The committed folders: name -> (model_type, config).
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("llama", {**SIZES, "num_key_value_heads": 4}),
+    "llama3": ("llama", {**SIZES, "head_dim": 8, "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {**SIZES, "head_dim": 8, "sliding_window": 8}),
+    "qwen2": ("qwen2", {**SIZES, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {**SIZES, "head_dim": 8}),
+    "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0}),
+    "gemma3": ("gemma3_text", {**GEMMA, "num_hidden_layers": 4, "rope_parameters": GEMMA3_ROPE}),
+    "phi3": ("phi3", {**SIZES, "sliding_window": 8}),
+    "phi3_long": (
+        "phi3",
+        {**SIZES, "hidden_size": 32, "original_max_position_embeddings": 16, "rope_parameters": LONGROPE},
+    ),
+    "gpt2": ("gpt2", GPT2),
+    "gpt_oss": ("gpt_oss", GPT_OSS),
+}
+CASES["gemma3"][1]["layer_types"] = ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"]
+
+# Settings that are tried where transformers is installed, and not kept.
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama with all biases, tied": (
+        "llama",
+        {**SIZES, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "hidden_act": "gelu"},
+    ),
+    "llama with linear scaling": (
+        "llama",
+        {**SIZES, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}},
+    ),
+    "llama with yarn, one kv head": ("llama", {**SIZES, "num_key_value_heads": 1, "rope_parameters": YARN}),
+    "mistral without a window, tied": ("mistral", {**SIZES, "sliding_window": None, "tie_word_embeddings": True}),
+    "qwen2 without windows, tied": ("qwen2", {**SIZES, "tie_word_embeddings": True}),
+    "qwen3 with biases and windows": (
+        "qwen3",
+        {
+            **SIZES,
+            "head_dim": 10,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 2,
+        },
+    ),
+    "gemma2 with biases, untied": ("gemma2", {**GEMMA, "attention_bias": True, "tie_word_embeddings": False}),
+    "gemma3, more layers than the pattern": (
+        "gemma3_text",
+        {**GEMMA, "num_hidden_layers": 8, "intermediate_size": 16, "final_logit_softcapping": 10.0},
+    ),
+    "phi3, a quarter turned, tied": (
+        "phi3",
+        {
+            **SIZES,
+            "hidden_size": 32,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gpt2, another width within, untied": (
+        "gpt2",
+        {**GPT2, "n_inner": 20, "tie_word_embeddings": False, "activation_function": "relu"},
+    ),
+    "gpt_oss with one expert, without biases": (
+        "gpt_oss",
+        {**GPT_OSS, "num_local_experts": 1, "num_experts_per_tok": 1, "attention_bias": False},
+    ),
+    "gpt_oss with more experts than tokens": ("gpt_oss", {**GPT_OSS, "num_local_experts": 16, "intermediate_size": 8}),
+}
+
+
+def build(model_type: str, config: dict[str, Any], seed: int) -> Any:
+    """Returns a model whose weights are bfloat16 numbers in float32, large enough to tell tokens apart."""
+    config = transformers.AutoConfig.for_model(model_type, **config)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name or ".ln_" in name:
+                scale = 0.0 if "gemma" in model_type or name.endswith("bias") else 1.0
+                parameter.copy_(scale + 0.2 * noise)
+            elif parameter.ndim > 1:
+                embedding = 0.4 if "gemma" in model_type else 1.0  # Gemma scales it, and caps the logits
+                is_table = "embed_tokens" in name or "wte" in name
+                parameter.copy_((embedding if is_table else 1.5 * parameter.shape[-1] ** -0.5) * noise)
+            else:
+                parameter.copy_(0.3 * noise)
+            parameter.copy_(parameter.bfloat16().float())
+    return model
+
+
+@torch.no_grad()
+def expected(model: Any, seed: int, prompt: int = PROMPT) -> dict[str, torch.Tensor]:
+    """Returns what is written into expected.safetensors."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    tokens, short = (torch.randint(VOCAB, (1, n), generator=generator) for n in (prompt, SHORT))
+    greedy, short_greedy = (continued(model, prompt) for prompt in (tokens, short))
+    return {
+        "tokens": tokens[0].int(),
+        "logits": model(tokens).logits[0].float(),
+        "greedy": greedy[0].int(),
+        "short": short[0].int(),
+        "short_logits": model(short).logits[0].float(),
+        "short_greedy": short_greedy[0].int(),
+    }
+
+
+def continued(model: Any, prompt: torch.Tensor) -> torch.Tensor:
+    result = model.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    return result[:, prompt.shape[1] :]
+
+
+@torch.no_grad()
+def is_clear(model: Any, tokens: torch.Tensor, new: torch.Tensor) -> bool:
+    """Returns whether rounding can't change the greedy tokens, and they are worth comparing."""
+    whole = torch.cat([tokens, new])[None].long()
+    logits = model(whole).logits[0, len(tokens) - 1 : -1]
+    best = logits.topk(2, dim=-1)
+    same = bool((best.indices[:, 0] == new).all())
+    return same and bool((best.values[:, 0] - best.values[:, 1] > GAP).all()) and len(set(new.tolist())) >= 6
+
+
+def make(model_type: str, config: dict[str, Any], prompt: int = PROMPT) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Returns the model of the first seed whose texts are clear, and what is expected of it."""
+    for seed in range(200):
+        model = build(model_type, config, seed)
+        facts = expected(model, seed, prompt)
+        if is_clear(model, facts["tokens"], facts["greedy"]) and is_clear(model, facts["short"], facts["short_greedy"]):
+            return model, facts
+    raise RuntimeError(f"no seed gave clear texts for {model_type} {config}")
+
+
+def write(folder: Path, model: Any, facts: dict[str, torch.Tensor], **saving: Any) -> None:
+    """Writes a checkpoint in bfloat16 and expected.safetensors."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model.bfloat16().save_pretrained(folder, **saving)
+    save_file({name: fact.contiguous() for name, fact in facts.items()}, folder / "expected.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(CASES)}")
+    for name in parser.parse_args().names or CASES:
+        model_type, config = CASES[name]
+        model, facts = make(model_type, config)
+        # One of them in several files, as large checkpoints come.
+        write(FOLDER / name, model, facts, **({"max_shard_size": "8KB"} if name == "mistral" else {}))
+        size = sum(path.stat().st_size for path in (FOLDER / name).iterdir())
+        layers = json.loads((FOLDER / name / "config.json").read_text()).get("layer_types")
+        print(f"{name}: {size:,} bytes, {layers}")
+
+
+if __name__ == "__main__":
+    main()
