@@ -39,7 +39,7 @@ except ImportError as error:
     sys.exit(f"train_tiny: {error.name} is not installed; pip install 'jaxkv[train]'")
 
 import jaxkv
-from jaxkv.models import Decoder, DecoderConfig, tiny, weights
+from jaxkv.models import ByteTokenizer, Decoder, DecoderConfig, tiny, weights
 
 # Tests, tables, programs that other programs wrote or that are bundled: little English, or none.
 SKIPPED = {
@@ -53,6 +53,7 @@ SKIPPED = {
     "turtledemo",
     "pydoc_data",
 }
+TOKENIZER = ByteTokenizer()
 PROMPTS = ("The with statement", "Return the ", "A class is ")
 
 
@@ -133,7 +134,7 @@ def corpus(topics: int = 3) -> tuple[np.ndarray, np.ndarray]:
     train, held_out = [], []
     for kind, text in documents():
         digest = hashlib.md5(text.encode(), usedforsecurity=False).digest()
-        piece = [0, *tiny.encode(tidy(text))]
+        piece = [0, *TOKENIZER.encode(tidy(text))]
         if digest[0] % 50 == 0:
             held_out.append((digest, piece))
         else:
@@ -227,7 +228,7 @@ def sample(config: DecoderConfig, params, prompt: str, count: int) -> str:
     """Returns a prompt as the model continues it."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     forward, _ = jaxkv.nnx.functional(model)
-    history = [0, *tiny.encode(prompt)]
+    history = [0, *TOKENIZER.encode(prompt)]
     cache = jaxkv.Cache.init(model.specs(), num_rows=1, capacity=512, max_block=64)
     result = jaxkv.generate(
         forward,
@@ -239,7 +240,7 @@ def sample(config: DecoderConfig, params, prompt: str, count: int) -> str:
         stop_tokens=[0],
         key=jax.random.key(0),
     )
-    return tiny.decode(history[1:] + result.tokens[0].tolist()).rstrip("\0")
+    return TOKENIZER.decode(history[1:] + result.tokens[0].tolist())
 
 
 # ---------------------------------------------------------------- the run

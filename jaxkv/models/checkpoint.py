@@ -97,7 +97,7 @@ def load(
                 part.fuse()
     return Model.of(
         module,
-        context=_context(source) if context is None else context,
+        context=context_of(source) if context is None else context,
         generation=GenerationConfig.read(directory),
         source=source,
         make_tokenizer=functools.partial(Tokenizer, directory),
@@ -122,7 +122,7 @@ def init(source: Mapping[str, Any] | str | os.PathLike[str], *, dtype: Any = "fl
     """
     name, config, parsed = read_config(source)
     module = _kind(FAMILIES[name])(_with_dtype(config, dtype), rngs=rngs)
-    return Model.of(module, context=_context(parsed), source=parsed)
+    return Model.of(module, context=context_of(parsed), source=parsed)
 
 
 def save(
@@ -438,7 +438,8 @@ def _with_dtype(config: Any, dtype: Any) -> Any:
     return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
 
 
-def _context(source: Mapping[str, Any]) -> int | None:
+def context_of(source: Mapping[str, Any]) -> int | None:
+    """Returns how long the sequences are that a model was made for, by its parsed config.json; None if that is silent."""
     fields = {**source, **source.get("text_config", {})}
     names = ("max_position_embeddings", "n_positions", "max_target_positions")
     return next((int(fields[name]) for name in names if fields.get(name) is not None), None)
