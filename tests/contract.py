@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import EMPTY, Cache, Chunk, Dense, Full, LayerSpec, Window
+from jaxkv import EMPTY, Cache, Chunk, Cross, Dense, Full, LayerSpec, Window
 from jaxkv.nn.attend import attend
 from jaxkv.nn.rotary import Rotary
-from jaxkv.testing.programs import OPERATIONS, Machine, forward
+from jaxkv.testing.programs import OPERATIONS, Machine, encode, forward
 
 ROWS, CAPACITY, BLOCK = 4, 24, 4
+ENCODED = np.array([5, 1, 4, 2], np.int32)  # lengths of the rows' encoder outputs
 HEADS = Machine.HEADS
 
 
@@ -37,6 +38,10 @@ class Case:
     stacked: bool = False
 
     def cache(self, **changes: Any) -> Cache:
+        """Returns a cache without tokens; Cross layers have their rows' encoder outputs."""
+        return encoded(self, self.empty(**changes))
+
+    def empty(self, **changes: Any) -> Cache:
         sizes = {"num_rows": ROWS, "capacity": CAPACITY, "max_block": BLOCK, "slack": self.slack}
         return Cache.init(self.specs, stacked=self.stacked, **{**sizes, **changes})
 
@@ -50,6 +55,11 @@ class Case:
     @property
     def dtypes(self) -> set[Any]:
         return {storage.dtype for spec in self.specs for storage in (spec.k_storage, spec.v_storage)}
+
+    @property
+    def turns(self) -> bool:
+        """Whether all keys that have positions can be turned to others."""
+        return all(spec.rotary is not None for spec in self.specs if not isinstance(spec.reach, Cross))
 
     @property
     def floats(self) -> bool:
@@ -88,6 +98,10 @@ TABLE = {
         (spec(Window(3, sinks=1), "bfloat16"), spec(Full(), "bfloat16"), spec(Window(3, sinks=1), "bfloat16")),
         stacked=True,
     ),
+    "encoder-decoder": Case((spec(Window(5)), LayerSpec(Cross(5), 2, 4), spec(Full()), LayerSpec(Cross(5), 2, 4))),
+    "encoder-decoder-stacked-float16": Case(
+        (spec(Chunk(4)), LayerSpec(Cross(6), 2, 4, 6, Dense("float16"), Dense("float16"))) * 2, slack=2, stacked=True
+    ),
 }
 
 
@@ -108,6 +122,15 @@ def tokens(case: Case) -> tuple[list[np.ndarray], list[np.ndarray]]:
             whole = jnp.issubdtype(storage.dtype, jnp.integer)
             sides[side].append(np.round(4 * x).astype(storage.dtype) if whole else x.astype(np.float32))
     return sides
+
+
+def encoded(case: Case, cache: Cache) -> Cache:
+    """Returns the cache with the encoder outputs of all rows: the last of the tokens, of which nothing else is made."""
+    crosses = {layer.reach for layer in case.layers if isinstance(layer.reach, Cross)}
+    for reach in crosses:
+        sides = [[x[:, -reach.size :] for x in side] for side in tokens(case)]
+        cache, _ = encode(cache, ENCODED, None, *sides)
+    return cache
 
 
 def feed(
@@ -168,14 +191,18 @@ def whole(case: Case) -> list[np.ndarray]:
     out = []
     for layer, k, v in zip(case.layers, *tokens(case), strict=True):
         p = np.arange(LENGTH)
-        see = np.array([[int(s <= q and sees(layer.reach, q, s)) for s in p] for q in p], bool)
+        see = np.array([[int(s <= q and sees(layer.reach, q, s)) for s in p] for q in p], bool)[None]  # [B or 1, Q, S]
+        if isinstance(layer.reach, Cross):
+            place = p - (LENGTH - layer.reach.size)
+            see = ((place >= 0) & (place < ENCODED[:, None]))[:, None].repeat(LENGTH, 1)
         stored_k, stored_v = (
             np.asarray(jnp.asarray(x).astype(storage.dtype)).astype(np.float64)
             for x, storage in ((k, layer.k_storage), (v, layer.v_storage))
         )
         q = np.stack([k.astype(np.float64) * (h + 1) for h in range(HEADS)], 3)  # as `forward` makes its queries
         scores = np.einsum("bqkgh,bskh->bkgqs", q, stored_k) / np.sqrt(layer.head_dim)
-        weights = np.exp(np.where(see, scores, -np.inf) - np.where(see, scores, -np.inf).max(-1, keepdims=True))
+        scores = np.where(see[:, None, None], scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         y = np.einsum("bkgqs,bskh->bqkgh", weights, stored_v)
         out.append(y.reshape(ROWS, LENGTH, -1, layer.value_dim))
@@ -334,7 +361,7 @@ def operations(case: Case) -> dict[str, tuple[Any, ...]]:
         "retry": (np.array([True, False, False, True]),),
         "remove": (i(0), i(2)),
     }
-    if all(layer.rotary is not None for layer in case.layers):
+    if case.turns:
         args["remove"] = (i(0), i(2), i(5))
     return args
 
@@ -419,8 +446,9 @@ def decode(cache: Cache, positions: Any) -> tuple[Cache, Any]:
         v = v[..., : layer.spec.value_dim]
 
         def one(layer: Any, k: Any, v: Any, q: Any) -> Any:
-            k_dtype, v_dtype = layer.spec.k_storage.dtype, layer.spec.v_storage.dtype
-            layer = layer.put(step, (9 * k).astype(k_dtype), (9 * v).astype(v_dtype))
+            if not isinstance(layer.spec.reach, Cross):
+                k_dtype, v_dtype = layer.spec.k_storage.dtype, layer.spec.v_storage.dtype
+                layer = layer.put(step, (9 * k).astype(k_dtype), (9 * v).astype(v_dtype))
             return layer, attend(q, layer, step).sum()
 
         q = jnp.tile(k, (1, 1, HEADS, 1))
@@ -491,7 +519,7 @@ def nan_stays_in_its_row(case: Case) -> None:
     cache = dataclasses.replace(cache, layers=layers)
     for positions in blocks:
         cache, *_ = feed(case, cache, positions, poison=1)
-    cache = OPERATIONS["reset"](cache, np.ones(ROWS, bool))
+    cache = encoded(case, OPERATIONS["reset"](cache, np.ones(ROWS, bool)))
     assert_equal(attended(case, cache, blocks), clean)
 
 
@@ -635,7 +663,7 @@ def copies_go_on_independently(case: Case) -> None:
 @law
 def remove_closes_the_gap(case: Case) -> None:
     cache = prefilled(case)
-    if any(layer.rotary is None for layer in case.layers):
+    if not case.turns:
         with pytest.raises(jaxkv.NotSupportedError, match="rotary=None"):
             jax.eval_shape(Cache.remove, cache, np.int32(0), np.int32(2), np.int32(5))
         return
@@ -644,6 +672,9 @@ def remove_closes_the_gap(case: Case) -> None:
     was, now = held(case, cache), held(case, after)
     assert_equal(now, was, rows=[0, 2, 3])
     for layer, (there, k, v), (there_now, k_now, v_now) in zip(case.layers, was, now, strict=True):
+        if isinstance(layer.reach, Cross):
+            assert_equal((there_now, k_now, v_now), (there, k, v))
+            continue
         np.testing.assert_array_equal(there_now[1, :6], np.r_[there[1, :5], there[1, 7]])
         assert not there_now[1, 6:].any()
         np.testing.assert_array_equal(v_now[1, :6], np.r_[v[1, :5], v[1, 7:8]])
@@ -677,7 +708,9 @@ def gradients_through_put_and_attend_are_those_of_the_plain_softmax(case: Case) 
             for layer in cache.layers:
                 for i in range(layer.num_stacked or 1):
                     k, v, q = next(inner)
-                    layer = (layer if layer.num_stacked is None else layer.at(i)).put(step, k, v)
+                    layer = layer if layer.num_stacked is None else layer.at(i)
+                    if not isinstance(layer.spec.reach, Cross):
+                        layer = layer.put(step, k, v)
                     if p is positions[-1]:  # keys and values of both blocks are seen from the second
                         outs.append(read(q, layer, step))
                 layers.append(layer if layer.num_stacked is None else layer.at(None))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv import Cache, Chunk, Dense, Full, LayerSpec, Window
+from jaxkv import Cache, Chunk, Cross, Dense, Full, LayerSpec, Window
 from jaxkv.testing import (
     Begin,
     CopyPrefix,
@@ -78,6 +78,20 @@ def test_oracle_moves_tokens_down():
     oracle.remove(0, 1, 3)
     assert oracle.history == [{0: 10, 1: 13}]
     assert oracle.lengths == [2]
+
+
+def test_oracle_keeps_an_encoder_output_with_the_row():
+    oracle = Oracle([Full(), Cross(3)], num_rows=3, capacity=8, max_block=4)
+    tokens = [[10, 11, 12], [20, 21, 22], [30, 31, 32]]
+    assert oracle.begin_cross([2, 3, 4], tokens=tokens).tolist() == [True, True, False]
+    assert oracle.begin_cross([1, 1, -1], rows=[0, 0, 1], tokens=tokens).tolist() == [False, False, True]
+    oracle.retry([True] * 3)
+    step = oracle.begin([[5], [0], [0]], tokens=[[0], [0], [0]])
+    assert [sees[0][Cross(3)] for sees in step.sees] == [{0: 10, 1: 11}, {0: 20, 1: 21, 2: 22}, {}]
+    oracle.rewind([0, 0, 0])
+    oracle.copy_prefix(0, 2, 0)
+    oracle.reset([False, True, False])
+    assert oracle.encoded == [[10, 11], None, [10, 11]]
 
 
 def test_oracle_refuses_to_follow_a_cache_without_a_reason():
@@ -163,6 +177,9 @@ def test_a_cache_that_holds_something_is_refused():
     cache, _ = small(Full()).begin(jnp.zeros((1, 1), jnp.int32))
     with pytest.raises(ValueError, match="give an empty one"):
         run_program(cache, 0)
+    encoded, _ = small(Cross(2)).begin_cross(jnp.zeros((1,), jnp.int32))
+    with pytest.raises(ValueError, match=r"encoder outputs of rows \[0\]; give an empty one"):
+        run_program(encoded, 0)
     with pytest.raises(ValueError, match="give an empty one"):
         assert_cache_correct(None, None, cache, vocab_size=3)
 

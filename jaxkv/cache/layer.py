@@ -56,18 +56,19 @@ class Layer:
         Raises:
           ValueError: while tracing, for shapes other than these, naming both, or a step of the other kind.
         """
-        self._check_step(step, cross=isinstance(self.spec.reach, Cross))
+        reach = self.spec.reach
+        self._check_step(step, cross=isinstance(reach, Cross))
         b, t = step.positions.shape
-        if step.cross:
-            t = min([self.spec.reach.size, *jnp.shape(k)[1:2]])
+        if isinstance(reach, Cross):
+            t = min([reach.size, *jnp.shape(k)[1:2]])
         for name, x, size in (("k", k, self.spec.head_dim), ("v", v, self.spec.value_dim)):
             want = (b, t, self.spec.num_kv_heads, size)
             if x.shape != want:
                 raise ValueError(f"put: {name} has shape {x.shape}, this layer and step want [B, T, K, H] = {want}")
         slots = step.groups[self.group].slots
-        if step.cross:
-            k, v = (_fill_up(x, self.spec.reach.size) for x in (k, v))
-            slots = slots[:, : self.spec.reach.size]
+        if isinstance(reach, Cross):
+            k, v = (_fill_up(x, reach.size) for x in (k, v))
+            slots = slots[:, : reach.size]
 
         def write(buffers: Any, storage: Any, x: Any) -> Any:
             return jax.tree.map(

@@ -5,6 +5,7 @@ from .decoding import assert_cache_correct as assert_cache_correct
 from .oracle import Oracle as Oracle
 from .oracle import OracleStep as OracleStep
 from .programs import Begin as Begin
+from .programs import BeginCross as BeginCross
 from .programs import CopyPrefix as CopyPrefix
 from .programs import Machine as Machine
 from .programs import Remove as Remove

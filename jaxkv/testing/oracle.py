@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxkv.cache.spec import Chunk
+from jaxkv.cache.spec import Chunk, Cross
 
 EMPTY = -1
 
@@ -20,7 +20,8 @@ class OracleStep:
     Attributes:
       positions: int array [B, T], EMPTY for padding and for sequences that did not fit.
       ok: bool array [B], False where the sequence of the batch row did not fit in this call.
-      sees: sees[b][t][reach] maps each position that query (b, t) sees to its token; None for padding.
+      sees: sees[b][t][reach] maps each position that query (b, t) sees to its token; None for padding. For Cross the
+        positions are places in the encoder's output.
     """
 
     positions: np.ndarray
@@ -31,9 +32,10 @@ class OracleStep:
 class Oracle:
     """A cache of tokens that is too simple to be wrong, to compare a `jaxkv.Cache` with.
 
-    It holds, for each row, the tokens it was given by position (`history`) and, for each row and reach, those of them
-    that a buffer as long as the design's ring rule still holds (`kept`). It is NumPy only, mutable, slow, and shares no
-    code with the cache: visibility, ring sizes and slots are worked out here once more.
+    It holds, for each row, the tokens it was given by position (`history`), those of the encoder's output (`encoded`)
+    and, for each row and reach, those that a buffer as long as the design's ring rule still holds (`kept`). It is NumPy
+    only, mutable, slow, and shares no code with the cache: visibility, ring sizes and slots are worked out here once
+    more.
 
     Args:
       reaches: the reaches of the layers; repeated ones count once.
@@ -53,7 +55,9 @@ class Oracle:
     """
 
     def __init__(self, reaches: Iterable[Any], *, num_rows: int, capacity: int, max_block: int, slack: int = 0):
-        self.reaches = tuple(dict.fromkeys(reaches))
+        reaches = dict.fromkeys(reaches)
+        self.cross = next((reach for reach in reaches if isinstance(reach, Cross)), None)
+        self.reaches = tuple(reach for reach in reaches if reach != self.cross)
         self.num_rows, self.capacity = num_rows, capacity
         self.ring = {}  # how many slots besides the sinks
         for reach in self.reaches:
@@ -65,6 +69,7 @@ class Oracle:
         self.kept: list[dict[Any, dict[int, int]]] = [self._nothing() for _ in range(num_rows)]
         self.lengths = [0] * num_rows
         self.ok = [True] * num_rows
+        self.encoded: list[list[int] | None] = [None] * num_rows  # tokens of the encoder's output
         self.gaps = [False] * num_rows  # positions were skipped, or lost ones written in part: see `_write`
 
     # ---------------------------------------------------------------- questions
@@ -174,8 +179,35 @@ class Oracle:
                         }
                         for reach in self.reaches
                     }
+                    | ({} if self.cross is None else {self.cross: dict(enumerate(self.encoded[row] or []))})
                 )
         return OracleStep(new_positions, np.array([row in served or row not in wanted for row in rows]), sees)
+
+    def begin_cross(self, lengths: Sequence[int], rows: Any = None, *, tokens: Any) -> np.ndarray:
+        """Takes the encoder's output of some rows, in place of what they had.
+
+        Args:
+          lengths: int [B], negative for nothing.
+          rows: int [B], which sequence each batch row belongs to; None for row b on batch row b.
+          tokens: int [B, S], what lies in the outputs.
+
+        Returns:
+          bool array [B], False where the sequence of the batch row did not fit in this call.
+        """
+        rows = list(range(len(lengths)) if rows is None else rows)
+        size = 0 if self.cross is None else self.cross.size
+        bring = [row for row, length in zip(rows, lengths, strict=True) if length >= 0 and 0 <= row < self.num_rows]
+        refused = set()
+        for row, length, output in zip(rows, lengths, np.asarray(tokens).tolist(), strict=True):
+            if row not in bring or length < 0:
+                continue
+            if self.ok[row] and length <= size and bring.count(row) == 1:
+                self.encoded[row] = output[:length]
+            else:
+                refused.add(row)
+        for row in refused:
+            self.ok[row] = False
+        return np.array([row not in refused for row in rows])
 
     def _write(self, row: int, new: Mapping[int, int]) -> None:
         length = max(self.lengths[row], max(new) + 1)
@@ -223,6 +255,7 @@ class Oracle:
             self.remove(src, length)
         elif not 0 <= src < self.num_rows:
             self._truncate(dst, 0)
+            self.encoded[dst] = None
         else:
             keep = self.resume_point(src, length)
             self._set(dst, self._get(src))
@@ -231,10 +264,12 @@ class Oracle:
 
     def take(self, rows: Sequence[int]) -> None:
         """Makes row r what row rows[r] is; an unknown one is empty."""
-        states = [self._get(row) if 0 <= row < self.num_rows else ({}, self._nothing(), 0, True, False) for row in rows]
+        empty: tuple[Any, ...] = {}, self._nothing(), 0, True, False, None
+        states = [self._get(row) if 0 <= row < self.num_rows else empty for row in rows]
         self.num_rows = len(rows)
         self.history, self.kept = [{} for _ in rows], [self._nothing() for _ in rows]
         self.lengths, self.ok, self.gaps = [0] * len(rows), [True] * len(rows), [False] * len(rows)
+        self.encoded = [None] * len(rows)
         for row, state in enumerate(states):
             self._set(row, state)
 
@@ -242,7 +277,7 @@ class Oracle:
         """Forgets whole sequences."""
         for row in np.flatnonzero(mask).tolist():
             self._truncate(row, 0)
-            self.ok[row] = True
+            self.ok[row], self.encoded[row] = True, None
 
     def retry(self, mask: Sequence[bool]) -> None:
         """Lets sequences that did not fit try again."""
@@ -274,10 +309,10 @@ class Oracle:
 
     def _get(self, row: int) -> tuple[Any, ...]:
         kept = {reach: dict(held) for reach, held in self.kept[row].items()}
-        return dict(self.history[row]), kept, self.lengths[row], self.ok[row], self.gaps[row]
+        return dict(self.history[row]), kept, self.lengths[row], self.ok[row], self.gaps[row], self.encoded[row]
 
     def _set(self, row: int, state: tuple[Any, ...]) -> None:
-        history, kept, self.lengths[row], self.ok[row], self.gaps[row] = state
+        history, kept, self.lengths[row], self.ok[row], self.gaps[row], self.encoded[row] = state
         self.history[row], self.kept[row] = dict(history), {reach: dict(held) for reach, held in kept.items()}
 
 

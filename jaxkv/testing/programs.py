@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache.cache import Cache
+from jaxkv.cache.spec import Cross
 from jaxkv.nn.attend import attend
 from jaxkv.testing.oracle import EMPTY, Oracle
 
@@ -33,6 +34,14 @@ class Begin:
     positions: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...] | None = None
     spans: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BeginCross:
+    """`cache.begin_cross(lengths, rows)`, and in every Cross layer put."""
+
+    lengths: tuple[int, ...]
+    rows: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +90,7 @@ class Retry:
     mask: tuple[bool, ...]
 
 
-Operation = Begin | Remove | Rewind | CopyPrefix | Take | Reset | Retry
+Operation = Begin | BeginCross | Remove | Rewind | CopyPrefix | Take | Reset | Retry
 
 
 def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: bool = True) -> Operation:
@@ -110,6 +119,11 @@ def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: b
         if any(full) and chance(50):
             return Reset(tuple(full))
         return Retry(tuple(not ok for ok in oracle.ok))
+    if oracle.cross is not None and chance(12):
+        size = oracle.cross.size
+        rows = None if chance(50) else tuple(choose(-1 if chance(10) else 0, num_rows - 1) for _ in range(2))
+        count = num_rows if rows is None else 2
+        return BeginCross(tuple(choose(-1, size + 1 if chance(10) else size) for _ in range(count)), rows)
     if kind < 10:
         if kind < 4:
             shape, rows = (num_rows, max_block), None
@@ -178,7 +192,7 @@ def forward(cache: Cache, positions: Any, rows: Any, spans: Any, ks: Any, vs: An
     Args:
       cache: any cache.
       positions, rows, spans: as `Cache.begin` takes them.
-      ks, vs: for each layer, stacked ones too, keys [B, T, K, H] and values [B, T, K, Hv].
+      ks, vs: for each layer, stacked ones too, keys [B, T, K, H] and values [B, T, K, Hv]; Cross layers don't put them.
       num_heads: query heads per kv head; the keys themselves are the queries, head h of them times h + 1.
 
     Returns:
@@ -190,12 +204,35 @@ def forward(cache: Cache, positions: Any, rows: Any, spans: Any, ks: Any, vs: An
         stacked = layer.num_stacked is not None
         for i in range(layer.num_stacked or 1):
             k, v = ks.pop(0), vs.pop(0)
-            layer = (layer.at(i) if stacked else layer).put(step, k, v)
+            layer = layer.at(i) if stacked else layer
+            if not isinstance(layer.spec.reach, Cross):
+                layer = layer.put(step, k, v)
             q = jnp.stack([k.astype(jnp.float32) * (h + 1) for h in range(num_heads)], 3)
             q = q.reshape(*k.shape[:2], -1, k.shape[3])  # [B, T, K * num_heads, H]
             seen.append((step.groups[layer.group].kv_positions, *layer.get(step), attend(q, layer, step)))
         layers.append(layer.at(None) if stacked else layer)
     return cache.with_layers(layers), step.positions, step.ok, seen
+
+
+@jax.jit
+def encode(cache: Cache, lengths: Any, rows: Any, ks: Any, vs: Any) -> Any:
+    """Returns the cache after an encoder's output went into its Cross layers, and the step's ok.
+
+    Args:
+      cache: a cache with Cross layers.
+      lengths, rows: as `Cache.begin_cross` takes them.
+      ks, vs: for each layer, stacked ones too, keys [B, S, K, H] and values [B, S, K, Hv]; Cross layers put them.
+    """
+    cache, step = cache.begin_cross(lengths, rows)
+    ks, vs, layers = list(ks), list(vs), []
+    for layer in cache.layers:
+        stacked = layer.num_stacked is not None
+        for i in range(layer.num_stacked or 1):
+            k, v = ks.pop(0), vs.pop(0)
+            if isinstance(layer.spec.reach, Cross):
+                layer = (layer.at(i) if stacked else layer).put(step, k, v)
+        layers.append(layer.at(None) if stacked else layer)
+    return cache.with_layers(layers), step.ok
 
 
 # Compiled once per kind of cache, for all machines.
@@ -238,8 +275,11 @@ class Machine:
         Raises:
           ValueError: if it holds something.
         """
-        if np.asarray(cache.lengths).any():
-            raise ValueError(f"the cache holds sequences of lengths {np.asarray(cache.lengths)}; give an empty one")
+        if np.asarray(cache.lengths).any() or np.asarray(cache.encoder_cached).any():
+            raise ValueError(
+                f"the cache holds sequences of lengths {np.asarray(cache.lengths)} and encoder outputs of rows "
+                f"{np.flatnonzero(cache.encoder_cached)}; give an empty one"
+            )
         self.cache = cache
         self.layers: list[Any] = []  # the spec of each layer, stacked ones too, in the order of the forward pass
         for layer in cache.layers:
@@ -259,7 +299,7 @@ class Machine:
     @property
     def can_shift(self) -> bool:
         """Whether keys of every layer can be turned, so that tokens can be removed from the middle."""
-        return all(spec.rotary is not None for spec in self.layers)
+        return all(spec.rotary is not None or isinstance(spec.reach, Cross) for spec in self.layers)
 
     def run(self, operation: Operation) -> None:
         """Runs one operation on both and compares everything that can be seen.
@@ -272,6 +312,8 @@ class Machine:
         match operation:
             case Begin():
                 self._begin(operation)
+            case BeginCross():
+                self._begin_cross(operation)
             case Remove(row, begin, end):
                 self._change("remove", row, begin, *([] if end is None else [end]))
                 self.oracle.remove(row, begin, end)
@@ -296,6 +338,8 @@ class Machine:
                 self.oracle.retry(mask)
         self._same("lengths", np.asarray(self.cache.lengths), np.array(self.oracle.lengths))
         self._same("ok", np.asarray(self.cache.ok), np.array(self.oracle.ok))
+        encoded = np.array([output is not None for output in self.oracle.encoded])
+        self._same("encoder_cached", np.asarray(self.cache.encoder_cached), encoded)
 
     def compare_resume_points(self, row: int, position: int) -> None:
         """Compares `resume_point` and `can_resume`; on a row with gaps the cache may answer lower, never higher.
@@ -341,6 +385,16 @@ class Machine:
         for i, (spec, arrays) in enumerate(zip(self.layers, seen, strict=True)):
             self._compare_layer(i, spec, [np.asarray(x) for x in arrays], want, ks[i])
 
+    def _begin_cross(self, operation: BeginCross) -> None:
+        lengths = np.array(operation.lengths, np.int32)
+        rows = None if operation.rows is None else np.array(operation.rows, np.int32)
+        size = 0 if self.oracle.cross is None else self.oracle.cross.size
+        tokens, ks, vs = self._new_tokens(np.tile(np.arange(size), (len(lengths), 1)))
+        self.cache, ok = encode(self.cache, lengths, rows, ks, vs)
+        want = self.oracle.begin_cross(operation.lengths, operation.rows, tokens=tokens)
+        self.counts["did not fit"] += int((~want).sum())
+        self._same("step.ok", np.asarray(ok), want)
+
     def _new_tokens(self, positions: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
         """Draws keys and values of every layer; token n is the n-th ever written, padding included."""
         first = len(self._written)
@@ -361,7 +415,8 @@ class Machine:
         slots, k, v, mask, out = arrays
         name = f"layer {i} {spec.reach}"
         batch, length = want.positions.shape
-        expected = np.zeros((batch, length, self.oracle.capacity), int)
+        places = max(self.oracle.capacity, 0 if self.oracle.cross is None else self.oracle.cross.size)
+        expected = np.zeros((batch, length, places), int)
         seen = np.zeros_like(expected)
         tokens = np.full((batch, slots.shape[1]), -1)  # which token each visible slot must hold
         for b, t in np.ndindex(batch, length):
