@@ -26,6 +26,7 @@ from .generate.loop import stream as stream
 from .nn import linen as linen
 from .nn import nnx as nnx
 from .nn.attend import attend as attend
+from .nn.attend import cross_attend as cross_attend
 from .nn.attend import self_attend as self_attend
 from .nn.rotary import LinearScaling as LinearScaling
 from .nn.rotary import Llama3Scaling as Llama3Scaling

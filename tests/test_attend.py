@@ -459,3 +459,33 @@ def test_self_attend_names_keys_and_values_that_do_not_fit():
         jaxkv.self_attend(q, q, jnp.zeros((1, 4, 2, 8)))
     with pytest.raises(ValueError, match=r"positions must be int32 \[B, T\] = \(1, 3\), got float32"):
         jaxkv.self_attend(q, q, q, positions=jnp.zeros((1, 3)))
+
+
+def test_cross_attend_sees_all_keys_up_to_the_length_and_so_does_a_cross_layer():
+    b, t, s, n, heads = 3, 150, 300, 4, 2  # several tiles and blocks
+    q, w, k, v = normal(0, b, t, n, 8), normal(3, b, t, n, 6), normal(1, b, s, heads, 8), normal(2, b, s, heads, 6)
+    lengths = jnp.array([s, 70, 0])
+    see = np.arange(s)[None, :] < np.asarray(lengths)[:, None]
+    want = [numpy_attention(q[i], k[i], v[i], np.tile(see[i], (t, 1)), softcap=2.0) for i in range(b)]
+
+    def fresh(k, v, form):
+        return jaxkv.cross_attend(q, k, v, lengths=lengths, softcap=2.0, implementation=form)
+
+    def cached(k, v, form):
+        cache = Cache.init([LayerSpec(jaxkv.Cross(s), heads, 8, 6)], b, t, max_block=t)
+        cache, step = cache.begin_cross(lengths)
+        layer = cache.layers[0].put(step, k, v)
+        _, step = cache.begin(jnp.tile(jnp.arange(t)[::-1], (b, 1)))  # the order of the queries is all one
+        return jaxkv.attend(q, layer, step, softcap=2.0, implementation=form)
+
+    gradient = jax.jit(
+        jax.value_and_grad(lambda k, v, read, form: (read(k, v, form) * w).sum(), (0, 1)),
+        static_argnums=(2, 3),
+    )
+    _, reference = gradient(k, v, fresh, "reference")
+    for read in (fresh, cached):
+        np.testing.assert_allclose(jax.jit(read, static_argnums=2)(k, v, "blockwise"), want, atol=2e-6)
+        for got, should in zip(gradient(k, v, read, "blockwise")[1], reference, strict=True):
+            np.testing.assert_allclose(got, should, atol=2e-5)
+            assert not np.asarray(got)[~see].any()
+    assert jaxkv.cross_attend(q, k, v).shape == w.shape

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxkv
-from jaxkv import EMPTY, Cache, CacheFullError, Chunk, Dense, Full, LayerSpec, Rotary, Window
+from jaxkv import EMPTY, Cache, CacheFullError, Chunk, Cross, Dense, Full, LayerSpec, Rotary, Window
 
 B, T, D = 2, 8, 12  # batch, tokens, model width of every test that can choose
 # The dense form compiles faster; the blockwise one has tests of its own and stays in two of these.
@@ -477,6 +477,144 @@ def test_nnx_s_hidden_cache_takes_prompts_and_tokens():
     y = nnx.jit(lambda m, x, p: m.decode(x, p))(attn, X[:, :3], jnp.array([[EMPTY, 0, 1], [0, 1, EMPTY]]))
     assert attn.cache.get_value().lengths.tolist() == [2, 2]
     assert bool(jnp.isfinite(y).all())
+
+
+# Cross-attention
+
+E, S = 6, 7  # features and places of an encoder's output
+CROSS = {
+    "default": dict(num_heads=2, encoded_features=E, size=S),
+    "grouped, norms": dict(
+        num_heads=4,
+        encoded_features=E,
+        out_features=5,
+        num_kv_heads=2,
+        size=S,
+        head_dim=6,
+        qk_norm=True,
+        softcap=2.0,
+        scale=0.3,
+        use_bias=("query", "value", "out"),
+    ),
+}
+ENCODED = some(B, S, E, seed=9)
+
+
+def nnx_cross(**arguments):
+    module = nnx.eval_shape(lambda: jaxkv.nnx.CrossAttention(in_features=D, rngs=nnx.Rngs(0), **arguments))
+    graphdef, state = nnx.split(module)
+
+    def apply(params, *a, method="__call__", **k):
+        return getattr(nnx.merge(graphdef, params), method)(*a, **k)
+
+    return module, noise(nnx.to_pure_dict(state)), apply
+
+
+def linen_cross(**arguments):
+    module = jaxkv.linen.CrossAttention(in_features=D, **arguments)
+    params = noise(jax.eval_shape(functools.partial(module.init, encoded=ENCODED), jax.random.key(0), X)["params"])
+    return module, params, lambda params, *a, **k: module.apply({"params": params}, *a, **k)
+
+
+@pytest.fixture(params=[nnx_cross, linen_cross], ids=["nnx", "linen"])
+def cross_flavor(request):
+    return request.param
+
+
+def test_linen_cross_parameters_and_numbers_are_flax_s():
+    theirs = nn.MultiHeadDotProductAttention(num_heads=2)
+    ours = jaxkv.linen.CrossAttention(2, D, E, size=S)
+    variables = theirs.init(jax.random.key(0), X, ENCODED)
+    jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(0), X, encoded=ENCODED), variables)
+    variables = noise(variables)
+    want = theirs.apply(variables, X, ENCODED)
+    np.testing.assert_allclose(ours.apply(variables, X, encoded=ENCODED), want, atol=2e-6)
+
+
+def test_nnx_cross_parameters_and_numbers_are_flax_s():
+    theirs = nnx.MultiHeadAttention(2, D, in_kv_features=E, decode=False, rngs=nnx.Rngs(0))
+    ours = jaxkv.nnx.CrossAttention(2, D, E, size=S, rngs=nnx.Rngs(0))
+    state = nnx.state(theirs, nnx.Param)
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(ours, nnx.Param)), nnx.to_pure_dict(state))
+    state = noise(state)
+    nnx.update(theirs, state)
+    nnx.update(ours, state)
+    mask = jnp.arange(S)[None, None, None] < jnp.array([S, 3])[:, None, None, None]
+    want = theirs(X, ENCODED, mask=mask)
+    np.testing.assert_allclose(ours(X, encoded=ENCODED, encoded_lengths=jnp.array([S, 3])), want, atol=2e-6)
+    np.testing.assert_allclose(jaxkv.nnx.fuse(ours)(X, encoded=ENCODED), theirs(X, ENCODED), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_what_was_written_once_is_read_as_without_a_cache(cross_flavor, name):
+    module, params, apply = cross_flavor(**CROSS[name])
+    other = linen_cross(**CROSS[name])
+    assert shapes(params) == shapes(other[1])
+    assert module.layer_spec() == other[0].layer_spec()
+    lengths = jnp.array([S, 3])
+    want = jax.jit(apply)(params, X, encoded=ENCODED, encoded_lengths=lengths)
+    cut = apply(params, X[1:], encoded=ENCODED[1:, :3])
+    np.testing.assert_allclose(want[1:], cut, atol=3e-6)
+
+    @jax.jit
+    def write(params, cache, encoded):
+        cache, step = cache.begin_cross(lengths)
+        return cache.with_layers([apply(params, encoded, cache.layers[0], step, method="write")])
+
+    @jax.jit
+    def read(params, cache, x, positions):
+        cache, step = cache.begin(positions)
+        return cache, apply(params, x, cache.layers[0], step)
+
+    cache = write(params, Cache.init([module.layer_spec()], B, T), ENCODED)
+    for p in blocks(T, 3):
+        cache, y = read(params, cache, X[:, np.maximum(p, 0)], jnp.tile(jnp.asarray(p, jnp.int32), (B, 1)))
+        np.testing.assert_allclose(y[:, p >= 0], want[:, p[p >= 0]], atol=3e-6)
+
+
+def test_a_linen_model_that_is_initialized_through_a_cache_has_all_parameters():
+    module = jaxkv.linen.CrossAttention(in_features=D, **CROSS["grouped, norms"])
+    cache, step = Cache.init([module.layer_spec()], B, T).begin(jnp.tile(jnp.arange(T), (B, 1)))
+    params = jax.eval_shape(module.init, jax.random.key(0), X, cache.layers[0], step)["params"]
+    assert shapes(params) == shapes(linen_cross(**CROSS["grouped, norms"])[1])
+
+
+def test_one_span_over_all_is_the_attention_of_an_encoder(flavor):
+    attn = flavor(num_heads=2)
+    theirs = nn.MultiHeadDotProductAttention(num_heads=2)
+    there = jnp.arange(T)[None] < jnp.array([T, 5])[:, None]
+    want = theirs.apply({"params": attn.params}, X, mask=there[:, None, None])
+    positions = jnp.where(there, jnp.arange(T)[None], EMPTY)
+    y = attn.apply(attn.params, X, positions=positions, spans=jnp.ones((B, T), jnp.int32))
+    np.testing.assert_allclose(y[0], want[0], atol=3e-6)
+    np.testing.assert_allclose(y[1, :5], want[1, :5], atol=3e-6)
+
+
+def test_cross_attention_refuses_what_does_not_belong_together(cross_flavor):
+    module, params, apply = cross_flavor(**CROSS["default"])
+    cache = Cache.init([module.layer_spec(), LayerSpec(Full(), 2, 6)], B, T)
+    layer, other = cache.layers
+    cross, step = cache.begin_cross(jnp.array([S, 3]))[1], cache.begin(jnp.tile(jnp.arange(T), (B, 1)))[1]
+    write = functools.partial(apply, params, method="write")
+    for call, message in [
+        (lambda: apply(params, X), r"without one attn\(x, encoded=encoded\)"),
+        (lambda: apply(params, X, layer), "step is a NoneType"),
+        (lambda: apply(params, X, layer, step, encoded=ENCODED), r"layer = attn.write\(encoded, layer, step\)"),
+        (lambda: apply(params, X, layer, cross), r"take the step of cache.begin\(positions\)"),
+        (lambda: apply(params, X, other, step), r"made for reach=Full\(\), this module has reach=Cross\(size=7\)"),
+        (lambda: apply(params, X[..., 1:], layer, step), "x has 11 features, .* in_features=12"),
+        (lambda: apply(params, X, encoded=ENCODED[..., 1:]), "encoded has 5 features, .* encoded_features=6"),
+        (lambda: apply(params, X, encoded=ENCODED[:1]), "encoded has 1 batch rows, x has 2"),
+        (lambda: apply(params, X, encoded=ENCODED[0]), r"encoded is float32\(7, 6\)"),
+        (lambda: apply(params, X, encoded=ENCODED, encoded_lengths=jnp.ones(B)), r"lengths must be int \[B\]"),
+        (lambda: write(jnp.ones((B, S + 1, E)), layer, cross), "encoded has 8 places, .* size=7"),
+        (lambda: write(ENCODED, layer, step), r"with the step of cache.begin_cross\(lengths\)"),
+        (lambda: write(ENCODED, other, cross), r"made for reach=Full\(\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match="attend over that with cross_attend"):
+        jaxkv.self_attend(*[jnp.ones((1, 2, 1, 4))] * 3, reach=Cross(2))
 
 
 # Models as functions

@@ -1,4 +1,4 @@
-"""Attention over what a cache holds: `attend`, and `self_attend` for the same arithmetic without a cache.
+"""Attention over what a cache holds: `attend`; `self_attend` and `cross_attend` for the same without a cache.
 
 Two forms. The reference builds the whole [T, S] mask and is obviously right. The blockwise form visits blocks of slots
 with a running maximum and sum (Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022), only as many blocks as are
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv.cache.layer import Layer
-from jaxkv.cache.spec import EMPTY, Full, LayerSpec, Reach
+from jaxkv.cache.spec import EMPTY, Cross, Full, LayerSpec, Reach
 from jaxkv.cache.step import GroupStep, Step
 
 IMPLEMENTATIONS = ("auto", "reference", "blockwise")
@@ -114,30 +114,104 @@ def self_attend(
     >>> self_attend(x, x, x, reach=jaxkv.Window(2)).shape
     (1, 3, 2, 4)
     """
-    if getattr(k, "ndim", None) != 4 or getattr(v, "ndim", None) != 4 or k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"k {jnp.shape(k)} and v {jnp.shape(v)} must be [B, T, K, H] and [B, T, K, Hv]")
-    batch, length, num_kv_heads, head_dim = k.shape
-    _check(q, (batch, length), num_kv_heads, head_dim, softcap, sink_logits, implementation)
+    if isinstance(reach, Cross):
+        raise ValueError(f"reach={reach} is for an encoder's output; attend over that with cross_attend")
+    batch, length = _check_fresh(k, v)
     in_order = positions is None
     if in_order:
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     if positions.shape != (batch, length) or not jnp.issubdtype(positions.dtype, jnp.integer):
         raise ValueError(f"positions must be int32 [B, T] = {(batch, length)}, got {positions.dtype}{positions.shape}")
     positions = jnp.maximum(positions.astype(jnp.int32), EMPTY)
-    spec = LayerSpec(reach, num_kv_heads, head_dim, v.shape[3])
-    fresh = _Fresh(k.swapaxes(1, 2), v.swapaxes(1, 2), spec, 0, length)
     group = GroupStep(
-        slots=jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)),
+        slots=None,
         kv_positions=positions,
         kv_spans=spans,
         filled=jnp.full((batch,), length, jnp.int32),
         slot_is_position=in_order,
     )
+    return _attend_fresh(q, k, v, reach, positions, spans, group, scale, softcap, sink_logits, implementation)
+
+
+def cross_attend(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    lengths: Any = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Any = None,
+    implementation: str = "auto",
+) -> Any:
+    """Returns attention of queries over an encoder's output, without a cache: the form for training.
+
+    Every query sees all keys of its batch row, whatever its place. The same arithmetic as `attend` over a Cross layer.
+
+    Args:
+      q: queries [B, T, N, H], any floating dtype.
+      k: keys [B, S, K, H]; N is a multiple of K.
+      v: values [B, S, K, Hv].
+      lengths: int [B], how many keys of each row are real; None means all. Queries of a row without any get zeros.
+      scale, softcap, sink_logits, implementation: as in `attend`.
+
+    Returns:
+      [B, T, N, Hv] in q's dtype.
+
+    Raises:
+      ValueError: while tracing, for shapes or dtypes that don't fit together, as in `attend`.
+
+    >>> k = jnp.zeros((1, 3, 1, 2))
+    >>> v = jnp.array([1.0, 3.0, 9.0]).reshape(1, 3, 1, 1)
+    >>> cross_attend(jnp.ones((1, 1, 1, 2)), k, v, lengths=jnp.array([2])).item()
+    2.0
+    """
+    batch, size = _check_fresh(k, v)
+    lengths = jnp.full((batch,), size, jnp.int32) if lengths is None else jnp.asarray(lengths)
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(f"lengths must be int [B] = {(batch,)}, got {lengths.dtype}{lengths.shape}")
+    lengths = jnp.clip(lengths.astype(jnp.int32), 0, size)
+    slots = jnp.arange(size, dtype=jnp.int32)[None, :]
+    group = GroupStep(
+        slots=None,
+        kv_positions=jnp.where(slots < lengths[:, None], slots, EMPTY),
+        kv_spans=None,
+        filled=lengths,
+        slot_is_position=False,
+    )
+    positions = jnp.zeros((batch, *jnp.shape(q)[1:2]), jnp.int32)
+    return _attend_fresh(q, k, v, Cross(size), positions, None, group, scale, softcap, sink_logits, implementation)
+
+
+def _check_fresh(k: Any, v: Any) -> tuple[int, int]:
+    if getattr(k, "ndim", None) != 4 or getattr(v, "ndim", None) != 4 or k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k {jnp.shape(k)} and v {jnp.shape(v)} must be [B, T, K, H] and [B, T, K, Hv]")
+    return k.shape[0], k.shape[1]
+
+
+def _attend_fresh(
+    q: Any,
+    k: Any,
+    v: Any,
+    reach: Reach,
+    positions: Any,
+    spans: Any,
+    group: GroupStep,
+    scale: Any,
+    softcap: Any,
+    sink_logits: Any,
+    implementation: str,
+) -> Any:
+    """Returns attention over k [B, S, K, H] and v, which `group` describes, of queries at positions [B, T]."""
+    batch, num_slots, num_kv_heads, head_dim = k.shape
+    _check(q, positions.shape, num_kv_heads, head_dim, softcap, sink_logits, implementation)
+    spec = LayerSpec(reach, num_kv_heads, head_dim, v.shape[3])
+    fresh = _Fresh(k.swapaxes(1, 2), v.swapaxes(1, 2), spec, 0, num_slots)
     rows = jnp.arange(batch, dtype=jnp.int32)
     step = Step(positions, rows, jnp.ones((batch,), bool), spans, (group,), whole=True)
     if implementation == "auto":
         implementation = "blockwise"
-    plan = _Plan.choose(spec, batch, length, q.shape[2] // num_kv_heads, length, softcap)
+    plan = _Plan.choose(spec, batch, positions.shape[1], q.shape[2] // num_kv_heads, num_slots, softcap)
     return _attend(q, fresh, step, plan, scale, sink_logits, implementation)
 
 

@@ -1,4 +1,4 @@
-"""What an attention layer is apart from its parameters; `jaxkv.nnx.Attention` and `jaxkv.linen.Attention` add those."""
+"""What an attention layer is apart from its parameters; the modules of `jaxkv.nnx` and `jaxkv.linen` add those."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.layer import Layer
 from jaxkv.cache.spec import LayerSpec, Reach
 from jaxkv.cache.storage import Dense
-from jaxkv.nn.attend import attend, self_attend
+from jaxkv.nn.attend import attend, cross_attend, self_attend
 
 PROJECTIONS = ("query", "key", "value", "out")
 
@@ -27,7 +27,7 @@ class Heads:
       num_heads: query heads, a multiple of num_kv_heads.
       num_kv_heads: heads of k and v.
       head_dim: size of a head.
-      reach: which past tokens a query may see.
+      reach: which past tokens a query may see; Cross(size) for an encoder's output.
       rotary: None, or a frozen, hashable object with `rotate` and `shift`, such as `jaxkv.Rotary()`.
       softcap: None, or the bound of the scores.
       scale: factor of the scores; None means head_dim ** -0.5.
@@ -106,9 +106,7 @@ class Heads:
 
     def check_call(self, x: Any, layer: Any, step: Any, positions: Any, spans: Any) -> None:
         """Raises ValueError if the arguments of a module's call don't belong together or to this module."""
-        if getattr(x, "ndim", None) != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
-            what = f"{x.dtype}{x.shape}" if hasattr(x, "shape") else type(x).__name__
-            raise ValueError(f"x is {what}; attention wants floating numbers [B, T, D]: a batch of sequences")
+        _check_input("x", x)
         if layer is None and step is None:
             return
         if not isinstance(layer, Layer) or step is None:
@@ -126,6 +124,42 @@ class Heads:
             raise ValueError(
                 f"x has [B, T] = {x.shape[:2]}, the step was begun for {step.positions.shape}; they must agree"
             )
+        self._check_layer(layer)
+
+    def check_cross_call(self, x: Any, layer: Any, step: Any, encoded: Any) -> None:
+        """Raises ValueError if the arguments of a cross-attention's call don't belong together or to this module."""
+        _check_input("x", x)
+        if encoded is None:
+            if not isinstance(layer, Layer) or step is None:
+                raise ValueError(
+                    f"layer is a {type(layer).__name__}, step is a {type(step).__name__}; with a cache call "
+                    "attn(x, layer, step), both from it: cache, step = cache.begin(positions), layer = "
+                    "cache.layers[i]; without one attn(x, encoded=encoded)"
+                )
+            self._check_layer(layer)
+        elif layer is not None or step is not None:
+            raise ValueError(
+                "encoded was given, and a layer or step too; with a cache the encoder's output goes in once, "
+                "layer = attn.write(encoded, layer, step), and attn(x, layer, step) reads it from there"
+            )
+        else:
+            self.check_encoded(encoded)
+            if encoded.shape[0] != x.shape[0]:
+                raise ValueError(f"encoded has {encoded.shape[0]} batch rows, x has {x.shape[0]}; they must agree")
+
+    def check_encoded(self, encoded: Any, layer: Any = None) -> None:
+        """Raises ValueError unless `encoded` is an encoder's output that the reach, and the layer, can hold."""
+        _check_input("encoded", encoded)
+        if layer is not None:
+            self._check_layer(layer)
+        size = self.reach.size
+        if size is not None and encoded.shape[1] > size:
+            raise ValueError(
+                f"encoded has {encoded.shape[1]} places, this module was made for size={size} at most; give it a "
+                "larger size"
+            )
+
+    def _check_layer(self, layer: Any) -> None:
         mine = self.layer_spec(layer.spec.k_storage, layer.spec.v_storage)
         for name in ("reach", "num_kv_heads", "head_dim", "value_dim", "rotary"):
             here, there = getattr(mine, name), getattr(layer.spec, name)
@@ -163,6 +197,20 @@ class Heads:
             q, k = self._rotate(q, k, there)
         return self_attend(q, k, v, reach=self.reach, positions=positions, spans=spans, **rest), None
 
+    def cross_attend(self, q: Any, layer: Any, step: Any, k: Any, v: Any, *, lengths: Any) -> Any:
+        """Returns what the heads read of an encoder's output: [B, T, N, H].
+
+        Args:
+          q: [B, T, N, H].
+          layer, step: where the output was put; or None, and instead
+          k, v: [B, S, K, H];
+          lengths: int [B] or None, how many keys are real.
+        """
+        rest: Any = {"scale": self.scale, "softcap": self.softcap, "implementation": self.implementation}
+        if layer is not None:
+            return attend(q, layer, step, **rest)
+        return cross_attend(q, k, v, lengths=lengths, **rest)
+
     def own_cache(
         self, num_rows: int, capacity: int, dtype: Any, k_storage: Any = None, v_storage: Any = None, **options: Any
     ) -> Cache:
@@ -188,6 +236,12 @@ class Heads:
             return q, k
         positions = positions[:, :, None, None]
         return self.rotary.rotate(q, positions), self.rotary.rotate(k, positions)
+
+
+def _check_input(name: str, x: Any) -> None:
+    if getattr(x, "ndim", None) != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+        what = f"{x.dtype}{x.shape}" if hasattr(x, "shape") else type(x).__name__
+        raise ValueError(f"{name} is {what}; attention wants floating numbers [B, T, D]: a batch of sequences")
 
 
 def biased(use_bias: bool | Collection[str]) -> frozenset[str]:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxkv.cache.cache import Cache
-from jaxkv.cache.spec import Full, LayerSpec, Reach
+from jaxkv.cache.spec import Cross, Full, LayerSpec, Reach
 from jaxkv.cache.storage import Dense
-from jaxkv.nn.heads import Heads, biased, rms_norm
+from jaxkv.nn.heads import PROJECTIONS, Heads, biased, rms_norm
 
 
 class Attention(nn.Module):
@@ -151,31 +151,18 @@ class Attention(nn.Module):
             cache, step = heads.begin(hidden.value, x, positions, spans)
             layer, positions, spans = cache.layers[0], None, None
 
-        with_bias = biased(self.use_bias)
-        linear = functools.partial(
-            nn.DenseGeneral, dtype=self.dtype, param_dtype=self.param_dtype, precision=self.precision
-        )
-        kernel_init, bias_init = _named(self.kernel_init), _named(self.bias_init)
-        inner = functools.partial(linear, kernel_init=kernel_init, bias_init=bias_init)
-        size = heads.head_dim
-        q = inner((heads.num_heads, size), use_bias="query" in with_bias, name="query")(x)
-        k = inner((heads.num_kv_heads, size), use_bias="key" in with_bias, name="key")(x)
-        v = inner((heads.num_kv_heads, size), use_bias="value" in with_bias, name="value")(x)
+        out_features = x.shape[-1] if self.out_features is None else self.out_features
+        linear = {name: functools.partial(_projection, self, heads, out_features, name) for name in PROJECTIONS}
+        q, k, v = (linear[name](name=name)(x) for name in ("query", "key", "value"))
         if self.qk_norm:
+            size = heads.head_dim
             q = rms_norm(q, RMSScale(self.param_dtype, name="query_norm")(size), self.qk_norm_epsilon)
             k = rms_norm(k, RMSScale(self.param_dtype, name="key_norm")(size), self.qk_norm_epsilon)
         sinks = None
         if self.sink_logits:
             sinks = self.param("sink_logits", nn.initializers.zeros_init(), (heads.num_heads,), self.param_dtype)
         y, layer = heads.attend(q, k, v, layer, step, positions=positions, spans=spans, sink_logits=sinks)
-        y = linear(
-            x.shape[-1] if self.out_features is None else self.out_features,
-            axis=(-2, -1),
-            kernel_init=kernel_init if self.out_kernel_init is None else _named(self.out_kernel_init),
-            bias_init=bias_init if self.out_bias_init is None else _named(self.out_bias_init),
-            use_bias="out" in with_bias,
-            name="out",
-        )(y)
+        y = linear["out"](name="out")(y)
         if hidden is not None and cache is not None:
             hidden.value = cache.with_layers([layer])
             return y
@@ -221,6 +208,178 @@ class Attention(nn.Module):
             )
         dtype = self.param_dtype if self.dtype is None else self.dtype
         return heads.own_cache(x.shape[0], x.shape[1] if capacity is None else capacity, dtype)
+
+
+class CrossAttention(nn.Module):
+    """Attention over an encoder's output, which lies in a cache layer, or, without one, is given to the call.
+
+    Every query sees all of its row's output, whatever its position. With a cache the output goes in once, by `write`;
+    afterwards `attn(x, layer, step)` reads it in every forward pass. With the default arguments the parameters, and the
+    numbers, are those of `flax.linen.MultiHeadDotProductAttention` called with (x, encoded).
+
+    Attributes:
+      num_heads: query heads N.
+      in_features: size D of the input x.
+      encoded_features: size of the encoder's output; None means in_features.
+      qkv_features: num_heads * head_dim, in all; None means in_features.
+      out_features: size of the output; None means in_features.
+      num_kv_heads: heads K of keys and values, a divisor of num_heads; None means num_heads.
+      size: most places that an encoder's output has.
+      head_dim: size H of a head, instead of qkv_features.
+      qk_norm, qk_norm_epsilon, softcap, scale, use_bias, dtype, param_dtype, precision, kernel_init, bias_init,
+        out_kernel_init, out_bias_init, implementation: as in `Attention`.
+
+    Raises:
+      ValueError: when called, for sizes that don't fit together, naming both.
+
+    >>> attn = jaxkv.linen.CrossAttention(num_heads=2, in_features=8, encoded_features=6, size=10)
+    >>> x, encoded = jnp.ones((1, 3, 8)), jnp.ones((1, 10, 6))
+    >>> variables = attn.init(jax.random.key(0), x, encoded=encoded)
+    >>> y = attn.apply(variables, x, encoded=encoded)                          # training
+    >>> cache = jaxkv.Cache.init([attn.layer_spec()], num_rows=1, capacity=16)
+    >>> cache, step = cache.begin_cross(jnp.array([10]))                       # once
+    >>> layer = attn.apply(variables, encoded, cache.layers[0], step, method="write")
+    >>> cache, step = cache.with_layers([layer]).begin(jnp.arange(3)[None])    # every forward pass
+    >>> bool(jnp.allclose(attn.apply(variables, x, cache.layers[0], step), y, atol=1e-6))
+    True
+    """
+
+    num_heads: int
+    in_features: int
+    encoded_features: int | None = None
+    qkv_features: int | None = None
+    out_features: int | None = None
+    num_kv_heads: int | None = None
+    _: dataclasses.KW_ONLY
+    size: int
+    head_dim: int | None = None
+    qk_norm: bool = False
+    qk_norm_epsilon: float = 1e-6
+    softcap: float | None = None
+    scale: float | None = None
+    use_bias: bool | Collection[str] = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Any = nn.linear.default_kernel_init
+    out_kernel_init: Any = None
+    bias_init: Any = nn.initializers.zeros_init()
+    out_bias_init: Any = None
+    implementation: str = "auto"
+
+    def setup(self) -> None:
+        self.heads = self._heads()
+        out_features = self.in_features if self.out_features is None else self.out_features
+        self.query, self.key, self.value, self.out = (
+            _projection(self, self.heads, out_features, name) for name in PROJECTIONS
+        )
+        if self.qk_norm:
+            self.query_norm, self.key_norm = RMSScale(self.param_dtype), RMSScale(self.param_dtype)
+
+    def __call__(
+        self, x: Any, layer: Any = None, step: Any = None, *, encoded: Any = None, encoded_lengths: Any = None
+    ) -> Any:
+        """Returns attention over what was written into the layer, or over `encoded` without a layer.
+
+        Reading leaves the layer as it is, so it is not returned: hand on the one you gave.
+
+        Args:
+          x: [B, T, D], floating.
+          layer: None, or this module's layer of a cache, made from `layer_spec()`.
+          step: None, or the step of this forward pass from `cache.begin`.
+          encoded: without a layer: the encoder's output, [B, S, encoded_features].
+          encoded_lengths: without a layer: int [B], how many places of each row are real; None means all.
+
+        Returns:
+          [B, T, out_features]; zeros before the output projection where nothing was written.
+
+        Raises:
+          ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
+        """
+        self.heads.check_cross_call(x, layer, step, encoded)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
+        q = self.query(x)
+        if self.qk_norm:
+            q = rms_norm(q, self.query_norm(self.heads.head_dim), self.qk_norm_epsilon)
+        k = v = None
+        if encoded is not None:
+            k, v = self._project(encoded)
+        elif self.is_initializing():  # what `write` needs is made here too
+            features = self.in_features if self.encoded_features is None else self.encoded_features
+            self._project(jnp.zeros((1, 1, features), x.dtype))
+        return self.out(self.heads.cross_attend(q, layer, step, k, v, lengths=encoded_lengths))
+
+    def write(self, encoded: Any, layer: Any, step: Any) -> Any:
+        """Returns the layer with the keys and values of an encoder's output in it.
+
+        Args:
+          encoded: [B, S, encoded_features], S at most `size`; what lies beyond a row's length is padding.
+          layer: this module's layer of a cache.
+          step: from `cache.begin_cross(lengths)`.
+
+        Raises:
+          ValueError: while tracing, for shapes that don't fit, or a step of `begin`.
+        """
+        self.heads.check_encoded(encoded, layer)
+        k, v = self._project(encoded)
+        return layer.put(step, k, v)
+
+    def _project(self, encoded: Any) -> tuple[Any, Any]:
+        features = self.in_features if self.encoded_features is None else self.encoded_features
+        if encoded.shape[-1] != features:
+            raise ValueError(
+                f"encoded has {encoded.shape[-1]} features, this module was made for encoded_features={features}"
+            )
+        k, v = self.key(encoded), self.value(encoded)
+        if self.qk_norm:
+            k = rms_norm(k, self.key_norm(self.heads.head_dim), self.qk_norm_epsilon)
+        return k, v
+
+    def layer_spec(self, *, k_storage: Any = Dense(), v_storage: Any = Dense()) -> LayerSpec:
+        """Returns what a cache must keep for this module: Cross(size), its kv heads and head size.
+
+        Args:
+          k_storage, v_storage: how keys and values are kept.
+
+        >>> jaxkv.linen.CrossAttention(num_heads=2, in_features=8, size=10).layer_spec().reach
+        Cross(size=10)
+        """
+        return self._heads().layer_spec(k_storage, v_storage)
+
+    def _heads(self) -> Heads:
+        return Heads.choose(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.qkv_features,
+            self.in_features,
+            reach=Cross(self.size),
+            softcap=self.softcap,
+            scale=self.scale,
+            implementation=self.implementation,
+        )
+
+
+def _projection(module: Any, heads: Heads, out_features: int, which: str, **name: Any) -> Any:
+    """Returns one of the projections of an attention module, as its attributes say."""
+    kernel_init, bias_init = module.kernel_init, module.bias_init
+    features: Any = (heads.num_heads if which == "query" else heads.num_kv_heads, heads.head_dim)
+    if which == "out":
+        features = out_features
+        kernel_init = kernel_init if module.out_kernel_init is None else module.out_kernel_init
+        bias_init = bias_init if module.out_bias_init is None else module.out_bias_init
+    return nn.DenseGeneral(
+        features,
+        axis=(-2, -1) if which == "out" else -1,
+        use_bias=which in biased(module.use_bias),
+        kernel_init=_named(kernel_init),
+        bias_init=_named(bias_init),
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        precision=module.precision,
+        **name,
+    )
 
 
 def _named(init: Any) -> Any:

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from jaxkv.cache.cache import Cache
-from jaxkv.cache.spec import Full, LayerSpec, Reach
+from jaxkv.cache.spec import Cross, Full, LayerSpec, Reach
 from jaxkv.cache.storage import Dense
 from jaxkv.nn.fuse import Joined, Transposed
 from jaxkv.nn.fuse import fuse as fuse
@@ -111,23 +111,24 @@ class Attention(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.qk_norm_epsilon = qk_norm_epsilon
-        with_bias = biased(use_bias)
-        linear = functools.partial(
-            nnx.LinearGeneral, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
-        )
-        inner = functools.partial(linear, in_features, kernel_init=kernel_init, bias_init=bias_init)
-        size = self.heads.head_dim
-        self.query: Any = inner((num_heads, size), use_bias="query" in with_bias)
-        self.key: Any = inner((self.heads.num_kv_heads, size), use_bias="key" in with_bias)
-        self.value: Any = inner((self.heads.num_kv_heads, size), use_bias="value" in with_bias)
-        self.out: Any = linear(
-            (num_heads, size),
+        self.query: Any
+        self.key: Any
+        self.value: Any
+        self.out: Any
+        self.query, self.key, self.value, self.out = _projections(
+            self.heads,
+            in_features,
+            in_features,
             self.out_features,
-            axis=(-2, -1),
-            kernel_init=kernel_init if out_kernel_init is None else out_kernel_init,
-            bias_init=bias_init if out_bias_init is None else out_bias_init,
-            use_bias="out" in with_bias,
+            biased(use_bias),
+            (kernel_init, bias_init),
+            (out_kernel_init or kernel_init, out_bias_init or bias_init),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            rngs=rngs,
         )
+        size = self.heads.head_dim
         self.query_norm = RMSScale(size, param_dtype=param_dtype) if qk_norm else nnx.data(None)
         self.key_norm = RMSScale(size, param_dtype=param_dtype) if qk_norm else nnx.data(None)
         self.sink_logits = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sink_logits else nnx.data(None)
@@ -230,6 +231,199 @@ class Attention(nnx.Module):
         y, layer = self(x, cache.layers[0], step)
         self.cache.set_value(cache.with_layers([layer]))
         return y
+
+
+class CrossAttention(nnx.Module):
+    """Attention over an encoder's output, which lies in a cache layer, or, without one, is given to the call.
+
+    Every query sees all of its row's output, whatever its position. With a cache the output goes in once, by `write`;
+    afterwards `attn(x, layer, step)` reads it in every forward pass. With the default arguments the parameters, and the
+    numbers, are those of `flax.nnx.MultiHeadAttention` called with (x, encoded).
+
+    Args:
+      num_heads: query heads N.
+      in_features: size D of the input x.
+      encoded_features: size of the encoder's output; None means in_features.
+      qkv_features: num_heads * head_dim, in all; None means in_features.
+      out_features: size of the output; None means in_features.
+      num_kv_heads: heads K of keys and values, a divisor of num_heads; None means num_heads.
+      size: most places that an encoder's output has.
+      head_dim: size H of a head, instead of qkv_features.
+      qk_norm, qk_norm_epsilon, softcap, scale, use_bias, dtype, param_dtype, precision, kernel_init, bias_init,
+        out_kernel_init, out_bias_init, implementation, rngs: as in `Attention`.
+
+    Raises:
+      ValueError: for sizes that don't fit together, naming both.
+
+    >>> from flax import nnx
+    >>> attn = jaxkv.nnx.CrossAttention(num_heads=2, in_features=8, encoded_features=6, size=10, rngs=nnx.Rngs(0))
+    >>> x, encoded = jnp.ones((1, 3, 8)), jnp.ones((1, 10, 6))
+    >>> y = attn(x, encoded=encoded)                                           # training
+    >>> cache = jaxkv.Cache.init([attn.layer_spec()], num_rows=1, capacity=16)
+    >>> cache, step = cache.begin_cross(jnp.array([10]))                       # once
+    >>> cache = cache.with_layers([attn.write(encoded, cache.layers[0], step)])
+    >>> cache, step = cache.begin(jnp.arange(3)[None])                         # every forward pass
+    >>> bool(jnp.allclose(attn(x, cache.layers[0], step), y, atol=1e-6))
+    True
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        encoded_features: int | None = None,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        num_kv_heads: int | None = None,
+        *,
+        size: int,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        qk_norm_epsilon: float = 1e-6,
+        softcap: float | None = None,
+        scale: float | None = None,
+        use_bias: bool | Collection[str] = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Any = default_kernel_init,
+        out_kernel_init: Any = None,
+        bias_init: Any = default_bias_init,
+        out_bias_init: Any = None,
+        implementation: str = "auto",
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.heads = Heads.choose(
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            qkv_features,
+            in_features,
+            reach=Cross(size),
+            softcap=softcap,
+            scale=scale,
+            implementation=implementation,
+        )
+        self.in_features = in_features
+        self.encoded_features = in_features if encoded_features is None else encoded_features
+        self.qk_norm_epsilon = qk_norm_epsilon
+        self.query: Any
+        self.key: Any
+        self.value: Any
+        self.out: Any
+        self.query, self.key, self.value, self.out = _projections(
+            self.heads,
+            in_features,
+            self.encoded_features,
+            in_features if out_features is None else out_features,
+            biased(use_bias),
+            (kernel_init, bias_init),
+            (out_kernel_init or kernel_init, out_bias_init or bias_init),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            rngs=rngs,
+        )
+        head_dim = self.heads.head_dim
+        self.query_norm = RMSScale(head_dim, param_dtype=param_dtype) if qk_norm else nnx.data(None)
+        self.key_norm = RMSScale(head_dim, param_dtype=param_dtype) if qk_norm else nnx.data(None)
+
+    def __call__(
+        self, x: Any, layer: Any = None, step: Any = None, *, encoded: Any = None, encoded_lengths: Any = None
+    ) -> Any:
+        """Returns attention over what was written into the layer, or over `encoded` without a layer.
+
+        Reading leaves the layer as it is, so it is not returned: hand on the one you gave.
+
+        Args:
+          x: [B, T, D], floating.
+          layer: None, or this module's layer of a cache, made from `layer_spec()`.
+          step: None, or the step of this forward pass from `cache.begin`.
+          encoded: without a layer: the encoder's output, [B, S, encoded_features].
+          encoded_lengths: without a layer: int [B], how many places of each row are real; None means all.
+
+        Returns:
+          [B, T, out_features]; zeros before the output projection where nothing was written.
+
+        Raises:
+          ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
+        """
+        self.heads.check_cross_call(x, layer, step, encoded)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
+        q = self.query(x)
+        if self.query_norm is not None:
+            q = rms_norm(q, self.query_norm.scale[...], self.qk_norm_epsilon)
+        k, v = (None, None) if encoded is None else self._project(encoded)
+        return self.out(self.heads.cross_attend(q, layer, step, k, v, lengths=encoded_lengths))
+
+    def write(self, encoded: Any, layer: Any, step: Any) -> Any:
+        """Returns the layer with the keys and values of an encoder's output in it.
+
+        Args:
+          encoded: [B, S, encoded_features], S at most `size`; what lies beyond a row's length is padding.
+          layer: this module's layer of a cache.
+          step: from `cache.begin_cross(lengths)`.
+
+        Raises:
+          ValueError: while tracing, for shapes that don't fit, or a step of `begin`.
+        """
+        self.heads.check_encoded(encoded, layer)
+        k, v = self._project(encoded)
+        return layer.put(step, k, v)
+
+    def _project(self, encoded: Any) -> tuple[Any, Any]:
+        if encoded.shape[-1] != self.encoded_features:
+            raise ValueError(
+                f"encoded has {encoded.shape[-1]} features, this module was made for "
+                f"encoded_features={self.encoded_features}"
+            )
+        k, v = self.key(encoded), self.value(encoded)
+        if self.key_norm is not None:
+            k = rms_norm(k, self.key_norm.scale[...], self.qk_norm_epsilon)
+        return k, v
+
+    def fuse(self) -> None:
+        """Lays the weights out for decoding. See `jaxkv.nnx.fuse`."""
+        if not isinstance(self.out, Transposed):
+            self.out = Transposed(self.out)
+
+    def layer_spec(self, *, k_storage: Any = Dense(), v_storage: Any = Dense()) -> LayerSpec:
+        """Returns what a cache must keep for this module: Cross(size), its kv heads and head size.
+
+        Args:
+          k_storage, v_storage: how keys and values are kept.
+
+        >>> from flax import nnx
+        >>> jaxkv.nnx.CrossAttention(2, 8, size=4, rngs=nnx.Rngs(0)).layer_spec().reach
+        Cross(size=4)
+        """
+        return self.heads.layer_spec(k_storage, v_storage)
+
+
+def _projections(
+    heads: Heads,
+    in_features: int,
+    kv_features: int,
+    out_features: int,
+    with_bias: Collection[str],
+    inner_inits: tuple[Any, Any],
+    out_inits: tuple[Any, Any],
+    **kind: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """Returns query, key, value and out; inits are (of the kernel, of the bias)."""
+
+    def linear(features: Any, shape: Any, name: str, inits: tuple[Any, Any], **options: Any) -> Any:
+        options |= {"kernel_init": inits[0], "bias_init": inits[1], "use_bias": name in with_bias}
+        return nnx.LinearGeneral(features, shape, **options, **kind)
+
+    queries, keys = ((count, heads.head_dim) for count in (heads.num_heads, heads.num_kv_heads))
+    return (
+        linear(in_features, queries, "query", inner_inits),
+        linear(kv_features, keys, "key", inner_inits),
+        linear(kv_features, keys, "value", inner_inits),
+        linear(queries, out_features, "out", out_inits, axis=(-2, -1)),
+    )
 
 
 class RMSScale(nnx.Module):
