@@ -201,7 +201,7 @@ def read_config(
     if name not in FAMILIES:
         raise NotSupportedError(
             f'config.json has "model_type": {name!r}, which is not known here; known are {", ".join(FAMILIES)}. '
-            "docs/models.md says how to add a family"
+            "docs/families.md says how to add one"
         )
     if source.get("quantization_config") is not None:
         method = source["quantization_config"].get("quant_method")
@@ -225,7 +225,7 @@ def tensor_parallel(mesh: jax.sharding.Mesh, axis: str | None = None) -> Callabl
     """Returns the `sharding` of `load` that splits heads, MLPs and vocabulary over a mesh axis, as Megatron-LM does.
 
     Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053. What the axis does not divide is replicated. The cache goes
-    along by `Cache.init(..., sharding=NamedSharding(mesh, PartitionSpec(None, axis)))`, if the axis divides the kv heads.
+    along by `Cache.init(..., sharding=NamedSharding(mesh, PartitionSpec(None, axis)))` if the axis divides its heads.
 
     Args:
       mesh: devices.
@@ -279,8 +279,8 @@ class Files(Mapping[str, np.ndarray]):
             missing = [name for name in names if not (self.directory / name).exists()]
             if missing or not names:
                 raise FileNotFoundError(
-                    f"{self.directory / INDEX} names {len(names)} files, of which {', '.join(missing) or 'all'} are not "
-                    "there; fetch the rest of the checkpoint"
+                    f"{self.directory / INDEX} names {len(names)} files, of which {', '.join(missing) or 'all'} are "
+                    "not there; fetch the rest of the checkpoint"
                 )
         elif (self.directory / SINGLE).exists():
             names = {SINGLE: None}
@@ -338,16 +338,17 @@ class _Place:
         x = files[self.name]
         if self.stretch is not None:
             x = x[self.stretch] if self.tensor.joined_axis == 0 else x[..., self.stretch]
+        x = self.tensor.decode(x, like.shape)
         if sharding is None:
-            return _decode(x, self.tensor.form, like.shape, dtype)
-        x = self.tensor.decode(x.astype(dtype, copy=False) if self.tensor.form == "minus_one" else x, like.shape)
-        return jax.make_array_from_callback(like.shape, sharding, lambda index: x[index].astype(dtype))
+            # Copied once, turned round on the way; then cast by XLA, which is faster than NumPy at it.
+            param = jax.device_put(x, may_alias=False)
+            param = param if param.dtype == dtype else _cast(param, dtype)
+        else:
+            param = jax.make_array_from_callback(like.shape, sharding, lambda index: x[index].astype(dtype))
+        return param + 1 if self.tensor.form == "minus_one" else param
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _decode(x: Any, form: str, shape: tuple[int, ...], dtype: Any) -> Any:
-    # Cast and turned round in one pass by XLA. Compiled once per kind of tensor, so the tensor's name is left out.
-    return Tensor("", (), form).decode(x.astype(dtype), shape)
+_cast = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
 
 
 class _Written:
@@ -439,7 +440,7 @@ def _with_dtype(config: Any, dtype: Any) -> Any:
 
 
 def context_of(source: Mapping[str, Any]) -> int | None:
-    """Returns how long the sequences are that a model was made for, by its parsed config.json; None if that is silent."""
+    """Returns how long the sequences are that a model was made for, by its parsed config.json; None if it is silent."""
     fields = {**source, **source.get("text_config", {})}
     names = ("max_position_embeddings", "n_positions", "max_target_positions")
     return next((int(fields[name]) for name in names if fields.get(name) is not None), None)

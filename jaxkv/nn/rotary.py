@@ -171,9 +171,9 @@ class Llama3Scaling:
 class LongRopeScaling:
     """LongRoPE: every frequency is divided by a factor of its own, found by search, and q and k grow a little.
 
-    Ding et al. 2024, https://arxiv.org/abs/2402.13753. Checkpoints such as Phi-3's bring two lists of factors, short and
-    long: for sequences that stay within the length of training, and for longer ones. A key that was turned with one list
-    does not fit queries turned with the other, so one is chosen for all that a cache will hold.
+    Ding et al. 2024, https://arxiv.org/abs/2402.13753. Checkpoints such as Phi-3's bring two lists of factors, for
+    sequences that stay within the length of training and for longer ones. A key that was turned with one list does not
+    fit queries turned with the other, so one is chosen for all that a cache will hold.
 
     Args:
       factors: what each frequency is divided by, above 0, as many as half the turned dimensions.

@@ -1,4 +1,4 @@
-"""The families of models that can be loaded, by the "model_type" of their config.json. See docs/models.md to add one."""
+"""The families of models that can be loaded, by the "model_type" of their config.json. docs/families.md adds one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a family's table is made of: which of our fields its config.json fills, and which of our params its tensors are."""
+"""What a family's table is made of: which of our fields its config.json fills, which of our params its tensors are."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Tensor:
       num_inner: for the last two, how many leading axes of our param are input; none for a bias.
 
     >>> kernel = Tensor("q_proj.weight", ("query.kernel",), "out_in", num_inner=1)
-    >>> kernel.file_shape((64, 4, 16)), kernel.decode(np.ones((64, 64)), (64, 4, 16)).shape
-    ((64, 64), (64, 4, 16))
+    >>> kernel.file_shape((24, 4, 8)), kernel.decode(np.ones((32, 24)), (24, 4, 8)).shape
+    ((32, 24), (24, 4, 8))
     """
 
     file: str
@@ -68,13 +68,19 @@ class Tensor:
         flat = (*inner, math.prod(shape[self.num_inner :]))
         return flat[::-1] if self.form == "out_in" else flat
 
-    def decode(self, x: Any, shape: tuple[int, ...]) -> Any:
-        """Returns a param of this shape from its part of the file's tensor, a NumPy or a JAX array."""
-        x = (x.T if self.form in ("reversed", "out_in") else x).reshape(shape)
-        return x + np.asarray(1, x.dtype) if self.form == "minus_one" else x
+    def decode(self, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns a param of this shape as a view of its part of the file's tensor; of "minus_one" the 1 is missing."""
+        if self.form == "reversed":
+            return x.T
+        if self.form == "out_in":
+            inner = shape[: self.num_inner]
+            outer = len(shape) - len(inner)
+            x = x.reshape(*shape[self.num_inner :], *inner)
+            return x.transpose(*range(outer, len(shape)), *range(outer))
+        return x.reshape(shape)
 
-    def encode(self, param: Any) -> Any:
-        """Returns a param as its part of the file's tensor: what `decode` undoes."""
+    def encode(self, param: np.ndarray) -> np.ndarray:
+        """Returns a param as its part of the file's tensor."""
         if self.form == "minus_one":
             return param - np.asarray(1, param.dtype)
         if self.form == "reversed":

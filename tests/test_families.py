@@ -1,0 +1,593 @@
+"""Checkpoints of every family give the logits and the texts that Hugging Face transformers gives.
+
+tests/golden/families/ is what transformers wrote and computed (tests/golden/make_families.py). Where it is installed,
+more settings are made anew.
+"""
+
+import functools
+import importlib.util
+import json
+import math
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxkv
+from jaxkv.models import FAMILIES, weights
+
+GOLDEN = Path(__file__).parent / "golden" / "families"
+NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.name != "whisper")
+CAPACITY = 96
+# Keys turned by short factors don't fit queries turned by long ones, so a short text of this one is a case of its own.
+LONG = {"phi3_long"}
+
+
+@functools.cache
+def model_of(name):
+    return jaxkv.models.load(GOLDEN / name, dtype="float32")
+
+
+@functools.cache
+def expected(name):
+    return dict(weights.File(GOLDEN / name / "expected.safetensors"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(forward, params, tokens, positions, cache):
+    return forward(params, tokens, positions, cache)
+
+
+def feed(model, rows, block, *, left=False, capacity=CAPACITY):
+    """Returns the logits of each row, fed in blocks of a given size, and the cache.
+
+    Shorter rows end with padding, or begin with it.
+    """
+    cache = jaxkv.Cache.init(model.specs, len(rows), capacity, max_block=24)
+    longest = max(map(len, rows))
+    tokens = np.zeros((len(rows), longest), np.int32)
+    positions = np.full((len(rows), longest), jaxkv.EMPTY, np.int32)
+    for row, text in enumerate(rows):
+        place = slice(longest - len(text), longest) if left else slice(0, len(text))
+        tokens[row, place], positions[row, place] = text, np.arange(len(text))
+    parts = []
+    for begin in range(0, longest, block):
+        stretch = slice(begin, begin + block)
+        logits, cache = run(model.forward, model.params, tokens[:, stretch], positions[:, stretch], cache)
+        parts.append(np.asarray(logits))
+    whole = np.concatenate(parts, axis=1)
+    return [whole[row][positions[row] >= 0] for row in range(len(rows))], cache
+
+
+def texts(name):
+    facts = expected(name)
+    return [facts["tokens"], facts["tokens"][:10] if name in LONG else facts["short"]]
+
+
+def logits(name):
+    facts = expected(name)
+    return [facts["logits"], facts["short_logits"]]
+
+
+def assert_close(got, want):
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_without_a_cache(name):
+    got = model_of(name).module(jnp.asarray(expected(name)["tokens"])[None])[0]
+    assert_close(got, expected(name)["logits"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_of_every_way_to_feed_a_ragged_batch(name):
+    model, (first, second) = model_of(name), logits(name)
+    for block in (24, 8, 1):
+        got = feed(model, texts(name), block, left=block == 8)[0]
+        assert_close(got[0], first)
+        if name not in LONG:
+            assert_close(got[1], second)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_alone_is_the_row_in_a_batch(name):
+    model, (first, second) = model_of(name), texts(name)
+    both = feed(model, [first, second], 24)[0]
+    np.testing.assert_array_equal(feed(model, [first, []], 24)[0][0], both[0])
+    # Padded to the same block, so that the same program runs.
+    np.testing.assert_array_equal(feed(model, [np.resize(first, 24), second], 24)[0][1], both[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_texts_past_the_window_and_the_original_context(name):
+    model, facts = model_of(name), expected(name)
+    cache = jaxkv.Cache.init(model.specs, num_rows=2, capacity=CAPACITY)
+    prompts = [facts["tokens"], None if name in LONG else facts["short"]]
+    result = jaxkv.generate(model.forward, model.params, prompts, cache, max_new_tokens=64)
+    assert result.tokens[0].tolist() == facts["greedy"].tolist()
+    if name not in LONG:
+        assert result.tokens[1].tolist() == facts["short_greedy"].tolist()
+
+
+def test_short_factors_of_longrope_where_sequences_stay_short():
+    facts = expected("phi3_long")
+    model = jaxkv.models.load(GOLDEN / "phi3_long", dtype="float32", context=16)
+    assert_close(feed(model, [facts["short"]], 7)[0][0], facts["short_logits"])
+    cache = jaxkv.Cache.init(model.specs, num_rows=1, capacity=16)
+    result = jaxkv.generate(model.forward, model.params, [facts["short"]], cache, max_new_tokens=9)
+    assert result.tokens[0].tolist() == facts["short_greedy"][:9].tolist()
+    assert model.context == 16 and model_of("phi3_long").context == 128
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_again_the_checkpoint_is_the_same(name, tmp_path):
+    model = model_of(name)
+    jaxkv.models.save(tmp_path, model, dtype="bfloat16", max_shard_bytes=10_000)
+    before, after = jaxkv.models.Files(GOLDEN / name), jaxkv.models.Files(tmp_path)
+    assert set(after) == set(before)
+    for tensor in before:
+        np.testing.assert_array_equal(after[tensor].view(np.uint16), before[tensor].view(np.uint16), err_msg=tensor)
+    files = sorted(path.name for path in tmp_path.glob("model*.safetensors"))
+    assert len(files) > 1 and files[0].startswith("model-00001-of-")
+    assert jaxkv.models.read_config(tmp_path)[:2] == jaxkv.models.read_config(GOLDEN / name)[:2]
+
+
+def test_saved_in_one_file_an_old_index_goes(tmp_path):
+    model = model_of("gpt2")
+    jaxkv.models.save(tmp_path, model, max_shard_bytes=10_000)
+    jaxkv.models.save(tmp_path, model)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+    again = jaxkv.models.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    assert again.config.dtype == "float32"
+
+
+def test_untrained_models_are_made_from_a_config_alone_and_saved(tmp_path):
+    model = jaxkv.models.init(GOLDEN / "gemma2", rngs=nnx.Rngs(0))
+    jaxkv.models.save(tmp_path, model)
+    again = jaxkv.models.load(tmp_path)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), again.params, model.params)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype):
+    model = jaxkv.models.load(GOLDEN / "gemma3", dtype=dtype)
+    kinds = {name: leaf.dtype for name, leaf in weights.named(model.params).items()}
+    # What is stored as scale - 1 would lose its last bits; all else is as asked.
+    assert {str(kind) for name, kind in kinds.items() if "norm" not in name} == {dtype}
+    assert {str(kind) for name, kind in kinds.items() if "norm" in name} == {"float32"}
+    assert {spec.k_storage.dtype.name for spec in model.specs} == {dtype}
+    got = model.module(jnp.asarray(expected("gemma3")["tokens"])[None])
+    assert got.dtype == dtype
+    worst = np.abs(np.asarray(got[0], np.float32) - expected("gemma3")["logits"]).max()
+    assert worst < {"bfloat16": 0.5, "float16": 0.05}[dtype]
+
+
+def test_the_dtype_is_that_of_the_checkpoint():
+    assert jaxkv.models.load(GOLDEN / "qwen3").config.dtype == "bfloat16"
+
+
+def test_fused_while_loading_the_logits_are_the_same():
+    model = jaxkv.models.load(GOLDEN / "llama3", dtype="float32", fuse=True)
+    assert "qkv" in model.params["layers"][0]["attention"]
+    assert_close(model.module(jnp.asarray(expected("llama3")["tokens"])[None])[0], expected("llama3")["logits"])
+    with pytest.raises(ValueError, match="a fused model can't be saved"):
+        jaxkv.models.save(GOLDEN / "nowhere", model)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gpt2", "gemma2", "phi3"])
+def test_sharded_over_two_devices(name):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))
+    model = jaxkv.models.load(GOLDEN / name, dtype="float32", sharding=jaxkv.models.tensor_parallel(mesh))
+    query = model.params["layers"][0]["attention"]["query"]["kernel"]
+    assert query.addressable_shards[0].data.shape[1] == query.shape[1] // 2
+    whole = weights.named(model_of(name).params)
+    for param, leaf in weights.named(model.params).items():
+        np.testing.assert_array_equal(leaf, whole[param], err_msg=param)
+    along_heads = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
+    cache = jaxkv.Cache.init(model.specs, 1, CAPACITY, sharding=along_heads)
+    result = jaxkv.generate(model.forward, model.params, [expected(name)["tokens"]], cache, max_new_tokens=8)
+    assert result.tokens[0].tolist() == expected(name)["greedy"][:8].tolist()
+
+
+def test_one_sharding_for_all():
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    model = jaxkv.models.load(GOLDEN / "gpt2", sharding=place)
+    assert {leaf.sharding for leaf in jax.tree.leaves(model.params)} == {place}
+
+
+def test_progress_ends_with_everything():
+    seen = []
+    jaxkv.models.load(GOLDEN / "phi3", progress=lambda done, total: seen.append((done, total)))
+    done, total = zip(*seen, strict=True)
+    tensors = jaxkv.models.Files(GOLDEN / "phi3")
+    assert set(total) == {sum(tensors[name].nbytes for name in tensors)}
+    assert list(done) == sorted(done) and done[-1] == total[-1]
+
+
+# What Hugging Face has under these names, as config.json was written at the time; the number of parameters is what the
+# cards say.
+LLAMA = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "model_type": "llama", "attention_bias": False, "mlp_bias": False}
+PUBLISHED = {
+    "Llama-2-7b": (
+        {
+            **LLAMA,
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 4096,
+            "rope_scaling": None,
+            "pretraining_tp": 1,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+        },
+        6_738_415_616,
+    ),
+    "Llama-3.2-1B": (
+        {
+            **LLAMA,
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "tie_word_embeddings": True,
+        },
+        1_235_814_400,
+    ),
+    "Mistral-7B-v0.1": (
+        {
+            "model_type": "mistral",
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "hidden_act": "silu",
+            "max_position_embeddings": 32768,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+        },
+        7_241_732_096,
+    ),
+    "Qwen2.5-0.5B": (
+        {
+            "model_type": "qwen2",
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "hidden_act": "silu",
+            "max_position_embeddings": 32768,
+            "max_window_layers": 24,
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "use_sliding_window": False,
+            "tie_word_embeddings": True,
+        },
+        494_032_768,
+    ),
+    "Qwen3-0.6B": (
+        {
+            "model_type": "qwen3",
+            "vocab_size": 151936,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 28,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "tie_word_embeddings": True,
+        },
+        596_049_920,
+    ),
+    "gemma-2-2b": (
+        {
+            "model_type": "gemma2",
+            "vocab_size": 256000,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "query_pre_attn_scalar": 256,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+        },
+        2_614_341_888,
+    ),
+    "gemma-3-1b-it": (
+        {
+            "model_type": "gemma3_text",
+            "vocab_size": 262144,
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "query_pre_attn_scalar": 256,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+        },
+        999_885_952,
+    ),
+    "Phi-3-mini-128k": (
+        {
+            "model_type": "phi3",
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "hidden_act": "silu",
+            "max_position_embeddings": 131072,
+            "original_max_position_embeddings": 4096,
+            "rope_theta": 10000.0,
+            "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+            "sliding_window": 262144,
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+        },
+        3_821_079_552,
+    ),
+    "gpt2": (
+        {
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "n_ctx": 1024,
+            "n_embd": 768,
+            "n_head": 12,
+            "n_layer": 12,
+            "n_positions": 1024,
+            "vocab_size": 50257,
+        },
+        124_439_808,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_have_the_published_number_of_parameters(name):
+    source, count = PUBLISHED[name]
+    _, config, _ = jaxkv.models.read_config(source)
+    module = nnx.eval_shape(lambda: jaxkv.models.Decoder(config, rngs=nnx.Rngs(0)))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module))) == count
+
+
+def config_of(name, **changes):
+    return jaxkv.models.read_config({**PUBLISHED[name][0], **changes})[1]
+
+
+def test_facts_of_published_configs():
+    scaling = config_of("Llama-3.2-1B").layer_rotary(0).scaling
+    assert scaling == jaxkv.Llama3Scaling(32.0, 1.0, 4.0, 8192)
+    assert config_of("Mistral-7B-v0.1").reaches == (jaxkv.Window(4096),)
+    assert config_of("Mistral-7B-v0.1", sliding_window=None).reaches == (jaxkv.Full(),)
+    assert config_of("Qwen2.5-0.5B").reaches == (jaxkv.Full(),)
+    gemma = config_of("gemma-3-1b-it")
+    assert [gemma.reach(i).size for i in range(7)] == [512] * 5 + [None, 512]
+    assert [gemma.layer_rotary(i).theta for i in (4, 5)] == [10_000.0, 1_000_000.0]
+    assert [config_of("gemma-2-2b").reach(i).size for i in range(4)] == [4096, None, 4096, None]
+    long = config_of("Phi-3-mini-128k").layer_rotary(0)
+    assert long.scaling.factors == (2.0,) * 48 and long.scaling.magnitude == pytest.approx(1.1902380714238083)
+
+
+def test_old_and_new_ways_to_write_rotary_mean_the_same():
+    new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+    old = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5000.0}
+    assert config_of("Llama-2-7b", rope_parameters=new) == config_of("Llama-2-7b", **old)
+    kinds = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    old = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert config_of("gemma-3-1b-it", rope_parameters=kinds) == config_of("gemma-3-1b-it", **old)
+
+
+REFUSED = {
+    "unknown family": ("Llama-2-7b", {"model_type": "mamba"}, '"model_type": .mamba.*known are llama, mistral'),
+    "activation": ("Llama-2-7b", {"hidden_act": "xielu"}, '"hidden_act": .xielu.*known are silu'),
+    "rotary": ("Llama-2-7b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, '"rope_scaling".*one of default'),
+    "quantized": ("Llama-2-7b", {"quantization_config": {"quant_method": "gptq"}}, '"quantization_config" .gptq'),
+    "layer types": ("gemma-2-2b", {"layer_types": ["linear_attention"] * 26}, '"layer_types".*full_attention'),
+    "scores by layer": (
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": True},
+        "scale_attn_by_inverse_layer_idx.*only False",
+    ),
+    "both directions": ("gemma-3-1b-it", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "sizes missing": ("Llama-2-7b", {"hidden_size": None}, 'no "hidden_size", which a llama model needs'),
+    "a list too short": ("gemma-2-2b", {"layer_types": ["full_attention"]}, '1 "layer_types" for 26 layers'),
+    "factor missing": ("Llama-2-7b", {"rope_scaling": {"type": "linear"}}, 'type "linear" has no "factor"'),
+    "a wrong kind": ("Llama-2-7b", {"hidden_size": "wide"}, "a field of a wrong kind"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_computed_is_refused_before_weights_are_read(case, tmp_path):
+    name, changes, message = REFUSED[case]
+    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED[name][0], **changes}))
+    (tmp_path / "model.safetensors").write_bytes(b"not to be looked at")
+    with pytest.raises((jaxkv.NotSupportedError, ValueError), match=message):
+        jaxkv.models.load(tmp_path)
+
+
+def copy_of(name, folder):
+    """Returns a writable copy of a checkpoint, and its tensors."""
+    shutil.copy(GOLDEN / name / "config.json", folder)
+    return dict(jaxkv.models.Files(GOLDEN / name))
+
+
+def test_all_that_does_not_fit_is_said_at_once(tmp_path):
+    tensors = copy_of("qwen3", tmp_path)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((3, 24), np.float32)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
+    tensors["model.layers.2.mlp.down_proj.weight"] = np.zeros((24, 40), np.int8)
+    weights.write(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(ValueError) as error:
+        jaxkv.models.load(tmp_path)
+    assert str(error.value).splitlines()[1:] == [
+        "  shape: model.layers.1.mlp.up_proj.weight is (3, 24) in the file, (40, 24) in the model",
+        "  kind: model.layers.2.mlp.down_proj.weight is int8; quantized weights can't be read",
+        "  missing: model.norm.weight (24,)",
+        "  unknown: model.layers.0.self_attn.q_proj.bias (32,)",
+    ]
+
+
+def test_files_that_are_missing_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no .*config\.json; give a directory as Hugging Face publishes"):
+        jaxkv.models.load(tmp_path / "nowhere")
+    copy_of("mistral", tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor .*pytorch_model\.bin can't be read"):
+        jaxkv.models.load(tmp_path)
+    shutil.copy(GOLDEN / "mistral" / "model.safetensors.index.json", tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"names 6 files, of which model-00001-of-00006\.safetensors, .*not there"
+    ):
+        jaxkv.models.load(tmp_path)
+
+
+def test_a_table_written_twice_and_buffers_are_passed_over(tmp_path):
+    tensors = copy_of("gemma2", tmp_path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    weights.write(tmp_path / "model.safetensors", tensors)
+    got = jaxkv.models.load(tmp_path, dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, got.params, model_of("gemma2").params)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_model_that_sees_images(prefix, tmp_path):
+    tensors = copy_of("gemma3", tmp_path)
+    tensors = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
+    tensors["vision_tower.vision_model.embeddings.patch_embedding.weight"] = np.zeros((2, 2), np.float32)
+    tensors["multi_modal_projector.mm_input_projection_weight"] = np.zeros((2, 2), np.float32)
+    weights.write(tmp_path / "model.safetensors", tensors)
+    text = json.loads((GOLDEN / "gemma3" / "config.json").read_text())
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    got = jaxkv.models.load(tmp_path, dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, got.params, model_of("gemma3").params)
+    assert got.context == 128
+
+
+def test_gpt2_as_it_was_first_published(tmp_path):
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in copy_of("gpt2", tmp_path).items()}
+    tensors["h.0.attn.bias"] = np.ones((1, 1, 96, 96), np.float32)
+    weights.write(tmp_path / "model.safetensors", tensors)
+    got = jaxkv.models.load(tmp_path, dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, got.params, model_of("gpt2").params)
+
+
+def test_every_family_has_a_checkpoint_here():
+    here = {json.loads((path / "config.json").read_text())["model_type"] for path in GOLDEN.iterdir()}
+    assert here == set(FAMILIES) - {"gemma3"}  # which is gemma3_text with eyes
+
+
+@functools.cache
+def make_families():
+    """Returns the script as a module, or skips where transformers is not installed."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    spec = importlib.util.spec_from_file_location("make_families", GOLDEN.parent / "make_families.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ODD = [
+    "llama with all biases, tied",
+    "llama with linear scaling",
+    "llama with yarn, one kv head",
+    "mistral without a window, tied",
+    "qwen2 without windows, tied",
+    "qwen3 with biases and windows",
+    "gemma2 with biases, untied",
+    "gemma3, more layers than the pattern",
+    "phi3, a quarter turned, tied",
+    "gpt2, another width within, untied",
+    "gpt_oss with one expert, without biases",
+    "gpt_oss with more experts than tokens",
+]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("case", ODD)
+def test_odd_settings_against_transformers(case, tmp_path):
+    script = make_families()
+    assert set(ODD) == set(script.ODD)
+    source, facts = script.make(*script.ODD[case])
+    script.write(tmp_path, source, facts)
+    facts = weights.File(tmp_path / "expected.safetensors")
+    model = jaxkv.models.load(tmp_path, dtype="float32")
+    for block in (24, 1):
+        got = feed(model, [facts["tokens"], facts["short"]], block)[0]
+        assert_close(got[0], facts["logits"])
+        assert_close(got[1], facts["short_logits"])
+    cache = jaxkv.Cache.init(model.specs, num_rows=2, capacity=CAPACITY)
+    prompts = [facts["tokens"], facts["short"]]
+    result = jaxkv.generate(model.forward, model.params, prompts, cache, max_new_tokens=64)
+    assert result.tokens.tolist() == [facts["greedy"].tolist(), facts["short_greedy"].tolist()]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_reads_what_is_saved(name, tmp_path):
+    make_families()
+    import torch
+    import transformers
+
+    jaxkv.models.save(tmp_path, model_of(name), max_shard_bytes=20_000)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        got = model(torch.tensor(expected(name)["tokens"])[None].long()).logits[0].numpy()
+    assert_close(got, expected(name)["logits"])
