@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +15,9 @@ import pytest
 from flax import nnx
 
 import jaxkv
-from jaxkv.cli import chat, main
-from jaxkv.cli.terminal import Text, text_of
-from jaxkv.models import tiny
-from jaxkv.models.decoder import Decoder, DecoderConfig
+from jaxkv.cli import chat, info, main, source
+from jaxkv.cli.terminal import Text
+from jaxkv.models import ByteTokenizer, Decoder, DecoderConfig, GenerationConfig, Model, tiny, weights
 
 ROOT = Path(__file__).parent.parent
 CONFIG = DecoderConfig(
@@ -28,14 +29,25 @@ CONFIG = DecoderConfig(
     mlp_dim=32,
     reaches=(jaxkv.Window(16), jaxkv.Full()),
 )
-# A process started by one that ignores Ctrl-C ignores it too, unless it says otherwise.
-LISTENING = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_module('jaxkv')"
+# A process started by one that ignores Ctrl-C ignores it too, unless it says otherwise. The model may go on for long.
+LISTENING = """
+import dataclasses, runpy, signal
+from jaxkv.models import tiny
+signal.signal(signal.SIGINT, signal.default_int_handler)
+load = tiny.load
+tiny.load = lambda: dataclasses.replace(load(), context=None)
+runpy.run_module("jaxkv")
+"""
 
 
 @pytest.fixture
 def small_model(monkeypatch):
     """An untrained model in place of the shipped one."""
-    monkeypatch.setattr(tiny, "load", lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)))
+    generation = GenerationConfig(stop_tokens=(0,), greedy=False, temperature=0.7)
+    module = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    model = Model.of(module, generation=generation, make_tokenizer=ByteTokenizer)
+    monkeypatch.setattr(tiny, "load", lambda: model)
+    return model
 
 
 @pytest.fixture
@@ -80,7 +92,7 @@ def test_version_names_what_matters_in_a_report():
 
 
 def test_a_reader_that_goes_away_ends_it_quietly():
-    with start("generate", "The", "-n", "5000") as process:
+    with start("generate", "The", "-n", "500") as process:
         process.stdout.read(10)
         process.stdout.close()
         assert process.stderr.read() == b""
@@ -173,18 +185,17 @@ def test_chat_goes_on_as_generate_would_with_the_whole_text(small_model, capsys,
     type_in("hello\nwhat\n")
     assert main(["chat", "-n", "8", "-q", "--greedy"]) == 0
     first, second = capsys.readouterr().out.splitlines()[:2]
-    model = Decoder(CONFIG, rngs=nnx.Rngs(0))
-    forward, params = jaxkv.nnx.functional(model)
 
     def continued(history: list[int]) -> list[int]:
-        cache = jaxkv.Cache.init(model.specs(), 1, 1024)
-        result = jaxkv.generate(forward, params, [history], cache, max_new_tokens=8, stop_tokens=0)
+        cache = jaxkv.Cache.init(small_model.specs, 1, 1024)
+        options = dict(max_new_tokens=8, stop_tokens=0)
+        result = jaxkv.generate(small_model.forward, small_model.params, [history], cache, **options)
         return result.tokens[0, : result.lengths[0]].tolist()
 
-    hello = tiny.encode("hello")
+    hello = small_model.tokenizer.encode("hello")
     answer = continued(hello)
     assert first == text_of(answer)
-    assert second == text_of(continued([*hello, *answer, *tiny.encode("\n\nwhat")]))
+    assert second == text_of(continued([*hello, *answer, *small_model.tokenizer.encode("\n\nwhat")]))
 
 
 def test_chat_forgets_the_oldest_part_when_the_cache_is_full(small_model, capsys, type_in):
@@ -221,6 +232,238 @@ def test_interrupt_stops_the_models_turn_and_keeps_the_text(small_model, capsys,
     assert turns[1][0] == "7"
 
 
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+FAMILIES = ROOT / "tests" / "golden" / "families"
+TEMPLATE = """\
+{%- for message in messages %}
+{%- if message.role == 'critic' %}{{ raise_exception('nobody asked') }}{% endif %}
+{{- 't90 ' if message.role == 'user' else 't93 ' if message.role == 'system' else 't91 ' }}
+{{- message.content + ' t92 ' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 't91' }}{% endif %}
+"""
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Makes a checkpoint of a golden one: with a tokenizer whose token 7 is "t7", and what else is given."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("jinja2")
+
+    def checkpoint(family: str = "llama3", template: str | None = None, **generation) -> str:
+        directory = tmp_path / family
+        shutil.copytree(FAMILIES / family, directory)
+        words = {f"t{i}": i for i in range(96)}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+        return str(directory)
+
+    return checkpoint
+
+
+def words(tokens) -> str:
+    return " ".join(f"t{token}" for token in tokens)
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral"])
+def test_a_checkpoint_goes_on_as_it_does_in_transformers(checkpoint, capsys, family):
+    golden = weights.File(FAMILIES / family / "expected.safetensors")
+    directory = checkpoint(family)
+    for prompt, greedy in (("tokens", "greedy"), ("short", "short_greedy")):
+        assert main(["generate", "--model", directory, words(golden[prompt]), "-n", "64"]) == 0
+        out, err = capsys.readouterr()
+        assert out == f"{words(golden[prompt])} {words(golden[greedy])}\n"
+        assert "loaded as float32" in err and "sampling: greedy (generation_config.json)" in err
+
+
+def test_a_checkpoint_is_sampled_as_its_makers_want_and_options_go_before(checkpoint, capsys):
+    directory = checkpoint(do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=[28, 2], max_new_tokens=5)
+
+    def report(*options: str) -> str:
+        assert main(["generate", "-m", directory, "t5 t7", *options]) == 0
+        return capsys.readouterr().err
+
+    assert "sampling: temperature 0.6, top p 0.9 (generation_config.json)" in report()
+    assert "sampling: temperature 0.6, top p 0.9 (generation_config.json); top k 3 (as asked)" in report("--top-k", "3")
+    greedy = report("--greedy")
+    assert "sampling: greedy (as asked)" in greedy
+    assert re.search(r"wrote \d+ \((up to an end of the text|as many as asked for)\)", greedy)
+
+
+def test_one_option_for_drawing_makes_a_greedy_checkpoint_draw(checkpoint, capsys):
+    assert main(["generate", "-m", checkpoint(top_k=3), "t5", "-n", "2", "--top-p", "0.9"]) == 0
+    sampling = "sampling: temperature 1 (the default); top k 3 (generation_config.json); top p 0.9 (as asked)"
+    assert sampling in capsys.readouterr().err
+
+
+def test_a_text_ends_where_the_model_was_not_made_for_more(checkpoint, capsys):
+    assert main(["generate", "-m", checkpoint(), words(range(1, 91))]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.split()) == 128
+    assert "wrote 38 (up to the 128 tokens that the model was made for)" in err
+
+
+def test_compare_works_for_checkpoints(checkpoint, capsys):
+    assert main(["generate", "-m", checkpoint(), "t5 t7", "-n", "8", "--compare"]) == 0
+    assert re.findall(r"x   (.*)$", capsys.readouterr().out, re.MULTILINE) == ["yes"] * 4
+
+
+def test_a_checkpoint_is_computed_in_the_dtype_that_is_asked_for(checkpoint, capsys):
+    assert main(["generate", "-m", checkpoint(), "t5 t7", "-n", "2", "--dtype", "bfloat16"]) == 0
+    err = capsys.readouterr().err
+    assert "loaded as bfloat16" in err and "cache: 192 B per token" in err
+
+
+def conversation(directory: str, turns: list[str], num_tokens: int) -> list[str]:
+    """Returns the answers to a growing list of messages, each read from its beginning."""
+    model = jaxkv.models.load(directory, dtype="float32", context=128, fuse=True)
+    messages, answers = [], []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        prompt = model.tokenizer.chat(messages)
+        cache = jaxkv.Cache.init(model.specs, 1, 128)
+        result = jaxkv.generate(model.forward, model.params, [prompt], cache, max_new_tokens=num_tokens)
+        answers.append(model.tokenizer.decode(result.tokens[0]))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+def test_a_conversation_is_answered_as_if_it_were_read_from_its_beginning_but_is_not(checkpoint, capsys, type_in):
+    directory = checkpoint("mistral", TEMPLATE)  # windows of 8: what was said early is gone
+    type_in("t1 t2\nt3\n/reset\nt4\n")
+    assert main(["chat", "-m", directory, "-n", "12"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [*conversation(directory, ["t1 t2", "t3"], 12), *conversation(directory, ["t4"], 12)]
+    turns = re.findall(r"(\d+) tokens did not have to be read again, (\d+) are new", err)
+    # "t90 t1 t2 t92 t91" and 12 tokens, of which the cache doesn't hold the last
+    assert turns == [("0", "17"), ("16", "18"), ("0", "16")]
+    assert "Write a line and the model answers" in err
+
+
+def test_what_a_template_writes_in_another_way_is_read_again(checkpoint, capsys, type_in):
+    shortened = TEMPLATE.replace("message.content", "message.content[:11]")  # three tokens of each answer stay
+    directory = checkpoint("mistral", shortened)
+    type_in("t10 t20\nt30\n")
+    assert main(["chat", "-m", directory, "-n", "12"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == conversation(directory, ["t10 t20", "t30"], 12)
+    held = [int(n) for n in re.findall(r"(\d+) tokens did not have to be read again", err)]
+    assert held[0] == 0 and 5 <= held[1] <= 9
+
+
+def test_a_conversation_forgets_its_oldest_messages_but_not_the_system_message(checkpoint, capsys, type_in):
+    type_in("".join(f"t{i} t2 t3 t4\n" for i in range(12)))
+    words = ["chat", "-m", checkpoint("llama3", TEMPLATE), "-n", "8", "--system", "t5"]
+    assert main(words) == 0
+    err = capsys.readouterr().err
+    assert len(re.findall(r"the cache was full: the oldest \d+ messages are forgotten", err)) >= 1
+    held = [int(n) for n in re.findall(r"(\d+) tokens did not have to be read again", err)]
+    assert len(held) == 12 and min(held[1:]) == 4  # "t93 t5 t92 t90": the system message, and that a user speaks
+
+
+def test_a_message_that_does_not_fit_or_is_refused_leaves_the_conversation_as_it_was(checkpoint, capsys, type_in):
+    refusing = TEMPLATE.replace("message.role == 'critic'", "message.content == 't9'")
+    type_in("t1\nt9\n" + "t2 " * 130 + "\nt3\n")
+    assert main(["chat", "-m", checkpoint("llama3", refusing), "-n", "8"]) == 0
+    err = capsys.readouterr().err
+    assert "refuses these messages: nobody asked" in err
+    assert "error: 133 tokens and up to 8 new ones don't fit a cache that holds 128" in err
+    turns = re.findall(r"(\d+) tokens did not have to be read again, (\d+) are new", err)
+    assert turns == [("0", "12"), ("11", "14")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "has no config.json; give a directory as Hugging Face publishes them"),
+        (lambda d: (d / "config.json").write_text("{}"), 'config.json has "model_type": None, which is not known here'),
+        (
+            lambda d: (d / "model.safetensors").unlink(),
+            "holds neither model.safetensors nor model",
+        ),
+        (lambda d: (d / "tokenizer.json").unlink(), "has no tokenizer.json; fetch it from where the checkpoint comes"),
+        (lambda d: (d / "generation_config.json").write_text("{"), "generation_config.json is not valid JSON"),
+    ],
+)
+def test_what_is_wrong_with_a_checkpoint_is_said_on_one_line(checkpoint, capsys, change, message):
+    directory = checkpoint()
+    change(Path(directory))
+    assert main(["generate", "-m", directory, "t5"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("jaxkv: error: ") and message in err
+
+
+def test_what_is_wrong_with_many_tensors_is_a_short_list(checkpoint, capsys):
+    directory = checkpoint()
+    path = Path(directory) / "model.safetensors"
+    weights.write(path, {f"strange.{i}": array for i, array in enumerate(dict(weights.File(path)).values())})
+    assert main(["generate", "-m", directory, "t5"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("does not fit its config.json:") and lines[1].startswith("  missing: ")
+    assert len(lines) == 10 and re.fullmatch(r"  and \d+ more", lines[-1])
+
+
+def test_a_tokenizer_of_another_model_is_noticed(checkpoint, capsys):
+    directory = Path(checkpoint())
+    tokenizer = (directory / "tokenizer.json").read_text().replace('"t95": 95', '"t95": 195')
+    (directory / "tokenizer.json").write_text(tokenizer)
+    assert main(["generate", "-m", str(directory), "t95"]) == 1
+    assert "the tokenizer makes token 195 of this prompt, and the model knows 96" in capsys.readouterr().err
+
+
+def test_loading_shows_its_progress_on_a_terminal_only(capsys):
+    pytest.importorskip("tqdm")
+    for show in (True, False):
+        with source.progress_bar(show=show) as progress:
+            if progress is not None:
+                progress(50, 100)
+        assert ("loading" in capsys.readouterr().err) == show
+
+
+# --- info ------------------------------------------------------------------------------------------------------------
+
+
+def test_info_says_what_a_checkpoint_is(checkpoint, capsys):
+    assert main(["info", checkpoint("mistral", TEMPLATE, eos_token_id=2), "--memory", "1GB"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for line in (
+        "parameters   20,328, 39.7 KiB of bfloat16",
+        "layers       3 Window(8)",
+        "attention    4 query heads, 2 kv heads x 8",
+        "context      made for texts of up to 128 tokens",
+        "tokenizer    96 tokens, with a chat template",
+        "stop tokens  2",
+    ):
+        assert f"{line}\n" in out
+    assert re.search(r"^bfloat16 +39\.7 KiB +192 B +24\.5 KiB +all 128$", out, re.MULTILINE)
+    assert "953.7 MiB (given)" in out
+
+
+def test_info_says_how_long_a_text_fits(capsys):
+    assert main(["info", "--memory", "6MB"]) == 0
+    longest = re.findall(r"^b?float\d+ .* (\S+)$", capsys.readouterr().out, re.MULTILINE)
+    plan = jaxkv.plan_memory(tiny.load().specs, 1, int(longest[0])).nbytes
+    left = 6_000_000 - 4 * 1_373_920
+    assert longest[1:] == ["512", "512"] and plan <= left
+    assert jaxkv.plan_memory(tiny.load().specs, 1, int(longest[0]) + 64).nbytes > left
+    assert main(["info", "--memory", "4MB"]) == 0
+    assert "too large" in capsys.readouterr().out
+
+
+def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
+    monkeypatch.setattr(info, "free_memory", lambda: (1 << 30, "free on this machine"))
+    assert main(["info"]) == 0
+    assert "1.0 GiB (free on this machine)" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert info.free_memory()[0] > 0
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +480,16 @@ def test_interrupt_stops_the_models_turn_and_keeps_the_text(small_model, capsys,
         (["generate", "x", "--compare", "--top-p", "0.5"], "--compare decodes one text, greedily"),
         (["generate", "x", "-n", "0"], "'0' is not a count; give 1 or more; see jaxkv generate --help"),
         (["generate", "x", "-n", "many"], "'many' is not a count"),
-        (["chat", "-n", "40", "--capacity", "64"], "--capacity 160, or a smaller --max-new-tokens"),
+        (["chat", "-n", "40", "--capacity", "64"], "give a smaller --max-new-tokens, or --capacity 160"),
+        (["chat", "-n", "300"], "leave too little of a cache that holds 512; give a smaller --max-new-tokens"),
+        (["chat", "--system", "Be brief."], "has no chat template, so nobody can tell it anything; leave out --system"),
+        (["generate", "x", "-n", "600"], "1 tokens of prompt and 600 new ones are more than the 512"),
+        (["generate", "x" * 512], "the prompt has 512 tokens, and the model was made for texts of 512 in all"),
+        (["generate", "x", "--capacity", "1024"], "--capacity 1024 is beyond the 512 tokens"),
+        (["generate", "x", "--model", "openai/gpt-2"], "hf download openai/gpt-2 --local-dir gpt-2; then give gpt-2"),
+        (["info", "nowhere"], "nowhere is no directory; give one that holds a checkpoint"),
+        (["info", "pyproject.toml"], "pyproject.toml is a file; give the directory that holds it"),
+        (["info", "--memory", "8 bits"], "'8 bits' is no size; give one such as 8GB"),
         (["write"], "invalid choice: 'write'"),
         ([], "the following arguments are required: COMMAND; see jaxkv --help"),
     ],
@@ -262,7 +514,7 @@ def test_failures_are_one_line_and_status_1(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("jaxkv: error: ")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["chat", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["chat", "--help"], ["info", "--help"]])
 def test_help_fits_a_terminal_and_shows_examples(words, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as end:
@@ -270,19 +522,26 @@ def test_help_fits_a_terminal_and_shows_examples(words, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert (end.value.code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 104
-    assert "jaxkv generate" in out or "/reset" in out
+    assert "jaxkv generate" in out or "/reset" in out or "jaxkv info" in out
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
+def text_of(tokens: list[int]) -> str:
+    text = Text(ByteTokenizer())
+    return text.take(tokens) + text.end()
+
+
 def test_characters_wait_until_they_are_whole():
-    text = Text()
+    text = Text(ByteTokenizer())
     assert [text.take([byte]) for byte in "é€".encode()] == ["", "é", "", "", "€"]
     assert text.end() == ""
+    assert (text.text, text.tokens) == ("é€", list("é€".encode()))
 
 
 def test_what_is_not_text_is_shown_as_such():
     assert text_of([0xFF, 0x41]) == "\N{REPLACEMENT CHARACTER}A"
     assert text_of([0x41, 0xC3]) == "A\N{REPLACEMENT CHARACTER}"
     assert text_of([0x1B, 0x0A]) == "\N{REPLACEMENT CHARACTER}\n"  # no escape sequences for the terminal
+    assert text_of([0xC2, 0x9B]) == "\N{REPLACEMENT CHARACTER}"  # nor the one that stands for their beginning

@@ -1,4 +1,4 @@
-"""The command `jaxkv`: a model that continues text, out of a compiled loop that reads its past from a cache.
+"""The command `jaxkv`: models that continue text, out of a compiled loop that reads its past from a cache.
 
 Text goes to standard output, everything about it to standard error.
 """
@@ -10,9 +10,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxkv.cli.options import UsageError, parser
+import jax
+
+from jaxkv.cli.options import Failure, UsageError, parser
 from jaxkv.cli.terminal import note
 from jaxkv.errors import CacheError
+
+_MOST_LINES = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,10 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes standard output once more when it ends: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (CacheError, OSError) as error:
+    except (CacheError, Failure, OSError) as error:
         return _complain(error, 1)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _complain("there is not enough memory; jaxkv info DIR says what the model and its cache take", 1)
 
 
 def _complain(what: object, status: int) -> int:
-    note(f"error: {' '.join(str(what).split())}")
+    """Says what is wrong on one line, or what is wrong with many things on a few."""
+    lines = [" ".join(line.split()) for line in str(what).splitlines()]
+    note(f"error: {lines[0]}" if lines else "error")
+    for line in lines[1 : _MOST_LINES + 1]:
+        print(f"  {line}", file=sys.stderr)
+    if len(lines) > _MOST_LINES + 1:
+        print(f"  and {len(lines) - _MOST_LINES - 1:,} more", file=sys.stderr)
     return status

@@ -6,13 +6,18 @@ import argparse
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxkv.cache.cache import Cache
-from jaxkv.cli.run import Model, describe_size, load_model
-from jaxkv.cli.terminal import note, text_of, write
+from jaxkv.cli.run import describe_size
+from jaxkv.cli.source import told
+from jaxkv.cli.terminal import note, printable, write
 from jaxkv.generate import generate
+from jaxkv.models import Model
 
 _HOW = """\
 Greedy decoding of whole texts after a prompt of {}, in one compiled loop each way. Without a
@@ -22,15 +27,34 @@ serves all steps. Both programs ran once before the clock started; the times are
 """
 
 
-def compare(args: argparse.Namespace, prompt: list[int], capacity: int) -> int:
+def compare(args: argparse.Namespace, model: Model, prompt: list[int], max_new_tokens: int, capacity: int) -> int:
     """Returns 0 if the tokens are the same at every length, else 1."""
-    model = load_model()
+    graphdef, state = nnx.split(model.module)
+
+    @jax.jit
+    def recompute(state: Any, tokens: Any, begin: Any) -> Any:
+        def step(i: Any, tokens: Any) -> Any:
+            logits = nnx.merge(graphdef, state)(tokens)  # [1, S, V]; position i - 1 sees nothing after itself
+            return tokens.at[0, i].set(jnp.argmax(logits[0, i - 1]).astype(tokens.dtype))
+
+        return jax.lax.fori_loop(begin, tokens.shape[1], step, tokens)
+
+    def without_cache(num_tokens: int) -> list[int]:
+        tokens = jnp.array([prompt + [0] * num_tokens], jnp.int32)
+        return recompute(state, tokens, len(prompt))[0, len(prompt) :].tolist()
+
+    def with_cache(num_tokens: int) -> list[int]:
+        cache = Cache.init(model.specs, 1, capacity)
+        result = generate(model.forward, model.params, [prompt], cache, max_new_tokens=num_tokens)
+        return result.tokens[0, : result.lengths[0]].tolist()
+
     write(_HOW.format("1 token" if len(prompt) == 1 else f"{len(prompt):,} tokens"))
     write(f"{'new tokens':>10}{'with a cache':>16}{'without':>16}{'ratio':>10}   same tokens\n")
     all_same = True
-    for num_tokens in sorted({max(1, args.max_new_tokens // part) for part in (8, 4, 2, 1)}):
-        kept, seconds = _best_time(functools.partial(_with_cache, model, prompt, num_tokens, capacity))
-        computed, seconds_without = _best_time(functools.partial(_without_cache, model, prompt, num_tokens))
+    for num_tokens in sorted({max(1, max_new_tokens // part) for part in (8, 4, 2, 1)}):
+        with told():
+            kept, seconds = _best_time(functools.partial(with_cache, num_tokens))
+            computed, seconds_without = _best_time(functools.partial(without_cache, num_tokens))
         differs = next((i for i, (a, b) in enumerate(zip(kept, computed, strict=True)) if a != b), None)
         all_same = all_same and differs is None
         same = "yes" if differs is None else f"up to {differs:,}: rounding chose between equals"
@@ -38,9 +62,9 @@ def compare(args: argparse.Namespace, prompt: list[int], capacity: int) -> int:
         write(
             f"{num_tokens:>10,}{seconds * 1e3:>13,.1f} ms{seconds_without * 1e3:>13,.1f} ms{ratio:>9,.1f}x   {same}\n"
         )
-    write(f"\n{text_of(prompt + kept)}\n")
+    write(f"\n{printable(model.tokenizer.decode(prompt + kept))}\n")
     if not args.quiet:
-        note(describe_size(model, 1, capacity))
+        note(describe_size(model.specs, 1, capacity))
     return 0 if all_same else 1
 
 
@@ -52,14 +76,3 @@ def _best_time(decode: Callable[[], list[int]]) -> tuple[list[int], float]:
         decode()
         times.append(time.perf_counter() - begin)
     return tokens, min(times)
-
-
-def _with_cache(model: Model, prompt: list[int], num_tokens: int, capacity: int) -> list[int]:
-    cache = Cache.init(model.specs, 1, capacity)
-    result = generate(model.forward, model.params, [prompt], cache, max_new_tokens=num_tokens)
-    return result.tokens[0, : result.lengths[0]].tolist()
-
-
-def _without_cache(model: Model, prompt: list[int], num_tokens: int) -> list[int]:
-    tokens = jnp.array([prompt + [0] * num_tokens], jnp.int32)
-    return model.recompute(tokens, len(prompt))[0, len(prompt) :].tolist()

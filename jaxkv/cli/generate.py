@@ -7,68 +7,115 @@ import sys
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cli.compare import compare
-from jaxkv.cli.options import MIN_CAPACITY, UsageError
-from jaxkv.cli.run import Run, describe_size, load_model, make_sampler, sampling_options
-from jaxkv.cli.terminal import clean, note, text_of, write
-from jaxkv.models import tiny
+from jaxkv.cli.options import MIN_CAPACITY, Failure, UsageError
+from jaxkv.cli.run import Run, check_capacity, choose_sampling, describe_size, sampling_options
+from jaxkv.cli.source import Source, find, told
+from jaxkv.cli.terminal import Text, clean, note, printable, write
 
-_REASONS = {
-    "length": "as many as asked for",
-    "stop": "up to an end of the text",
-    "full": "until the cache was full; a larger --capacity holds more",
-    "running": "until Ctrl-C",
-}
+_MAX_NEW_TOKENS = 200
 
 
 def run(args: argparse.Namespace) -> int:
     if args.compare and (args.samples > 1 or sampling_options(args)):
         raise UsageError("--compare decodes one text, greedily; leave out --samples and the options for sampling")
-    sampler = make_sampler(args)
-    prompt = _read_prompt(args.prompt)
-    capacity = _capacity(args, len(prompt))
+    source = find(args.model)
+    chosen = choose_sampling(args, source.generation, source.said_in)
+    check_capacity(args.capacity, source.context)
+    given = _read_prompt(args.prompt)
+    prompt = source.tokenizer.encode(given)
+    if max(prompt, default=0) >= source.config.vocab_size:
+        raise Failure(
+            f"the tokenizer makes token {max(prompt):,} of this prompt, and the model knows "
+            f"{source.config.vocab_size:,}; its tokenizer.json belongs to another model"
+        )
+    limit, shortened = _limit(args, source, len(prompt))
+    capacity = _capacity(args, len(prompt), limit, source.context)
+    model = source.load(args.dtype, len(prompt) + limit, quiet=args.quiet)
     if args.compare:
-        return compare(args, prompt, capacity)
+        return compare(args, model, prompt, limit, capacity)
+    given = printable(given)
     one = args.samples == 1
     if one:
-        write(text_of(prompt))
-    model = load_model()
-    cache = Cache.init(model.specs, args.samples, capacity)
-    decoding = Run(args.samples)
+        write(given)
+    decoding = Run([Text(source.tokenizer, prompt) for _ in range(args.samples)])
     try:
-        for texts in decoding.tokens(model, [prompt] * args.samples, cache, args, sampler):
-            if one:
-                write(texts[0])
+        with told():
+            cache = Cache.init(model.specs, args.samples, capacity)
+            rows = decoding.tokens(
+                model,
+                [prompt] * args.samples,
+                cache,
+                max_new_tokens=limit,
+                sampler=chosen.sampler,
+                stop_tokens=source.stop_tokens,
+                seed=args.seed,
+            )
+            for texts in rows:
+                if one:
+                    write(texts[0])
     except KeyboardInterrupt:
         decoding.stop = True
+    rests = [text.end() for text in decoding.texts]
     if one:
-        write(decoding.texts[0].end() + "\n")
+        write(rests[0] + "\n")
     else:
         for number, text in enumerate(decoding.texts, 1):
-            write(f"--- {number} of {args.samples}\n{text_of(prompt + text.tokens)}\n")
+            write(f"--- {number} of {args.samples}\n{given}{text.text}\n")
     if not args.quiet:
         reasons = sorted({"running"} if decoding.result is None else set(decoding.result.reasons))
-        ended = ", ".join(_REASONS[reason] for reason in reasons)
+        ended = ", ".join(_reason(reason, source, shortened) for reason in reasons)
         note(f"{decoding.speed()}; read {len(prompt):,} tokens, wrote {decoding.num_tokens:,} ({ended})")
-        note(describe_size(model, args.samples, capacity))
+        note(f"sampling: {chosen.text}")
+        note(describe_size(model.specs, args.samples, capacity))
     return 130 if decoding.stop else 0
 
 
-def _read_prompt(given: str) -> list[int]:
+def _reason(reason: str, source: Source, shortened: bool) -> str:
+    if reason == "length" and shortened:
+        return f"up to the {source.context:,} tokens that the model was made for"
+    return {
+        "length": "as many as asked for",
+        "stop": "up to an end of the text",
+        "full": "until the cache was full; a larger --capacity holds more",
+        "running": "until Ctrl-C",
+    }[reason]
+
+
+def _read_prompt(given: str) -> str:
     text = given
     if given == "-":
         if sys.stdin.isatty():
             note("write what is to be continued, then Ctrl-D")
         text = sys.stdin.buffer.read().decode(errors="replace").removesuffix("\n")
-    prompt = tiny.encode(clean(text))
-    if not prompt:
+    if not text:
         raise UsageError('the prompt is empty; give some text to continue, for example: jaxkv generate "A list is"')
-    return prompt
+    return clean(text)
 
 
-def _capacity(args: argparse.Namespace, num_tokens: int) -> int:
-    needed = num_tokens + args.max_new_tokens
+def _limit(args: argparse.Namespace, source: Source, num_tokens: int) -> tuple[int, bool]:
+    """Returns how many tokens may come, and whether the model sets the limit and nobody else."""
+    asked = args.max_new_tokens or source.generation.max_new_tokens or _MAX_NEW_TOKENS
+    if source.context is None:
+        return asked, False
+    left = source.context - num_tokens
+    if left < 1:
+        raise UsageError(
+            f"the prompt has {num_tokens:,} tokens, and the model was made for texts of {source.context:,} in all; "
+            "give a shorter one"
+        )
+    if args.max_new_tokens is not None and asked > left:
+        raise UsageError(
+            f"{num_tokens:,} tokens of prompt and {asked:,} new ones are more than the {source.context:,} that the "
+            f"model was made for; give -n {left} or less"
+        )
+    return min(asked, left), asked > left
+
+
+def _capacity(args: argparse.Namespace, num_tokens: int, limit: int, context: int | None) -> int:
+    needed = num_tokens + limit
     if args.capacity is None:
-        return max(MIN_CAPACITY, 1 << (needed - 1).bit_length())
+        capacity = max(MIN_CAPACITY, 1 << (needed - 1).bit_length())
+        return capacity if context is None else min(capacity, context)
     if num_tokens > args.capacity:
         raise UsageError(
             f"the prompt has {num_tokens:,} tokens and the cache holds {args.capacity:,}; give a shorter prompt, or "

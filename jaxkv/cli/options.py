@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import re
 import textwrap
 from typing import Any, NoReturn
 
 MIN_CAPACITY = 1024  # a power of two, so that most calls share their compiled programs
-TEMPERATURE = 0.7
+DTYPES = ("float32", "bfloat16", "float16")
 SAMPLING = ("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty")
 
 
 class UsageError(Exception):
     """What was asked for can't be done, whatever the machine."""
+
+
+class Failure(Exception):
+    """Something is missing or can't be read; the message says what, and what to do."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,8 +35,8 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser; `command` names the file of this folder whose `run(args)` does what was asked for."""
     top = _Parser(
         prog="jaxkv",
-        description="Continues text with the small model that comes with jaxkv. What it has read stays in a cache and "
-        "is never computed twice.",
+        description="Continues text with a model: a checkpoint directory as Hugging Face publishes them, or the small "
+        "model that comes with jaxkv. What has been read stays in a cache and is never computed twice.",
         epilog="""\
 examples:
   jaxkv generate "The with statement"
@@ -39,6 +44,9 @@ examples:
   head -c 300 notes.txt | jaxkv generate --greedy --quiet > continued.txt
   jaxkv generate "The with statement" --compare
   jaxkv chat
+  hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B
+  jaxkv info Qwen3-0.6B
+  jaxkv chat --model Qwen3-0.6B
 
 Compiled programs are kept in $JAXKV_CACHE_DIR (or $JAX_COMPILATION_CACHE_DIR; by default in a folder
 jaxkv under $XDG_CACHE_HOME or ~/.cache), so that the second start is quick. It may be deleted any time.""",
@@ -47,6 +55,7 @@ jaxkv under $XDG_CACHE_HOME or ~/.cache), so that the second start is quick. It 
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_chat(commands)
+    _add_info(commands)
     return top
 
 
@@ -54,16 +63,18 @@ def _add_generate(commands: Any) -> None:
     command = commands.add_parser(
         "generate",
         help="continue a text",
-        description="Continues a text, shown token by token as it comes; a token of this model is a byte. Standard "
-        "error says how long the first token took, how many followed per second, and what the cache takes.",
+        description="Continues a text, shown token by token as it comes. Standard error says how long the first token "
+        "took, how many followed per second, how they were chosen, and what the cache takes. Checkpoints are sampled "
+        "as their generation_config.json says: greedily, unless it says do_sample. Options go before it.",
         epilog="""\
 examples:
   jaxkv generate "The with statement"                   the same every time: the seed is 0
-  jaxkv generate "The with statement" --seed 1 -n 500   another text, and longer
-  jaxkv generate "A list is" --greedy                   always the most probable next byte
+  jaxkv generate "The with statement" --seed 1 -n 400   another text, and longer
+  jaxkv generate "A list is" --greedy                   always the most probable next token
   jaxkv generate "A list is" --samples 4 --top-p 0.9    four texts, decoded together in one cache
   echo "An iterator" | jaxkv generate -q                prompt from standard input, no report
-  jaxkv generate "A list is" --compare                  what the cache saves""",
+  jaxkv generate "A list is" --compare                  what the cache saves
+  jaxkv generate --model Qwen3-0.6B "Once"              with a checkpoint, as its makers want it sampled""",
     )
     command.set_defaults(command="generate")
     add = command.add_argument
@@ -74,7 +85,7 @@ examples:
         metavar="PROMPT",
         help="what to continue; standard input if it is - or left out",
     )
-    _add_decoding(command, max_new_tokens=200)
+    _add_decoding(command, "200", "what is needed")
     add("--samples", type=_count, default=1, metavar="N", help="how many texts, decoded together (default: 1)")
     add(
         "--compare",
@@ -89,9 +100,10 @@ def _add_chat(commands: Any) -> None:
     command = commands.add_parser(
         "chat",
         help="write a text in turns with the model",
-        description="You write a line, the model goes on, and so in turns. The whole text stays in the cache, so only "
-        "what is new is read; a note after each turn says how many tokens did not have to be read again. When the "
-        "cache is full, the oldest part is forgotten. (The model continues text; nobody taught it to answer.)",
+        description="You write a line, the model answers if its checkpoint has a chat template, else it continues the "
+        "text. All of it stays in the cache, so only what is new is read; a note after each turn says how many tokens "
+        "did not have to be read again. When the cache is full, the oldest part is forgotten. (The model that comes "
+        "with jaxkv continues text; nobody taught it to answer.)",
         epilog="""\
 at your turn:
   /reset    forget everything
@@ -100,28 +112,54 @@ at the model's turn:
   Ctrl-C    stop it; what it wrote stays""",
     )
     command.set_defaults(command="chat")
-    _add_decoding(command, max_new_tokens=120)
+    _add_decoding(command, "1,024 with a chat template, else 120", "4,096 with a chat template")
+    command.add_argument("--system", metavar="TEXT", help="what the model is told first, by a system message")
     command.add_argument("-q", "--quiet", action="store_true", help="no notes on standard error")
 
 
-def _add_decoding(command: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    add = command.add_argument
-    length_help = f"at most this many new tokens (default: {max_new_tokens})"
-    add("-n", "--max-new-tokens", type=_count, default=max_new_tokens, metavar="N", help=length_help)
-    add(
-        "--temperature",
-        type=float,
-        metavar="T",
-        help=f"below 1 more predictable, above 1 less (default: {TEMPERATURE})",
+def _add_info(commands: Any) -> None:
+    command = commands.add_parser(
+        "info",
+        help="say what a model is, and what its cache takes",
+        description="Says what a checkpoint directory holds, or the model that comes with jaxkv: parameters, layers "
+        "and what they see, bytes of cache per token, and the longest text that fits into memory. Reads no weights.",
+        epilog="""\
+examples:
+  jaxkv info                                the model that comes with jaxkv
+  jaxkv info Qwen3-0.6B --memory 8GB        on another machine""",
     )
+    command.set_defaults(command="info")
+    command.add_argument("model", nargs="?", metavar="DIR", help="directory of a checkpoint")
+    memory_help = "how much there is for parameters and cache (default: what is free here)"
+    command.add_argument("--memory", type=_size, metavar="SIZE", help=memory_help)
+
+
+def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: str, capacity: str) -> None:
+    add = command.add_argument
+    model_help = "directory of a checkpoint (default: the small model that comes with jaxkv)"
+    add("-m", "--model", metavar="DIR", help=model_help)
+    dtype_help = "of parameters, computation and cache (default: float32 on a CPU, else the checkpoint's own)"
+    add("--dtype", choices=DTYPES, help=dtype_help)
+    length_help = f"at most this many new tokens (default: {max_new_tokens})"
+    add("-n", "--max-new-tokens", type=_count, metavar="N", help=length_help)
+    add("--temperature", type=float, metavar="T", help="below 1 more predictable, above 1 less")
     add("--top-k", type=int, metavar="K", help="choose among the K most probable tokens")
     add("--top-p", type=float, metavar="P", help="choose among the fewest tokens that together have probability P")
     add("--min-p", type=float, metavar="P", help="leave out tokens less probable than P times the most probable one")
     add("--repetition-penalty", type=float, metavar="R", help="above 1: tokens that have occurred become less probable")
     add("--greedy", action="store_true", help="always the most probable token")
     add("--seed", type=int, default=0, metavar="N", help="another seed gives another text (default: 0)")
-    capacity_help = f"tokens that the cache can hold (default: what is needed, at least {MIN_CAPACITY:,})"
+    capacity_help = f"tokens that the cache can hold (default: {capacity}, at least {MIN_CAPACITY:,})"
     add("--capacity", type=_count, metavar="N", help=capacity_help)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size; give one such as 8GB (powers of 1,000) or 8GiB (of 1,024)"
+        )
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 def _count(text: str) -> int:

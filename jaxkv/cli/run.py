@@ -1,60 +1,26 @@
-"""The shipped model, its sampler and cache, and one timed run of the compiled loop."""
+"""Sampler, limits and cache of a run, and one timed run of the compiled loop."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
-import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
-from jaxkv.cache.cache import Cache
 from jaxkv.cache.plan import plan_memory
 from jaxkv.cache.spec import EMPTY
-from jaxkv.cli.options import SAMPLING, TEMPERATURE, UsageError
+from jaxkv.cli.options import SAMPLING, UsageError
 from jaxkv.cli.terminal import Text, note
 from jaxkv.generate import sampling, stream
-from jaxkv.models import tiny
-from jaxkv.nn.nnx import functional, fuse
 from jaxkv.sizes import format_bytes
 
-_STOP = 0  # the byte that separates documents
 _PREPARING = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """The shipped model, as functions."""
-
-    forward: Callable[..., Any]
-    params: Any
-    specs: tuple[Any, ...]
-    recompute: Callable[..., Any]  # (tokens [1, S], begin) -> tokens [1, S], greedy from `begin` on, without a cache
-
-
-def load_model() -> Model:
-    keep_compiled_programs()
-    module = fuse(tiny.load())
-    graphdef, state = nnx.split(module)
-
-    @jax.jit
-    def recompute(state: Any, tokens: Any, begin: Any) -> Any:
-        def step(i: Any, tokens: Any) -> Any:
-            logits = nnx.merge(graphdef, state)(tokens)  # [1, S, V]; position i - 1 sees nothing after itself
-            return tokens.at[0, i].set(jnp.argmax(logits[0, i - 1]).astype(tokens.dtype))
-
-        return jax.lax.fori_loop(begin, tokens.shape[1], step, tokens)
-
-    forward, params = functional(module)
-    return Model(forward, params, tuple(module.specs()), functools.partial(recompute, state))
 
 
 def keep_compiled_programs() -> None:
@@ -72,30 +38,68 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def make_sampler(args: argparse.Namespace) -> Any:
-    if args.greedy and (given := set(sampling_options(args)) - {"--repetition-penalty"}):
-        raise UsageError(f"--greedy takes the most probable token; leave out {' and '.join(sorted(given))}")
-    temperature = 0 if args.greedy else TEMPERATURE if args.temperature is None else args.temperature
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, and who said so."""
+
+    sampler: sampling.Chain
+    text: str
+
+
+def choose_sampling(args: argparse.Namespace, generation: Any, said_in: str) -> Sampling:
+    """Returns what the options say, and where they say nothing what the model's makers do.
+
+    One option that is about drawing lets a model draw that would be greedy.
+    """
+    given = {name: getattr(args, name) for name in _names() if getattr(args, name) is not None}
+    drawing = set(given) - {"repetition_penalty"}
+    if args.greedy and drawing:
+        options = " and ".join(sorted(_option(name) for name in drawing))
+        raise UsageError(f"--greedy takes the most probable token; leave out {options}")
+    told = generation.sampling
+    if args.greedy:
+        given["temperature"], told = 0, {"repetition_penalty": generation.repetition_penalty}
+    elif drawing and generation.greedy:
+        told = dataclasses.replace(generation, greedy=False).sampling
+    numbers = {name: value for name, value in (told | given).items() if value is not None}
     try:
-        parts: tuple[tuple[Callable[[Any], Any], Any], ...] = (
-            (sampling.RepetitionPenalty, args.repetition_penalty),
-            (sampling.Temperature, temperature),
-            (sampling.TopK, args.top_k),
-            (sampling.TopP, args.top_p),
-            (sampling.MinP, args.min_p),
-        )
-        return sampling.Chain(tuple(kind(value) for kind, value in parts if value is not None))
+        sampler = sampling.sampler(**numbers)
     except ValueError as error:
         raise UsageError(error) from error
+    greedy = numbers.get("temperature") == 0
+    parts: dict[str, list[str]] = {}
+    for name, value in {"temperature": 1, **numbers}.items():
+        if greedy and name not in ("temperature", "repetition_penalty"):
+            continue
+        what = "greedy" if greedy and name == "temperature" else f"{name.replace('_', ' ')} {value:g}"
+        where = "as asked" if name in given else said_in if name in numbers else "the default"
+        parts.setdefault(where, []).append(what)
+    return Sampling(sampler, "; ".join(f"{', '.join(what)} ({where})" for where, what in parts.items()))
 
 
 def sampling_options(args: argparse.Namespace) -> list[str]:
     """Returns the options for sampling that were given."""
-    return [option for option in SAMPLING if getattr(args, option[2:].replace("-", "_")) is not None]
+    return [_option(name) for name in _names() if getattr(args, name) is not None]
 
 
-def describe_size(model: Model, num_rows: int, capacity: int) -> str:
-    plan = plan_memory(model.specs, num_rows, capacity)
+def _names() -> list[str]:
+    return [option[2:].replace("-", "_") for option in SAMPLING]
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check_capacity(capacity: int | None, context: int | None) -> None:
+    if capacity is not None and context is not None and capacity > context:
+        raise UsageError(
+            f"--capacity {capacity} is beyond the {context:,} tokens that the model was made for; leave it out, or "
+            f"give at most {context}"
+        )
+
+
+def describe_size(specs: Sequence[Any], num_rows: int, capacity: int) -> str:
+    plan = plan_memory(specs, num_rows, capacity)
     texts = "1 text" if num_rows == 1 else f"{num_rows} texts"
     per_token, in_all = format_bytes(plan.bytes_per_token), format_bytes(plan.nbytes)
     return f"cache: {per_token} per token, {in_all} in all, for {texts} of up to {capacity:,} tokens"
@@ -104,14 +108,17 @@ def describe_size(model: Model, num_rows: int, capacity: int) -> str:
 class Run:
     """One run of the compiled loop: its texts, and when its tokens came.
 
+    Args:
+      texts: one per row, to be continued.
+
     Attributes:
       texts: what each row has got.
       stop: set it to end the run after the next token.
       result: the Generation, once `tokens` has ended.
     """
 
-    def __init__(self, num_rows: int) -> None:
-        self.texts = [Text() for _ in range(num_rows)]
+    def __init__(self, texts: Sequence[Text]) -> None:
+        self.texts = list(texts)
         self.stop = False
         self.result: Any = None
         self._begin = self._first = self._last = 0.0
@@ -119,7 +126,15 @@ class Run:
         self._preparing: list[tuple[float, float]] = []  # when JAX traced, compiled or fetched a program
 
     def tokens(
-        self, model: Model, prompts: list[list[int]], cache: Cache, args: argparse.Namespace, sampler: Any
+        self,
+        model: Any,
+        prompts: list[list[int]],
+        cache: Any,
+        *,
+        max_new_tokens: int,
+        sampler: Any,
+        stop_tokens: Sequence[int],
+        seed: int,
     ) -> Iterator[list[str]]:
         """Yields what each row has got by one more step, as text."""
         with self._watching_jax():
@@ -129,14 +144,15 @@ class Run:
                 model.params,
                 prompts,
                 cache,
-                max_new_tokens=args.max_new_tokens,
+                max_new_tokens=max_new_tokens,
                 sampler=sampler,
-                stop_tokens=_STOP,
-                key=jax.random.key(args.seed),
+                stop_tokens=stop_tokens,
+                key=jax.random.key(seed),
             )
+            silent = {EMPTY, *stop_tokens}
             for step in steps:
                 self._last = time.perf_counter()
-                rows = [[] if token in (EMPTY, _STOP) else [int(token)] for token in step]
+                rows = [[] if token in silent else [int(token)] for token in step]
                 if not self._first:
                     self._first, self._with_first = self._last, sum(map(len, rows))
                 yield [text.take(row) for text, row in zip(self.texts, rows, strict=True)]
@@ -167,9 +183,13 @@ class Run:
             until = max(until, end)
         speed = f"first token after {self._first - self._begin:.2f} s ({preparing:.2f} s of it preparing programs)"
         more = self.num_tokens - self._with_first
-        return speed + (f", then {more / (self._last - self._first):,.0f} tokens/s" if more else "")
+        return speed + (f", then {_rate(more / (self._last - self._first))} tokens/s" if more else "")
 
     @property
     def num_tokens(self) -> int:
         """How many tokens were written, stop tokens not counted."""
         return sum(len(text.tokens) for text in self.texts)
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"

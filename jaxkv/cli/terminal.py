@@ -1,12 +1,13 @@
-"""Text in and out: standard output for text, standard error for notes, bytes into characters as they come."""
+"""Text in and out: standard output for text, standard error for notes, tokens into text as they come."""
 
 from __future__ import annotations
 
-import codecs
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-_UNPRINTABLE = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), 127) if chr(code) not in "\n\t"}
+# Control characters: a model may write what commands a terminal.
+_UNPRINTABLE = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def write(text: str) -> None:
@@ -22,23 +23,39 @@ def clean(text: str) -> str:
     return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
-class Text:
-    """Tokens that are bytes, into text: an unfinished character waits for its rest."""
+def printable(text: str) -> str:
+    """Returns a text without what a terminal would obey."""
+    return text.translate(_UNPRINTABLE)
 
-    def __init__(self) -> None:
+
+class Text:
+    """Tokens as they come, into text that can be printed: an unfinished character waits for its rest.
+
+    Args:
+      tokenizer: of the model.
+      after: tokens of the text that is continued, which is not shown again.
+
+    Attributes:
+      tokens: what has come.
+      text: what it says.
+    """
+
+    def __init__(self, tokenizer: Any, after: Sequence[int] = ()) -> None:
         self.tokens: list[int] = []
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.text = ""
+        self._stream = tokenizer.stream()
+        self._stream.take(after)
 
     def take(self, tokens: Sequence[int]) -> str:
         """Returns the text that these tokens complete."""
         self.tokens += tokens
-        return self._decoder.decode(bytes(tokens)).translate(_UNPRINTABLE)
+        return self._show(self._stream.take(tokens))
 
     def end(self) -> str:
-        """Returns what stands for a character that was never finished."""
-        return self._decoder.decode(b"", final=True)
+        """Returns what is left: what stands for a character that was never finished."""
+        return self._show(self._stream.end())
 
-
-def text_of(tokens: Sequence[int]) -> str:
-    text = Text()
-    return text.take(tokens) + text.end()
+    def _show(self, text: str) -> str:
+        text = printable(text)
+        self.text += text
+        return text

@@ -1,0 +1,147 @@
+"""`jaxkv info`: what a model is, what its cache takes, and how long a text fits into memory."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.cache.plan import plan_memory
+from jaxkv.cache.storage import Dense
+from jaxkv.cli.options import DTYPES
+from jaxkv.cli.source import Source, find, told
+from jaxkv.cli.terminal import printable, write
+from jaxkv.models import Files, Tokenizer, tiny
+from jaxkv.models.weights import File
+from jaxkv.sizes import format_bytes
+
+_MOST = 1 << 30  # positions are int32
+
+
+def run(args: argparse.Namespace) -> int:
+    source = find(args.model)
+    with told():
+        counts = _counts(source)
+    specs = source.specs()
+    facts = {
+        "model": f"{source.name} ({source.family})" if source.directory else source.name,
+        "parameters": _parameters(counts),
+        "layers": _layers(specs),
+        "attention": _heads(source),
+        "context": "not said" if source.context is None else f"made for texts of up to {source.context:,} tokens",
+        "tokenizer": _tokenizer(source),
+        "stop tokens": ", ".join(map(str, source.stop_tokens)) or "none",
+    }
+    for name, fact in facts.items():
+        write(f"{name:<12} {fact}\n")
+    memory, where = free_memory() if args.memory is None else (args.memory, "given")
+    write(f"\n{_table(source, specs, sum(counts.values()), memory)}")
+    write(f"\nlongest: tokens of one text beside the parameters in {format_bytes(memory)} ({where})\n")
+    return 0
+
+
+def _counts(source: Source) -> dict[str, int]:
+    """Returns how many parameters there are of each dtype, by the headers of the files."""
+    if source.directory is not None:
+        return Files(source.directory).dtypes
+    counts: dict[str, int] = {}
+    file = File(tiny.PATH)
+    for name in file:
+        kind = file.kind(name).name
+        counts[kind] = counts.get(kind, 0) + math.prod(file.shape(name))
+    return counts
+
+
+def _parameters(counts: dict[str, int]) -> str:
+    parts = [f"{format_bytes(count * jnp.dtype(name).itemsize)} of {name}" for name, count in counts.items()]
+    return f"{sum(counts.values()):,}, {' and '.join(parts)}"
+
+
+def _layers(specs: Sequence[Any]) -> str:
+    reaches = [spec.reach for spec in specs]
+    counts = {reach: reaches.count(reach) for reach in reaches}
+    return ", ".join(f"{count} {_short(reach)}" for reach, count in counts.items())
+
+
+def _short(reach: Any) -> str:
+    numbers = [str(reach.size)] * (reach.size is not None) + [f"sinks={reach.sinks}"] * (reach.sinks > 0)
+    return f"{type(reach).__name__}({', '.join(numbers)})"
+
+
+def _heads(source: Source) -> str:
+    config = source.config
+    return f"{config.num_heads} query heads, {config.num_kv_heads} kv heads x {config.head_dim}"
+
+
+def _tokenizer(source: Source) -> str:
+    if source.directory is None:
+        return "bytes; no chat template"
+    try:
+        tokenizer = Tokenizer(source.directory)
+    except FileNotFoundError:
+        return "no tokenizer.json"
+    except (ImportError, OSError, ValueError) as error:
+        return printable(str(error))
+    chat = "with a chat template" if tokenizer.chat_template is not None else "no chat template"
+    return f"{tokenizer.vocab_size:,} tokens, {chat}"
+
+
+def _table(source: Source, specs: Sequence[Any], num_params: int, memory: int) -> str:
+    example = source.context or 4096
+    rows: list[tuple[str, ...]] = [("dtype", "parameters", "cache per token", f"at {example:,} tokens", "longest")]
+    for dtype in DTYPES:
+        specs = [dataclasses.replace(spec, k_storage=Dense(dtype), v_storage=Dense(dtype)) for spec in specs]
+        nbytes = num_params * jnp.dtype(dtype).itemsize
+        plan = plan_memory(specs, 1, example)
+        left = memory - nbytes
+        if left < 0:
+            longest = "too large"
+        elif source.context is not None and plan.nbytes <= left:
+            longest = f"all {example:,}"
+        else:
+            longest = f"{_longest(specs, left, source.context or _MOST):,}"
+        rows.append(
+            (dtype, format_bytes(nbytes), format_bytes(plan.bytes_per_token), format_bytes(plan.nbytes), longest)
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "".join("   ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + "\n" for row in rows)
+
+
+def _longest(specs: Sequence[Any], memory: int, most: int) -> int:
+    """Returns the largest capacity whose cache fits, 0 if none does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if plan_memory(specs, 1, middle).nbytes <= memory:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def free_memory() -> tuple[int, str]:
+    """Returns the free bytes of the device that JAX computes on, and how to call them."""
+    device = jax.devices()[0]
+    stats: Any = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0), f"free on {device.device_kind}"
+    return min(_free_on_host()), "free on this machine"
+
+
+def _free_on_host() -> Iterator[int]:
+    """Yields what different accounts say is free."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = (line.split() for line in meminfo.read_text().splitlines())
+        yield from (int(words[1]) * 1024 for words in fields if words[0] == "MemAvailable:")
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))  # of a container
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
+        yield max(int(most) - int(used.read_text()), 0)
+    yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,189 @@
+"""Which model is meant: the one that comes with jaxkv, or a checkpoint directory. All about it, then its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxkv.cli.options import Failure, UsageError
+from jaxkv.cli.run import keep_compiled_programs
+from jaxkv.cli.terminal import note
+from jaxkv.models import (
+    ByteTokenizer,
+    Decoder,
+    DecoderConfig,
+    GenerationConfig,
+    Model,
+    Tokenizer,
+    load,
+    read_config,
+    tiny,
+)
+from jaxkv.models.checkpoint import context_of
+from jaxkv.nn.nnx import functional, fuse
+
+_SHIPPED = "the model that comes with jaxkv"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model before its weights are read.
+
+    Attributes:
+      name: how to call it.
+      family: the "model_type" of its config.json.
+      config: what it is made of, a DecoderConfig.
+      context: tokens of the longest sequence it was made for; None if nobody says.
+      generation: how its makers want it to be sampled, and where they say so.
+      directory: None for the model that comes with jaxkv.
+      shipped: that model.
+    """
+
+    name: str
+    family: str
+    config: Any
+    context: int | None
+    generation: GenerationConfig
+    directory: Path | None
+    shipped: Model | None = None
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        if self.directory is None:
+            return ByteTokenizer()
+        with told():
+            return Tokenizer(self.directory)
+
+    @property
+    def said_in(self) -> str:
+        """Where `generation` comes from."""
+        if self.directory is None:
+            return "the model's default"
+        there = (self.directory / "generation_config.json").is_file()
+        return "generation_config.json" if there else "the default"
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a text, as far as the model knows them."""
+        return tuple(token for token in self.generation.stop_tokens if token < self.config.vocab_size)
+
+    def specs(self) -> list[Any]:
+        """Returns what a cache must keep, layer by layer; no weights are read."""
+        module = nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
+        return module.specs()
+
+    def load(self, dtype: str | None, num_tokens: int, *, quiet: bool) -> Model:
+        """Returns the model, its weights laid out for decoding where that is faster.
+
+        Args:
+          dtype: of parameters and computation; None: see `default_dtype`.
+          num_tokens: how long sequences may become.
+          quiet: whether nothing is shown meanwhile.
+        """
+        keep_compiled_programs()
+        on_cpu = jax.default_backend() == "cpu"
+        if self.directory is None:
+            model = tiny.load(dtype) if self.shipped is None or dtype else self.shipped
+            forward, params = functional(fuse(model.module))
+            return dataclasses.replace(model, forward=forward, params=params)
+        begin = time.perf_counter()
+        with told(), progress_bar(show=not quiet and sys.stderr.isatty()) as progress:
+            dtype = dtype or default_dtype()
+            model = load(self.directory, dtype=dtype, context=num_tokens, fuse=on_cpu, progress=progress)
+        if not quiet:
+            seconds = time.perf_counter() - begin
+            note(f"{self.name} ({self.family}) loaded as {model.config.dtype.name} in {seconds:.1f} s")
+        return model
+
+
+def default_dtype() -> str | None:
+    """Returns the dtype in which a checkpoint is computed if nobody says; None is its own.
+
+    On a CPU jax 0.10 rewrites the whole cache for each bfloat16 token that is put, and float16 is slower than float32.
+    """
+    return "float32" if jax.default_backend() == "cpu" else None
+
+
+def find(given: str | None) -> Source:
+    """Returns the model that a directory holds, or that comes with jaxkv for None.
+
+    Raises:
+      UsageError: if it is no directory, or a model that does not continue text.
+      Failure: if something in it is missing, can't be read, or is not computed here.
+    """
+    if given is None:
+        model = tiny.load()
+        return Source(_SHIPPED, "bytes", model.config, model.context, model.generation, None, model)
+    directory = Path(given).expanduser()
+    if not directory.is_dir():
+        raise UsageError(_no_directory(given, directory))
+    if not (directory / "config.json").is_file():
+        raise Failure(_no_checkpoint(given, directory))
+    with told():
+        family, config, parsed = read_config(directory)
+        if not isinstance(config, DecoderConfig):
+            raise UsageError(
+                f"{given} is a {family} model: it reads audio, and the command text; in Python "
+                "jaxkv.models.load reads it"
+            )
+        generation = GenerationConfig.read(directory)
+    return Source(given, family, config, context_of(parsed), generation, directory)
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Turns errors that are written for users into failures of the command."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise Failure(error) from error
+
+
+def _no_directory(given: str, directory: Path) -> str:
+    if directory.exists():
+        return f"{given} is a file; give the directory that holds it, with its config.json"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+        name = given.split("/")[1]
+        return (
+            f"{given} is no directory here; if it is a model of the Hugging Face hub, fetch it first: "
+            f"hf download {given} --local-dir {name}; then give {name} instead"
+        )
+    return f"{given} is no directory; give one that holds a checkpoint: config.json, model.safetensors, tokenizer.json"
+
+
+def _no_checkpoint(given: str, directory: Path) -> str:
+    snapshots = sorted((directory / "snapshots").glob("*/config.json"))
+    if snapshots:
+        return f"{given} is a folder of the hub's cache; the checkpoint lies in {snapshots[-1].parent}"
+    return (
+        f"{given} has no config.json; give a directory as Hugging Face publishes them: hf download NAME --local-dir DIR"
+    )
+
+
+@contextlib.contextmanager
+def progress_bar(*, show: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Shows how much is read, on a terminal."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        show = False
+    if not show:
+        yield None
+        return
+    with tqdm(desc="loading", unit="B", unit_scale=True, unit_divisor=1024, leave=False, dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
