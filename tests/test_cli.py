@@ -11,12 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from flax import nnx
 
 import jaxkv
 from jaxkv.cli import chat, info, main, source
-from jaxkv.cli.terminal import Text
+from jaxkv.cli.terminal import Text, printable
 from jaxkv.models import ByteTokenizer, Decoder, DecoderConfig, GenerationConfig, Model, tiny, weights
 
 ROOT = Path(__file__).parent.parent
@@ -425,6 +426,37 @@ def test_loading_shows_its_progress_on_a_terminal_only(capsys):
         assert ("loading" in capsys.readouterr().err) == show
 
 
+@pytest.mark.parametrize("kind", ["qwen", "gemma"])
+def test_what_transformers_wrote_is_continued_and_answered_as_by_transformers(kind, tmp_path, capsys, type_in):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from golden import make_tokenizers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(make_tokenizers.build(kind, tmp_path / "made"))
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer) + 10, eos_token_id=None, initializer_range=0.3, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    directory = tmp_path / "written"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+    def continued(tokens: list[int]) -> str:
+        with torch.no_grad():
+            made = model.generate(torch.tensor([tokens]), max_new_tokens=40, do_sample=False)[0]
+        return printable(tokenizer.decode(made[len(tokens) :] if chats else made, skip_special_tokens=True))
+
+    text, chats = "Hello world", False
+    assert main(["generate", "--model", str(directory), text, "-n", "40", "-q"]) == 0
+    assert capsys.readouterr().out == continued(tokenizer.encode(text)) + "\n"
+    chats = True
+    type_in(text)
+    assert main(["chat", "--model", str(directory), "-n", "40", "-q"]) == 0
+    messages = [{"role": "user", "content": text}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert capsys.readouterr().out == continued(prompt) + "\n"
+
+
 # --- info ------------------------------------------------------------------------------------------------------------
 
 
@@ -512,6 +544,21 @@ def test_failures_are_one_line_and_status_1(monkeypatch, capsys):
     monkeypatch.setattr(tiny, "load", broken)
     assert main(["generate", "x"]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("jaxkv: error: ")
+
+
+def test_too_little_memory_is_said_and_other_failures_of_jax_are_not_hidden(small_model, capsys, monkeypatch):
+    def fail(what: str):
+        def stream(*args, **options):
+            raise jax.errors.JaxRuntimeError(what)
+
+        monkeypatch.setattr("jaxkv.cli.run.stream", stream)
+
+    fail("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.")
+    assert main(["generate", "x"]) == 1
+    assert "error: there is not enough memory; jaxkv info DIR says" in capsys.readouterr().err
+    fail("INTERNAL: something else")
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        main(["generate", "x"])
 
 
 @pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["chat", "--help"], ["info", "--help"]])
