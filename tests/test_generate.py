@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 import jaxkv
 from jaxkv.cache.spec import EMPTY, Chunk, Full, LayerSpec, Window
@@ -390,11 +391,76 @@ def test_old_style_keys_work():
     assert_same(old, new)
 
 
-def test_nan_weights_show_in_the_log_probs():
+def drop(params, tokens, positions, cache):
+    return TOY(params, tokens, positions, cache)[0], cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden(forward, *args):
+    return forward(*args)
+
+
+def test_a_forward_that_drops_what_begin_returned_is_refused_before_anything_is_touched():
+    def forward(params, tokens, positions, cache):
+        _, step = cache.begin(positions)
+        x = jnp.ones((*tokens.shape, K, H))
+        layers = [layer.put(step, x, x) for layer in cache.layers]
+        return params["embed"][tokens], cache.with_layers(layers)
+
+    cache = TOY.cache()
+    for run in (generate, stream):
+        with pytest.raises(
+            ValueError, match=r"forward returned the cache as it was given.*cache\.with_layers\(layers\)"
+        ):
+            run(forward, PARAMS, PROMPTS, cache, max_new_tokens=3)
+    assert not cache.lengths.is_deleted()
+
+
+def test_a_forward_that_drops_what_begin_returned_under_its_own_jit_is_found_out_with_the_first_token():
+    forward = functools.partial(hidden, drop)
+    message = (
+        r"row 0 was given \d tokens, and the cache that forward returned has 0; forward must return the cache that"
+    )
+    with pytest.raises(ValueError, match=message):
+        generate(forward, PARAMS, [[1], None, [2]], TOY.cache(), max_new_tokens=3)
+    with pytest.raises(ValueError, match=message):
+        next(stream(forward, PARAMS, [[1], None, [2]], TOY.cache(), max_new_tokens=3))
+
+
+def test_only_the_first_token_of_a_stream_waits_for_the_lengths(monkeypatch):
+    calls = []
+    monkeypatch.setattr(loop.checks, "check_lengths", lambda *args: calls.append(args))
+    assert len(list(stream(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=3))) == 3
+    assert len(calls) == 1
+
+
+def limited(params, tokens, positions, cache):
+    """TOY with a table of 9 positions, whose logits are NaN from there on, as those of Flax's Embed are."""
+    logits, cache = TOY(params, tokens, positions, cache)
+    return jnp.where((positions < 9)[..., None], logits, jnp.nan), cache
+
+
+def test_a_row_whose_logits_are_nan_ends_with_its_tokens_intact_and_the_others_go_on():
+    prompts, options = [PROMPTS[0], PROMPTS[1], None], {"max_new_tokens": 7, "sampler": RANDOM, "key": KEY}
+    want = generate(TOY, PARAMS, prompts, TOY.cache(), **options)
+    result = generate(limited, PARAMS, prompts, TOY.cache(), **options)
+    assert result.reasons == ("length", "nan", "idle")
+    assert result.lengths.tolist() == [7, 3, 0]  # the prompt and two tokens have a place in the table
+    assert result.cache.lengths.tolist() == [7, 10, 0]
+    np.testing.assert_array_equal(result.tokens[0], want.tokens[0])
+    np.testing.assert_array_equal(result.tokens[1], [*want.tokens[1, :3], *[EMPTY] * 4])
+    np.testing.assert_array_equal(result.log_probs[1, 3:], 0)
+    steps = stream(limited, PARAMS, prompts, TOY.cache(), **options)
+    np.testing.assert_array_equal(np.stack(list(steps), 1), result.tokens)
+    assert_same(steps.result, result)
+
+
+def test_nan_weights_give_no_tokens():
     broken = {**PARAMS, "embed": PARAMS["embed"] * jnp.float32(jnp.nan)}
-    result = generate(TOY, broken, PROMPTS, TOY.cache(), max_new_tokens=3)
-    assert np.isnan(result.log_probs).all()
-    assert ((result.tokens >= 0) & (result.tokens < V)).all()
+    steps = stream(TOY, broken, PROMPTS, TOY.cache(), max_new_tokens=3)
+    assert list(steps) == []
+    assert steps.result.reasons == ("nan",) * B
+    assert (steps.result.tokens == EMPTY).all()
 
 
 def test_the_decode_loop_makes_no_copy_and_no_temporary_of_cache_size():
@@ -472,7 +538,16 @@ OTHER = Toy((Full(),))
         ({"sampler": lambda key, x: x, "key": KEY}, f"returned float32[{V}] for the logits [V] of one row; it must"),
         ({"forward": None}, "forward is None; give a function forward(params, tokens, positions, cache)"),
         ({"forward": lambda p, t, q, c: t}, "it must return (logits, cache)"),
-        ({"forward": lambda p, t, q, c: (t, c)}, f"forward returned logits ({B}, 1) for tokens ({B}, 1); they must be"),
+        (
+            {"forward": lambda p, t, q, c: (t, c.begin(q)[0])},
+            f"forward returned logits ({B}, 1) for tokens ({B}, 1); they must be",
+        ),
+        ({"forward": lambda p, t, q, c: (p["embed"][t], c)}, "forward must return the cache that begin returned"),
+        (
+            {"forward": nnx.Linear(2, 2, rngs=nnx.Rngs(0))},
+            "forward is a Linear, a flax.nnx module; give a function of its parameters: forward, params = jaxkv.nnx.",
+        ),
+        ({"forward": linen.Dense(2)}, "forward is a Dense, a flax.linen module; give a function of its parameters"),
         (
             {"forward": lambda p, t, q, c: (p["embed"][t], OTHER.cache())},
             "forward returned another kind of cache than it was given",

@@ -77,6 +77,7 @@ def _reason(reason: str, source: Source, shortened: bool) -> str:
         "length": "as many as asked for",
         "stop": "up to an end of the text",
         "full": "until the cache was full; a larger --capacity holds more",
+        "nan": "until the model's logits were NaN",
         "running": "until Ctrl-C",
     }[reason]
 

@@ -14,6 +14,11 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY
 from jaxkv.errors import CacheError
 
+_CURE = (
+    "forward must return the cache that begin returned, with its layers put back: cache, step = "
+    "cache.begin(positions), and at the end cache.with_layers(layers)"
+)
+
 
 def check_cache(cache: Any) -> None:
     if not isinstance(cache, Cache):
@@ -34,6 +39,15 @@ def check_alive(leaves: Any) -> None:
 
 def check_forward(forward: Any, params: Any, cache: Cache) -> int:
     """Returns the size of the vocabulary, from the shape of the logits."""
+    flavor = _flax_flavor(forward)
+    if flavor is not None:
+        cure = {
+            "nnx": "forward, params = jaxkv.nnx.functional(model)",
+            "linen": "forward = jaxkv.linen.functional(module), with params = variables['params']",
+        }[flavor]
+        raise ValueError(
+            f"forward is a {type(forward).__name__}, a flax.{flavor} module; give a function of its parameters: {cure}"
+        )
     if not callable(forward):
         raise ValueError(f"forward is {forward!r}; give a function forward(params, tokens, positions, cache)")
     try:
@@ -59,6 +73,23 @@ def check_forward(forward: Any, params: Any, cache: Cache) -> int:
     return shape[2]
 
 
+def check_lengths(lengths: np.ndarray, least: np.ndarray) -> None:
+    """Raises ValueError if the cache of a row holds fewer tokens than forward was given."""
+    for row in np.flatnonzero(lengths < least):
+        raise ValueError(
+            f"row {row} was given {least[row]} tokens, and the cache that forward returned has {lengths[row]}; {_CURE}"
+        )
+
+
+def _flax_flavor(forward: Any) -> str | None:
+    """Returns "nnx" or "linen" for a module of Flax. By name: who doesn't use Flax need not import it."""
+    for kind in type(forward).__mro__:
+        for flavor in ("nnx", "linen"):
+            if kind.__name__ == "Module" and kind.__module__.startswith(f"flax.{flavor}."):
+                return flavor
+    return None
+
+
 def _form(cache: Any) -> Any:
     leaves, kind = jax.tree.flatten(cache)
     return kind, [(leaf.shape, leaf.dtype) for leaf in leaves]
@@ -66,7 +97,12 @@ def _form(cache: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(forward: Any, params: Any, tokens: Any, positions: Any, cache: Cache) -> Any:
-    return forward(params, tokens, positions, cache)  # under jit, so that later calls find the shapes without tracing
+    # Under jit, so that later calls find the shapes without tracing.
+    out = forward(params, tokens, positions, cache)
+    for part in out if isinstance(out, tuple) else ():
+        if isinstance(part, Cache) and part.lengths is cache.lengths:
+            raise ValueError(f"forward returned the cache as it was given, without the call's tokens; {_CURE}")
+    return out
 
 
 def check_prompts(prompts: Any, held: np.ndarray, capacity: int, vocab_size: int) -> list[np.ndarray]:

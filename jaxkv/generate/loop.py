@@ -39,8 +39,8 @@ from jaxkv.cache.spec import EMPTY
 from jaxkv.generate import checks
 from jaxkv.generate.sampling import Greedy
 
-_REASONS = ("running", "stop", "full", "idle")  # by number, as the loop keeps them; "length" is told on the host
-_RUNNING, _STOP, _FULL, _IDLE = range(4)
+_REASONS = ("running", "stop", "full", "nan", "idle")  # by number, as the loop keeps them; "length" is told on the host
+_RUNNING, _STOP, _FULL, _NAN, _IDLE = range(5)
 _SMALLEST_BLOCK = 32  # every block reads all weights of the model, so a smaller one costs about as much
 
 
@@ -55,9 +55,11 @@ class Generation:
       log_probs: float32 [B, N], of the tokens under the model's own distribution, log_softmax of the logits in float32
         before the sampler changed them; 0 after a row's end.
       reasons: why each row ended. "stop": a stop token; "length": max_new_tokens; "full": the next token did not fit
-        into the cache; "idle": no prompt; "running": a stream has not got to the row's end yet.
-      cache: goes on from here. It holds prompt and tokens but for the last token of each row. A "full" row holds what
-        it held and has `ok` False: it takes nothing more until `cache.retry` or `cache.reset`.
+        into the cache; "nan": the model's logits are NaN, so there is no next token; "idle": no prompt; "running": a
+        stream has not got to the row's end yet.
+      cache: goes on from here. It holds prompt and tokens but for the last token of each row. A "nan" row holds that
+        one too. A "full" row holds what it held and has `ok` False: it takes nothing more until `cache.retry` or
+        `cache.reset`.
     """
 
     tokens: np.ndarray
@@ -158,9 +160,11 @@ def _decode(fixed: Any, params: Any, stops: Any, key: Any, cache: Any, state: An
         logits = logits[:, 0].astype(jnp.float32)
         chosen = jax.vmap(choose)(row_keys, state.position + 1, logits, state.seen)
         log_probs = jnp.take_along_axis(logits, chosen[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
-        fits = live & cache.ok
+        nan = jnp.isnan(logits).any(1)  # XLA's logsumexp may be finite for NaN
+        fits = live & cache.ok & ~nan
         stopped = fits & (chosen[:, None] == stops[None, :]).any(1)
-        reason = jnp.where(live & ~cache.ok, _FULL, jnp.where(stopped, _STOP, state.reason))
+        ended = jnp.where(cache.ok, jnp.where(nan, _NAN, jnp.where(stopped, _STOP, _RUNNING)), _FULL)
+        reason = jnp.where(live, ended, state.reason)
         seen = state.seen
         if seen is not None:
             vocabulary = jnp.arange(seen.shape[1], dtype=jnp.int32)
@@ -243,6 +247,7 @@ class Stream:
         # A forward or a sampler that fails in the loop fails here, before the cache is donated.
         _decode.eval_shape(*self._decode.args, self._cache, self._state, np.int32(0))
         self._block = 1 << (cache.max_block.bit_length() - 1)
+        self._checked = False  # whether the lengths of the cache were looked at
 
     _cache: tuple[Any, ...]
     _state: tuple[Any, ...]
@@ -257,7 +262,7 @@ class Stream:
         if count >= self._limit or (reason != _RUNNING).all():
             raise StopIteration
         tokens = np.array(self._advance(count + 1))
-        if (tokens == EMPTY).all():  # the rows that were left did not fit
+        if (tokens == EMPTY).all():  # the rows that were left have ended without a token
             raise StopIteration
         return tokens
 
@@ -289,6 +294,11 @@ class Stream:
             self._read = self._read + taken
         limit = np.int32(min(until, self._limit))
         self._set(("_cache", "_state", "_newest"), self._decode, self._cache, self._state, limit)
+        if not self._checked:  # once: a look at the lengths waits for the device
+            cache, state = self._forms[0].build(self._cache), self._forms[1].build(self._state)
+            lengths, position = jax.device_get((cache.lengths, state.position))
+            checks.check_lengths(lengths, np.where(position > self._last, position, 0))
+            self._checked = True
         return self._newest
 
     def _set(self, names: tuple[str, ...], function: Callable[..., Any], *args: Any) -> None:
@@ -345,7 +355,8 @@ def generate(
         `jaxkv.nnx.functional` returns. Give the same object each time: a new lambda is compiled anew.
       params: pytree of arrays, handed to forward.
       prompts: one per row of the cache, each the whole history of that row: a sequence of token numbers. The first
-        `cache.lengths[row]` of them are taken as read. None leaves a row idle.
+        `cache.lengths[row]` of them are taken as read. What you put there yourself need not be tokens (the embeddings
+        of an image): give any token at each of its places. None leaves a row idle.
       cache: holds the beginning of each prompt, or nothing. It is donated, and is gone after the call: go on with
         `result.cache`.
       max_new_tokens: most tokens per row, 1 or more.
@@ -359,7 +370,9 @@ def generate(
 
     Raises:
       ValueError: before anything is touched, for arguments that don't fit: number of prompts, empty prompts, prompts
-        longer than the capacity or not longer than what the row holds, tokens outside the vocabulary, a missing key.
+        longer than the capacity or not longer than what the row holds, tokens outside the vocabulary, a missing key,
+        a forward that returns the cache as it was. If its own `jit` hides that, the error comes at the end, or with a
+        stream's first token.
       CacheError: if the cache was donated before.
     """
     options = {"max_new_tokens": max_new_tokens, "sampler": sampler, "stop_tokens": stop_tokens, "key": key}

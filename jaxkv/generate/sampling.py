@@ -11,7 +11,7 @@ distribution, since each part sees only what the parts before it left over.
 Any other hashable callable `sample(key, logits) -> token` is a sampler too: it gets one PRNG key and the float32 logits
 [V] of one row, and returns an integer scalar; `generate` maps it over the rows.
 
-Logits that are NaN give some token of the vocabulary and a log-probability of NaN, in their own row only.
+Logits that are NaN give some token of the vocabulary; `generate` does not take it, and ends that row.
 """
 
 from __future__ import annotations
