@@ -10,6 +10,8 @@ from .checkpoint import save as save
 from .checkpoint import tensor_parallel as tensor_parallel
 from .decoder import Decoder as Decoder
 from .decoder import DecoderConfig as DecoderConfig
+from .encoder_decoder import EncoderDecoder as EncoderDecoder
+from .encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
 from .families import FAMILIES as FAMILIES
 from .generation import GenerationConfig as GenerationConfig
 from .model import Model as Model

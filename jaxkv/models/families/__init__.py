@@ -6,6 +6,7 @@ from jaxkv.models.families.gemma import GEMMA2, GEMMA3
 from jaxkv.models.families.gpt2 import GPT2
 from jaxkv.models.families.gpt_oss import GPT_OSS
 from jaxkv.models.families.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
+from jaxkv.models.families.whisper import WHISPER
 
 FAMILIES = {
     "llama": LLAMA,
@@ -18,4 +19,5 @@ FAMILIES = {
     "gemma3": GEMMA3,
     "gpt2": GPT2,
     "gpt_oss": GPT_OSS,
+    "whisper": WHISPER,
 }
