@@ -85,7 +85,7 @@ examples:
         metavar="PROMPT",
         help="what to continue; standard input if it is - or left out",
     )
-    _add_decoding(command, "200", "what is needed")
+    _add_decoding(command, "200", f"what is needed, at least {MIN_CAPACITY:,}")
     add("--samples", type=_count, default=1, metavar="N", help="how many texts, decoded together (default: 1)")
     add(
         "--compare",
@@ -112,7 +112,9 @@ at the model's turn:
   Ctrl-C    stop it; what it wrote stays""",
     )
     command.set_defaults(command="chat")
-    _add_decoding(command, "1,024 with a chat template, else 120", "4,096 with a chat template")
+    _add_decoding(
+        command, "1,024 with a chat template and 120 without", f"4,096 with a chat template, else {MIN_CAPACITY:,}"
+    )
     command.add_argument("--system", metavar="TEXT", help="what the model is told first, by a system message")
     command.add_argument("-q", "--quiet", action="store_true", help="no notes on standard error")
 
@@ -140,7 +142,7 @@ def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: str, capacit
     add("-m", "--model", metavar="DIR", help=model_help)
     dtype_help = "of parameters, computation and cache (default: float32 on a CPU, else the checkpoint's own)"
     add("--dtype", choices=DTYPES, help=dtype_help)
-    length_help = f"at most this many new tokens (default: {max_new_tokens})"
+    length_help = f"at most this many new tokens (default: what generation_config.json says, else {max_new_tokens})"
     add("-n", "--max-new-tokens", type=_count, metavar="N", help=length_help)
     add("--temperature", type=float, metavar="T", help="below 1 more predictable, above 1 less")
     add("--top-k", type=int, metavar="K", help="choose among the K most probable tokens")
@@ -149,7 +151,7 @@ def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: str, capacit
     add("--repetition-penalty", type=float, metavar="R", help="above 1: tokens that have occurred become less probable")
     add("--greedy", action="store_true", help="always the most probable token")
     add("--seed", type=int, default=0, metavar="N", help="another seed gives another text (default: 0)")
-    capacity_help = f"tokens that the cache can hold (default: {capacity}, at least {MIN_CAPACITY:,})"
+    capacity_help = f"tokens that the cache can hold (default: {capacity}, but no more than the model was made for)"
     add("--capacity", type=_count, metavar="N", help=capacity_help)
 
 
