@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.core import FrozenDict
 
 import jaxkv
 from jaxkv import EMPTY, Cache, CacheFullError, Chunk, Cross, Dense, Full, LayerSpec, Rotary, Window
@@ -312,7 +314,8 @@ def test_small_dtypes_stay_close_to_float32(flavor, dtype):
     y = attn.apply(params, x)
     assert y.dtype == dtype
     np.testing.assert_allclose(y.astype(jnp.float32), exact.apply(params, X), atol=0.1)
-    spec = attn.module.layer_spec(k_storage=Dense(dtype), v_storage=Dense(dtype))
+    spec = attn.module.layer_spec()  # of the dtype of the computation
+    assert spec == attn.module.layer_spec(k_storage=Dense(dtype), v_storage=Dense(dtype))
     cache, z = attn.read(params, Cache.init([spec], B, T), x, jnp.tile(jnp.arange(T), (B, 1)))
     assert cache.layers[0].spec == spec
     assert z.dtype == dtype
@@ -323,6 +326,22 @@ def test_param_dtype_is_the_parameters_own(flavor):
     attn = flavor(num_heads=2, param_dtype=jnp.bfloat16, dtype=jnp.float32, qk_norm=True, sink_logits=True)
     assert {x.dtype.name for x in jax.tree.leaves(attn.params)} == {"bfloat16"}
     assert attn.apply(attn.params, X).dtype == jnp.float32
+    assert attn.module.layer_spec().v_storage == Dense(jnp.float32)
+
+
+def test_without_a_dtype_the_cache_keeps_that_of_the_parameters_unless_told():
+    half, rngs = Dense(jnp.bfloat16), nnx.Rngs(0)
+    for attn in (
+        jaxkv.linen.Attention(2, D, param_dtype=jnp.bfloat16),
+        jaxkv.nnx.Attention(2, D, param_dtype=jnp.bfloat16, rngs=rngs),
+    ):
+        spec = attn.layer_spec(v_storage=Dense(jnp.float32))
+        assert (spec.k_storage, spec.v_storage) == (half, Dense(jnp.float32))
+
+
+def test_what_is_kept_of_an_encoder_output_follows_the_dtype_too(cross_flavor):
+    module, _, _ = cross_flavor(**CROSS["default"], dtype=jnp.bfloat16)
+    assert module.layer_spec().k_storage == module.layer_spec().v_storage == Dense(jnp.bfloat16)
 
 
 def test_gradients_through_the_cache_equal_those_without():
@@ -599,6 +618,7 @@ def test_cross_attention_refuses_what_does_not_belong_together(cross_flavor):
     for call, message in [
         (lambda: apply(params, X), r"without one attn\(x, encoded=encoded\)"),
         (lambda: apply(params, X, layer), "step is a NoneType"),
+        (lambda: apply(params, X, ENCODED), r"float32\(2, 7, 6\), an array; .* by name, attn\(x, encoded=encoded"),
         (lambda: apply(params, X, layer, step, encoded=ENCODED), r"layer = attn.write\(encoded, layer, step\)"),
         (lambda: apply(params, X, layer, cross), r"take the step of cache.begin\(positions\)"),
         (lambda: apply(params, X, other, step), r"made for reach=Full\(\), this module has reach=Cross\(size=7\)"),
@@ -700,6 +720,55 @@ def test_functional_refuses_what_is_no_module_of_its_flavor():
         jaxkv.linen.functional(some)
 
 
+@dataclasses.dataclass
+class Loose:
+    sizes: object = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    sizes: object = None
+
+
+class Configured(nn.Module):
+    config: object
+    inner: object = None
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Configured(Loose()), r"Configured\.config is a Loose.*@dataclasses\.dataclass\(frozen=True\)"),
+        (Configured({"sizes": 3}), r"Configured\.config is a dict"),
+        (Configured(Frozen([1, 2])), r"Configured\.config\.sizes is a list.*a list a tuple"),
+        (Configured(Frozen(), (1, Configured([2]))), r"Configured\.inner\[1\]\.config is a list"),
+        (Configured(Frozen(), FrozenDict(a=np.ones(2))), r"Configured\.inner\['a'\] is a ndarray"),
+    ],
+)
+def test_functional_of_linen_names_the_field_that_can_not_be_hashed(module, message):
+    with pytest.raises(ValueError, match=message):
+        jaxkv.linen.functional(module)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda rngs: nnx.Dropout(0.1, rngs=rngs),
+            r"layers\.1, a Dropout, is in training mode \(deterministic=False\)",
+        ),
+        (lambda rngs: nnx.BatchNorm(4, rngs=rngs), r"layers\.1, a BatchNorm, .*\(use_running_average=False\)"),
+    ],
+)
+def test_functional_of_nnx_wants_a_model_in_evaluation_mode(make, message):
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), make(rngs))
+    with pytest.raises(ValueError, match=message + r"; call model\.eval\(\)"):
+        jaxkv.nnx.functional(model)
+    model.eval()
+    jaxkv.nnx.functional(model)
+
+
 # Bad input
 
 
@@ -750,7 +819,10 @@ def test_calls_whose_arguments_do_not_belong_together(flavor):
     layer, x = cache.layers[0], X[:, :3]
     for arguments, message in [
         ((x, layer), "layer is a Layer, step is a NoneType"),
-        ((x, jnp.tile(jnp.arange(3), (B, 1))), r"give positions by name"),
+        ((x, jnp.tile(jnp.arange(3), (B, 1))), r"by name, attn\(x, positions=positions"),
+        ((x, x), r"second argument is float32\(2, 3, 12\).*other inputs than x are for CrossAttention"),
+        ((x, x, None), r"No mask is passed: the reach says who sees whom.*positions=positions, spans=spans"),
+        ((x, jnp.ones((1, 1, 3, 3), bool)), r"second argument is bool\(1, 1, 3, 3\), an array"),
         ((X, layer, step), r"x has \[B, T\] = \(2, 8\), the step was begun for \(2, 3\)"),
         ((x[0],), r"float32\(3, 12\)|float32\[3,12\]|attention wants floating numbers \[B, T, D\]"),
         ((x.astype(jnp.int32),), "int32"),
@@ -766,6 +838,9 @@ def test_hidden_caches_say_what_is_missing():
     attn = jaxkv.nnx.Attention(2, D, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"call init_cache\(num_rows, capacity\)"):
         attn.decode(X)
+    for shape in [((3, T, D),), ((3, T, D), jnp.float32), ([3, T], T)]:  # as Flax's is called
+        with pytest.raises(ValueError, match=r"unlike Flax's it takes no shape.*init_cache\(num_rows, capacity\)"):
+            attn.init_cache(*shape)
     attn.init_cache(3, T)
     with pytest.raises(ValueError, match="own cache has 3 rows"):
         attn.decode(X)

@@ -36,7 +36,7 @@ class Heads:
     Raises:
       ValueError: for counts that are below 1 or don't divide, or a rotary that does not fit head_dim.
 
-    >>> Heads(num_heads=4, num_kv_heads=2, head_dim=8, reach=jaxkv.Window(16)).layer_spec(Dense(), Dense()).head_dim
+    >>> Heads(num_heads=4, num_kv_heads=2, head_dim=8, reach=jaxkv.Window(16)).layer_spec().head_dim
     8
     """
 
@@ -79,7 +79,7 @@ class Heads:
         return cls(num_heads, num_heads if num_kv_heads is None else num_kv_heads, head_dim, **rest)
 
     def __post_init__(self) -> None:
-        self.layer_spec(Dense(), Dense())
+        self.layer_spec()
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
@@ -93,8 +93,9 @@ class Heads:
             x = jax.ShapeDtypeStruct((1, 1, 1, self.head_dim), jnp.float32)
             jax.eval_shape(self.rotary.rotate, x, jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.int32))
 
-    def layer_spec(self, k_storage: Any, v_storage: Any) -> LayerSpec:
-        """Returns what a cache must keep for this layer."""
+    def layer_spec(self, k_storage: Any = None, v_storage: Any = None, dtype: Any = jnp.float32) -> LayerSpec:
+        """Returns what a cache must keep for this layer; a storage of None is Dense of `dtype`."""
+        k_storage, v_storage = (Dense(dtype) if storage is None else storage for storage in (k_storage, v_storage))
         return LayerSpec(
             self.reach,
             num_kv_heads=self.num_kv_heads,
@@ -109,6 +110,12 @@ class Heads:
         _check_input("x", x)
         if layer is None and step is None:
             return
+        if step is None and _is_array(layer):
+            raise ValueError(
+                f"the second argument is {layer.dtype}{layer.shape}, an array; with a cache it is a layer. No mask is "
+                "passed: the reach says who sees whom, and without a cache, by name, attn(x, positions=positions, "
+                "spans=spans). Keys and values of other inputs than x are for CrossAttention"
+            )
         if not isinstance(layer, Layer) or step is None:
             given = f"layer is a {type(layer).__name__}, step is a {type(step).__name__}"
             raise ValueError(
@@ -130,6 +137,11 @@ class Heads:
         """Raises ValueError if the arguments of a cross-attention's call don't belong together or to this module."""
         _check_input("x", x)
         if encoded is None:
+            if step is None and _is_array(layer):
+                raise ValueError(
+                    f"the second argument is {layer.dtype}{layer.shape}, an array; with a cache it is a layer. Give "
+                    "an encoder's output by name, attn(x, encoded=encoded, encoded_lengths=lengths); no mask is passed"
+                )
             if not isinstance(layer, Layer) or step is None:
                 raise ValueError(
                     f"layer is a {type(layer).__name__}, step is a {type(step).__name__}; with a cache call "
@@ -215,10 +227,9 @@ class Heads:
         self, num_rows: int, capacity: int, dtype: Any, k_storage: Any = None, v_storage: Any = None, **options: Any
     ) -> Cache:
         """Returns an empty cache of this one layer, for a module that hides it."""
-        k_storage, v_storage = (Dense(dtype) if x is None else x for x in (k_storage, v_storage))
         if self.reach.size is None and options.get("max_block") is None:
             options["max_block"] = capacity
-        return Cache.init([self.layer_spec(k_storage, v_storage)], num_rows, capacity, **options)
+        return Cache.init([self.layer_spec(k_storage, v_storage, dtype)], num_rows, capacity, **options)
 
     def begin(self, cache: Cache, x: Any, positions: Any, spans: Any) -> tuple[Cache, Any]:
         """Returns (cache, step) for x [B, T, D] in a hidden cache; positions None continues every row."""
@@ -236,6 +247,10 @@ class Heads:
             return q, k
         positions = positions[:, :, None, None]
         return self.rotary.rotate(q, positions), self.rotary.rotate(k, positions)
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def _check_input(name: str, x: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,6 @@ from flax import linen as nn
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross, Full, LayerSpec, Reach
-from jaxkv.cache.storage import Dense
 from jaxkv.nn.heads import PROJECTIONS, Heads, biased, rms_norm
 
 
@@ -168,11 +167,11 @@ class Attention(nn.Module):
             return y
         return y if layer is None else (y, layer)
 
-    def layer_spec(self, *, k_storage: Any = Dense(), v_storage: Any = Dense()) -> LayerSpec:
+    def layer_spec(self, *, k_storage: Any = None, v_storage: Any = None) -> LayerSpec:
         """Returns what a cache must keep for this module: its reach, kv heads, head size and rotary.
 
         Args:
-          k_storage, v_storage: how keys and values are kept.
+          k_storage, v_storage: how keys and values are kept; None means `Dense` of the dtype of the computation.
 
         Raises:
           ValueError: if none of head_dim, qkv_features and in_features was given.
@@ -180,7 +179,8 @@ class Attention(nn.Module):
         >>> jaxkv.linen.Attention(num_heads=2, head_dim=4, reach=jaxkv.Window(4)).layer_spec().reach
         Window(size=4, sinks=0)
         """
-        return self._heads(None).layer_spec(k_storage, v_storage)
+        dtype = self.param_dtype if self.dtype is None else self.dtype
+        return self._heads(None).layer_spec(k_storage, v_storage, dtype)
 
     def _heads(self, features: int | None) -> Heads:
         if self.in_features is not None and features is not None and features != self.in_features:
@@ -336,16 +336,16 @@ class CrossAttention(nn.Module):
             k = rms_norm(k, self.key_norm(self.heads.head_dim), self.qk_norm_epsilon)
         return k, v
 
-    def layer_spec(self, *, k_storage: Any = Dense(), v_storage: Any = Dense()) -> LayerSpec:
+    def layer_spec(self, *, k_storage: Any = None, v_storage: Any = None) -> LayerSpec:
         """Returns what a cache must keep for this module: Cross(size), its kv heads and head size.
 
         Args:
-          k_storage, v_storage: how keys and values are kept.
+          k_storage, v_storage: how keys and values are kept; None means `Dense` of the dtype of the computation.
 
         >>> jaxkv.linen.CrossAttention(num_heads=2, in_features=8, size=10).layer_spec().reach
         Cross(size=10)
         """
-        return self._heads().layer_spec(k_storage, v_storage)
+        return self._heads().layer_spec(k_storage, v_storage, self.param_dtype if self.dtype is None else self.dtype)
 
     def _heads(self) -> Heads:
         return Heads.choose(
@@ -467,6 +467,7 @@ def functional(module: nn.Module) -> Forward:
 
     Raises:
       TypeError: if module is not a linen module.
+      ValueError: if a field is not hashable, naming it: a list, a dict, an array, a dataclass that is not frozen.
 
     >>> from flax import linen as nn
     >>> class Model(nn.Module):
@@ -488,4 +489,33 @@ def functional(module: nn.Module) -> Forward:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"functional wants a flax.linen module, got a {type(module).__name__}")
+    if not _is_hashable(module):
+        name, value = _unhashable(type(module).__name__, module)
+        raise ValueError(
+            f"{name} is a {type(value).__name__}, which can't be hashed, so the module can't be a static argument of "
+            "jax.jit; make a config a frozen dataclass, @dataclasses.dataclass(frozen=True), and a list a tuple"
+        )
     return Forward(module)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _unhashable(name: str, value: Any) -> tuple[str, Any]:
+    """Returns the part of a value that can't be hashed that is to blame for it, with its name."""
+    parts: list[tuple[str, Any]] = []
+    if type(value).__hash__ is None:  # whatever is in it
+        return name, value
+    if dataclasses.is_dataclass(value):
+        fields = [field.name for field in dataclasses.fields(value) if field.name != "parent"]
+        parts = [(f"{name}.{field}", getattr(value, field)) for field in fields]
+    elif isinstance(value, tuple):
+        parts = [(f"{name}[{i}]", part) for i, part in enumerate(value)]
+    elif isinstance(value, Mapping):
+        parts = [(f"{name}[{key!r}]", part) for key, part in value.items()]
+    return next((_unhashable(*part) for part in parts if not _is_hashable(part[1])), (name, value))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross, Full, LayerSpec, Reach
-from jaxkv.cache.storage import Dense
 from jaxkv.nn.fuse import Joined, Transposed
 from jaxkv.nn.fuse import fuse as fuse
 from jaxkv.nn.heads import Heads, biased, rms_norm
@@ -170,21 +169,27 @@ class Attention(nnx.Module):
             self.query = self.key = self.value = nnx.data(None)
             self.out = Transposed(self.out)
 
-    def layer_spec(self, *, k_storage: Any = Dense(), v_storage: Any = Dense()) -> LayerSpec:
+    def layer_spec(self, *, k_storage: Any = None, v_storage: Any = None) -> LayerSpec:
         """Returns what a cache must keep for this module: its reach, kv heads, head size and rotary.
 
         Args:
-          k_storage, v_storage: how keys and values are kept.
+          k_storage, v_storage: how keys and values are kept; None means `Dense` of the dtype of the computation.
 
         >>> from flax import nnx
         >>> attn = jaxkv.nnx.Attention(2, 8, reach=jaxkv.Window(4), rngs=nnx.Rngs(0))
         >>> attn.layer_spec().reach
         Window(size=4, sinks=0)
         """
-        return self.heads.layer_spec(k_storage, v_storage)
+        return self.heads.layer_spec(k_storage, v_storage, self.param_dtype if self.dtype is None else self.dtype)
 
     def init_cache(
-        self, num_rows: int, capacity: int, *, k_storage: Any = None, v_storage: Any = None, **options: Any
+        self,
+        num_rows: int,
+        capacity: int | None = None,
+        *,
+        k_storage: Any = None,
+        v_storage: Any = None,
+        **options: Any,
     ) -> None:
         """Gives this module an empty cache of its own, which `decode` reads and writes: one `nnx.Cache` variable.
 
@@ -198,6 +203,9 @@ class Attention(nnx.Module):
           **options: further arguments of `Cache.init`. `max_block` is by default the capacity if the reach is Full, so
             that prompts of any length can be read at once.
 
+        Raises:
+          ValueError: for the shape of an input, as Flax's `init_cache` takes it.
+
         >>> from flax import nnx
         >>> attn = jaxkv.nnx.Attention(2, 8, rngs=nnx.Rngs(0))
         >>> attn.init_cache(num_rows=1, capacity=16)
@@ -206,6 +214,11 @@ class Attention(nnx.Module):
         >>> attn.cache.get_value().lengths
         Array([4], dtype=int32)
         """
+        if capacity is None or isinstance(num_rows, Sequence):  # as Flax's is called
+            raise ValueError(
+                f"init_cache got num_rows={num_rows!r}, capacity={capacity!r}; unlike Flax's it takes no shape but two "
+                "numbers, init_cache(num_rows, capacity): the sequences, and the tokens that each of them can hold"
+            )
         dtype = self.param_dtype if self.dtype is None else self.dtype
         self.cache = nnx.Cache(self.heads.own_cache(num_rows, capacity, dtype, k_storage, v_storage, **options))
 
@@ -306,6 +319,8 @@ class CrossAttention(nnx.Module):
         )
         self.in_features = in_features
         self.encoded_features = in_features if encoded_features is None else encoded_features
+        self.dtype = dtype
+        self.param_dtype = param_dtype
         self.qk_norm_epsilon = qk_norm_epsilon
         self.query: Any
         self.key: Any
@@ -388,17 +403,17 @@ class CrossAttention(nnx.Module):
         if not isinstance(self.out, Transposed):
             self.out = Transposed(self.out)
 
-    def layer_spec(self, *, k_storage: Any = Dense(), v_storage: Any = Dense()) -> LayerSpec:
+    def layer_spec(self, *, k_storage: Any = None, v_storage: Any = None) -> LayerSpec:
         """Returns what a cache must keep for this module: Cross(size), its kv heads and head size.
 
         Args:
-          k_storage, v_storage: how keys and values are kept.
+          k_storage, v_storage: how keys and values are kept; None means `Dense` of the dtype of the computation.
 
         >>> from flax import nnx
         >>> jaxkv.nnx.CrossAttention(2, 8, size=4, rngs=nnx.Rngs(0)).layer_spec().reach
         Cross(size=4)
         """
-        return self.heads.layer_spec(k_storage, v_storage)
+        return self.heads.layer_spec(k_storage, v_storage, self.param_dtype if self.dtype is None else self.dtype)
 
 
 def _projections(
@@ -465,7 +480,7 @@ def functional(model: nnx.Module) -> tuple[Forward, Any]:
     """Returns (forward, params): a model as a pure function and a plain tree, as `jaxkv.generate` wants them.
 
     Args:
-      model: any nnx module that is called as `model(tokens, positions, cache) -> (logits, cache)`.
+      model: any nnx module that is called as `model(tokens, positions, cache) -> (logits, cache)`, in evaluation mode.
 
     Returns:
       forward, hashable and equal for models of equal structure; params, nested dicts of the model's arrays, shared with
@@ -473,6 +488,7 @@ def functional(model: nnx.Module) -> tuple[Forward, Any]:
 
     Raises:
       TypeError: if model is not an nnx module.
+      ValueError: if a module in it is in training mode, as Dropout and BatchNorm are until `model.eval()`.
 
     >>> from flax import nnx
     >>> class Model(nnx.Module):
@@ -492,5 +508,12 @@ def functional(model: nnx.Module) -> tuple[Forward, Any]:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"functional wants a flax.nnx module, got a {type(model).__name__}")
+    for path, module in nnx.iter_modules(model):
+        for name in ("deterministic", "use_running_average"):
+            if getattr(module, name, None) is False:
+                raise ValueError(
+                    f"{'.'.join(map(str, path)) or 'the model'}, a {type(module).__name__}, is in training mode "
+                    f"({name}=False); call model.eval() before functional(model)"
+                )
     graphdef, state = nnx.split(model)
     return Forward(graphdef), nnx.to_pure_dict(state)
