@@ -31,7 +31,9 @@ class Cache:
     place; the old value is then gone.
 
     Attributes:
-      layers: one Layer per layer of the model; stacked: one per distinct LayerSpec.
+      layers: one Layer per layer of the model; with `stacked=True` one stack per distinct LayerSpec, in order of first
+        appearance, for a scan over layers: `layers[0].at(i)`. Without it a model of equal layers has as many Layers
+        here, and `at` is an error.
       groups: bookkeeping, one Group per distinct reach but Cross.
       encoded: bookkeeping of the Cross layers; None if there are none.
       lengths: int32 [R], the next position of each sequence.

@@ -34,7 +34,24 @@ class Layer:
     __repr__ = show
 
     def at(self, index: Any) -> Layer:
-        """Returns layer `index` of a stack (int32 scalar, may be traced), or the whole stack for None."""
+        """Returns layer `index` of a stack (int32 scalar, may be traced), or the whole stack for None.
+
+        A scan over layers takes the stack as its carry, and the body gives it back with `.at(None)`. Without that
+        `lax.scan` says that carry input and carry output differ at `index`, which is None and then an array.
+
+        Raises:
+          ValueError: if this is no stack: the cache was made without `stacked=True`.
+
+        >>> spec = jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=2)
+        >>> cache = jaxkv.Cache.init([spec] * 3, num_rows=1, capacity=8, stacked=True)
+        >>> cache, step = cache.begin(jnp.array([[0]]))
+        >>> def body(stack, i):
+        ...     k = v = jnp.ones((1, 1, 1, 2))
+        ...     layer = stack.at(i).put(step, k, v)
+        ...     return layer.at(None), None
+        >>> stack, _ = jax.lax.scan(body, cache.layers[0], jnp.arange(3))
+        >>> cache = cache.with_layers([stack])
+        """
         if self.num_stacked is None:
             raise ValueError("at() chooses a layer of a stack, but this layer is not stacked: Cache.init(stacked=True)")
         return dataclasses.replace(self, index=None if index is None else jnp.asarray(index, jnp.int32))
