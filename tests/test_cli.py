@@ -409,6 +409,21 @@ def test_what_is_wrong_with_many_tensors_is_a_short_list(checkpoint, capsys):
     assert len(lines) == 10 and re.fullmatch(r"  and \d+ more", lines[-1])
 
 
+def test_a_model_that_hears_is_not_asked_to_continue_text(tmp_path, capsys):
+    sizes = dict(vocab_size=96, d_model=16, num_mel_bins=8, max_source_positions=16, max_target_positions=32)
+    layers = {
+        f"{part}_{name}": size
+        for part in ("encoder", "decoder")
+        for name, size in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "whisper", **sizes, **layers}))
+    assert main(["generate", "--model", str(tmp_path), "x"]) == 2
+    assert "is a whisper model: it reads audio, and the command text; in Python" in capsys.readouterr().err
+    weights.write(tmp_path / "model.safetensors", {})
+    assert main(["info", str(tmp_path)]) == 0
+    assert "layers       1 Full(), 1 Cross(16)" in capsys.readouterr().out
+
+
 def test_a_tokenizer_of_another_model_is_noticed(checkpoint, capsys):
     directory = Path(checkpoint())
     tokenizer = (directory / "tokenizer.json").read_text().replace('"t95": 95', '"t95": 195')
@@ -515,7 +530,7 @@ def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
         (["chat", "-n", "40", "--capacity", "64"], "give a smaller --max-new-tokens, or --capacity 160"),
         (["chat", "-n", "300"], "leave too little of a cache that holds 512; give a smaller --max-new-tokens"),
         (["chat", "--system", "Be brief."], "has no chat template, so nobody can tell it anything; leave out --system"),
-        (["generate", "x", "-n", "600"], "1 tokens of prompt and 600 new ones are more than the 512"),
+        (["generate", "x", "-n", "600"], "1 token of prompt and 600 new ones are more than the 512"),
         (["generate", "x" * 512], "the prompt has 512 tokens, and the model was made for texts of 512 in all"),
         (["generate", "x", "--capacity", "1024"], "--capacity 1024 is beyond the 512 tokens"),
         (["generate", "x", "--model", "openai/gpt-2"], "hf download openai/gpt-2 --local-dir gpt-2; then give gpt-2"),

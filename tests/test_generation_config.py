@@ -61,6 +61,7 @@ def test_stop_tokens_are_found_where_they_are(tmp_path, generation, config, stop
         ("[]", "holds a list, must be an object"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', must be a token number or a list of them"),
         ({"top_p": "high"}, "top_p is 'high', must be a number"),
+        ({"top_k": 2.5}, "top_k is 2.5, must be a whole number"),
         ({"max_new_tokens": True}, "max_new_tokens is True, must be a number"),
     ],
 )

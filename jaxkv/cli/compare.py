@@ -15,7 +15,7 @@ from flax import nnx
 from jaxkv.cache.cache import Cache
 from jaxkv.cli.run import describe_size
 from jaxkv.cli.source import told
-from jaxkv.cli.terminal import note, printable, write
+from jaxkv.cli.terminal import counted, note, printable, write
 from jaxkv.generate import generate
 from jaxkv.models import Model
 
@@ -48,7 +48,7 @@ def compare(args: argparse.Namespace, model: Model, prompt: list[int], max_new_t
         result = generate(model.forward, model.params, [prompt], cache, max_new_tokens=num_tokens)
         return result.tokens[0, : result.lengths[0]].tolist()
 
-    write(_HOW.format("1 token" if len(prompt) == 1 else f"{len(prompt):,} tokens"))
+    write(_HOW.format(counted(len(prompt), "token")))
     write(f"{'new tokens':>10}{'with a cache':>16}{'without':>16}{'ratio':>10}   same tokens\n")
     all_same = True
     for num_tokens in sorted({max(1, max_new_tokens // part) for part in (8, 4, 2, 1)}):

@@ -10,7 +10,7 @@ from jaxkv.cli.compare import compare
 from jaxkv.cli.options import MIN_CAPACITY, Failure, UsageError
 from jaxkv.cli.run import Run, check_capacity, choose_sampling, describe_size, sampling_options
 from jaxkv.cli.source import Source, find, told
-from jaxkv.cli.terminal import Text, clean, note, printable, write
+from jaxkv.cli.terminal import Text, clean, counted, note, printable, write
 
 _MAX_NEW_TOKENS = 200
 
@@ -23,7 +23,9 @@ def run(args: argparse.Namespace) -> int:
     check_capacity(args.capacity, source.context)
     given = _read_prompt(args.prompt)
     prompt = source.tokenizer.encode(given)
-    if max(prompt, default=0) >= source.config.vocab_size:
+    if not prompt:
+        raise UsageError("the prompt has no tokens; give some text to continue")
+    if max(prompt) >= source.config.vocab_size:
         raise Failure(
             f"the tokenizer makes token {max(prompt):,} of this prompt, and the model knows "
             f"{source.config.vocab_size:,}; its tokenizer.json belongs to another model"
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         reasons = sorted({"running"} if decoding.result is None else set(decoding.result.reasons))
         ended = ", ".join(_reason(reason, source, shortened) for reason in reasons)
-        note(f"{decoding.speed()}; read {len(prompt):,} tokens, wrote {decoding.num_tokens:,} ({ended})")
+        note(f"{decoding.speed()}; read {counted(len(prompt), 'token')}, wrote {decoding.num_tokens:,} ({ended})")
         note(f"sampling: {chosen.text}")
         note(describe_size(model.specs, args.samples, capacity))
     return 130 if decoding.stop else 0
@@ -106,8 +108,8 @@ def _limit(args: argparse.Namespace, source: Source, num_tokens: int) -> tuple[i
         )
     if args.max_new_tokens is not None and asked > left:
         raise UsageError(
-            f"{num_tokens:,} tokens of prompt and {asked:,} new ones are more than the {source.context:,} that the "
-            f"model was made for; give -n {left} or less"
+            f"{counted(num_tokens, 'token')} of prompt and {asked:,} new ones are more than the "
+            f"{source.context:,} that the model was made for; give -n {left} or less"
         )
     return min(asked, left), asked > left
 

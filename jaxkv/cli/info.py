@@ -26,7 +26,7 @@ _MOST = 1 << 30  # positions are int32
 
 
 def run(args: argparse.Namespace) -> int:
-    source = find(args.model)
+    source = find(args.model, text=False)
     with told():
         counts = _counts(source)
     specs = source.specs()
@@ -76,7 +76,7 @@ def _short(reach: Any) -> str:
 
 
 def _heads(source: Source) -> str:
-    config = source.config
+    config = getattr(source.config, "decoder", source.config)  # the half that has a cache
     return f"{config.num_heads} query heads, {config.num_kv_heads} kv heads x {config.head_dim}"
 
 

@@ -19,6 +19,7 @@ from jaxkv.cli.options import Failure, UsageError
 from jaxkv.cli.run import keep_compiled_programs
 from jaxkv.cli.terminal import note
 from jaxkv.models import (
+    FAMILIES,
     ByteTokenizer,
     Decoder,
     DecoderConfig,
@@ -42,7 +43,7 @@ class Source:
     Attributes:
       name: how to call it.
       family: the "model_type" of its config.json.
-      config: what it is made of, a DecoderConfig.
+      config: what it is made of.
       context: tokens of the longest sequence it was made for; None if nobody says.
       generation: how its makers want it to be sampled, and where they say so.
       directory: None for the model that comes with jaxkv.
@@ -79,7 +80,8 @@ class Source:
 
     def specs(self) -> list[Any]:
         """Returns what a cache must keep, layer by layer; no weights are read."""
-        module = nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
+        kind: Any = (FAMILIES[self.family].module if self.family in FAMILIES else None) or Decoder
+        module = nnx.eval_shape(lambda: kind(self.config, rngs=nnx.Rngs(0)))
         return module.specs()
 
     def load(self, dtype: str | None, num_tokens: int, *, quiet: bool) -> Model:
@@ -114,11 +116,15 @@ def default_dtype() -> str | None:
     return "float32" if jax.default_backend() == "cpu" else None
 
 
-def find(given: str | None) -> Source:
+def find(given: str | None, *, text: bool = True) -> Source:
     """Returns the model that a directory holds, or that comes with jaxkv for None.
 
+    Args:
+      given: as the user wrote it.
+      text: whether only a model that continues text will do.
+
     Raises:
-      UsageError: if it is no directory, or a model that does not continue text.
+      UsageError: if it is no directory, or a model that will not do.
       Failure: if something in it is missing, can't be read, or is not computed here.
     """
     if given is None:
@@ -131,7 +137,7 @@ def find(given: str | None) -> Source:
         raise Failure(_no_checkpoint(given, directory))
     with told():
         family, config, parsed = read_config(directory)
-        if not isinstance(config, DecoderConfig):
+        if text and not isinstance(config, DecoderConfig):
             raise UsageError(
                 f"{given} is a {family} model: it reads audio, and the command text; in Python "
                 "jaxkv.models.load reads it"

@@ -18,6 +18,10 @@ def note(text: str) -> None:
     print(f"jaxkv: {text}", file=sys.stderr, flush=True)
 
 
+def counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def clean(text: str) -> str:
     """Returns an argument or a line as valid text: what was not UTF-8 in it comes from Python as surrogates."""
     return text.encode(errors="surrogateescape").decode(errors="replace")

@@ -80,7 +80,10 @@ class GenerationConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"{path}: {name} is {value!r}, must be a number")
-            fields[name] = value
+            whole = name in ("top_k", "max_new_tokens")
+            if whole and value != int(value):
+                raise ValueError(f"{path}: {name} is {value!r}, must be a whole number")
+            fields[name] = int(value) if whole else value
         # -1 is the token that no tokenizer has: some files give it for "none".
         stop_tokens = tuple(token for token in stop_tokens if token >= 0)
         return cls(stop_tokens=stop_tokens, greedy=not given.get("do_sample"), **fields)

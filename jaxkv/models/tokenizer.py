@@ -78,13 +78,25 @@ class Tokenizer:
         config = _read_json(self.directory / "tokenizer_config.json")
         self.special_tokens = _special_tokens(self.directory, config)
         self.templates = _templates(self.directory, config)
-        known = [token for token in self.special_tokens.values() if self._tokenizer.token_to_id(token) is not None]
-        self._tokenizer.add_special_tokens(known)  # those that the file doesn't call special
+        self._mark_special(tokenizers.AddedToken)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = frozenset(token for token, text in added.items() if text.special)
         decoder = self._tokenizer.decoder
         # Such decoders read bytes by the run: whether one is text is known when its run has ended.
         self._byte_fallback = decoder is not None and decoder.decode(["a", "<0x41>"]) == "aA"
+
+    def _mark_special(self, kind: Any) -> None:
+        """Makes special what the config names, even if tokenizer.json doesn't."""
+        added = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
+        for text in self.special_tokens.values():
+            token = added.get(text)
+            if self._tokenizer.token_to_id(text) is None or (token is not None and token.special):
+                continue
+            # Added anew, a token forgets which spaces belong to it.
+            sides = (
+                {} if token is None else {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
+            )
+            self._tokenizer.add_special_tokens([kind(text, normalized=False, special=True, **sides)])
 
     def __repr__(self) -> str:
         return f"Tokenizer({os.fspath(self.directory)!r}, vocab_size={self.vocab_size})"

@@ -22,6 +22,7 @@ TEXTS = [
     "naïve café → 你好 🐍👩‍👩‍👧",
     "",
     "<|user|>typed as text</s>",
+    "a <|eot|>  spaces <|user|>  around",
 ]
 MESSAGES = {
     "one": [{"role": "user", "content": " Hello? "}],
@@ -118,9 +119,9 @@ def byte_level() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|sep|>", "<|eot|>"]
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([AddedToken("<|user|>", special=False, normalized=False)])
+    tokenizer.add_special_tokens(["<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|sep|>"])
+    tokenizer.add_special_tokens([AddedToken("<|eot|>", rstrip=True, special=True)])
+    tokenizer.add_tokens([AddedToken("<|user|>", lstrip=True, special=False, normalized=False)])
     begin = tokenizer.token_to_id("<|begin|>")
     tokenizer.post_processor = processors.Sequence(
         [
