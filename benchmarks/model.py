@@ -1,13 +1,14 @@
 """A whole model, one sequence: milliseconds per token of jaxkv, transformers (torch) and llama.cpp at three contexts.
 
 The model has the shape of a small Llama: 12 layers of width 768, 12 query and 4 kv heads of 64, a gated MLP of 2,048,
-a vocabulary of 32,000 and a head of its own (untied): 125 M parameters, float32, random. Every contestant gets the
-same weights and the same prompt and decodes greedily, and their tokens are compared, so that all are seen to compute
-the same thing.
+a vocabulary of 32,000 and a head of its own (untied): 125 M parameters, float32, random. `--family` gives the other
+families of jaxkv.models the same sizes. Every contestant loads the same checkpoint, gets the same prompt and decodes
+greedily, and their tokens are compared, so that all are seen to compute the same thing.
 
-    python benchmarks/model.py                                  # a table
-    python benchmarks/model.py --out docs/data/model.json       # the same, kept, with docs/figures/model.png
-    python benchmarks/model.py --plot docs/data/model.json      # only draws the figure again
+    python benchmarks/model.py                                            # a table
+    python benchmarks/model.py --out docs/data/model.json                 # the same, kept, with docs/figures/model.png
+    python benchmarks/model.py --plot docs/data/model.json                # only draws the figure again
+    python benchmarks/model.py --family all --out docs/data/families.json # every family against transformers
 
 Each contestant lives in a process of its own, loaded once and bound to the same cores; one works at a time, and they
 take turns: in every round each decodes `--tokens` tokens from the same context. Medians over the rounds are compared,
@@ -17,6 +18,7 @@ so a slow minute of the machine meets all of them. What is not installed is left
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import importlib.metadata
 import json
@@ -40,6 +42,7 @@ SEED = 0
 class Shape:
     """The model and the lengths at which it is timed."""
 
+    family: str = "llama"
     num_layers: int = 12
     width: int = 768
     num_heads: int = 12
@@ -47,63 +50,104 @@ class Shape:
     head_dim: int = 64
     mlp_dim: int = 2048
     vocab_size: int = 32_000
-    norm_eps: float = 1e-6
-    theta: float = 10_000.0
+    window: int = 512
     capacity: int = 4096
     max_block: int = 512
     contexts: tuple[int, ...] = (32, 1024, 4000)
     prefill: int = 1024
 
-    @property
-    def read_per_token(self) -> int:
-        """Parameters that one decode step reads: all but the embedding table, of which it reads one row."""
-        heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        return self.num_layers * self.width * (heads + 3 * self.mlp_dim + 2) + self.width * (self.vocab_size + 1)
-
-    @property
-    def num_parameters(self) -> int:
-        return self.read_per_token + self.width * self.vocab_size
-
-    def read_bytes(self, context: int) -> int:
-        """Bytes that a decode step can't do without: those weights, and the keys and values of the context."""
-        cached = 2 * self.num_layers * self.num_kv_heads * self.head_dim * context
-        return 4 * (self.read_per_token + cached)
-
-
-TINY = Shape(2, 64, 4, 2, 16, 128, 256, capacity=64, max_block=16, contexts=(8, 40), prefill=32)
-
-
-def random_weights(shape: Shape) -> dict[str, np.ndarray]:
-    """Float32 weights under the names of transformers' Llama, every matrix [out, in].
-
-    The scale keeps the stream near 1 and makes attention sharp enough to matter: with small weights every model of this
-    shape would repeat one token, and comparing tokens would prove nothing.
-    """
-    rng = np.random.default_rng(SEED)
-
-    def matrix(out, into, gain=1.0):
-        return rng.standard_normal((out, into), dtype=np.float32) * np.float32(gain / into**0.5)
-
-    def scale():
-        return 1 + rng.standard_normal(shape.width, dtype=np.float32) * np.float32(0.1)
-
-    weights = {"model.embed_tokens.weight": matrix(shape.vocab_size, shape.width, shape.width**0.5)}
-    for i in range(shape.num_layers):
-        at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-        weights |= {
-            f"model.layers.{i}.input_layernorm.weight": scale(),
-            at + "q_proj.weight": matrix(shape.num_heads * shape.head_dim, shape.width, 2.0),
-            at + "k_proj.weight": matrix(shape.num_kv_heads * shape.head_dim, shape.width, 2.0),
-            at + "v_proj.weight": matrix(shape.num_kv_heads * shape.head_dim, shape.width, 2.0),
-            at + "o_proj.weight": matrix(shape.width, shape.num_heads * shape.head_dim),
-            f"model.layers.{i}.post_attention_layernorm.weight": scale(),
-            mlp + "gate_proj.weight": matrix(shape.mlp_dim, shape.width),
-            mlp + "up_proj.weight": matrix(shape.mlp_dim, shape.width),
-            mlp + "down_proj.weight": matrix(shape.width, shape.mlp_dim),
+    def config(self) -> dict[str, Any]:
+        """What stands in config.json."""
+        if self.family == "gpt2":
+            sizes = {"n_embd": self.width, "n_layer": self.num_layers, "n_head": self.num_heads}
+            return {
+                **sizes,
+                "model_type": "gpt2",
+                "architectures": ["GPT2LMHeadModel"],
+                "vocab_size": self.vocab_size,
+                "n_positions": self.capacity,
+            }
+        return {
+            "model_type": self.family,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.width,
+            "intermediate_size": self.mlp_dim,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.capacity,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10_000.0,
+            "tie_word_embeddings": self.family.startswith("gemma"),
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+            **self.of_family(),
         }
-    weights["model.norm.weight"] = scale()
-    weights["lm_head.weight"] = matrix(shape.vocab_size, shape.width)
-    return weights
+
+    def of_family(self) -> dict[str, Any]:
+        if self.family.startswith("gemma"):
+            return {"sliding_window": self.window, "query_pre_attn_scalar": self.head_dim}
+        if self.family == "gpt_oss":  # half of the experts are read for a token, as much as the others' MLP
+            experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": self.mlp_dim // 2}
+            return {**experts, "sliding_window": self.window, "rope_scaling": {"rope_type": "default"}}
+        return {"sliding_window": self.window if self.family == "mistral" else None}
+
+
+TINY = Shape("llama", 2, 64, 4, 2, 16, 128, 256, 16, capacity=64, max_block=16, contexts=(8, 40), prefill=32)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2", "gpt_oss")
+EAGER = ("gemma2", "gpt_oss")  # transformers computes soft caps and sinks in its plain attention only
+
+
+def write_checkpoint(shape: Shape, folder: str) -> None:
+    """Writes random float32 weights as transformers would.
+
+    The scale keeps the stream near 1 and makes attention sharp enough to matter: with small weights every model would
+    repeat one token, and comparing tokens would prove nothing.
+    """
+    import jax
+    from flax import nnx
+
+    import jaxkv
+
+    rng = np.random.default_rng(SEED)
+    model = jaxkv.models.init(shape.config(), rngs=nnx.Rngs(SEED))
+    tied = model.config.tied
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        name = jaxkv.models.weights.name_of(path)
+        noise = rng.standard_normal(leaf.shape, dtype=np.float32)
+        if name.endswith("norm.scale"):
+            return 1 + np.float32(0.1) * noise
+        if name.endswith("embedding"):
+            return noise * np.float32(0.3 if tied else 1.0)
+        if leaf.ndim == 1 or name.endswith("bias"):
+            return np.float32(0.1) * noise
+        inputs = leaf.size // np.prod(leaf.shape[1:]) if ".out." not in name else np.prod(leaf.shape[:-1])
+        if leaf.ndim == 3 and ".mlp." in name:  # experts
+            inputs = leaf.shape[1]
+        gain = 2.0 if any(part in name for part in (".query.", ".key.", ".value.")) else 1.0
+        return noise * np.float32(gain / inputs**0.5)
+
+    params = jax.tree_util.tree_map_with_path(draw, model.params)
+    jaxkv.models.save(folder, dataclasses.replace(model, params=params))
+
+
+def read_bytes(folder: str, context: int) -> int:
+    """Bytes that a decode step can't do without: weights but for unused rows of tables and experts, and the context."""
+    import jaxkv
+
+    files = jaxkv.models.Files(folder)
+    _, config, _ = jaxkv.models.read_config(folder)
+    weights = 0
+    for name in files:
+        size = 4 * int(np.prod(files.shape(name)))
+        if (("embed_tokens" in name or "wte" in name) and not config.tied) or "wpe" in name:
+            size = 4 * config.width
+        if ".experts." in name:
+            size = size * config.experts_per_token // config.num_experts
+        weights += size
+    held = [min(context, config.reach(i).size or context) for i in range(config.num_layers)]
+    return weights + 4 * 2 * config.num_kv_heads * config.head_dim * sum(held)
 
 
 # The contestants. Each keeps one sequence: `hold` brings the cache to all but the last token of a history, `decode`
@@ -112,35 +156,20 @@ def random_weights(shape: Shape) -> dict[str, np.ndarray]:
 
 
 class Jaxkv:
-    """The `Decoder` of jaxkv.models, its weights laid out for decoding, in the compiled loop of jaxkv.generate."""
+    """`jaxkv.models.load`, the weights laid out for decoding, in the compiled loop of jaxkv.generate."""
 
     packages = ("jax", "jaxlib", "flax")
 
-    def __init__(self, shape: Shape, threads: int):
+    def __init__(self, shape: Shape, folder: str, threads: int):
         import jax
         import jax.numpy as jnp
-        from flax import nnx
 
         import jaxkv
-        from jaxkv.models import Decoder, DecoderConfig
 
         self.generate = jaxkv.generate
-        config = DecoderConfig(
-            vocab_size=shape.vocab_size,
-            width=shape.width,
-            num_layers=shape.num_layers,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            mlp_dim=shape.mlp_dim,
-            rotary=jaxkv.Rotary(theta=shape.theta),
-            norm_eps=shape.norm_eps,
-            tied=False,
-        )
-        model = Decoder(config, rngs=nnx.Rngs(SEED))
-        load_into(model, random_weights(shape))
-        self.forward, self.params = jaxkv.nnx.functional(jaxkv.nnx.fuse(model))
-        self.cache = jaxkv.Cache.init(model.specs(), 1, shape.capacity, max_block=shape.max_block)
+        model = jaxkv.models.load(folder, dtype="float32", fuse=True)
+        self.forward, self.params = model.forward, model.params
+        self.cache = jaxkv.Cache.init(model.specs, 1, shape.capacity, max_block=shape.max_block)
         self.rewind = jax.jit(lambda cache, length: cache.rewind(length[None]), donate_argnums=0)
         self.device = f"{jax.default_backend()}: {jax.devices()[0].device_kind}"
         self.jnp, self.jax, self.held = jnp, jax, 0
@@ -174,48 +203,41 @@ class Jaxkv:
 
 
 class Transformers:
-    """LlamaForCausalLM on torch in a plain loop, which is quicker than its own `generate`."""
+    """AutoModelForCausalLM on torch in a plain loop, which is quicker than its own `generate`."""
 
     packages = ("torch", "transformers")
     static = False
 
-    def __init__(self, shape: Shape, threads: int):
+    def __init__(self, shape: Shape, folder: str, threads: int):
         import torch
         import transformers
 
         torch.set_num_threads(threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        config = transformers.LlamaConfig(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.width,
-            intermediate_size=shape.mlp_dim,
-            num_hidden_layers=shape.num_layers,
-            num_attention_heads=shape.num_heads,
-            num_key_value_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            max_position_embeddings=shape.capacity,
-            rms_norm_eps=shape.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": shape.theta},
-            tie_word_embeddings=False,
-            attn_implementation="sdpa",
+        attention = "eager" if shape.family in EAGER else "sdpa"
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=attention
         )
-        self.model = transformers.LlamaForCausalLM(config).eval()
-        self.model.load_state_dict({name: torch.from_numpy(w) for name, w in random_weights(shape).items()})
-        self.model.to(self.device)
+        self.model.eval().to(self.device)
         self.torch, self.transformers, self.shape = torch, transformers, shape
-        self.back_to(0)
 
-    def back_to(self, length: int) -> None:
-        if length == 0:
-            kind = self.transformers.StaticCache if self.static else self.transformers.DynamicCache
-            room = {"max_cache_len": self.shape.capacity} if self.static else {}
-            self.cache = kind(config=self.model.config, **room)
-        for layer in self.cache.layers if length else ():
-            if self.static:
-                layer.cumulative_length.fill_(length)
-            else:
-                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
-        self.held = length
+    def empty(self) -> None:
+        kind = self.transformers.StaticCache if self.static else self.transformers.DynamicCache
+        room = {"max_cache_len": self.shape.capacity} if self.static else {}
+        self.cache, self.held = kind(config=self.model.config, **room), 0
+
+    def hold(self, history):
+        self.empty()
+        self.run(history[:-1], 1)
+        self.kept = self.cache  # its window layers can't go back, so each turn works on a copy
+
+    def decode(self, history, count):
+        self.cache, self.held = copy.deepcopy(self.kept), len(history) - 1
+        return self.run(history, count)
+
+    def prefill(self, history):
+        self.empty()
+        return self.run(history, 1)
 
     def run(self, history: np.ndarray, count: int) -> tuple[float, list[int]]:
         torch, tokens = self.torch, []
@@ -229,8 +251,6 @@ class Transformers:
         tokens = torch.cat(tokens, 1)[0].tolist()
         return time.perf_counter() - start, tokens
 
-    hold, decode, prefill = Jaxkv.hold, Jaxkv.decode, Jaxkv.prefill
-
 
 class TransformersStatic(Transformers):
     static = True
@@ -241,13 +261,13 @@ class LlamaCpp:
 
     packages = ("llama-cpp-python", "gguf")
 
-    def __init__(self, shape: Shape, threads: int):
+    def __init__(self, shape: Shape, folder: str, threads: int):
         import gguf
         import llama_cpp
 
-        with tempfile.TemporaryDirectory() as folder:
-            path = f"{folder}/model.gguf"
-            write_gguf(gguf, path, shape)
+        with tempfile.TemporaryDirectory() as other:
+            path = f"{other}/model.gguf"
+            write_gguf(gguf, path, shape, folder)
             self.llama = llama_cpp.Llama(
                 path,
                 n_ctx=shape.capacity,
@@ -284,17 +304,17 @@ class PlainRead:
 
     packages = ("jax",)
 
-    def __init__(self, shape: Shape, threads: int):
+    def __init__(self, shape: Shape, folder: str, threads: int):
         import jax
         import jax.numpy as jnp
 
-        self.shape, self.device = shape, "the same as jaxkv"
+        self.folder, self.device = folder, "the same as jaxkv"
         self.sums = jax.jit(lambda parts: [part.sum() for part in parts])
         self.ones, self.jax = jnp.ones, jax
         self.parts: list[Any] = []
 
     def hold(self, history):
-        size = self.shape.read_bytes(len(history) - 1) // 4
+        size = read_bytes(self.folder, len(history) - 1) // 4
         self.parts = [self.ones(max(size // 8, 1), "float32") for _ in range(8)]
         self.decode(history, 1)
 
@@ -326,43 +346,11 @@ CURES = {
 }
 
 
-def load_into(model: Any, weights: dict[str, np.ndarray]) -> None:
-    """Puts weights under transformers' names into a jaxkv `Decoder`, all of them or none."""
-    import jax.numpy as jnp
-    from flax import nnx
+def write_gguf(gguf: Any, path: str, shape: Shape, folder: str) -> None:
+    """Writes a Llama as llama.cpp wants it: what rotates together stands side by side, not half a head apart."""
+    import jaxkv
 
-    names = {
-        "embed.embedding": ("model.embed_tokens.weight", False),
-        "head.kernel": ("lm_head.weight", True),
-        "norm.scale": ("model.norm.weight", False),
-    }
-    inside = {
-        "attention_norm.scale": ("input_layernorm.weight", False),
-        "attention.query.kernel": ("self_attn.q_proj.weight", True),
-        "attention.key.kernel": ("self_attn.k_proj.weight", True),
-        "attention.value.kernel": ("self_attn.v_proj.weight", True),
-        "attention.out.kernel": ("self_attn.o_proj.weight", True),
-        "mlp_norm.scale": ("post_attention_layernorm.weight", False),
-        "mlp.gate.kernel": ("mlp.gate_proj.weight", True),
-        "mlp.up.kernel": ("mlp.up_proj.weight", True),
-        "mlp.down.kernel": ("mlp.down_proj.weight", True),
-    }
-    for i in range(len(model.layers)):
-        names |= {f"layers.{i}.{ours}": (f"model.layers.{i}.{theirs}", t) for ours, (theirs, t) in inside.items()}
-    state = nnx.state(model, nnx.Param)
-    flat = nnx.to_flat_state(state)
-    ours = {".".join(map(str, path)) for path, _ in flat}
-    if ours != set(names):
-        raise ValueError(f"the decoder's parameters are not the expected ones: {sorted(ours ^ set(names))}")
-    for path, param in flat:
-        name, transposed = names[".".join(map(str, path))]
-        weight = weights[name].T if transposed else weights[name]
-        param.set_value(jnp.asarray(np.ascontiguousarray(weight).reshape(param.get_value().shape)))
-    nnx.update(model, state)
-
-
-def write_gguf(gguf: Any, path: str, shape: Shape) -> None:
-    """Writes the weights as llama.cpp wants them: what rotates together stands side by side, not half a head apart."""
+    config = shape.config()
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(shape.capacity)
     writer.add_embedding_length(shape.width)
@@ -373,8 +361,8 @@ def write_gguf(gguf: Any, path: str, shape: Shape) -> None:
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
     writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(shape.theta)
-    writer.add_layer_norm_rms_eps(shape.norm_eps)
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(shape.vocab_size)
     writer.add_tokenizer_model("none")
     names = {"model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm"}
@@ -391,7 +379,7 @@ def write_gguf(gguf: Any, path: str, shape: Shape) -> None:
     }
     for i in range(shape.num_layers):
         names |= {f"model.layers.{i}.{theirs}": f"blk.{i}.{ours}" for theirs, ours in inside.items()}
-    for name, weight in random_weights(shape).items():
+    for name, weight in jaxkv.models.Files(folder).items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             halves = weight.reshape(-1, 2, shape.head_dim // 2, shape.width)  # [heads, half, pair, D]
             weight = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
@@ -402,12 +390,12 @@ def write_gguf(gguf: Any, path: str, shape: Shape) -> None:
     writer.close()
 
 
-def work(name: str, shape: Shape, threads: int, pipe: Any) -> None:
+def work(name: str, shape: Shape, folder: str, threads: int, pipe: Any) -> None:
     """The life of a worker: load, say so, answer calls until the pipe closes."""
     sys.path.insert(0, str(ROOT))  # a checkout that is not installed
     kind = CONTESTANTS[name]
     try:
-        contestant = kind(shape, threads)
+        contestant = kind(shape, folder, threads)
         versions = {package: importlib.metadata.version(package) for package in kind.packages}
         pipe.send({"device": contestant.device, "versions": versions})
     except ModuleNotFoundError as error:
@@ -426,10 +414,10 @@ def work(name: str, shape: Shape, threads: int, pipe: Any) -> None:
 
 
 class Worker:
-    def __init__(self, name: str, shape: Shape, threads: int):
+    def __init__(self, name: str, shape: Shape, folder: str, threads: int):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(name, shape, threads, theirs), daemon=True)
+        self.process = context.Process(target=work, args=(name, shape, folder, threads, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -452,8 +440,21 @@ class Worker:
         self.process.join(5)
 
 
-def measure(shape: Shape, names: list[str], *, rounds: int, tokens: int, threads: int) -> dict[str, Any]:
-    """Runs all contestants and returns what `--out` writes."""
+def measure(shape: Shape, names: list[str], **settings: int) -> dict[str, Any]:
+    """Runs all contestants on one model and returns what `--out` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        say(f"writing a random {shape.family}")
+        write_checkpoint(shape, folder)
+        return measure_checkpoint(shape, folder, names, **settings)
+
+
+def measure_checkpoint(
+    shape: Shape, folder: str, names: list[str], *, rounds: int, tokens: int, threads: int
+) -> dict[str, Any]:
+    import jaxkv
+
+    files = jaxkv.models.Files(folder)
+    parameters = sum(int(np.prod(files.shape(name))) for name in files)
     prompt = np.random.default_rng(SEED + 1).integers(0, shape.vocab_size, shape.capacity, dtype=np.int64)
     workers: dict[str, Worker] = {}
     left_out: dict[str, str] = {}
@@ -462,7 +463,7 @@ def measure(shape: Shape, names: list[str], *, rounds: int, tokens: int, threads
     facts = about(())
     for name in names:
         say(f"loading {name}")
-        worker = Worker(name, shape, threads)
+        worker = Worker(name, shape, folder, threads)
         hello = worker.answer()
         if "left_out" in hello:
             left_out[name] = hello["left_out"]
@@ -517,7 +518,7 @@ def measure(shape: Shape, names: list[str], *, rounds: int, tokens: int, threads
         "date": facts["date"],
         "device": facts["device"] | {"of_each": devices},
         "versions": facts["versions"] | versions,
-        "model": dataclasses.asdict(shape) | {"parameters": shape.num_parameters, "dtype": "float32", "tied": False},
+        "model": dataclasses.asdict(shape) | {"parameters": parameters, "dtype": "float32"},
         "settings": {"rounds": rounds, "tokens": tokens, "threads": threads},
         "decode_ms_per_token": {str(n): {k: v for k, v in by.items() if v} for n, by in decode.items()},
         "prefill_ms": {name: times for name, times in prefill.items() if times},
@@ -587,7 +588,7 @@ def plot(data: dict[str, Any], path: pathlib.Path) -> None:
     right.set_xticks([])
     right.set(ylabel="ms", title=f"Prompt of {data['model']['prefill']:,} tokens")
     millions = data["model"]["parameters"] / 1e6
-    title = f"Llama shape, {millions:.0f} M parameters, float32, one sequence, {data['device']['cpu']}"
+    title = f"{data['model']['family']}, {millions:.0f} M parameters, float32, one sequence, {data['device']['cpu']}"
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -599,6 +600,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, help="write the times as JSON, and draw the figure")
     parser.add_argument("--plot", type=pathlib.Path, metavar="JSON", help="only draw the figure of this file")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, metavar="NAME", help=f"of: {', '.join(CONTESTANTS)}")
+    parser.add_argument(
+        "--family", nargs="+", default=["llama"], metavar="NAME", help=f"all, or of: {', '.join(FAMILIES)}"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant at each context (default 9)")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded per turn (default 32)")
     parser.add_argument("--threads", type=int, default=2, help="cores to use (default 2)")
@@ -607,6 +611,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.plot:
         plot(json.loads(arguments.plot.read_text()), figure_path(arguments.plot))
         return 0
+    families = list(FAMILIES) if arguments.family == ["all"] else arguments.family
+    if not set(families) <= set(FAMILIES):
+        parser.error(f"--family {' '.join(families)}: known are {', '.join(FAMILIES)}")
     shape, rounds, tokens = (TINY, 2, 8) if arguments.quick else (Shape(), arguments.rounds, arguments.tokens)
     if max(shape.contexts) + 1 + tokens > shape.capacity:
         parser.error(f"--tokens {tokens} do not fit behind {max(shape.contexts)} in a capacity of {shape.capacity}")
@@ -617,18 +624,25 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--threads {threads}, but this process may use {len(cores)} cores")
         os.sched_setaffinity(0, cores[:threads])
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    data = measure(shape, arguments.only or list(CONTESTANTS), rounds=rounds, tokens=tokens, threads=threads)
-    print(table(data))
-    if data["device"]["load_before"] > 0.5:
-        print(f"the machine was busy (load {data['device']['load_before']:.1f}): don't trust the times")
+    all_data, failed = {}, False
+    for family in families:
+        names = [name for name in arguments.only or CONTESTANTS if name != "llama.cpp" or family == "llama"]
+        one = dataclasses.replace(shape, family=family)
+        data = all_data[family] = measure(one, names, rounds=rounds, tokens=tokens, threads=threads)
+        print(f"{family}, {data['model']['parameters'] / 1e6:.0f} M parameters\n{table(data)}\n")
+        failed |= any(why.startswith("failed") for why in data["left_out"].values())
+        if data["device"]["load_before"] > 0.5 and family == families[0]:
+            print(f"the machine was busy (load {data['device']['load_before']:.1f}): don't trust the times")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(data, indent=1) + "\n")
-        try:
-            plot(data, figure_path(arguments.out))
-        except ModuleNotFoundError:
-            print("no figure: matplotlib is not installed; pip install matplotlib")
-    return 1 if any(why.startswith("failed") for why in data["left_out"].values()) else 0
+        kept = data if len(families) == 1 else all_data
+        arguments.out.write_text(json.dumps(kept, indent=1) + "\n")
+        if len(families) == 1:
+            try:
+                plot(data, figure_path(arguments.out))
+            except ModuleNotFoundError:
+                print("no figure: matplotlib is not installed; pip install matplotlib")
+    return 1 if failed else 0
 
 
 def figure_path(data_path: pathlib.Path) -> pathlib.Path:
