@@ -49,14 +49,11 @@ def recordings(*which):
     return features, lengths
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def encode_into(graphdef, params, cache, features, lengths=None, rows=None):
-    return nnx.merge(graphdef, params).encode_into(cache, features, lengths, rows)
+encode_into = nnx.jit(EncoderDecoder.encode_into)
 
 
-def hear(cache, which, rows=None, model=None):
-    model = model or whisper()
-    return encode_into(model.forward.graphdef, model.params, cache, *recordings(*which), rows)
+def hear(cache, which, rows=None):
+    return encode_into(whisper().module, cache, *recordings(*which), rows)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -281,7 +278,7 @@ def test_against_transformers(config, tmp_path):
     for i in (0, 1):
         features, tokens, logits = (of_it[f"{name}.{i}"].numpy() for name in ("features", "tokens", "logits"))
         assert_close(model.module(jnp.asarray(tokens)[None], features=features[None])[0], logits)
-        cache = encode_into(model.forward.graphdef, model.params, empty(1, model), features[None])
+        cache = encode_into(model.module, empty(1, model), features[None])
         for p, token in enumerate(tokens):
             got, cache = run(model.forward, model.params, np.array([[token]]), np.array([[p]], np.int32), cache)
             assert_close(got[0, 0], logits[p])

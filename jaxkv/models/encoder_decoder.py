@@ -298,7 +298,8 @@ class EncoderDecoder(nnx.Module):
     def encode_into(self, cache: Cache, features: Any, lengths: Any = None, rows: Any = None) -> Cache:
         """Returns the cache with the encoder's output for some sequences, in place of what they had: `encode`, `write`.
 
-        Several sequences at a time or one by one, before their first token or in between. Jit it; donate the cache.
+        Several sequences at a time or one by one, before their first token or in between. Compiled and in place it is
+        `nnx.jit(EncoderDecoder.encode_into, donate_argnums=1)`, called with the model before the cache.
 
         Args:
           cache: made from `specs()`.
