@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -424,6 +425,14 @@ def test_a_model_that_hears_is_not_asked_to_continue_text(tmp_path, capsys):
     assert "layers       1 Full(), 1 Cross(16)" in capsys.readouterr().out
 
 
+def test_a_folder_of_the_hubs_cache_leads_to_the_checkpoint_in_it(tmp_path, capsys):
+    snapshot = tmp_path / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()
+    assert main(["info", str(tmp_path)]) == 1
+    assert f"is a folder of the hub's cache; the checkpoint lies in {snapshot}" in capsys.readouterr().err
+
+
 def test_a_tokenizer_of_another_model_is_noticed(checkpoint, capsys):
     directory = Path(checkpoint())
     tokenizer = (directory / "tokenizer.json").read_text().replace('"t95": 95', '"t95": 195')
@@ -509,6 +518,11 @@ def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
     assert "1.0 GiB (free on this machine)" in capsys.readouterr().out
     monkeypatch.undo()
     assert info.free_memory()[0] > 0
+    gpu = types.SimpleNamespace(
+        platform="gpu", device_kind="GPU X", memory_stats=lambda: {"bytes_limit": 9, "bytes_in_use": 2}
+    )
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    assert info.free_memory() == (7, "free on GPU X")
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
