@@ -200,6 +200,16 @@ def test_one_sharding_for_all():
     assert {leaf.sharding for leaf in jax.tree.leaves(model.params)} == {place}
 
 
+def test_a_loaded_model_no_longer_depends_on_its_file(tmp_path):
+    copy_of("gpt2", tmp_path)
+    path = tmp_path / "model.safetensors"
+    shutil.copy(GOLDEN / "gpt2" / "model.safetensors", path)
+    model = jaxkv.models.load(tmp_path)
+    before = jax.tree.map(np.array, model.params)
+    path.write_bytes(bytes(path.stat().st_size))  # the same file, overwritten
+    jax.tree.map(np.testing.assert_array_equal, model.params, before)
+
+
 def test_progress_ends_with_everything():
     seen = []
     jaxkv.models.load(GOLDEN / "phi3", progress=lambda done, total: seen.append((done, total)))

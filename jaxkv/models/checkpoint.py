@@ -27,7 +27,7 @@ from jaxkv.models.decoder import Decoder
 from jaxkv.models.families import FAMILIES
 from jaxkv.models.families.table import Family, Fields, Tensor
 from jaxkv.models.generation import GenerationConfig
-from jaxkv.models.model import Model
+from jaxkv.models.model import Model, abstract
 from jaxkv.models.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -74,7 +74,7 @@ def load(
     files = Files(directory)
     config = _with_dtype(config, dtype if dtype is not None else files.dtype)
     family = FAMILIES[name]
-    module = nnx.eval_shape(lambda: _kind(family)(config, rngs=nnx.Rngs(0)))  # shapes alone: nothing is drawn
+    module = abstract(_kind(family), config)
     state = nnx.state(module)
     params = weights.named(state)
     places = _places(family, params, files)
@@ -276,7 +276,7 @@ class Files(Mapping[str, np.ndarray]):
         self._file_of: dict[str, weights.File] = {}
         if (self.directory / INDEX).exists():
             names = dict.fromkeys(_read_json(self.directory / INDEX).get("weight_map", {}).values())
-            missing = [name for name in names if not (self.directory / name).exists()]
+            missing = sorted(name for name in names if not (self.directory / name).exists())
             if missing or not names:
                 raise FileNotFoundError(
                     f"{self.directory / INDEX} names {len(names)} files, of which {', '.join(missing) or 'all'} are "
@@ -340,8 +340,10 @@ class _Place:
             x = x[self.stretch] if self.tensor.joined_axis == 0 else x[..., self.stretch]
         x = self.tensor.decode(x, like.shape)
         if sharding is None:
-            # Copied once, turned round on the way; then cast by XLA, which is faster than NumPy at it.
-            param = jax.device_put(x, may_alias=False)
+            # Turned round on the way, then cast, by XLA, which is faster than NumPy at both. What needs neither would
+            # stay part of the file, and change with it.
+            as_it_is = x.dtype == dtype and x.flags.c_contiguous
+            param = jax.device_put(np.array(x) if as_it_is else x)
             param = param if param.dtype == dtype else _cast(param, dtype)
         else:
             param = jax.make_array_from_callback(like.shape, sharding, lambda index: x[index].astype(dtype))

@@ -68,7 +68,7 @@ class File(Mapping[str, np.ndarray]):
             if length > size - 8:
                 raise ValueError(f"{self.path} ({size:,} bytes) is no safetensors file, or is cut short")
             text = file.read(length)
-        start = 8 + length
+        self._start = start = 8 + length
         self._bytes = np.memmap(self.path, np.uint8, "r", start) if size > start else np.zeros(0, np.uint8)
         try:
             header = json.loads(text)
@@ -100,6 +100,10 @@ class File(Mapping[str, np.ndarray]):
     def kind(self, name: str) -> Any:
         """Returns the dtype of a tensor."""
         return jnp.dtype(DTYPES[self._entries[name][0]])
+
+    def offset(self, name: str) -> int:
+        """Returns where in the file the bytes of a tensor begin."""
+        return self._start + self._entries[name][2]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -16,7 +16,7 @@ from jaxkv.cache.spec import Full, Window
 from jaxkv.models import weights
 from jaxkv.models.decoder import Decoder, DecoderConfig
 from jaxkv.models.generation import GenerationConfig
-from jaxkv.models.model import Model
+from jaxkv.models.model import Model, abstract
 from jaxkv.models.tokenizer import ByteTokenizer
 
 PATH = Path(__file__).parent / "model.safetensors"
@@ -47,7 +47,7 @@ def load(dtype: Any = "float32") -> Model:
     ([119, 105, 116, 104], (0,), 512)
     """
     config = dataclasses.replace(CONFIG, dtype=dtype, param_dtype=dtype)
-    module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))  # shapes alone: nothing is drawn to be replaced
+    module = abstract(Decoder, config)
     nnx.update(module, weights.load(PATH, nnx.state(module)))
     generation = GenerationConfig(stop_tokens=(0,), greedy=False, temperature=0.7)
     return Model.of(module, context=CONTEXT, generation=generation, make_tokenizer=ByteTokenizer)
