@@ -2,8 +2,9 @@
 
 The model has the shape of a small Llama: 12 layers of width 768, 12 query and 4 kv heads of 64, a gated MLP of 2,048,
 a vocabulary of 32,000 and a head of its own (untied): 125 M parameters, float32, random. `--family` gives the other
-families of jaxkv.models the same sizes. Every contestant loads the same checkpoint, gets the same prompt and decodes
-greedily, and their tokens are compared, so that all are seen to compute the same thing.
+families of jaxkv.models the same sizes; Whisper hears 30 seconds first, which its "prefill" includes. Every contestant
+loads the same checkpoint, gets the same prompt and decodes greedily, and their tokens are compared, so that all are
+seen to compute the same thing.
 
     python benchmarks/model.py                                            # a table
     python benchmarks/model.py --out docs/data/model.json                 # the same, kept, with docs/figures/model.png
@@ -56,8 +57,38 @@ class Shape:
     contexts: tuple[int, ...] = (32, 1024, 4000)
     prefill: int = 1024
 
+    @classmethod
+    def of(cls, family: str, shape: Shape) -> Shape:
+        """The shape for another family: Whisper's texts are shorter."""
+        if family != "whisper":
+            return dataclasses.replace(shape, family=family)
+        capacity = min(shape.capacity, 448)
+        contexts = (min(shape.contexts), capacity * 3 // 4)
+        return dataclasses.replace(shape, family=family, capacity=capacity, contexts=contexts, prefill=4)
+
     def config(self) -> dict[str, Any]:
         """What stands in config.json."""
+        if self.family == "whisper":
+            halves = {
+                f"{half}_{name}": size
+                for half in ("encoder", "decoder")
+                for name, size in (
+                    ("layers", self.num_layers // 2),
+                    ("attention_heads", self.num_heads),
+                    ("ffn_dim", 4 * self.width),
+                )
+            }
+            return {
+                **halves,
+                "model_type": "whisper",
+                "architectures": ["WhisperForConditionalGeneration"],
+                "vocab_size": self.vocab_size,
+                "d_model": self.width,
+                "num_mel_bins": 80,
+                "max_source_positions": 1500,
+                "max_target_positions": self.capacity,
+                **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"), 0),
+            }
         if self.family == "gpt2":
             sizes = {"n_embd": self.width, "n_layer": self.num_layers, "n_head": self.num_heads}
             return {
@@ -94,7 +125,7 @@ class Shape:
 
 
 TINY = Shape("llama", 2, 64, 4, 2, 16, 128, 256, 16, capacity=64, max_block=16, contexts=(8, 40), prefill=32)
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2", "gpt_oss")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2", "gpt_oss", "whisper")
 EAGER = ("gemma2", "gpt_oss")  # transformers computes soft caps and sinks in its plain attention only
 
 
@@ -122,7 +153,7 @@ def write_checkpoint(shape: Shape, folder: str) -> None:
             return noise * np.float32(0.3 if tied else 1.0)
         if leaf.ndim == 1 or name.endswith("bias"):
             return np.float32(0.1) * noise
-        inputs = leaf.size // np.prod(leaf.shape[1:]) if ".out." not in name else np.prod(leaf.shape[:-1])
+        inputs = np.prod(leaf.shape[:-1]) if ".out." in name or ".conv" in name else leaf.shape[0]
         if leaf.ndim == 3 and ".mlp." in name:  # experts
             inputs = leaf.shape[1]
         gain = 2.0 if any(part in name for part in (".query.", ".key.", ".value.")) else 1.0
@@ -130,6 +161,11 @@ def write_checkpoint(shape: Shape, folder: str) -> None:
 
     params = jax.tree_util.tree_map_with_path(draw, model.params)
     jaxkv.models.save(folder, dataclasses.replace(model, params=params))
+
+
+def features() -> np.ndarray:
+    """Log-mel frames of 30 seconds, [1, 3000, 80], of nothing."""
+    return np.random.default_rng(SEED).standard_normal((1, 3000, 80), dtype=np.float32)
 
 
 def read_bytes(folder: str, context: int) -> int:
@@ -170,6 +206,15 @@ class Jaxkv:
         model = jaxkv.models.load(folder, dtype="float32", fuse=True)
         self.forward, self.params = model.forward, model.params
         self.cache = jaxkv.Cache.init(model.specs, 1, shape.capacity, max_block=shape.max_block)
+        self.encode = None
+        if shape.family == "whisper":
+            from flax import nnx
+
+            graph = self.forward.graphdef
+            self.encode = jax.jit(
+                lambda params, cache, frames: nnx.merge(graph, params).encode_into(cache, frames), donate_argnums=1
+            )
+            self.listen()
         self.rewind = jax.jit(lambda cache, length: cache.rewind(length[None]), donate_argnums=0)
         self.device = f"{jax.default_backend()}: {jax.devices()[0].device_kind}"
         self.jnp, self.jax, self.held = jnp, jax, 0
@@ -177,6 +222,15 @@ class Jaxkv:
     def back_to(self, length: int) -> None:
         self.cache = self.jax.block_until_ready(self.rewind(self.cache, self.jnp.int32(length)))
         self.held = length
+
+    def listen(self) -> float:
+        """Seconds of hearing, where there is something to hear."""
+        start = time.perf_counter()
+        if self.encode is not None:
+            import jax
+
+            self.cache = jax.block_until_ready(self.encode(self.params, self.cache, features()))
+        return time.perf_counter() - start
 
     def run(self, history: np.ndarray, count: int) -> tuple[float, list[int]]:
         start = time.perf_counter()
@@ -197,9 +251,10 @@ class Jaxkv:
 
     def prefill(self, history):
         self.back_to(0)
+        listened = self.listen()
         seconds, tokens = self.run(history, 1)
         self.back_to(0)
-        return seconds, tokens
+        return listened + seconds, tokens
 
 
 class Transformers:
@@ -215,19 +270,33 @@ class Transformers:
         torch.set_num_threads(threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         attention = "eager" if shape.family in EAGER else "sdpa"
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=attention
-        )
+        self.hears = shape.family == "whisper"
+        kind = transformers.AutoModelForSpeechSeq2Seq if self.hears else transformers.AutoModelForCausalLM
+        self.model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
         self.model.eval().to(self.device)
         self.torch, self.transformers, self.shape = torch, transformers, shape
 
     def empty(self) -> None:
+        self.cache, self.held = self.new_cache(self.shape.capacity), 0
+        if self.hears:
+            self.cache = self.transformers.EncoderDecoderCache(self.cache, self.new_cache(1500))
+
+    def new_cache(self, capacity: int) -> Any:
         kind = self.transformers.StaticCache if self.static else self.transformers.DynamicCache
-        room = {"max_cache_len": self.shape.capacity} if self.static else {}
-        self.cache, self.held = kind(config=self.model.config, **room), 0
+        return kind(config=self.model.config, **({"max_cache_len": capacity} if self.static else {}))
+
+    def listen(self) -> float:
+        """Seconds of hearing, where there is something to hear."""
+        start = time.perf_counter()
+        if self.hears:
+            frames = self.torch.from_numpy(features()).to(self.device).swapaxes(1, 2)
+            with self.torch.inference_mode():
+                self.heard = self.model.get_encoder()(frames)
+        return time.perf_counter() - start
 
     def hold(self, history):
         self.empty()
+        self.listen()
         self.run(history[:-1], 1)
         self.kept = self.cache  # its window layers can't go back, so each turn works on a copy
 
@@ -237,7 +306,9 @@ class Transformers:
 
     def prefill(self, history):
         self.empty()
-        return self.run(history, 1)
+        listened = self.listen()
+        seconds, tokens = self.run(history, 1)
+        return listened + seconds, tokens
 
     def run(self, history: np.ndarray, count: int) -> tuple[float, list[int]]:
         torch, tokens = self.torch, []
@@ -245,7 +316,10 @@ class Transformers:
         new = torch.from_numpy(history[self.held :]).to(self.device)[None]
         with torch.inference_mode():
             for _ in range(count):
-                out = self.model(input_ids=new, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                if self.hears:
+                    out = self.model(encoder_outputs=self.heard, decoder_input_ids=new, past_key_values=self.cache)
+                else:
+                    out = self.model(input_ids=new, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
                 new = out.logits[:, -1:].argmax(-1)
                 tokens.append(new)
         tokens = torch.cat(tokens, 1)[0].tolist()
@@ -295,6 +369,9 @@ class LlamaCpp:
             new = [int(logits.argmax())]
             tokens += new
         return time.perf_counter() - start, tokens
+
+    def listen(self) -> float:
+        return 0.0
 
     hold, decode, prefill = Jaxkv.hold, Jaxkv.decode, Jaxkv.prefill
 
@@ -626,8 +703,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     all_data, failed = {}, False
     for family in families:
-        names = [name for name in arguments.only or CONTESTANTS if name != "llama.cpp" or family == "llama"]
-        one = dataclasses.replace(shape, family=family)
+        absent = {"llama": (), "whisper": ("llama.cpp", "plain read")}.get(family, ("llama.cpp",))
+        names = [name for name in arguments.only or CONTESTANTS if name not in absent]
+        one = Shape.of(family, shape)
         data = all_data[family] = measure(one, names, rounds=rounds, tokens=tokens, threads=threads)
         print(f"{family}, {data['model']['parameters'] / 1e6:.0f} M parameters\n{table(data)}\n")
         failed |= any(why.startswith("failed") for why in data["left_out"].values())

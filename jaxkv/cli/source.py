@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 
 from jaxkv.cli.options import Failure, UsageError
 from jaxkv.cli.run import keep_compiled_programs
@@ -21,7 +20,6 @@ from jaxkv.cli.terminal import note
 from jaxkv.models import (
     FAMILIES,
     ByteTokenizer,
-    Decoder,
     DecoderConfig,
     GenerationConfig,
     Model,
@@ -31,6 +29,7 @@ from jaxkv.models import (
     tiny,
 )
 from jaxkv.models.checkpoint import context_of
+from jaxkv.models.model import abstract
 from jaxkv.nn.nnx import functional, fuse
 
 _SHIPPED = "the model that comes with jaxkv"
@@ -80,9 +79,9 @@ class Source:
 
     def specs(self) -> list[Any]:
         """Returns what a cache must keep, layer by layer; no weights are read."""
-        kind: Any = (FAMILIES[self.family].module if self.family in FAMILIES else None) or Decoder
-        module = nnx.eval_shape(lambda: kind(self.config, rngs=nnx.Rngs(0)))
-        return module.specs()
+        if self.shipped is not None:
+            return list(self.shipped.specs)
+        return abstract(FAMILIES[self.family].module, self.config).specs()
 
     def load(self, dtype: str | None, num_tokens: int, *, quiet: bool) -> Model:
         """Returns the model, its weights laid out for decoding where that is faster.

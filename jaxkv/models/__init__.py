@@ -2,7 +2,6 @@
 
 from . import tiny as tiny
 from . import weights as weights
-from .checkpoint import Files as Files
 from .checkpoint import init as init
 from .checkpoint import load as load
 from .checkpoint import read_config as read_config
@@ -13,6 +12,7 @@ from .decoder import DecoderConfig as DecoderConfig
 from .encoder_decoder import EncoderDecoder as EncoderDecoder
 from .encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
 from .families import FAMILIES as FAMILIES
+from .files import Files as Files
 from .generation import GenerationConfig as GenerationConfig
 from .model import Model as Model
 from .tokenizer import ByteTokenizer as ByteTokenizer

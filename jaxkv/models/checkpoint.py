@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -23,15 +22,12 @@ from flax import nnx
 
 from jaxkv.errors import NotSupportedError
 from jaxkv.models import weights
-from jaxkv.models.decoder import Decoder
 from jaxkv.models.families import FAMILIES
 from jaxkv.models.families.table import Family, Fields, Tensor
+from jaxkv.models.files import INDEX, SINGLE, Files, read_json, write_json
 from jaxkv.models.generation import GenerationConfig
 from jaxkv.models.model import Model, abstract
 from jaxkv.models.tokenizer import Tokenizer
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 def load(
@@ -74,7 +70,7 @@ def load(
     files = Files(directory)
     config = _with_dtype(config, dtype if dtype is not None else files.dtype)
     family = FAMILIES[name]
-    module = abstract(_kind(family), config)
+    module = abstract(family.module, config)
     state = nnx.state(module)
     params = weights.named(state)
     places = _places(family, params, files)
@@ -121,7 +117,7 @@ def init(source: Mapping[str, Any] | str | os.PathLike[str], *, dtype: Any = "fl
     2
     """
     name, config, parsed = read_config(source)
-    module = _kind(FAMILIES[name])(_with_dtype(config, dtype), rngs=rngs)
+    module = FAMILIES[name].module(_with_dtype(config, dtype), rngs=rngs)
     return Model.of(module, context=context_of(parsed), source=parsed)
 
 
@@ -168,11 +164,11 @@ def save(
     if len(shards) > 1:
         total = sum(math.prod(tensor.shape) for tensor in tensors.values()) * dtype.itemsize
         weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     else:
         (directory / INDEX).unlink(missing_ok=True)
     source = {key: value for key, value in model.source.items() if key != "torch_dtype"}
-    _write_json(directory / "config.json", {**source, "dtype": dtype.name})
+    write_json(directory / "config.json", {**source, "dtype": dtype.name})
 
 
 def read_config(
@@ -195,7 +191,7 @@ def read_config(
     """
     if not isinstance(source, Mapping):
         path = Path(source)
-        source = _read_json(path / "config.json" if path.is_dir() or path.suffix != ".json" else path)
+        source = read_json(path / "config.json" if path.is_dir() or path.suffix != ".json" else path)
     source = dict(source)
     name = source.get("model_type")
     if name not in FAMILIES:
@@ -232,8 +228,8 @@ def tensor_parallel(mesh: jax.sharding.Mesh, axis: str | None = None) -> Callabl
       axis: its axis; None: the last one.
 
     >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("model",))
-    >>> tensor_parallel(mesh)("layers.0.attention.query.kernel", (64, 4, 16)).spec
-    PartitionSpec(None, 'model', None)
+    >>> tuple(tensor_parallel(mesh)("layers.0.attention.query.kernel", (64, 4, 16)).spec)
+    (None, 'model', None)
     """
     axis = mesh.axis_names[-1] if axis is None else axis
     if axis not in mesh.axis_names:
@@ -258,70 +254,6 @@ def tensor_parallel(mesh: jax.sharding.Mesh, axis: str | None = None) -> Callabl
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
     return place
-
-
-class Files(Mapping[str, np.ndarray]):
-    """The tensors of a directory, in one safetensors file or several: a mapping from names to read-only arrays.
-
-    Args:
-      directory: with model.safetensors, or model.safetensors.index.json and what it names.
-
-    Raises:
-      OSError: if there is neither, or a file that the index names is missing.
-      ValueError: for files that are damaged.
-    """
-
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
-        self._file_of: dict[str, weights.File] = {}
-        if (self.directory / INDEX).exists():
-            names = dict.fromkeys(_read_json(self.directory / INDEX).get("weight_map", {}).values())
-            missing = sorted(name for name in names if not (self.directory / name).exists())
-            if missing or not names:
-                raise FileNotFoundError(
-                    f"{self.directory / INDEX} names {len(names)} files, of which {', '.join(missing) or 'all'} are "
-                    "not there; fetch the rest of the checkpoint"
-                )
-        elif (self.directory / SINGLE).exists():
-            names = {SINGLE: None}
-        else:
-            others = sorted(path.name for path in self.directory.glob("*") if path.suffix in (".bin", ".pt", ".gguf"))
-            found = f"; {', '.join(others)} can't be read, convert the checkpoint to safetensors" if others else ""
-            raise FileNotFoundError(f"{self.directory} holds neither {SINGLE} nor {INDEX}{found}")
-        for name in names:
-            file = weights.File(self.directory / name)
-            self._file_of.update(dict.fromkeys(file, file))
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._file_of[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a tensor."""
-        return self._file_of[name].shape(name)
-
-    def kind(self, name: str) -> Any:
-        """Returns the dtype of a tensor."""
-        return self._file_of[name].kind(name)
-
-    @property
-    def dtypes(self) -> dict[str, int]:
-        """How many parameters there are of each dtype."""
-        counts: dict[str, int] = {}
-        for name, file in self._file_of.items():
-            kind = file.kind(name).name
-            counts[kind] = counts.get(kind, 0) + math.prod(file.shape(name))
-        return counts
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of most parameters."""
-        return jnp.dtype(max(self.dtypes.items(), key=lambda item: item[1])[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,10 +301,6 @@ class _Written:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, self.tensor.joined_axis)
 
 
-def _kind(family: Family) -> Any:
-    return Decoder if family.module is None else family.module
-
-
 def _entries(family: Family, names: Iterable[str]) -> Iterator[tuple[Tensor, str, list[str]]]:
     """Yields (tensor, its name in the file, names of its params) for all that a model with these params has."""
     names = set(names)
@@ -412,9 +340,8 @@ def _places(family: Family, params: Mapping[str, Any], files: Files) -> dict[str
             end = begin + shape[tensor.joined_axis]
             places[name] = _Place(tensor, there[file], None if len(names) == 1 else slice(begin, end))
             begin = end
-    tied = "lm_head.weight"  # some write the table twice
     for known, name in there.items():
-        if known not in expected and known != tied and not any(re.fullmatch(p, known) for p in family.ignored):
+        if known not in expected and not any(re.fullmatch(pattern, known) for pattern in family.ignored):
             problems.append(f"unknown: {name} {files.shape(name)}")
     if problems:
         raise ValueError(f"{files.directory} does not fit its config.json:\n  " + "\n  ".join(problems))
@@ -450,21 +377,3 @@ def context_of(source: Mapping[str, Any]) -> int | None:
 
 def _sharding_of(sharding: Any, name: str, like: Any) -> Any:
     return sharding if isinstance(sharding, jax.sharding.Sharding) else sharding(name, like.shape)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no {path}; give a directory as Hugging Face publishes them, with config.json and safetensors"
-        )
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return parsed
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,7 +15,6 @@ from flax import nnx
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Full, LayerSpec, Reach
-from jaxkv.cache.storage import Dense
 from jaxkv.models.experts import Experts
 from jaxkv.nn.fuse import Joined, Transposed
 from jaxkv.nn.heads import PROJECTIONS, rms_norm
@@ -323,7 +322,6 @@ class Decoder(nnx.Module):
         Args:
           k_storage, v_storage: how keys and values are kept; None means Dense of the dtype of the computation.
         """
-        k_storage, v_storage = (Dense(self.config.dtype) if s is None else s for s in (k_storage, v_storage))
         return [block.attention.layer_spec(k_storage=k_storage, v_storage=v_storage) for block in self.layers]
 
     def _embed(self, tokens: Any, positions: Any) -> Any:

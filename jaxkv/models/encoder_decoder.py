@@ -17,7 +17,6 @@ from flax import nnx
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY, LayerSpec
-from jaxkv.cache.storage import Dense
 from jaxkv.models.decoder import MLP, DecoderConfig, Norm
 from jaxkv.nn.nnx import Attention, CrossAttention
 
@@ -316,7 +315,6 @@ class EncoderDecoder(nnx.Module):
         Args:
           k_storage, v_storage: how keys and values are kept; None means Dense of the dtype of the computation.
         """
-        k_storage, v_storage = (Dense(self.config.dtype) if s is None else s for s in (k_storage, v_storage))
         parts = [part for block in self.layers for part in (block.attention, block.cross_attention)]
         return [part.layer_spec(k_storage=k_storage, v_storage=v_storage) for part in parts]
 

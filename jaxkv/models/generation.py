@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from jaxkv.models.files import read_json
 
 # Values of the file that change nothing.
 _NEUTRAL = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
@@ -59,7 +59,7 @@ class GenerationConfig:
           ValueError: for a file that is no JSON object, or values of the wrong kind.
         """
         path = Path(directory) / "generation_config.json"
-        given, config = _read(path), _read(path.with_name("config.json"))
+        given, config = (read_json(file, needed=False) for file in (path, path.with_name("config.json")))
         for source, where in (
             (given, path),
             (config, path.with_name("config.json")),
@@ -87,15 +87,3 @@ class GenerationConfig:
         # -1 is the token that no tokenizer has: some files give it for "none".
         stop_tokens = tuple(token for token in stop_tokens if token >= 0)
         return cls(stop_tokens=stop_tokens, greedy=not given.get("do_sample"), **fields)
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{path} holds a {type(read).__name__}, must be an object")
-    return read

@@ -38,7 +38,7 @@ class Model:
       forward: `forward(params, tokens, positions, cache) -> (logits, cache)`, hashable.
       params: nested dicts of arrays.
       specs: one LayerSpec per layer, for `Cache.init`.
-      config: what the module is made of, a DecoderConfig.
+      config: what the module is made of, a DecoderConfig or an EncoderDecoderConfig.
       context: tokens of the longest sequence it was made for; None if nobody says.
       generation: stop tokens, and how its makers want it to be sampled.
       source: the parsed config.json of its checkpoint, empty if there is none.

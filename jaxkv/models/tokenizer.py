@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxkv.models.files import read_json
+
 _EXTRA = 'pip install "jaxkv[models]"'
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OTHER_FORMATS = (
@@ -75,7 +77,7 @@ class Tokenizer:
         # A file may ask for both; they are meant for training.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        config = _read_json(self.directory / "tokenizer_config.json")
+        config = read_json(self.directory / "tokenizer_config.json", needed=False)
         self.special_tokens = _special_tokens(self.directory, config)
         self.templates = _templates(self.directory, config)
         self._mark_special(tokenizers.AddedToken)
@@ -327,22 +329,10 @@ def _missing(directory: Path) -> str:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{path} holds a {type(read).__name__}, must be an object")
-    return read
-
-
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     given = dict(config)
     if "added_tokens_decoder" not in config:  # checkpoints of old keep them in a file of their own
-        given |= _read_json(directory / "special_tokens_map.json")
+        given |= read_json(directory / "special_tokens_map.json", needed=False)
     if isinstance(given.get("extra_special_tokens"), dict):
         given |= given["extra_special_tokens"]
     named = [*_NAMED, *(name for name in given if name.endswith("_token") and name not in _NAMED)]

@@ -51,5 +51,8 @@ GPT2 = Family(
     },
     {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
     renames=((r"^(?!transformer\.|lm_head\.)", "transformer."),),  # the first checkpoints have no such prefix
-    ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),  # the causal mask
+    ignored=(
+        r"lm_head\.weight",  # the tied table once more
+        r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",  # the causal mask
+    ),
 )

@@ -47,4 +47,5 @@ GPT_OSS = Family(
     _TENSORS,
     {"head_dim": 64, "rms_norm_eps": 1e-5, "sliding_window": 128, "attention_bias": True, "rope_scaling": _YARN},
     {"hidden_act": ("silu",), "swiglu_alpha": (1.702,), "swiglu_limit": (7.0, 7)},
+    ignored=llama.IGNORED,
 )

@@ -11,8 +11,10 @@ from jaxkv.models.families.table import Family, Fields, Tensor, linear, norm
 _LAYER, _OURS = "model.layers.{}", "layers.{}"
 EMBEDDING = Tensor("model.embed_tokens.weight", ("embed.embedding",))
 HEAD = Tensor("lm_head.weight", ("head.kernel",), "out_in", 1)
-# Not computed from: frequencies that older versions of transformers wrote along.
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
+IGNORED = (
+    r"lm_head\.weight",  # a tied table once more; one of its own is in the table below
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",  # older versions of transformers wrote it along
+)
 
 ATTENTION = (
     *linear(f"{_LAYER}.self_attn.q_proj", f"{_OURS}.attention.query"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxkv.cache.spec import Full, Reach, Window
 from jaxkv.errors import NotSupportedError
+from jaxkv.models.decoder import Decoder
 from jaxkv.nn.rotary import LinearScaling, Llama3Scaling, LongRopeScaling, Rotary, Scaling, YarnScaling
 
 FORMS = ("same", "minus_one", "reversed", "in_out", "out_in")
@@ -119,7 +120,7 @@ class Family:
       required: what a field must be for the model to be one that we compute; another value is refused.
       renames: (pattern, replacement) pairs, applied to the names in a file before `tensors` is asked.
       ignored: patterns of names in a file that hold nothing the model needs.
-      module: None for `jaxkv.models.Decoder`, or the class to make from the config.
+      module: the class that is made from the config.
     """
 
     config: Callable[[Fields], Any]
@@ -128,7 +129,7 @@ class Family:
     required: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
-    module: Any = None
+    module: Any = Decoder
 
 
 class Fields:
