@@ -527,6 +527,9 @@ def test_the_text_part_of_a_model_that_sees_images(prefix, tmp_path):
     got = jaxkv.models.load(tmp_path, dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, got.params, model_of("gemma3").params)
     assert got.context == 128
+    jaxkv.models.save(tmp_path / "text", got)  # as a model of text alone, which is what it holds
+    name, config, _ = jaxkv.models.read_config(tmp_path / "text")
+    assert (name, config) == ("gemma3_text", jaxkv.models.read_config(GOLDEN / "gemma3")[1])
 
 
 def test_gpt2_as_it_was_first_published(tmp_path):

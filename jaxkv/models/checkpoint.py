@@ -24,7 +24,7 @@ from jaxkv.errors import NotSupportedError
 from jaxkv.models import weights
 from jaxkv.models.families import FAMILIES
 from jaxkv.models.families.table import Family, Fields, Tensor
-from jaxkv.models.files import INDEX, SINGLE, Files, read_json, write_json
+from jaxkv.models.files import INDEX, SINGLE, Files, is_floating, read_json, write_json
 from jaxkv.models.generation import GenerationConfig
 from jaxkv.models.model import Model, abstract
 from jaxkv.models.tokenizer import Tokenizer
@@ -67,6 +67,7 @@ def load(
     """
     directory = Path(directory)
     name, config, source = read_config(directory, context=context)
+    generation = GenerationConfig.read(directory)
     files = Files(directory)
     config = _with_dtype(config, dtype if dtype is not None else files.dtype)
     family = FAMILIES[name]
@@ -94,7 +95,7 @@ def load(
     return Model.of(
         module,
         context=context_of(source) if context is None else context,
-        generation=GenerationConfig.read(directory),
+        generation=generation,
         source=source,
         make_tokenizer=functools.partial(Tokenizer, directory),
     )
@@ -167,7 +168,7 @@ def save(
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     else:
         (directory / INDEX).unlink(missing_ok=True)
-    source = {key: value for key, value in model.source.items() if key != "torch_dtype"}
+    source = {key: value for key, value in _text_fields(model.source).items() if key != "torch_dtype"}
     write_json(directory / "config.json", {**source, "dtype": dtype.name})
 
 
@@ -205,13 +206,9 @@ def read_config(
             f'config.json has "quantization_config" ({method}): weights that are quantized can\'t be read; fetch the '
             "model in bfloat16 or float16, or save it dequantized"
         )
-    fields = source
-    if isinstance(source.get("text_config"), Mapping):  # a model that sees images too: its text part
-        top = {key: source[key] for key in ("tie_word_embeddings",) if key in source}
-        fields = {**top, **source["text_config"], "model_type": name}
     family = FAMILIES[name]
     try:
-        config = family.config(Fields(fields, family, context))
+        config = family.config(Fields(_text_fields(source), family, context))
     except (TypeError, AttributeError) as error:
         raise ValueError(f"config.json has a field of a wrong kind: {error}") from error
     return name, config, source
@@ -333,7 +330,7 @@ def _places(family: Family, params: Mapping[str, Any], files: Files) -> dict[str
             continue
         if files.shape(there[file]) != tuple(want):
             problems.append(f"shape: {file} is {files.shape(there[file])} in the file, {tuple(want)} in the model")
-        elif not jnp.issubdtype(kind := files.kind(there[file]), jnp.floating) or kind.itemsize < 2:
+        elif not is_floating(kind := files.kind(there[file])):
             problems.append(f"kind: {file} is {kind.name}; quantized weights can't be read")
         begin = 0
         for name, shape in zip(names, shapes, strict=True):
@@ -348,6 +345,15 @@ def _places(family: Family, params: Mapping[str, Any], files: Files) -> dict[str
     if lost := set(params) - set(places):
         raise ValueError(f"the family's table has no tensor for {', '.join(sorted(lost))}")
     return places
+
+
+def _text_fields(source: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the config.json of the text part of a model that sees images too, or of the whole if that is all."""
+    text = source.get("text_config")
+    if not isinstance(text, Mapping):
+        return source
+    shared = {key: source[key] for key in ("tie_word_embeddings", "eos_token_id") if key in source}
+    return {**shared, **text, "model_type": text.get("model_type", f"{source.get('model_type')}_text")}
 
 
 def _shards(tensors: Mapping[str, Any], itemsize: int, most: int) -> list[list[str]]:
@@ -370,7 +376,7 @@ def _with_dtype(config: Any, dtype: Any) -> Any:
 
 def context_of(source: Mapping[str, Any]) -> int | None:
     """Returns how long the sequences are that a model was made for, by its parsed config.json; None if it is silent."""
-    fields = {**source, **source.get("text_config", {})}
+    fields = _text_fields(source)
     names = ("max_position_embeddings", "n_positions", "max_target_positions")
     return next((int(fields[name]) for name in names if fields.get(name) is not None), None)
 

@@ -105,5 +105,11 @@ class Files(Mapping[str, np.ndarray]):
 
     @property
     def dtype(self) -> Any:
-        """The dtype of most parameters."""
-        return jnp.dtype(max(self.dtypes.items(), key=lambda item: item[1])[0])
+        """The floating dtype of most parameters; float32 if there is none."""
+        floating = {name: n for name, n in self.dtypes.items() if is_floating(jnp.dtype(name))}
+        return jnp.dtype(max(floating, key=lambda name: floating[name], default="float32"))
+
+
+def is_floating(kind: Any) -> bool:
+    """Returns whether a dtype is one that parameters have; those of one byte are quantized."""
+    return jnp.issubdtype(kind, jnp.floating) and kind.itemsize > 1
