@@ -147,6 +147,12 @@ def test_saved_in_one_file_an_old_index_goes(tmp_path):
     assert again.config.dtype == "float32"
 
 
+def test_a_dtype_that_would_quantize_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"dtype=int8: .* give bfloat16, float16 or float32"):
+        jaxkv.models.save(tmp_path / "there", model_of("gpt2"), dtype="int8")
+    assert not (tmp_path / "there").exists()
+
+
 def test_untrained_models_are_made_from_a_config_alone_and_saved(tmp_path):
     model = jaxkv.models.init(GOLDEN / "gemma2", rngs=nnx.Rngs(0))
     jaxkv.models.save(tmp_path, model)

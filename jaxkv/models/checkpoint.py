@@ -137,13 +137,17 @@ def save(
       max_shard_bytes: about the largest size of a file, in bytes; with more than one there is an index.
 
     Raises:
-      ValueError: for a model that did not come from a config.json, or is fused.
+      ValueError: for a model that did not come from a config.json, or is fused, or a dtype that would quantize it.
     """
     directory = Path(directory)
     if not model.source:
         raise ValueError("this model did not come from a config.json; make it by jaxkv.models.init(config, rngs=...)")
     name, _, _ = read_config(model.source)
     dtype = jnp.dtype(model.config.dtype if dtype is None else dtype)
+    if not is_floating(dtype):
+        raise ValueError(
+            f"dtype={dtype.name}: checkpoints hold parameters as they are; give bfloat16, float16 or float32"
+        )
     family = FAMILIES[name]
     params = weights.named(model.params)
     tensors: dict[str, Any] = {}
@@ -288,10 +292,7 @@ class _Written:
     def __init__(self, tensor: Tensor, params: list[Any]) -> None:
         self.tensor, self.params = tensor, params
         self.dtype = params[0].dtype
-        shapes = [tensor.file_shape(param.shape) for param in params]
-        shape = list(shapes[0])
-        shape[tensor.joined_axis] = sum(shape[tensor.joined_axis] for shape in shapes)
-        self.shape = tuple(shape)
+        self.shape = tensor.joined_shape([param.shape for param in params])
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         parts = [self.tensor.encode(np.asarray(param)) for param in self.params]
@@ -322,19 +323,17 @@ def _places(family: Family, params: Mapping[str, Any], files: Files) -> dict[str
     problems = []
     for tensor, file, names in _entries(family, params):
         expected.add(file)
-        shapes = [tensor.file_shape(params[name].shape) for name in names]
-        want = list(shapes[0])
-        want[tensor.joined_axis] = sum(shape[tensor.joined_axis] for shape in shapes)
+        want = tensor.joined_shape([params[name].shape for name in names])
         if file not in there:
-            problems.append(f"missing: {file} {tuple(want)}")
+            problems.append(f"missing: {file} {want}")
             continue
-        if files.shape(there[file]) != tuple(want):
-            problems.append(f"shape: {file} is {files.shape(there[file])} in the file, {tuple(want)} in the model")
+        if files.shape(there[file]) != want:
+            problems.append(f"shape: {file} is {files.shape(there[file])} in the file, {want} in the model")
         elif not is_floating(kind := files.kind(there[file])):
             problems.append(f"kind: {file} is {kind.name}; quantized weights can't be read")
         begin = 0
-        for name, shape in zip(names, shapes, strict=True):
-            end = begin + shape[tensor.joined_axis]
+        for name in names:
+            end = begin + tensor.file_shape(params[name].shape)[tensor.joined_axis]
             places[name] = _Place(tensor, there[file], None if len(names) == 1 else slice(begin, end))
             begin = end
     for known, name in there.items():

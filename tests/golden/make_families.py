@@ -81,6 +81,7 @@ GPT2 = {
 }
 GPT_OSS = {
     **SIZES,
+    "intermediate_size": 24,
     "head_dim": 8,
     "sliding_window": 8,
     "num_local_experts": 4,

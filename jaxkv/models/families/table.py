@@ -69,6 +69,14 @@ class Tensor:
         flat = (*inner, math.prod(shape[self.num_inner :]))
         return flat[::-1] if self.form == "out_in" else flat
 
+    def joined_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """Returns the shape of the file's tensor, given those of its params."""
+        parts = [self.file_shape(shape) for shape in shapes]
+        whole = list(parts[0])
+        if len(parts) > 1:
+            whole[self.joined_axis] = sum(part[self.joined_axis] for part in parts)
+        return tuple(whole)
+
     def decode(self, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Returns a param of this shape as a view of its part of the file's tensor; of "minus_one" the 1 is missing."""
         if self.form == "reversed":
