@@ -546,6 +546,11 @@ def test_gpt2_as_it_was_first_published(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, got.params, model_of("gpt2").params)
 
 
+def test_checkpoints_here_are_small():
+    sizes = {folder.name: sum(path.stat().st_size for path in folder.iterdir()) for folder in GOLDEN.iterdir()}
+    assert max(sizes.values()) < 100_000, sizes
+
+
 def test_every_family_has_a_checkpoint_here():
     here = {json.loads((path / "config.json").read_text())["model_type"] for path in GOLDEN.iterdir()}
     assert here == set(FAMILIES) - {"gemma3"}  # which is gemma3_text with eyes
