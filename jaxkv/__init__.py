@@ -1,5 +1,6 @@
 """jaxkv: functional caches for JAX."""
 
+from . import logs as _logs
 from . import models as models
 from . import testing as testing
 from .cache.cache import Cache as Cache
@@ -33,3 +34,5 @@ from .nn.rotary import Llama3Scaling as Llama3Scaling
 from .nn.rotary import LongRopeScaling as LongRopeScaling
 from .nn.rotary import Rotary as Rotary
 from .nn.rotary import YarnScaling as YarnScaling
+
+_logs.configure()

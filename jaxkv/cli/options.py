@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
-import re
 import textwrap
 from typing import Any, NoReturn
+
+from jaxkv.sizes import parse_bytes
 
 MIN_CAPACITY = 1024  # a power of two, so that most calls share their compiled programs
 DTYPES = ("float32", "bfloat16", "float16")
@@ -156,12 +157,10 @@ def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: str, capacit
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no size; give one such as 8GB (powers of 1,000) or 8GiB (of 1,024)"
-        )
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _count(text: str) -> int:
