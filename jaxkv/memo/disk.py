@@ -1,0 +1,514 @@
+"""The memo's disk tier: payloads under 32-byte keys in append-only files that several processes share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from jaxkv.errors import NotSupportedError
+from jaxkv.logs import log
+from jaxkv.memo import segment as segments
+from jaxkv.memo.catalog import LOCK, Catalog, Counts, Segment, check_format, record_bytes, write_format
+from jaxkv.memo.record import HEADER_BYTES, KEY_BYTES, ZSTD, Header, digest, read_at, unpack_header
+from jaxkv.memo.segment import Handle, Writer, lock, write_whole
+
+POLICIES = ("keep", "lru", "mru", "fifo")
+_SEGMENT_LEAST, _SEGMENT_MOST = 1 << 16, 1 << 28
+_SEGMENT_SHARE = 32  # a segment is at most this part of the budget: so much is evicted at once
+_RUN_MOST = 1 << 24  # bytes read at once
+_SKIP_MOST = 1024  # calls
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskStats:
+    """What a disk tier holds, and what became of the calls of this process."""
+
+    items: int  # records that this process knows
+    nbytes: int  # of all files, as the file system says
+    hits: int
+    misses: int
+    written: int
+    evicted: int  # records removed to make room
+    corrupt: int  # records, or stretches of a file, that were found damaged
+    lost: int  # records that were known and are gone: cut off, unreadable, or removed by somebody else
+    errors: int  # calls to the operating system that failed
+
+
+class Disk:
+    """Payloads of fixed meaning under 32-byte keys, kept in a directory that several processes may share.
+
+    A reader gets what was written under the key or None; never anything else and never an exception, whatever happened
+    to the files: each record is checked against its key and a checksum each time it is read. What can't be written is
+    not kept. `stats()` counts what was lost.
+
+    Files are read by `pread`, not mapped: a mapped file that somebody cuts off kills the process by SIGBUS. Each
+    process appends to a segment of its own, locked while it lives. What another process writes is found at the next
+    miss. Data reaches the disk when the system sees fit, or by `flush`; a torn record is a miss.
+
+    Args:
+      directory: where the files go; made if it isn't there. It can't hold anything else.
+      budget: most bytes of all files together; None sets no limit. Processes that write at the same moment may each
+        exceed it by the batch they are writing.
+      policy: what happens when the budget is reached. "keep" admits nothing more; "lru", "mru" and "fifo" remove whole
+        segments that nobody writes to: least recently used, most recently used, oldest first.
+      compress: "zstd" compresses payloads that become smaller by it.
+      segment_bytes: size from which a segment is followed by the next; None: a small part of the budget.
+
+    Raises:
+      ValueError: for wrong arguments, and if the directory holds something else.
+      NotSupportedError: where files can't be locked (Windows).
+
+    >>> import tempfile
+    >>> disk = Disk(tempfile.mkdtemp(), budget=1 << 20)
+    >>> disk.write([b"a" * 32, b"b" * 32], [b"first", b"second"])
+    2
+    >>> disk.read([b"a" * 32, b"c" * 32], 5)
+    [b'first', None]
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        budget: int | None = None,
+        policy: str = "keep",
+        compress: str | None = None,
+        segment_bytes: int | None = None,
+    ) -> None:
+        if segments.fcntl is None:
+            raise NotSupportedError("the disk tier needs file locks that this system lacks; use the memory tier alone")
+        if policy not in POLICIES:
+            raise ValueError(f"policy is {policy!r}, possible are {', '.join(POLICIES)}")
+        if compress not in (None, "zstd"):
+            raise ValueError(f"compress is {compress!r}, possible are None and 'zstd'")
+        for name, size in (("budget", budget), ("segment_bytes", segment_bytes)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is {size}; give bytes, 1 or more, or None")
+        digest(b"")
+        self.directory = os.path.abspath(os.path.expanduser(os.fspath(directory)))
+        self.budget, self.policy, self.compress = budget, policy, compress
+        share = _SEGMENT_MOST if budget is None else budget // _SEGMENT_SHARE
+        self.segment_bytes = segment_bytes or min(max(share, _SEGMENT_LEAST), _SEGMENT_MOST)
+        self._given_segment_bytes = segment_bytes
+        if compress is not None:
+            _zstandard()
+        self._lock = threading.RLock()
+        self._counts = Counts()
+        self._catalog = Catalog(self.directory, self._counts)
+        self._writer: Writer | None = None
+        self._failures = self._skip = 0
+        self._warned: set[str] = set()
+        self._described: set[bytes] = set()
+        self._stamp = 0
+        self._prepare()
+        self._catalog.refresh(force=True)
+        _OPEN.add(self)
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def read(self, keys: Sequence[bytes], nbytes: int) -> list[Any]:
+        """Returns the payload of each key, bytes or memoryview of `nbytes` bytes; None for those that aren't there."""
+        values: list[Any] = [None] * len(keys)
+        places: list[tuple[Segment, int, int, int]] = []  # segment, offset, stored, which key
+        missing = []
+        with self._lock:
+            find = self._catalog.find
+            for i, key in enumerate(keys):
+                found = find(key)
+                if found is None:
+                    missing.append(i)
+                else:
+                    places.append((*found, i))
+            if missing:
+                self._catalog.refresh()
+                for i in missing:
+                    found = find(keys[i])
+                    if found is not None:
+                        places.append((*found, i))
+            places.sort(key=lambda place: (place[0].number, place[1]))
+            files = self._open({place[0].stem: place[0] for place in places})
+        hits, gone, damaged = 0, [], []
+        for run in _runs(places):
+            segment, begin = run[0][0], run[0][1]
+            handle = files.get(segment.stem)
+            end = run[-1][1] + HEADER_BYTES + run[-1][2]
+            try:
+                data = memoryview(read_at(handle.fd, end - begin, begin)) if handle else memoryview(b"")
+            except (OSError, MemoryError) as error:
+                data = memoryview(b"")
+                self._failed("reading", error)
+            for place in run:
+                _, offset, stored, i = place
+                at = offset - begin
+                if len(data) < at + HEADER_BYTES + stored:
+                    gone.append(place)
+                    continue
+                header = unpack_header(data[at : at + HEADER_BYTES], segment.seed)
+                payload = data[at + HEADER_BYTES : at + HEADER_BYTES + stored]
+                if (
+                    header is None
+                    or header.key != keys[i]
+                    or header.stored != stored
+                    or digest(payload) != header.check
+                ):
+                    damaged.append(place)
+                elif header.raw == nbytes:
+                    values[i] = _unpacked(header, payload)
+                    hits += values[i] is not None
+        with self._lock:
+            self._counts.hits += hits
+            self._counts.misses += len(keys) - hits
+            forget = self._catalog.forget
+            self._counts.lost += sum([forget(keys[i], segment, offset) for segment, offset, _, i in gone])
+            self._counts.corrupt += sum([forget(keys[i], segment, offset) for segment, offset, _, i in damaged])
+            if gone or damaged:
+                self._say("read", "%s: records were lost or damaged; they count as misses", self.directory)
+            if hits and self.policy in ("lru", "mru"):
+                self._touch({place[0].stem for place in places})
+        return values
+
+    def _open(self, wanted: dict[str, Segment]) -> dict[str, Handle]:
+        files = {}
+        for stem, segment in wanted.items():
+            try:
+                files[stem] = self._catalog.file(segment)
+            except FileNotFoundError:
+                self._counts.lost += self._catalog.drop(stem)
+            except OSError as error:
+                self._failed("reading", error)
+        return files
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def write(self, keys: Sequence[bytes], payloads: Sequence[Any]) -> int:
+        """Keeps payloads (bytes-like, contiguous) under their keys, and returns how many are on disk now.
+
+        A key that is there already is not written again: a key has one meaning.
+
+        Raises:
+          ValueError: for keys that aren't 32 bytes, or another number of keys than of payloads.
+        """
+        if len(keys) != len(payloads) or any(len(key) != KEY_BYTES for key in keys):
+            raise ValueError(f"give one payload for each key, and keys of {KEY_BYTES} bytes")
+        records = {}
+        for key, payload in zip(keys, payloads, strict=True):
+            if key not in records and key not in self._catalog.places:
+                records[bytes(key)] = self._packed(bytes(key), payload)
+        with self._lock:
+            fresh = [record for key, record in records.items() if key not in self._catalog.places]
+            if fresh and self._may_try():
+                self._append(fresh)
+            return sum(key in self._catalog.places for key in keys)
+
+    def _packed(self, key: bytes, payload: Any) -> tuple[Header, Any]:
+        view = memoryview(payload)
+        data: Any = view.cast("B") if view.nbytes else b""
+        flags, raw = 0, view.nbytes
+        if self.compress == "zstd":
+            packed = _zstandard().ZstdCompressor(level=1).compress(data)
+            if len(packed) < raw:
+                flags, data = ZSTD, packed
+        return Header(flags, len(data), raw, key, digest(data)), data
+
+    def _append(self, records: list[tuple[Header, Any]]) -> None:
+        if self.budget is not None:
+            self._catalog.refresh()
+        while records:
+            writer = self._ready_writer()
+            if writer is None:
+                return
+            count, size = 0, writer.end
+            while count < len(records) and (count == 0 or size < self.segment_bytes):
+                size += HEADER_BYTES + records[count][0].stored
+                count += 1
+            admitted = self._admit(records[:count])
+            records = records[count:]
+            if not admitted:
+                continue
+            writer = self._ready_writer()  # making room may have taken it
+            if writer is None:
+                return
+            segment = self._catalog.segments[writer.stem]
+            offsets, problem = writer.append(admitted)
+            headers = [header for header, _ in admitted[: len(offsets)]]
+            self._catalog.add(segment, [h.key for h in headers], offsets, [h.stored for h in headers])
+            self._catalog.resize(segment, writer.end, writer.index_end)
+            self._counts.written += len(offsets)
+            if self.policy in ("lru", "mru"):
+                self._touch({writer.stem})
+            if problem is not None:
+                self._failed("writing", problem)
+                if len(segment.keys):
+                    self._seal()
+                return
+            self._failures = 0
+
+    def _ready_writer(self) -> Writer | None:
+        """Returns the segment to append to: a new one if the old one is full, or no longer what it was."""
+        if self._writer is not None:
+            if self._writer.stem not in self._catalog.segments or not self._writer.is_sound():
+                self._seal()
+                self._catalog.refresh(force=True)
+            elif self._writer.end >= self.segment_bytes:
+                self._seal()
+        if self._writer is None:
+            try:
+                if not self._prepare():
+                    return None
+                self._writer = Writer(self.directory, self._catalog.next_sequence())
+            except (OSError, ValueError) as error:  # ValueError: something else has taken the directory's place
+                self._failed("writing", error)
+                return None
+            segment = self._catalog.new(self._writer.stem)
+            segment.live = True
+        return self._writer
+
+    def _seal(self) -> None:
+        """Gives the segment up: it stays, and is open to eviction."""
+        if self._writer is not None:
+            stem, end, self._writer = self._writer.stem, self._writer.end, None
+            if stem in self._catalog.segments:
+                self._catalog.segments[stem].live = False
+                if end == 0:
+                    self._remove(stem)
+
+    # --- the budget --------------------------------------------------------------------------------------------------
+
+    def _admit(self, records: list[tuple[Header, Any]]) -> list[tuple[Header, Any]]:
+        """Returns the records that there is room for, having made room if the policy is to."""
+        if self.budget is None:
+            return records
+        most = self.budget - self._catalog.small_bytes
+        sizes = [size for header, _ in records if (size := record_bytes(header.stored)) <= most]
+        if self.policy != "keep" and self._catalog.nbytes + sum(sizes) > self.budget:
+            self._evict(min(sum(sizes), most))
+        left, admitted = self.budget - self._catalog.nbytes, []
+        for record in records:
+            size = record_bytes(record[0].stored)
+            if size <= left:
+                left -= size
+                admitted.append(record)
+        return admitted
+
+    def _evict(self, need: int) -> None:
+        """Removes sealed segments until there is room; at last also what this process wrote itself."""
+        handle = self._locked()
+        if handle is None or self.budget is None:
+            return
+        self._catalog.refresh(force=True)
+        order = {}
+        for stem, segment in self._catalog.segments.items():
+            if not segment.live:
+                order[stem] = (self._used(stem) if self.policy != "fifo" else 0, segment.sequence, stem)
+        stems = sorted(order, key=order.__getitem__, reverse=self.policy == "mru")
+        if self._writer is not None:
+            stems.append(self._writer.stem)
+        for stem in stems:
+            if self._catalog.nbytes + need <= self.budget:
+                return
+            if self._writer is not None and stem == self._writer.stem:
+                self._seal()
+            self._counts.evicted += self._remove(stem)
+
+    def _remove(self, stem: str) -> int:
+        """Removes a segment's files. The index goes first: killed in between, nothing is left that nobody owns."""
+        for ending in ("idx", "seg"):
+            try:
+                os.unlink(self._catalog.path(f"{stem}.{ending}"))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                self._failed("removing", error)
+                return 0
+        return self._catalog.drop(stem)
+
+    def _locked(self) -> Handle | None:
+        """Returns the directory's lock, None if another process removes something just now."""
+        try:
+            handle = Handle(self._catalog.path(LOCK), os.O_RDWR | os.O_CREAT)
+            return handle if lock(handle) else None
+        except OSError as error:
+            self._failed("locking", error)
+            return None
+
+    def _used(self, stem: str) -> int:
+        """When a segment was last used, in nanoseconds; a wrong clock changes the order of eviction, no more."""
+        try:
+            return os.stat(self._catalog.path(f"{stem}.idx")).st_mtime_ns
+        except OSError:
+            return 0
+
+    def _touch(self, stems: set[str]) -> None:
+        self._stamp = max(self._stamp + 1000, time.time_ns())
+        for stem in stems:
+            with contextlib.suppress(OSError, OverflowError):
+                os.utime(self._catalog.path(f"{stem}.idx"), ns=(self._stamp, self._stamp))
+
+    # --- the rest ----------------------------------------------------------------------------------------------------
+
+    def describe(self, namespace: bytes, about: dict[str, Any]) -> None:
+        """Writes down what a namespace is, for `jaxkv memo ls`: JSON, once per namespace."""
+        if namespace in self._described:
+            return
+        self._described.add(namespace)
+        path, text = self._catalog.path(f"{namespace.hex()}.json"), json.dumps(about, indent=1).encode()
+        try:
+            with self._lock:
+                room = self.budget is None or self._catalog.nbytes + len(text) <= self.budget
+                if room and not os.path.exists(path):
+                    write_whole(path, text)
+                    self._catalog.refresh(force=True)
+        except OSError as error:
+            self._failed("writing", error)
+
+    def stats(self) -> DiskStats:
+        """Returns what the tier holds, and what became of the calls so far."""
+        with self._lock:
+            self._catalog.refresh()
+            nbytes = self._catalog.room_taken()
+            return DiskStats(items=len(self._catalog.places), nbytes=nbytes, **dataclasses.asdict(self._counts))
+
+    def flush(self) -> None:
+        """Has the system bring to the disk what this process wrote."""
+        with self._lock:
+            if self._writer is not None:
+                try:
+                    self._writer.sync()
+                except OSError as error:
+                    self._failed("writing", error)
+
+    def clear(self, namespace: bytes | None = None) -> None:
+        """Removes all records, or those of one namespace; what another process writes just now stays."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Lets go of all files. The tier may be used again, with a new segment."""
+        with self._lock:
+            self._seal()
+            self._catalog.close_files()
+
+    def __reduce__(self) -> Any:
+        settings = {
+            "budget": self.budget,
+            "policy": self.policy,
+            "compress": self.compress,
+            "segment_bytes": self._given_segment_bytes,
+        }
+        return _reopened, (self.directory, settings)
+
+    def _prepare(self) -> bool:
+        """Makes the directory and says what it is; whether it can be written to."""
+        try:
+            os.makedirs(self.directory, exist_ok=True)
+            if not check_format(self.directory):
+                write_format(self.directory)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"{self.directory} is no directory; give one, or a name that is free") from error
+        except OSError as error:
+            self._failed("writing", error)
+            return False
+        return True
+
+    def _may_try(self) -> bool:
+        """After failures, fewer and fewer writes are tried."""
+        if self._skip:
+            self._skip -= 1
+            return False
+        return True
+
+    def _failed(self, doing: str, error: Exception) -> None:
+        with self._lock:
+            self._counts.errors += 1
+            if doing == "writing":
+                self._failures += 1
+                self._skip = min(2**self._failures - 1, _SKIP_MOST)
+            self._say(doing, "%s: %s failed: %s; going on without (said once)", self.directory, doing, error)
+
+    def _say(self, once: str, message: str, *values: object) -> None:
+        if once not in self._warned:
+            self._warned.add(once)
+            log.warning(message, *values)
+
+    def _forked(self) -> None:
+        """In the child: the segment belongs to the parent, which goes on writing to it."""
+        self._lock = threading.RLock()
+        if self._writer is not None:
+            self._catalog.disown(self._writer.stem)
+            self._writer = None
+
+
+def _runs(places: list[tuple[Segment, int, int, int]]) -> list[list[tuple[Segment, int, int, int]]]:
+    """Returns sorted places in runs that one read can fetch."""
+    runs: list[list[tuple[Segment, int, int, int]]] = []
+    segment, end, left = None, -1, 0
+    for place in places:
+        size = HEADER_BYTES + place[2]
+        if place[0] is segment and place[1] == end and size <= left:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+            left = _RUN_MOST
+        segment, end, left = place[0], place[1] + size, left - size
+    return runs
+
+
+def _unpacked(header: Header, payload: memoryview) -> Any:
+    """Returns what was packed, None if it can't be said."""
+    if header.flags == 0:
+        return payload if header.raw == header.stored else None
+    if header.flags != ZSTD:
+        return None
+    try:
+        zstandard = _zstandard()
+    except ImportError:
+        return None
+    try:
+        if zstandard.frame_content_size(payload) != header.raw:
+            return None
+        return zstandard.ZstdDecompressor().decompress(payload)
+    except (MemoryError, zstandard.ZstdError):
+        return None
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ImportError('compress="zstd" needs zstandard: pip install "jaxkv[memo]"') from error
+    return zstandard
+
+
+def _reopened(directory: str, settings: dict[str, Any]) -> Disk:
+    return Disk(directory, **settings)
+
+
+_OPEN: weakref.WeakSet[Disk] = weakref.WeakSet()
+_held: list[Disk] = []
+
+
+def _before_fork() -> None:
+    # No thread may be within a change that the child would find half done.
+    for disk in list(_OPEN):
+        disk._lock.acquire()
+        _held.append(disk)
+
+
+def _after_fork_in_parent() -> None:
+    while _held:
+        _held.pop()._lock.release()
+
+
+def _after_fork_in_child() -> None:
+    while _held:
+        _held.pop()._forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
