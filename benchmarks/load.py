@@ -55,7 +55,7 @@ def load_jaxkv(folder: str, dtype: str) -> Any:
 
 
 def load_plain(folder: str, dtype: str) -> Any:
-    file = jaxkv.models.weights.File(pathlib.Path(folder) / "model.safetensors")
+    file = jaxkv.safetensors.File(pathlib.Path(folder) / "model.safetensors")
     read = {}
     for name in file:
         kind, size = file.kind(name), int(np.prod(file.shape(name)))
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     for stored, dtype in CASES:
         with tempfile.TemporaryDirectory() as folder:
             jaxkv.models.save(folder, model, dtype=stored)
-            file = jaxkv.models.weights.File(pathlib.Path(folder) / "model.safetensors")
+            file = jaxkv.safetensors.File(pathlib.Path(folder) / "model.safetensors")
             count = sum(int(np.prod(file.shape(name))) for name in file)
             seconds: dict[str, list[float]] = {name: [] for name in loaders}
             for turn in range(-1, arguments.rounds):

@@ -39,7 +39,8 @@ except ImportError as error:
     sys.exit(f"train_tiny: {error.name} is not installed; pip install 'jaxkv[train]'")
 
 import jaxkv
-from jaxkv.models import ByteTokenizer, Decoder, DecoderConfig, tiny, weights
+from jaxkv import safetensors
+from jaxkv.models import ByteTokenizer, Decoder, DecoderConfig, tiny
 
 # Tests, tables, programs that other programs wrote or that are bundled: little English, or none.
 SKIPPED = {
@@ -249,11 +250,11 @@ def sample(config: DecoderConfig, params, prompt: str, count: int) -> str:
 def save_checkpoint(path: pathlib.Path, params, opt_state, facts: dict) -> None:
     leaves = {f"params.{i}": leaf for i, leaf in enumerate(jax.tree.leaves(params))}
     leaves |= {f"optimizer.{i}": leaf for i, leaf in enumerate(jax.tree.leaves(opt_state))}
-    weights.write(path, leaves, metadata={"facts": json.dumps(facts)})
+    safetensors.write(path, leaves, metadata={"facts": json.dumps(facts)})
 
 
 def load_checkpoint(path: pathlib.Path, params, opt_state):
-    file = weights.File(path)
+    file = safetensors.File(path)
 
     def fill(name, tree):
         leaves, structure = jax.tree.flatten(tree)
@@ -319,7 +320,7 @@ def train(args: argparse.Namespace) -> int:
     facts = {"run": run, "python": sys.version.split()[0], "step": 0, "seconds": 0.0, "curve": []}
     if args.resume:
         try:
-            facts = json.loads(weights.File(checkpoint).metadata["facts"])
+            facts = json.loads(safetensors.File(checkpoint).metadata["facts"])
         except (ValueError, KeyError) as error:
             raise Refused(f"{error}; delete it to start anew") from error
         changed = [f"--{name} {facts['run'][name]}, not {run[name]}" for name in run if run[name] != facts["run"][name]]
@@ -343,7 +344,7 @@ def train(args: argparse.Namespace) -> int:
 
     def keep() -> None:
         save_checkpoint(checkpoint, params, opt_state, facts)
-        weights.save(args.out / "model.safetensors", params, dtype="float16")
+        jaxkv.save_state(args.out / "model.safetensors", params, dtype="float16")
         (args.out / "curve.json").write_text(json.dumps(facts, indent=1) + "\n")
         plot(facts["curve"], args.out / "curve.png")
 

@@ -17,9 +17,10 @@ import pytest
 from flax import nnx
 
 import jaxkv
+from jaxkv import safetensors
 from jaxkv.cli import chat, info, main, source
 from jaxkv.cli.terminal import Text, printable
-from jaxkv.models import ByteTokenizer, Decoder, DecoderConfig, GenerationConfig, Model, tiny, weights
+from jaxkv.models import ByteTokenizer, Decoder, DecoderConfig, GenerationConfig, Model, tiny
 
 ROOT = Path(__file__).parent.parent
 CONFIG = DecoderConfig(
@@ -273,7 +274,7 @@ def words(tokens) -> str:
 
 @pytest.mark.parametrize("family", ["llama3", "mistral"])
 def test_a_checkpoint_goes_on_as_it_does_in_transformers(checkpoint, capsys, family):
-    golden = weights.File(FAMILIES / family / "expected.safetensors")
+    golden = safetensors.File(FAMILIES / family / "expected.safetensors")
     directory = checkpoint(family)
     for prompt, greedy in (("tokens", "greedy"), ("short", "short_greedy")):
         assert main(["generate", "--model", directory, words(golden[prompt]), "-n", "64"]) == 0
@@ -403,7 +404,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said_on_one_line(checkpoint, capsys,
 def test_what_is_wrong_with_many_tensors_is_a_short_list(checkpoint, capsys):
     directory = checkpoint()
     path = Path(directory) / "model.safetensors"
-    weights.write(path, {f"strange.{i}": array for i, array in enumerate(dict(weights.File(path)).values())})
+    safetensors.write(path, {f"strange.{i}": array for i, array in enumerate(dict(safetensors.File(path)).values())})
     assert main(["generate", "-m", directory, "t5"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].endswith("does not fit its config.json:") and lines[1].startswith("  missing: ")
@@ -420,7 +421,7 @@ def test_a_model_that_hears_is_not_asked_to_continue_text(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "whisper", **sizes, **layers}))
     assert main(["generate", "--model", str(tmp_path), "x"]) == 2
     assert "is a whisper model: it reads audio, and the command text; in Python" in capsys.readouterr().err
-    weights.write(tmp_path / "model.safetensors", {})
+    safetensors.write(tmp_path / "model.safetensors", {})
     assert main(["info", str(tmp_path)]) == 0
     assert "layers       1 Full(), 1 Cross(16)" in capsys.readouterr().out
 

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 import jaxkv
-from jaxkv.models import Decoder, DecoderConfig, weights
+from jaxkv.models import Decoder, DecoderConfig
+from jaxkv.nn.state import named
 
 BASE = {"vocab_size": 11, "width": 8, "num_heads": 4, "mlp_dim": 12}
 CONFIGS = {
@@ -53,7 +54,7 @@ def tokens(*shape):
 
 def numpy_logits(model, ids):
     """The formulas, for one sequence: no batch, no cache, no shared code."""
-    c, p = model.config, {name: np.asarray(x, np.float64) for name, x in weights.named(nnx.state(model)).items()}
+    c, p = model.config, {name: np.asarray(x, np.float64) for name, x in named(nnx.state(model)).items()}
 
     def norm(x, name):
         if c.norm == "layer":

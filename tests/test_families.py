@@ -18,8 +18,10 @@ import pytest
 from flax import nnx
 
 import jaxkv
-from jaxkv.models import FAMILIES, weights
+from jaxkv import safetensors
+from jaxkv.models import FAMILIES
 from jaxkv.models.model import abstract
+from jaxkv.nn.state import named
 
 GOLDEN = Path(__file__).parent / "golden" / "families"
 NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.name != "whisper")
@@ -35,7 +37,7 @@ def model_of(name):
 
 @functools.cache
 def expected(name):
-    return dict(weights.File(GOLDEN / name / "expected.safetensors"))
+    return dict(safetensors.File(GOLDEN / name / "expected.safetensors"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -163,7 +165,7 @@ def test_untrained_models_are_made_from_a_config_alone_and_saved(tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype):
     model = jaxkv.models.load(GOLDEN / "gemma3", dtype=dtype)
-    kinds = {name: leaf.dtype for name, leaf in weights.named(model.params).items()}
+    kinds = {name: leaf.dtype for name, leaf in named(model.params).items()}
     # What is stored as scale - 1 would lose its last bits; all else is as asked.
     assert {str(kind) for name, kind in kinds.items() if "norm" not in name} == {dtype}
     assert {str(kind) for name, kind in kinds.items() if "norm" in name} == {"float32"}
@@ -192,8 +194,8 @@ def test_sharded_over_two_devices(name):
     model = jaxkv.models.load(GOLDEN / name, dtype="float32", sharding=jaxkv.models.tensor_parallel(mesh))
     query = model.params["layers"][0]["attention"]["query"]["kernel"]
     assert query.addressable_shards[0].data.shape[1] == query.shape[1] // 2
-    whole = weights.named(model_of(name).params)
-    for param, leaf in weights.named(model.params).items():
+    whole = named(model_of(name).params)
+    for param, leaf in named(model.params).items():
         np.testing.assert_array_equal(leaf, whole[param], err_msg=param)
     along_heads = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
     cache = jaxkv.Cache.init(model.specs, 1, CAPACITY, sharding=along_heads)
@@ -486,7 +488,7 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((3, 24), np.float32)
     tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
     tensors["model.layers.2.mlp.down_proj.weight"] = np.zeros((24, 40), np.int8)
-    weights.write(tmp_path / "model.safetensors", tensors)
+    safetensors.write(tmp_path / "model.safetensors", tensors)
     with pytest.raises(ValueError) as error:
         jaxkv.models.load(tmp_path)
     assert str(error.value).splitlines()[1:] == [
@@ -515,7 +517,7 @@ def test_a_table_written_twice_and_buffers_are_passed_over(tmp_path):
     tensors = copy_of("gemma2", tmp_path)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
-    weights.write(tmp_path / "model.safetensors", tensors)
+    safetensors.write(tmp_path / "model.safetensors", tensors)
     got = jaxkv.models.load(tmp_path, dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, got.params, model_of("gemma2").params)
 
@@ -526,7 +528,7 @@ def test_the_text_part_of_a_model_that_sees_images(prefix, tmp_path):
     tensors = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
     tensors["vision_tower.vision_model.embeddings.patch_embedding.weight"] = np.zeros((2, 2), np.float32)
     tensors["multi_modal_projector.mm_input_projection_weight"] = np.zeros((2, 2), np.float32)
-    weights.write(tmp_path / "model.safetensors", tensors)
+    safetensors.write(tmp_path / "model.safetensors", tensors)
     text = json.loads((GOLDEN / "gemma3" / "config.json").read_text())
     whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(whole))
@@ -541,7 +543,7 @@ def test_the_text_part_of_a_model_that_sees_images(prefix, tmp_path):
 def test_gpt2_as_it_was_first_published(tmp_path):
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in copy_of("gpt2", tmp_path).items()}
     tensors["h.0.attn.bias"] = np.ones((1, 1, 96, 96), np.float32)
-    weights.write(tmp_path / "model.safetensors", tensors)
+    safetensors.write(tmp_path / "model.safetensors", tensors)
     got = jaxkv.models.load(tmp_path, dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, got.params, model_of("gpt2").params)
 
@@ -590,7 +592,7 @@ def test_odd_settings_against_transformers(case, tmp_path):
     assert set(ODD) == set(script.ODD)
     source, facts = script.make(*script.ODD[case])
     script.write(tmp_path, source, facts)
-    facts = weights.File(tmp_path / "expected.safetensors")
+    facts = safetensors.File(tmp_path / "expected.safetensors")
     model = jaxkv.models.load(tmp_path, dtype="float32")
     for block in (24, 1):
         got = feed(model, [facts["tokens"], facts["short"]], block)[0]

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 import jaxkv
-from jaxkv.models import tiny, weights
+from jaxkv import safetensors
+from jaxkv.models import tiny
 
 SENTENCES = [
     'The "with" statement is used to wrap the execution of a block with methods defined by a context manager.',
@@ -25,7 +26,7 @@ def model():
 
 def test_it_is_small():
     assert tiny.PATH.stat().st_size < 4_000_000
-    file = weights.File(tiny.PATH)
+    file = safetensors.File(tiny.PATH)
     assert {str(tensor.dtype) for tensor in file.values()} == {"float16"}
     assert all(np.isfinite(tensor).all() for tensor in file.values())
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxkv.models import weights
+from jaxkv import safetensors
 
 pytest.importorskip("optax")
 pytest.importorskip("tqdm")
@@ -53,7 +53,7 @@ def test_a_resumed_run_is_the_same_run(example, train, tmp_path):
         example.batch = step_of
     assert train("--steps", 4, "--resume", out="other") == 0
 
-    one, other = (weights.File(tmp_path / out / "checkpoint.safetensors") for out in ("run", "other"))
+    one, other = (safetensors.File(tmp_path / out / "checkpoint.safetensors") for out in ("run", "other"))
     assert set(one) == set(other)
     for name, tensor in one.items():
         np.testing.assert_array_equal(tensor, other[name])
@@ -62,14 +62,14 @@ def test_a_resumed_run_is_the_same_run(example, train, tmp_path):
     assert [point["step"] for point in curve] == [2, 4]
     assert all(0 < point["held_out"] < 12 for point in curve)
     assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
-    tensors = weights.File(tmp_path / "run" / "model.safetensors")
+    tensors = safetensors.File(tmp_path / "run" / "model.safetensors")
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"float16"}
 
 
 def test_what_can_not_be_started_is_said_in_one_line(train, tmp_path, capsys):
     assert train("--resume", out="nothing") == 2
     (tmp_path / "run").mkdir()
-    weights.write(tmp_path / "run" / "checkpoint.safetensors", {}, metadata={"facts": '{"run": {"width": 9}}'})
+    safetensors.write(tmp_path / "run" / "checkpoint.safetensors", {}, metadata={"facts": '{"run": {"width": 9}}'})
     assert train() == 2
     (tmp_path / "file").touch()
     assert train(out="file") == 2

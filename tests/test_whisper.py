@@ -17,8 +17,9 @@ import pytest
 from flax import nnx
 
 import jaxkv
-from jaxkv import EMPTY, Cache
-from jaxkv.models import EncoderDecoder, EncoderDecoderConfig, weights
+from jaxkv import EMPTY, Cache, safetensors
+from jaxkv.models import EncoderDecoder, EncoderDecoderConfig
+from jaxkv.nn.state import named
 from jaxkv.testing import WAYS_OF_FEEDING, assert_cache_correct
 
 GOLDEN = Path(__file__).parent / "golden" / "families" / "whisper"
@@ -33,7 +34,7 @@ def whisper():
 @functools.cache
 def facts():
     """What transformers computed of each of the two recordings: dicts of features, tokens, logits, greedy."""
-    file = weights.File(GOLDEN / "expected.safetensors")
+    file = safetensors.File(GOLDEN / "expected.safetensors")
     return [
         {name: np.asarray(file[f"{name}.{i}"]) for name in ("features", "tokens", "logits", "greedy")} for i in (0, 1)
     ]
@@ -199,7 +200,7 @@ def test_an_untrained_model_has_whisper_s_positions_and_trains_all_but_those():
 
         return nnx.grad(loss)(model)
 
-    moved = {name: bool(np.asarray(leaf).any()) for name, leaf in weights.named(gradient(model)).items()}
+    moved = {name: bool(np.asarray(leaf).any()) for name, leaf in named(gradient(model)).items()}
     assert [name for name, some in moved.items() if not some] == ["encoder.positions.embedding"]
 
 

@@ -19,7 +19,7 @@ from jaxkv.cli.options import DTYPES
 from jaxkv.cli.source import Source, find, told
 from jaxkv.cli.terminal import printable, write
 from jaxkv.models import Files, Tokenizer, tiny
-from jaxkv.models.weights import File
+from jaxkv.safetensors import File
 from jaxkv.sizes import format_bytes
 
 _MOST = 1 << 30  # positions are int32

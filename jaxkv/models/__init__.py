@@ -1,7 +1,6 @@
 """Models that decode with a cache: a decoder driven by a config, weights in files, and a small trained one."""
 
 from . import tiny as tiny
-from . import weights as weights
 from .checkpoint import init as init
 from .checkpoint import load as load
 from .checkpoint import read_config as read_config

@@ -20,14 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxkv import safetensors
 from jaxkv.errors import NotSupportedError
-from jaxkv.models import weights
 from jaxkv.models.families import FAMILIES
 from jaxkv.models.families.table import Family, Fields, Tensor
 from jaxkv.models.files import INDEX, SINGLE, Files, is_floating, read_json, write_json
 from jaxkv.models.generation import GenerationConfig
 from jaxkv.models.model import Model, abstract
 from jaxkv.models.tokenizer import Tokenizer
+from jaxkv.nn.state import name_of, named
 
 
 def load(
@@ -73,14 +74,14 @@ def load(
     family = FAMILIES[name]
     module = abstract(family.module, config)
     state = nnx.state(module)
-    params = weights.named(state)
+    params = named(state)
     places = _places(family, params, files)
     sizes = {name: math.prod(leaf.shape) * files.kind(places[name].name).itemsize for name, leaf in params.items()}
     done, total = 0, sum(sizes.values())
 
     def fetch(path: Any, like: Any) -> Any:
         nonlocal done
-        name = weights.name_of(path)
+        name = name_of(path)
         array = places[name].read(files, like, None if sharding is None else _sharding_of(sharding, name, like))
         done += sizes[name]
         if progress is not None:
@@ -149,7 +150,7 @@ def save(
             f"dtype={dtype.name}: checkpoints hold parameters as they are; give bfloat16, float16 or float32"
         )
     family = FAMILIES[name]
-    params = weights.named(model.params)
+    params = named(model.params)
     tensors: dict[str, Any] = {}
     left = set(params)
     for tensor, file, names in _entries(family, params):
@@ -165,7 +166,7 @@ def save(
     count = len(shards)
     files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
     for file, names in zip(files, shards, strict=True):
-        weights.write(directory / file, {n: tensors[n] for n in names}, dtype=dtype, metadata={"format": "pt"})
+        safetensors.write(directory / file, {n: tensors[n] for n in names}, dtype=dtype, metadata={"format": "pt"})
     if len(shards) > 1:
         total = sum(math.prod(tensor.shape) for tensor in tensors.values()) * dtype.itemsize
         weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.models import weights
+from jaxkv import safetensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -60,7 +60,7 @@ class Files(Mapping[str, np.ndarray]):
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
-        self._file_of: dict[str, weights.File] = {}
+        self._file_of: dict[str, safetensors.File] = {}
         if (self.directory / INDEX).exists():
             names = dict.fromkeys(read_json(self.directory / INDEX).get("weight_map", {}).values())
             missing = sorted(name for name in names if not (self.directory / name).exists())
@@ -76,7 +76,7 @@ class Files(Mapping[str, np.ndarray]):
             found = f"; {', '.join(others)} can't be read, convert the checkpoint to safetensors" if others else ""
             raise FileNotFoundError(f"{self.directory} holds neither {SINGLE} nor {INDEX}{found}")
         for name in names:
-            file = weights.File(self.directory / name)
+            file = safetensors.File(self.directory / name)
             self._file_of.update(dict.fromkeys(file, file))
 
     def __getitem__(self, name: str) -> np.ndarray:

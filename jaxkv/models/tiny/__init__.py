@@ -10,14 +10,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from jaxkv.cache.spec import Full, Window
-from jaxkv.models import weights
 from jaxkv.models.decoder import Decoder, DecoderConfig
 from jaxkv.models.generation import GenerationConfig
 from jaxkv.models.model import Model, abstract
 from jaxkv.models.tokenizer import ByteTokenizer
+from jaxkv.nn.state import load_state
 
 PATH = Path(__file__).parent / "model.safetensors"
 CONFIG = DecoderConfig(
@@ -48,6 +46,6 @@ def load(dtype: Any = "float32") -> Model:
     """
     config = dataclasses.replace(CONFIG, dtype=dtype, param_dtype=dtype)
     module = abstract(Decoder, config)
-    nnx.update(module, weights.load(PATH, nnx.state(module)))
+    load_state(PATH, module)
     generation = GenerationConfig(stop_tokens=(0,), greedy=False, temperature=0.7)
     return Model.of(module, context=CONTEXT, generation=generation, make_tokenizer=ByteTokenizer)

@@ -1,4 +1,4 @@
-"""Parameters in files: safetensors, named "layers.0.mlp.up.kernel", read tensor by tensor through a memory map.
+"""Named arrays in safetensors files, read tensor by tensor through a memory map.
 
 The format is a length, a header in JSON, and the bytes (https://huggingface.co/docs/safetensors). It is read and
 written here without the `safetensors` package, whose NumPy side has no bfloat16 and writes arrays wrongly that are not
@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,10 +52,10 @@ class File(Mapping[str, np.ndarray]):
       ValueError: if it is no safetensors file, is cut short, or has a dtype that isn't known here.
 
     >>> import os, tempfile
-    >>> from jaxkv.models import weights
+    >>> from jaxkv import safetensors
     >>> path = os.path.join(tempfile.mkdtemp(), "some.safetensors")
-    >>> weights.write(path, {"scale": np.arange(3.0)})
-    >>> weights.File(path)["scale"]
+    >>> safetensors.write(path, {"scale": np.arange(3.0)})
+    >>> safetensors.File(path)["scale"]
     array([0., 1., 2.])
     """
 
@@ -149,80 +148,3 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], *, dtype: An
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def named(params: Any) -> dict[str, Any]:
-    """Returns the leaves of a params tree by name.
-
-    Args:
-      params: an `nnx.State`, or nested dicts and lists.
-
-    >>> named({"mlp": [{"kernel": 1}, {"kernel": 2}]})
-    {'mlp.0.kernel': 1, 'mlp.1.kernel': 2}
-    """
-    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-
-
-def save(path: str | os.PathLike[str], params: Any, *, dtype: Any = None, metadata: Any = None) -> None:
-    """Saves a params tree as safetensors.
-
-    Args:
-      path: the file, replaced if it is there.
-      params: an `nnx.State`, or nested dicts, of arrays.
-      dtype: floating arrays are cast to it; None keeps their own.
-      metadata: strings by name, put into the header.
-    """
-    write(path, named(params), dtype=dtype, metadata=metadata)
-
-
-def load(
-    path: str | os.PathLike[str], like: Any, *, dtype: Any = None, rename: Callable[[str], str] | None = None
-) -> Any:
-    """Returns what a file holds as a params tree.
-
-    Args:
-      path: a safetensors file.
-      like: a tree of arrays or of `jax.ShapeDtypeStruct`, which says names, shapes and dtypes: `nnx.state(model)`, or
-        that of a model made under `nnx.eval_shape`, for which nothing is drawn to be replaced.
-      dtype: of floating tensors; None takes those of `like`.
-      rename: gives a tensor's name in the file for its name in the tree; None where they are the same.
-
-    Returns:
-      A tree of the structure of `like`.
-
-    Raises:
-      ValueError: naming every tensor that is missing, unknown, or of another shape.
-
-    >>> import os, tempfile
-    >>> from jaxkv.models import weights
-    >>> path = os.path.join(tempfile.mkdtemp(), "some.safetensors")
-    >>> weights.save(path, {"norm": {"scale": jnp.ones(2)}}, dtype="bfloat16")
-    >>> weights.load(path, {"norm": {"scale": jnp.zeros(2)}})
-    {'norm': {'scale': Array([1., 1.], dtype=float32)}}
-    """
-    file = File(path)
-    place = {name: rename(name) if rename else name for name in named(like)}
-    problems = []
-    for name, leaf in named(like).items():
-        if place[name] not in file:
-            problems.append(f"missing: {place[name]} {tuple(leaf.shape)}")
-        elif file.shape(place[name]) != tuple(leaf.shape):
-            there, here = file.shape(place[name]), tuple(leaf.shape)
-            problems.append(f"shape: {place[name]} is {there} in the file, {here} in the model")
-    problems += [f"unknown: {name} {file.shape(name)}" for name in file if name not in place.values()]
-    if problems:
-        raise ValueError(f"{file.path} does not fit the model:\n  " + "\n  ".join(problems))
-
-    def fetch(path: Any, leaf: Any) -> Any:
-        cast = dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.array(file[place[name_of(path)]].astype(dtype if cast else leaf.dtype, copy=False))
-
-    return jax.tree_util.tree_map_with_path(fetch, like)
-
-
-def name_of(path: Any) -> str:
-    """Returns the name of a leaf of a params tree from its path, as `named` gives it."""
-    parts = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path]
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey):  # the `value` inside a Variable of an nnx.State
-        parts.pop()
-    return ".".join(map(str, parts))
