@@ -29,10 +29,17 @@ from .nn import nnx as nnx
 from .nn.attend import attend as attend
 from .nn.attend import cross_attend as cross_attend
 from .nn.attend import self_attend as self_attend
+from .nn.buffers import Buffer as Buffer
+from .nn.buffers import TransientBuffer as TransientBuffer
 from .nn.rotary import LinearScaling as LinearScaling
 from .nn.rotary import Llama3Scaling as Llama3Scaling
 from .nn.rotary import LongRopeScaling as LongRopeScaling
 from .nn.rotary import Rotary as Rotary
 from .nn.rotary import YarnScaling as YarnScaling
+from .nn.state import Loaded as Loaded
+from .nn.state import load_state as load_state
+from .nn.state import load_state_dict as load_state_dict
+from .nn.state import save_state as save_state
+from .nn.state import state_dict as state_dict
 
 _logs.configure()
