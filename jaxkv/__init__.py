@@ -41,5 +41,11 @@ from .nn.state import load_state as load_state
 from .nn.state import load_state_dict as load_state_dict
 from .nn.state import save_state as save_state
 from .nn.state import state_dict as state_dict
+from .store.current import get_store as get_store
+from .store.current import set_store as set_store
+from .store.current import use_store as use_store
+from .store.ring import Ring as Ring
+from .store.stacked import StackedQueue as StackedQueue
+from .store.store import Store as Store
 
 _logs.configure()
