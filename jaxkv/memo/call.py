@@ -1,0 +1,148 @@
+"""One call of a memoized function: which arguments are items, which belong to all of them, which are settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.errors import NotSupportedError
+from jaxkv.memo.function import is_static, say_static
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What calls must have in common to be answered by one program.
+
+    Attributes:
+      treedef: of the arguments by name.
+      leaves: for each leaf ("item", dtype, shape without the batch axis), ("shared", dtype, shape) or ("static", text).
+    """
+
+    treedef: Any
+    leaves: tuple[tuple[Any, ...], ...]
+
+    def __str__(self) -> str:
+        named = jax.tree.unflatten(self.treedef, range(len(self.leaves)))
+        paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in _with_paths(named)]
+        return ", ".join(f"{path}: {_said(leaf)}" for path, leaf in zip(paths, self.leaves, strict=True))
+
+
+def _said(leaf: tuple[Any, ...]) -> str:
+    if leaf[0] == "static":
+        return leaf[1].partition(":")[2]
+    return f"{leaf[1]}[{','.join(map(str, leaf[2]))}]" + (" (shared)" if leaf[0] == "shared" else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of one call.
+
+    Attributes:
+      form: what they look like.
+      size: how many items B.
+      columns: arrays [B, ...], what each item has of its own.
+      shared: arrays that belong to all items.
+      statics: the other leaves.
+    """
+
+    form: Form
+    size: int
+    columns: tuple[Any, ...]
+    shared: tuple[Any, ...]
+    statics: tuple[Any, ...]
+
+    @classmethod
+    def read(cls, named: dict[str, Any], shared: Collection[str]) -> Call:
+        """Returns the call with these arguments by name.
+
+        Args:
+          named: pytrees by the name of the argument.
+          shared: names of arguments whose arrays belong to all items.
+
+        Raises:
+          NotSupportedError: while JAX traces.
+          ValueError: for arguments that can't be part of a key, and arrays that don't have one batch axis.
+        """
+        leaves, treedef = jax.tree.flatten(named)
+        parts: dict[str, list[Any]] = {"item": [], "shared": [], "static": []}
+        kinds: list[tuple[Any, ...]] = []
+        names = [name for name in sorted(named) for _ in jax.tree.leaves(named[name])] if shared else ()
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, jax.core.Tracer):
+                raise NotSupportedError(
+                    "a memo looks values up, and here they are not known yet: jit, grad, vmap or scan is tracing. Call "
+                    "the memoized function outside and pass its result in"
+                )
+            if isinstance(leaf, np.ndarray | jax.Array):
+                array = _checked(leaf, named, i)
+                if array.ndim == 0 or (shared and names[i] in shared):
+                    kinds.append(("shared", array.dtype.name, array.shape))
+                    parts["shared"].append(array)
+                else:
+                    kinds.append(("item", array.dtype.name, array.shape[1:]))
+                    parts["item"].append(array)
+            elif isinstance(leaf, np.generic):
+                kinds.append(("shared", leaf.dtype.name, ()))
+                parts["shared"].append(np.asarray(leaf))
+            elif is_static(leaf):
+                kinds.append(("static", say_static(leaf)))
+                parts["static"].append(leaf)
+            else:
+                raise ValueError(
+                    f"{_path(named, i)} is a {type(leaf).__name__}; arguments are arrays of NumPy or JAX with the "
+                    "items along the first axis, scalars, strings, enums and dtypes; bind anything else before "
+                    "wrapping: functools.partial(f, setting=...)"
+                )
+        sizes = {len(column) for column in parts["item"]}
+        if len(sizes) != 1:
+            raise ValueError(_sizes(named, kinds, leaves))
+        return cls(
+            Form(treedef, tuple(kinds)),
+            sizes.pop(),
+            tuple(parts["item"]),
+            tuple(parts["shared"]),
+            tuple(parts["static"]),
+        )
+
+
+def arguments(form: Form, columns: Sequence[Any], shared: Sequence[Any], statics: Sequence[Any]) -> dict[str, Any]:
+    """Returns the arguments by name, put together again from their parts."""
+    parts = {"item": iter(columns), "shared": iter(shared), "static": iter(statics)}
+    return jax.tree.unflatten(form.treedef, [next(parts[leaf[0]]) for leaf in form.leaves])
+
+
+def _checked(array: Any, named: Any, index: int) -> Any:
+    if isinstance(array, jax.Array):
+        if not array.is_fully_addressable:
+            raise NotSupportedError(
+                f"{_path(named, index)} lies on devices of several processes; give each process its part of the batch"
+            )
+        if array.ndim and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            raise ValueError(f"{_path(named, index)} are PRNG keys; give their jax.random.key_data")
+        return array
+    if array.dtype.kind in "OSUMm" or array.dtype.names:
+        raise ValueError(f"{_path(named, index)} is an array of {array.dtype}, which JAX can't compute with")
+    return np.asarray(array, array.dtype.newbyteorder("="))
+
+
+def _with_paths(tree: Any) -> list[Any]:
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _path(named: Any, index: int) -> str:
+    return jax.tree_util.keystr(_with_paths(named)[index][0], simple=True, separator=".")
+
+
+def _sizes(named: Any, kinds: Sequence[Any], leaves: Sequence[Any]) -> str:
+    shapes = [f"{_path(named, i)} {leaves[i].shape}" for i, kind in enumerate(kinds) if kind[0] == "item"]
+    if not shapes:
+        return "no argument has items: give at least one array whose first axis is the batch"
+    return (
+        f"the arrays must have one batch axis, and have {', '.join(shapes)}; name arguments that belong to all items: "
+        'memo.wrap(f, shared=("mask",))'
+    )

@@ -1,0 +1,202 @@
+"""A memoized function: called like the function, it computes only what its memo doesn't hold."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jaxkv.memo.call import Call, Form
+from jaxkv.memo.function import Function, State
+from jaxkv.memo.hashing import extra
+from jaxkv.memo.runner import BATCHES, Runner, Settings
+from jaxkv.memo.source import Source
+
+if TYPE_CHECKING:
+    from jaxkv.memo.memo import Memo
+
+
+class Features:
+    """What `Memo.wrap` returns; see there.
+
+    >>> memo = jaxkv.Memo(memory="1MiB")
+    >>> features = memo.wrap(lambda w, x: x @ w, jnp.ones((2, 3)))
+    >>> x = np.eye(2, dtype=np.float32)
+    >>> features.lookup(x) is None
+    True
+    >>> features(x).shape
+    (2, 3)
+    >>> features.lookup(x[1:])
+    array([[1., 1., 1.]], dtype=float32)
+    """
+
+    def __init__(
+        self, memo: Memo, function: Any, params: tuple[Any, ...], shared: Collection[str], settings: Settings
+    ) -> None:
+        if settings.batch not in BATCHES:
+            raise ValueError(f"batch is {settings.batch!r}, must be one of {', '.join(BATCHES)}")
+        self._memo = memo
+        self._function = Function(function, params)
+        self._shared = frozenset([shared] if isinstance(shared, str) else shared)
+        self._settings = settings
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._state = State(self._function)
+        self._runners: dict[Form, Runner] = {}
+        self._described: set[bytes] = set()
+
+    def __repr__(self) -> str:
+        return f"<memoized {self._function.name}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{self!r} can't be pickled: another process would need its parameters and JAX. Give it "
+            "features.source(examples), which reads what has been computed"
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the function's output, with the containers and dtypes that it has, as JAX arrays.
+
+        Arrays have the items along their first axis. They share memory neither with what is kept nor with the inputs.
+
+        Raises:
+          NotSupportedError: under jit, grad, vmap or scan, where there is nothing to look up yet.
+          ValueError: for arguments that can't be part of a key, functions that are not row by row, and a closed memo.
+        """
+        call, runner = self._prepare(args, kwargs)
+        payloads, _ = self._payloads(runner, call)
+        return jax.device_put(runner.entry.assemble(payloads), _placement(call))
+
+    def lookup(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the output as NumPy arrays if every item is there, else None. Nothing is computed.
+
+        A forked process can look up calls of a form that its parent has made, or named by `namespace`, before.
+        """
+        entry, keys, found = self._find(args, kwargs)
+        return entry.assemble([found[key] for key in keys]) if all(key in found for key in keys) else None
+
+    def contains(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Returns which items are there: bool [B]."""
+        _, keys, found = self._find(args, kwargs)
+        return np.array([key in found for key in keys], bool)
+
+    def namespace(self, *args: Any, **kwargs: Any) -> str:
+        """Returns the name under which the outputs of such a call are kept, in hex, as `jaxkv memo ls` shows it.
+
+        Of the items only dtype and shape matter. It changes with the function, its parameters and its settings.
+        """
+        call, runner = self._prepare(args, kwargs)
+        return runner.entry.namespace_of(call, self._memo.hash).hex()
+
+    def warm(self, batches: Iterable[Any], *, progress: bool = True, **kwargs: Any) -> int:
+        """Computes what is missing, batch by batch, and returns how many items that were.
+
+        Args:
+          batches: of the function's first argument.
+          progress: whether a bar is shown.
+          **kwargs: the function's other arguments.
+        """
+        computed = 0
+        bar = extra("tqdm").tqdm(batches, desc=self._function.name, unit="batch", disable=not progress)
+        for batch in bar:
+            call, runner = self._prepare((batch,), kwargs)
+            computed += self._payloads(runner, call)[1]
+            bar.set_postfix(computed=computed, refresh=False)
+        return computed
+
+    def source(self, examples: Any, *, at: Any = None, missing: str = "raise", **kwargs: Any) -> Source:
+        """Returns what data loaders read: the outputs for examples, one by one, without JAX, in any process.
+
+        Args:
+          examples: anything with `__len__` and `__getitem__` that gives one example at a time: a pytree of arrays
+            without the batch axis.
+          at: None if an example is the function's first argument; else where in it that is: a key or an index. The
+            source gives the example with the output in its place.
+          missing: what happens when an output isn't there: "raise" a KeyError, or give "none".
+          **kwargs: the function's other arguments.
+        """
+
+        source = Source(examples, at, missing)
+        call, runner = self._prepare((source.batch(0),), kwargs)
+        return source.reading(self._memo, runner.entry, call)
+
+    def clear(self) -> None:
+        """Forgets the outputs of this function, as it is now, for the forms of items that this process has seen."""
+        for namespace in self._described:
+            for tier in self._memo.tiers:
+                tier.clear(namespace)
+
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[bytes], dict[bytes, Any]]:
+        call, runner = self._prepare(args, kwargs)
+        keys = runner.entry.keys(call, self._memo.hash)
+        return runner.entry, keys, self._memo.read(list(dict.fromkeys(keys)), runner.entry.nbytes)
+
+    def _payloads(self, runner: Runner, call: Call) -> tuple[list[Any], int]:
+        """Returns the bytes of each item's output, after computing what was missing, and how many items that were."""
+        memo, entry = self._memo, runner.entry
+        keys = entry.keys(call, memo.hash)
+        row_of = dict(zip(reversed(keys), reversed(range(call.size)), strict=True))  # the first, where some are alike
+        payloads = memo.read(list(row_of), entry.nbytes)
+        missing = sorted((key for key in row_of if key not in payloads), key=row_of.__getitem__)
+        hits = sum(key in payloads for key in keys)
+        computed = 0
+
+        def compute(keys: Sequence[bytes]) -> dict[bytes, bytes]:
+            nonlocal computed
+            computed += len(keys)
+            self._describe(runner, call)
+            return dict(zip(keys, runner(call, [row_of[key] for key in keys]), strict=True))
+
+        if missing:
+            payloads |= memo.fill(missing, entry.nbytes, compute)
+        memo.count(1, call.size, hits, call.size - hits, computed)
+        return [payloads[key] for key in keys], computed
+
+    def _describe(self, runner: Runner, call: Call) -> None:
+        namespace = runner.entry.namespace_of(call, self._memo.hash)
+        if namespace not in self._described:
+            self._described.add(namespace)
+            if self._memo.disk is not None:
+                self._memo.disk.describe(namespace, runner.entry.about(self._function.name, self._settings.version))
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Runner]:
+        """Returns the call, and what computes it: made anew where the function has changed since the last call."""
+        call = Call.read(self._function.bind(args, kwargs), self._shared)
+        with self._lock:
+            if self._function.watch() != self._state.seen:
+                old, self._state = self._state, State(self._function, self._state)
+                if not self._state.one_program(old):
+                    self._runners.clear()
+            runner = self._runners.get(call.form)
+            if runner is None or runner.state is not self._state:
+                self._same_process(call)
+                runner = (
+                    Runner(self._function, self._state, call, self._settings, self._memo.hash)
+                    if runner is None
+                    else runner.updated(self._state)
+                )
+                self._runners[call.form] = runner
+        return call, runner
+
+    def _same_process(self, call: Call) -> None:
+        if os.getpid() != self._pid:
+            raise ValueError(
+                f"{self!r} was never called for {call.form} before this process was forked, and JAX can't be used in "
+                "it; call features.namespace(...) with such items in the parent, or read features.source(examples)"
+            )
+
+
+def _placement(call: Call) -> Any:
+    """Returns where outputs belong: with the first argument that was put somewhere, sharded as its items are."""
+    for column in call.columns:
+        if isinstance(column, jax.Array) and column.committed:
+            sharding = column.sharding
+            if isinstance(sharding, NamedSharding):
+                return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+            return sharding if isinstance(sharding, SingleDeviceSharding) else None
+    return None

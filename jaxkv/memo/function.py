@@ -1,0 +1,280 @@
+"""What function is this? The function that is memoized, what it depends on, and a digest of all that.
+
+A function is its program (StableHLO, with the constants that are baked into it), the arrays it reads besides its
+arguments (parameters: path, dtype, shape and bytes), and what it was told (names and values of scalar arguments). What
+can change between two calls is looked at before each: parameters, the state and the flags of an nnx module, and what a
+plain function captures from around it.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+
+from jaxkv.memo.captured import captured
+from jaxkv.memo.hashing import Hash
+from jaxkv.memo.program import digest_of, paths_of
+
+_LINEN_KEYWORDS = ("rngs", "method", "mutable", "capture_intermediates")  # of apply itself, not of the module
+_APPLY = "<apply>"  # the name under which they go
+
+
+def _anything(*args: Any, **kwargs: Any) -> None: ...
+
+
+_ANY = inspect.signature(_anything)
+
+
+class Function:
+    """A function, an nnx module, or a method of one, with everything it depends on besides its arguments.
+
+    Args:
+      target: a pure function, an nnx module or its method, or `apply` of a linen module.
+      params: what a function is given before its arguments: pytrees of arrays.
+
+    Attributes:
+      name: what people call it.
+
+    Raises:
+      ValueError: for what can't be memoized, saying why.
+    """
+
+    def __init__(self, target: Any, params: tuple[Any, ...]) -> None:
+        self._module, self._call = _module_of(target)
+        if self._module is not None and params:
+            raise ValueError(
+                f"{type(self._module).__name__} is an nnx module and holds its own parameters; wrap it without others"
+            )
+        if self._module is None and not callable(target):
+            raise ValueError(f"a {type(target).__name__} can't be called; wrap a function or a Flax module")
+        if isinstance(target, linen.Module):
+            raise ValueError(
+                f"{type(target).__name__} is a linen module without parameters: memo.wrap(module.apply, variables)"
+            )
+        self._params = params
+        self.name = _name(target)
+        self._linen = isinstance(getattr(target, "__self__", None), linen.Module) and target.__name__ == "apply"
+        self._signature = self._find_signature()
+        self._target = target
+        self._captured: list[Callable[[], Any]] = []
+        self._graph: list[Any] = []
+        self.rewatch()
+        for value in (read() for read in self._captured):
+            if isinstance(value, nnx.Module):
+                raise ValueError(
+                    f"{self.name} reads the nnx module {type(value).__name__} from outside, whose changes it would not "
+                    "see; wrap the module itself: memo.wrap(module), or a method of it"
+                )
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Returns the arguments by the names that the function gives them, with its simple defaults.
+
+        Raises:
+          TypeError: as a call of the function would.
+        """
+        own = {name: kwargs[name] for name in _LINEN_KEYWORDS if self._linen and name in kwargs}
+        bound = self._signature.bind(*args, **{name: value for name, value in kwargs.items() if name not in own})
+        defaults = {p.name: p.default for p in self._signature.parameters.values() if p.name not in bound.arguments}
+        simple = {name: value for name, value in defaults.items() if value is None or is_static(value)}
+        return simple | bound.arguments | ({_APPLY: own} if own else {})
+
+    def call(self, static: Any, arrays: Any, named: dict[str, Any]) -> Any:
+        """Returns the function's output, from what `read` returned and arguments as `bind` named them."""
+        bound = inspect.BoundArguments(self._signature, OrderedDict(named))
+        args, kwargs = bound.args, bound.kwargs | named.get(_APPLY, {})
+        if self._module is None:
+            return self._call(*arrays, *args, **kwargs)
+        before = dict(jax.tree_util.tree_leaves_with_path(arrays))  # the module may hold the very Variables
+        module = nnx.merge(static, arrays)
+        out = self._call(module, *args, **kwargs)
+        changed = _changed(before, nnx.state(module))
+        if changed:
+            raise ValueError(
+                f"{self.name} changes {', '.join(changed[:4])}{', ...' if changed[4:] else ''} while it runs, so its "
+                "output is not a function of its input; call module.eval() first (BatchNorm, Dropout), or wrap a pure "
+                "part of it"
+            )
+        return out
+
+    def read(self) -> tuple[Any, Any]:
+        """Returns what it depends on, as it is now: (a static part that can be compared; a pytree of arrays)."""
+        if self._module is not None:
+            return nnx.split(self._module)
+        return Snapshot(_leaves([read() for read in self._captured])), self._params
+
+    def watch(self) -> Snapshot:
+        """Returns what can't stay the same if anything has changed since the last call."""
+        if self._module is None:
+            return Snapshot(_leaves((self._params, [read() for read in self._captured])))
+        leaves: list[Any] = []
+        for node in self._graph:
+            if isinstance(node, nnx.Variable):
+                leaves.append(node.get_raw_value())
+            else:
+                leaves += vars(node).values()
+        return Snapshot(leaves)
+
+    def rewatch(self) -> None:
+        """Looks up again what is to be watched: a part that was put in or taken out has changed its owner's fields."""
+        if self._module is None:
+            self._captured = list(captured(self._target))
+        else:
+            nodes = (node for _, node in nnx.iter_graph(self._module))
+            self._graph = [node for node in nodes if isinstance(node, nnx.Variable | nnx.Pytree)]
+
+    def _find_signature(self) -> inspect.Signature:
+        """Returns the signature of a call without the parameters."""
+        target = self._call
+        skip = len(self._params) + (self._module is not None)
+        if self._linen:
+            target, skip = type(target.__self__).__call__, 1  # type: ignore[attr-defined]
+        try:
+            signature = inspect.signature(target)
+        except (TypeError, ValueError):
+            return _ANY
+        parameters = list(signature.parameters.values())
+        positional = [p for p in parameters[:skip] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(positional) < skip:  # *args takes them
+            return _ANY
+        return signature.replace(parameters=parameters[skip:])
+
+
+class Snapshot:
+    """Values that are compared by identity, but for NumPy's arrays, which can change in place: by their content."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self._values = [_content(value) if isinstance(value, np.ndarray) else value for value in values]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Snapshot) or len(self._values) != len(other._values):
+            return False
+        pairs = zip(self._values, other._values, strict=True)
+        return all(mine is its or (type(mine) is type(its) is bytes and mine == its) for mine, its in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class State:
+    """What a function depends on besides its arguments, as it was at one time.
+
+    Args:
+      function: which.
+      old: an earlier state, whose digests are taken over for arrays that are still the same.
+
+    Attributes:
+      seen: see `Function.watch`.
+      static: the graphdef of a module; what a function captures from around it.
+      arrays: a pytree of the arrays it reads.
+
+    Raises:
+      ValueError: for parameters that are no arrays.
+    """
+
+    def __init__(self, function: Function, old: State | None = None) -> None:
+        function.rewatch()
+        self.seen = function.watch()
+        self.static, self.arrays = function.read()
+        self._leaves = jax.tree.leaves(self.arrays)
+        for path, leaf in zip(paths_of(self.arrays), self._leaves, strict=True):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+                raise ValueError(
+                    f"parameter {path} of {function.name} is a {type(leaf).__name__}; parameters are pytrees of "
+                    "arrays, bind anything else with functools.partial"
+                )
+        self._digests: list[str | None] = [None] * len(self._leaves)
+        if old is not None and len(old._leaves) == len(self._leaves):
+            self._digests = [
+                None if leaf is not before or isinstance(leaf, np.ndarray) else known
+                for leaf, before, known in zip(self._leaves, old._leaves, old._digests, strict=True)
+            ]
+
+    def one_program(self, other: State) -> bool:
+        """Returns whether what was traced for one state serves the other."""
+        mine, its = ((s.static, jax.tree.structure(s.arrays), list(map(_kind, s._leaves))) for s in (self, other))
+        return mine == its
+
+    def digest(self, index: int, hashing: Hash) -> str:
+        """Returns dtype, shape and content of one of the arrays; each is read once, however many states hold it."""
+        known = self._digests[index]
+        if known is None:
+            known = self._digests[index] = digest_of(self._leaves[index], hashing)
+        return known
+
+
+def _kind(leaf: Any) -> tuple[Any, ...]:
+    return type(leaf) if isinstance(leaf, bool | int | float | complex) else None, np.shape(leaf), jnp.result_type(leaf)
+
+
+def _content(array: np.ndarray) -> bytes:
+    kind = f"{array.dtype.name}{array.shape}".encode()
+    return kind + (array.tobytes() if array.dtype.hasobject else _hash().rows([array[None]])[0])
+
+
+@functools.cache
+def _hash() -> Hash:
+    try:
+        return Hash("xxh3_128")
+    except ImportError:
+        return Hash("blake2b")
+
+
+def _leaves(tree: Any) -> list[Any]:
+    try:
+        return jax.tree.leaves(tree)
+    except (TypeError, ValueError):  # dicts whose keys can't be sorted
+        return [leaf for part in tree for leaf in ([part] if isinstance(part, dict) else _leaves([part]))]
+
+
+def is_static(value: Any) -> bool:
+    """Returns whether an argument is part of the key by its value: scalars of Python, strings, enums, dtypes."""
+    if isinstance(value, bool | int | float | complex | str | bytes | enum.Enum | np.dtype):
+        return True
+    return isinstance(value, type(jnp.float32)) or (isinstance(value, type) and issubclass(value, np.generic))
+
+
+def say_static(value: Any) -> str:
+    """Returns a static argument as text, the same in every process."""
+    if isinstance(value, np.dtype | type(jnp.float32) | type):
+        return f"dtype:{jnp.dtype(value).name}"
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__module__}.{type(value).__qualname__}:{value.name}"
+    return f"{type(value).__name__}:{value!r}"
+
+
+def _module_of(target: Any) -> tuple[nnx.Module | None, Callable[..., Any]]:
+    """Returns (an nnx module or None, what is called: with the module first where there is one)."""
+    if isinstance(target, nnx.Module):
+        return target, type(target).__call__
+    owner = getattr(target, "__self__", None)
+    if isinstance(owner, nnx.Module) and hasattr(target, "__func__"):
+        return owner, target.__func__
+    return None, target
+
+
+def _name(target: Any) -> str:
+    owner = getattr(target, "__self__", None)
+    if isinstance(owner, linen.Module | nnx.Module):
+        return (
+            type(owner).__name__
+            if target.__name__ in ("apply", "__call__")
+            else f"{type(owner).__name__}.{target.__name__}"
+        )
+    if isinstance(target, functools.partial):
+        return _name(target.func)
+    return getattr(target, "__qualname__", None) or type(target).__name__
+
+
+def _changed(before: dict[Any, Any], after: Any) -> list[str]:
+    """Returns the names of Variables that were set, by the identity of what they hold."""
+    new = jax.tree_util.tree_leaves_with_path(after)
+    changed = [path for path, leaf in new if before.get(path) is not leaf]
+    return [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path in changed]

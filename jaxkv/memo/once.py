@@ -1,0 +1,74 @@
+"""Computing a value once, for all threads that want it at the same time."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+_all: weakref.WeakSet[Once] = weakref.WeakSet()
+
+
+class Once:
+    """What is being computed just now, by key."""
+
+    def __init__(self) -> None:
+        self._futures: dict[bytes, Future[Any]] = {}
+        self._lock = threading.Lock()
+        _all.add(self)
+
+    def fill(
+        self,
+        keys: Sequence[bytes],
+        find: Callable[[Sequence[bytes]], dict[bytes, Any]],
+        compute: Callable[[Sequence[bytes]], dict[bytes, Any]],
+    ) -> dict[bytes, Any]:
+        """Returns the value of each key: found, computed here, or computed by a thread that came first.
+
+        A thread computes its own before it waits for those of others, so two never wait for one another. If the other
+        one fails, what it left is computed here.
+        """
+        mine, others = [], []
+        with self._lock:
+            for key in keys:
+                if key in self._futures:
+                    others.append((key, self._futures[key]))
+                else:
+                    self._futures[key] = Future()
+                    mine.append(key)
+        values: dict[bytes, Any] = {}
+        try:
+            values = find(mine)  # whoever computed it may have finished since this thread looked
+            values |= compute([key for key in mine if key not in values])
+        finally:
+            with self._lock:
+                futures = [(key, self._futures.pop(key)) for key in mine]
+            for key, future in futures:
+                if key in values:
+                    future.set_result(values[key])
+                else:
+                    future.cancel()
+        failed = []
+        for key, future in others:
+            try:
+                values[key] = future.result()
+            except CancelledError:
+                failed.append(key)
+        return values | compute(failed)
+
+    def forget(self) -> None:
+        """Waits for nobody any more: in a forked child the threads that compute are not there."""
+        self._futures = {}
+        self._lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    for once in _all:
+        once.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,105 @@
+"""A function traced for arguments of certain shapes: what it is, as a digest, and what comes out of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from jaxkv.errors import NotSupportedError
+from jaxkv.memo.hashing import Hash
+
+_CALLBACKS = ("pure_callback", "io_callback", "debug_callback", "debug_print", "python_callback")
+
+
+class Program:
+    """A function traced for arguments of certain shapes: what it is, and what comes out.
+
+    Args:
+      function: called as function(params, *arguments).
+      params: pytree of arrays.
+      arguments: pytrees of arrays or of ShapeDtypeStruct.
+      version: what the user says about it; needed where it calls back into Python.
+
+    Attributes:
+      out: pytree of ShapeDtypeStruct.
+      text: digest of the program, in hex.
+      used: for each leaf of params whether the program reads it.
+
+    Raises:
+      NotSupportedError: if it calls back into Python, and there is no version.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], params: Any, arguments: Sequence[Any], version: str | None
+    ) -> None:
+        def memoized(*args: Any) -> Any:  # the name stands in the program: it must not be the user's
+            return function(*args)
+
+        traced = jax.jit(memoized).trace(params, *arguments)
+        self.out = traced.out_info
+        callbacks = sorted({eqn.primitive.name for eqn in _equations(traced.jaxpr.jaxpr)} & set(_CALLBACKS))
+        if callbacks and version is None:
+            raise NotSupportedError(
+                f"the function calls back into Python ({', '.join(callbacks)}), where nobody can see whether it has "
+                'changed; say so by hand: version="1", and another one whenever the Python code changes'
+            )
+        digest = hashlib.blake2b(digest_size=16)
+        if not callbacks:  # their text holds addresses of this process
+            digest.update(traced.lower().as_text().encode())
+        hashing = Hash("blake2b")
+        for constant in _constants(traced.jaxpr):
+            digest.update(digest_of(constant, hashing).encode())
+        self.text = digest.hexdigest()
+        jaxpr = traced.jaxpr.jaxpr
+        read = {id(var) for eqn in jaxpr.eqns for var in eqn.invars} | {id(var) for var in jaxpr.outvars}
+        self.used = [id(var) in read for var in jaxpr.invars[: len(jax.tree.leaves(params))]]
+
+
+def digest_of(array: Any, hashing: Hash) -> str:
+    """Returns dtype, shape and content of an array or a scalar, as text."""
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        name = f"key<{jax.random.key_impl(array)}>"
+        array = jax.random.key_data(array)
+    else:
+        array = array if isinstance(array, jax.Array) else np.asarray(array)
+        name = array.dtype.name
+    column = array[None]
+    if not (hashing.on_device and isinstance(column, jax.Array)):
+        column = np.asarray(column)
+    return f"{name}{list(array.shape)}:{hashing.rows([column])[0].hex()}"
+
+
+def paths_of(tree: Any) -> list[str]:
+    """Returns where each leaf of a pytree stands in it."""
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in _inner(eqn):
+            yield from _equations(inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner)
+
+
+def _constants(closed: Any) -> Iterator[Any]:
+    """Yields the arrays that are baked into a program (with jax_use_simplified_jaxpr_constants its text lacks them)."""
+    if isinstance(closed, core.ClosedJaxpr):
+        yield from closed.consts
+    for eqn in (closed.jaxpr if isinstance(closed, core.ClosedJaxpr) else closed).eqns:
+        yield from (var.val for var in eqn.invars if isinstance(var, core.Literal))
+        for inner in _inner(eqn):
+            yield from _constants(inner)
+
+
+def _inner(eqn: Any) -> Iterator[Any]:
+    """Yields the programs within an equation: bodies of jit, scan, cond, while and the like."""
+    for value in eqn.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, core.ClosedJaxpr | core.Jaxpr):
+                yield part

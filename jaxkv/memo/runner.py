@@ -1,0 +1,179 @@
+"""Computing the items that are missing."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.memo.call import Call, Form, arguments
+from jaxkv.memo.entry import Entry, Output, digest
+from jaxkv.memo.function import Function, State
+from jaxkv.memo.hashing import Hash
+from jaxkv.memo.program import Program, paths_of
+
+BATCHES = ("bucket", "full")
+_TRACED = 2  # items in the trace that names the function: with 1, an output that has lost its batch axis would not show
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What `Memo.wrap` was told; see there."""
+
+    version: str | None
+    output_dtype: Any
+    batch: str
+    check: bool
+
+
+class Runner:
+    """Computes a function for items of one form.
+
+    Args:
+      function: which.
+      state: what it depends on now.
+      call: with arguments of the form.
+      settings: how.
+
+    Attributes:
+      state: what the function depends on.
+      entry: where its outputs are kept.
+      compiled: the batch sizes so far.
+
+    Raises:
+      ValueError: for outputs that don't have the items along their first axis.
+    """
+
+    def __init__(self, function: Function, state: State, call: Call, settings: Settings, hashing: Hash) -> None:
+        form, statics = call.form, call.statics
+
+        def run(arrays: Any, columns: Any, shared: Any) -> Any:
+            out = function.call(state.static, arrays, arguments(form, columns, shared, statics))
+            if settings.output_dtype is None:
+                return out
+            return jax.tree.map(lambda leaf: _cast(leaf, settings.output_dtype), out)
+
+        columns = tuple(
+            jax.ShapeDtypeStruct((_TRACED, *leaf[2]), jax.dtypes.canonicalize_dtype(leaf[1]))
+            for leaf in form.leaves
+            if leaf[0] == "item"
+        )
+        self._program = Program(run, state.arrays, (columns, call.shared), settings.version)
+        self._name = function.name
+        self._settings = settings
+        self._hash = hashing
+        self._run = jax.jit(run)
+        outputs = tuple(
+            Output(path, leaf.dtype, leaf.shape[1:])
+            for path, leaf in zip(paths_of(self._program.out), self._outputs(self._program.out, _TRACED), strict=True)
+        )
+        treedef = jax.tree.structure(self._program.out)
+        template = jax.tree.unflatten(treedef, range(len(outputs)))
+        self._largest = 0
+        self._checked = not settings.check
+        self.compiled: set[int] = set()
+        self.state = state
+        self.entry = Entry(form, self._namespace(state, form), template, outputs)
+
+    def updated(self, state: State) -> Runner:
+        """Returns one for other parameters of the same shapes, which needn't be traced or compiled again."""
+        new = copy.copy(self)  # calls that are under way go on with what they began with
+        new.state = state
+        new.entry = dataclasses.replace(self.entry, namespace=self._namespace(state, self.entry.form))
+        return new
+
+    def _namespace(self, state: State, form: Form) -> bytes:
+        params = [
+            [path, state.digest(index, self._hash)]
+            for index, (path, used) in enumerate(zip(paths_of(state.arrays), self._program.used, strict=True))
+            if used
+        ]
+        return digest(
+            {
+                "format": "jaxkv memo 1",
+                "hash": self._hash.name,
+                "program": self._program.text,
+                "params": params,
+                "arguments": [str(form), *map(str, form.leaves)],
+                "batch": self._settings.batch,
+                "version": self._settings.version,
+            }
+        )
+
+    def __call__(self, call: Call, rows: Sequence[int]) -> list[bytes]:
+        """Returns the bytes of the outputs of some rows of a call."""
+        if self._settings.batch == "full":
+            arrays = self._compute(call.columns, call.shared, call.size)
+            return self.entry.payloads([array[np.asarray(rows)] for array in arrays])
+        # A power of two, but no larger than the largest batch seen: at most ceil(log2(B)) + 1 programs.
+        self._largest = max(self._largest, call.size)
+        size = min(1 << (len(rows) - 1).bit_length(), self._largest)
+        index = np.asarray([*rows, *[rows[-1]] * (size - len(rows))])
+        whole = np.array_equal(index, np.arange(call.size))
+        columns = call.columns if whole else tuple(_take(column, index) for column in call.columns)
+        arrays = self._compute(columns, call.shared, size)
+        return self.entry.payloads([array[: len(rows)] for array in arrays])
+
+    def _compute(self, columns: Sequence[Any], shared: Sequence[Any], size: int) -> list[np.ndarray]:
+        self.compiled.add(size)
+        out = self._run(self.state.arrays, columns, shared)
+        arrays = [np.asarray(leaf) for leaf in self._outputs(out, size)]
+        if not self._checked and size > 1:
+            self._check_rows(columns, shared, arrays)
+        return arrays
+
+    def _outputs(self, out: Any, size: int) -> list[Any]:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(out):
+            if leaf.ndim == 0 or leaf.shape[0] != size:
+                raise ValueError(
+                    f"output{jax.tree_util.keystr(path)} of {self._name} has shape {leaf.shape} for {size} items; "
+                    "every output must have the items along its first axis"
+                )
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                raise ValueError(
+                    f"output{jax.tree_util.keystr(path)} of {self._name} are PRNG keys; give their key_data"
+                )
+        return jax.tree.leaves(out)
+
+    def _check_rows(self, columns: Sequence[Any], shared: Sequence[Any], arrays: Sequence[np.ndarray]) -> None:
+        """Raises if the first row comes out otherwise when all others are exchanged for it."""
+        alone = tuple(_take(column, np.zeros(len(column), np.int64)) for column in columns)
+        if all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(alone, columns, strict=True)):
+            return  # the rows are alike: another batch must tell
+        again = jax.tree.leaves(self._run(self.state.arrays, alone, shared))
+        for output, array, other in zip(self.entry.outputs, arrays, again, strict=True):
+            if not _alike(array[0], np.asarray(other)[0]):
+                raise ValueError(
+                    f"output{output.path} of {self._name} depends on the other rows of the batch, so it can't be kept "
+                    "per item (BatchNorm in training mode? a mean over the batch?); if it does not, and only rounds "
+                    "differently: memo.wrap(..., check=False)"
+                )
+        self._checked = True
+
+
+def _take(column: Any, index: np.ndarray) -> Any:
+    if isinstance(column, jax.Array) and next(iter(column.devices())).platform != "cpu":
+        return jnp.take(column, jnp.asarray(index), axis=0)
+    return np.asarray(column)[index]
+
+
+def _cast(leaf: Any, dtype: Any) -> Any:
+    return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    """Returns whether two arrays are the same but for rounding: accelerators may add in another order each time."""
+    if a.tobytes() == b.tobytes():
+        return True
+    if not jnp.issubdtype(a.dtype, jnp.inexact):
+        return False
+    tolerance = float(jnp.finfo(a.dtype).eps) ** 0.5
+    wide = np.complex128 if jnp.issubdtype(a.dtype, jnp.complexfloating) else np.float64
+    a, b = a.astype(wide), b.astype(wide)
+    scale = float(np.max(np.abs(a), initial=0, where=np.isfinite(a)))
+    return np.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

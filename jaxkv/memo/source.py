@@ -1,0 +1,109 @@
+"""What data loaders read: outputs that were computed before, example by example, in any process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxkv.memo.call import Call
+from jaxkv.memo.disk import Disk
+from jaxkv.memo.entry import Entry
+
+MISSING = ("raise", "none")
+
+
+class Source:
+    """The outputs of a memoized function for examples, as NumPy arrays: `len(source)`, `source[i]`.
+
+    It can be pickled, used after a fork, and handed to `grain.MapDataset.source` or torch's `DataLoader`. What is only
+    in memory comes along in a fork, not in a pickle: give the memo a disk for processes that are spawned. Nothing is
+    computed: `features.warm(batches)` before.
+
+    Args:
+      examples, at, missing: see `Features.source`.
+    """
+
+    def __init__(self, examples: Any, at: Any, missing: str) -> None:
+        if missing not in MISSING:
+            raise ValueError(f"missing is {missing!r}, must be one of {', '.join(MISSING)}")
+        for method in ("__len__", "__getitem__"):
+            if not hasattr(examples, method):
+                raise ValueError(
+                    f"examples is a {type(examples).__name__} without {method}; give a sequence of examples"
+                )
+        if not len(examples):
+            raise ValueError("there are no examples")
+        self._examples = examples
+        self._at = at
+        self._missing = missing
+
+    def batch(self, index: int) -> Any:
+        """Returns the function's argument for one example, as a batch of one."""
+        example = self._examples[index]
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[None], example if self._at is None else example[self._at])
+
+    def reading(self, memo: Any, entry: Entry, call: Call) -> Source:
+        """Says where to read, and what the examples look like: as the one that the call was made with."""
+        self._tiers = memo.tiers
+        self._hash = memo.hash
+        self._entry = entry
+        self._namespace = entry.namespace_of(call, memo.hash)
+        self._form = _form(self.batch(0))
+        if len(self._form) != len(call.columns):
+            raise ValueError("only the first argument can be of the example; the others must belong to all of them")
+        return self
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Returns the output for an example, or the example with the output in its place.
+
+        Raises:
+          IndexError: beyond the end.
+          KeyError: if the output isn't there, and `missing` is "raise".
+          ValueError: for an example of another form than the first one.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self):,} examples, and {index} is none of them")
+        batch = self.batch(index)
+        if (form := _form(batch)) != self._form:
+            raise ValueError(
+                f"example {index} is {_said(form)}, and the first one {_said(self._form)}; make a source for each"
+            )
+        key = self._namespace + self._hash.rows([np.asarray(leaf) for leaf in jax.tree.leaves(batch)])[0]
+        payload = next(
+            (got for tier in self._tiers if (got := tier.read([key], self._entry.nbytes)[0]) is not None), None
+        )
+        if payload is None and self._missing == "raise":
+            raise KeyError(f"the output for example {index} is not there; compute it before: features.warm(batches)")
+        output = None if payload is None else jax.tree.map(lambda leaf: leaf[0], self._entry.assemble([payload]))
+        return output if self._at is None else _replace(self._examples[index], self._at, output)
+
+    def __getstate__(self) -> dict[str, Any]:
+        disk = [tier for tier in self._tiers if isinstance(tier, Disk)]
+        if not disk:
+            raise TypeError(
+                "a source that is only in memory can't go to another process; give the memo a directory: Memo(disk=DIR)"
+            )
+        return vars(self) | {"_tiers": disk}
+
+
+def _form(batch: Any) -> list[tuple[str, str, tuple[int, ...]]]:
+    paths = jax.tree_util.tree_leaves_with_path(batch)
+    return [(jax.tree_util.keystr(path), leaf.dtype.name, leaf.shape[1:]) for path, leaf in paths]
+
+
+def _said(form: Any) -> str:
+    return ", ".join(f"{path} {dtype}[{','.join(map(str, shape))}]".strip() for path, dtype, shape in form)
+
+
+def _replace(example: Any, at: Any, output: Any) -> Any:
+    """Returns the example with another value at one place."""
+    if isinstance(example, Mapping):
+        return {**example, at: output}
+    items = [output if i == at % len(example) else value for i, value in enumerate(example)]
+    return type(example)(*items) if hasattr(example, "_fields") else type(example)(items)
