@@ -57,6 +57,7 @@ jaxkv under $XDG_CACHE_HOME or ~/.cache), so that the second start is quick. It 
     _add_generate(commands)
     _add_chat(commands)
     _add_info(commands)
+    _add_memo(commands)
     return top
 
 
@@ -135,6 +136,64 @@ examples:
     command.add_argument("model", nargs="?", metavar="DIR", help="directory of a checkpoint")
     memory_help = "how much there is for parameters and cache (default: what is free here)"
     command.add_argument("--memory", type=_size, metavar="SIZE", help=memory_help)
+
+
+def _add_memo(commands: Any) -> None:
+    command = commands.add_parser(
+        "memo",
+        help="look at what a memo keeps on disk, check it, shrink it",
+        description="Looks at a directory that a memo keeps its outputs in (disk=), checks it, or shrinks it. Programs "
+        "may be using it meanwhile: what they are writing to is left alone.",
+        epilog="""\
+examples:
+  jaxkv memo ls features                     the functions whose outputs are there
+  jaxkv memo stat features                   how much there is, and what could be won
+  jaxkv memo verify features                 read and check every record
+  jaxkv memo prune features --to 20GiB       what was used least recently goes""",
+    )
+    actions = command.add_subparsers(metavar="ACTION", required=True)
+
+    def add_action(name: str, help: str, description: str, epilog: str) -> argparse.ArgumentParser:
+        action = actions.add_parser(name, help=help, description=description, epilog=f"examples:\n{epilog}")
+        action.set_defaults(command="memo", action=name)
+        action.add_argument("directory", metavar="DIR", help="directory that was named as disk=")
+        return action
+
+    add_action(
+        "ls",
+        "list the functions whose outputs are there",
+        "Lists the functions whose outputs are there: a namespace for each function with its weights and settings, how "
+        "many items it has, the bytes they take, and what goes in and comes out per item.",
+        "  jaxkv memo ls features",
+    )
+    add_action(
+        "stat",
+        "say how much there is",
+        "Says how many bytes, items and segments there are, how many processes are writing, what is damaged, and what "
+        "prune could win. Reads no payloads.",
+        "  jaxkv memo stat features",
+    )
+    add_action(
+        "verify",
+        "check every record",
+        "Reads every record and holds it against its checksum. The exit status is 1 if any is damaged. Damaged records "
+        "are never given out: they count as misses, and are computed again.",
+        "  jaxkv memo verify features",
+    )
+    prune = add_action(
+        "prune",
+        "shrink it",
+        "Removes what is asked for, and copies that others have replaced. What stays is on the disk in new files before the "
+        "old ones go, so nothing is lost if it is ended in between; for a moment that takes room for one segment more.",
+        """\
+  jaxkv memo prune features --to 20GiB             what was used least recently goes
+  jaxkv memo prune features --namespace 3f2a91c0   all outputs of one function
+  jaxkv memo prune features --damaged              only what is damaged, torn or belongs to nothing""",
+    )
+    prune.add_argument("--to", type=_size, metavar="SIZE", help="at most so much stays, such as 20GiB")
+    namespace_help = "remove this namespace (its first characters suffice); may be given several times"
+    prune.add_argument("--namespace", action="append", default=[], metavar="NAME", help=namespace_help)
+    prune.add_argument("--damaged", action="store_true", help="read every record and remove what is damaged")
 
 
 def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: str, capacity: str) -> None:

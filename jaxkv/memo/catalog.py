@@ -87,11 +87,15 @@ class Catalog:
             return
         mark = (about.st_mtime_ns, about.st_ino, about.st_dev)
         if force or mark != self._mark or self._looks % _LIST_EVERY == 0:
+            self._mark = mark
             with contextlib.suppress(OSError):
                 self._list()
-                self._mark = mark
         for segment in [segment for segment in self.segments.values() if segment.handles is not None]:
             self._follow(segment)
+
+    def look_again(self) -> None:
+        """Has the next look list the directory."""
+        self._mark = None
 
     def _list(self) -> None:
         stems, small_bytes = [], 0
@@ -104,10 +108,10 @@ class Catalog:
                         small_bytes += entry.stat(follow_symlinks=False).st_size
         self.nbytes += small_bytes - self.small_bytes
         self.small_bytes = small_bytes
-        for stem in set(self.segments) - set(stems):
-            self._counts.lost += self.drop(stem)
         for stem in sorted(set(stems) - set(self.segments)):  # later ones win
             self._load(stem)
+        for stem in set(self.segments) - set(stems):  # after what may have taken their place
+            self._counts.lost += self.drop(stem)
 
     def _load(self, stem: str) -> None:
         path, index_path = self.path(f"{stem}.seg"), self.path(f"{stem}.idx")
@@ -122,20 +126,23 @@ class Catalog:
                 except OSError:
                     self.drop(stem)
                     self._mark = None
+                else:
+                    self._follow(segment)
                 return
             handle = None  # type: ignore[assignment]  # gives the lock back
             self._load_sealed(stem)
 
     def _load_sealed(self, stem: str) -> None:
         path, index_path = self.path(f"{stem}.seg"), self.path(f"{stem}.idx")
+        _, seed = segment_seed(f"{stem}.seg")  # type: ignore[misc]
+        contents = read_contents(path, seed)
         segment = self.new(stem)
-        contents = read_contents(path, segment.seed)
         self._counts.corrupt += contents.damaged
         self._counts.lost += contents.lost
         if contents.damaged or contents.lost:
             log.warning("%s: %d damaged places, %d records lost", path, contents.damaged, contents.lost)
         if contents.mended:
-            entries = pack_entries(contents.keys, contents.offsets, contents.stored, segment.seed)
+            entries = pack_entries(contents.keys, contents.offsets, contents.stored, seed)
             with contextlib.suppress(OSError):
                 write_whole(index_path, entries.tobytes())
         self.add(segment, contents.keys, contents.offsets.tolist(), contents.stored.tolist())

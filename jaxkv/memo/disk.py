@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxkv.errors import NotSupportedError
@@ -18,12 +18,15 @@ from jaxkv.memo import segment as segments
 from jaxkv.memo.catalog import LOCK, Catalog, Counts, Segment, check_format, record_bytes, write_format
 from jaxkv.memo.record import HEADER_BYTES, KEY_BYTES, ZSTD, Header, digest, read_at, unpack_header
 from jaxkv.memo.segment import Handle, Writer, lock, write_whole
+from jaxkv.memo.upkeep import remove
 
 POLICIES = ("keep", "lru", "mru", "fifo")
+_BY_USE = ("lru", "mru")
 _SEGMENT_LEAST, _SEGMENT_MOST = 1 << 16, 1 << 28
 _SEGMENT_SHARE = 32  # a segment is at most this part of the budget: so much is evicted at once
 _RUN_MOST = 1 << 24  # bytes read at once
 _SKIP_MOST = 1024  # calls
+_Place = tuple[Segment, int, int, int]  # offset, bytes of the payload there, which key was asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,74 +119,78 @@ class Disk:
     def read(self, keys: Sequence[bytes], nbytes: int) -> list[Any]:
         """Returns the payload of each key, bytes or memoryview of `nbytes` bytes; None for those that aren't there."""
         values: list[Any] = [None] * len(keys)
-        places: list[tuple[Segment, int, int, int]] = []  # segment, offset, stored, which key
+        missing = self._fetch(keys, range(len(keys)), nbytes, values)
+        if missing:
+            with self._lock:
+                self._catalog.refresh()
+            self._fetch(keys, missing, nbytes, values)
+        with self._lock:
+            misses = sum(value is None for value in values)
+            self._counts.misses += misses
+            self._counts.hits += len(keys) - misses
+        return values
+
+    def _fetch(self, keys: Sequence[bytes], wanted: Iterable[int], nbytes: int, values: list[Any]) -> list[int]:
+        """Puts what is known into `values`, and returns which of the wanted aren't, or not where they were."""
+        places: list[_Place] = []
         missing = []
         with self._lock:
             find = self._catalog.find
-            for i, key in enumerate(keys):
-                found = find(key)
+            for i in wanted:
+                found = find(keys[i])
                 if found is None:
                     missing.append(i)
                 else:
                     places.append((*found, i))
-            if missing:
-                self._catalog.refresh()
-                for i in missing:
-                    found = find(keys[i])
-                    if found is not None:
-                        places.append((*found, i))
             places.sort(key=lambda place: (place[0].number, place[1]))
-            files = self._open({place[0].stem: place[0] for place in places})
-        hits, gone, damaged = 0, [], []
+            files = {segment.stem: self._open(segment) for segment in {place[0] for place in places}}
+        hits, gone, damaged = set(), [], []
         for run in _runs(places):
             segment, begin = run[0][0], run[0][1]
-            handle = files.get(segment.stem)
             end = run[-1][1] + HEADER_BYTES + run[-1][2]
+            handle = files[segment.stem]
+            if handle is None:
+                missing += [i for _, _, _, i in run]
+                continue
             try:
-                data = memoryview(read_at(handle.fd, end - begin, begin)) if handle else memoryview(b"")
+                data = memoryview(read_at(handle.fd, end - begin, begin))
             except (OSError, MemoryError) as error:
                 data = memoryview(b"")
                 self._failed("reading", error)
             for place in run:
                 _, offset, stored, i = place
-                at = offset - begin
-                if len(data) < at + HEADER_BYTES + stored:
+                payload = data[offset - begin + HEADER_BYTES :][:stored]
+                header = unpack_header(data[offset - begin :][:HEADER_BYTES], segment.seed)
+                if len(payload) < stored or len(data) < offset - begin + HEADER_BYTES:
                     gone.append(place)
-                    continue
-                header = unpack_header(data[at : at + HEADER_BYTES], segment.seed)
-                payload = data[at + HEADER_BYTES : at + HEADER_BYTES + stored]
-                if (
+                elif (
                     header is None
-                    or header.key != keys[i]
-                    or header.stored != stored
+                    or (header.key, header.stored) != (keys[i], stored)
                     or digest(payload) != header.check
                 ):
                     damaged.append(place)
                 elif header.raw == nbytes:
                     values[i] = _unpacked(header, payload)
-                    hits += values[i] is not None
-        with self._lock:
-            self._counts.hits += hits
-            self._counts.misses += len(keys) - hits
-            forget = self._catalog.forget
-            self._counts.lost += sum([forget(keys[i], segment, offset) for segment, offset, _, i in gone])
-            self._counts.corrupt += sum([forget(keys[i], segment, offset) for segment, offset, _, i in damaged])
-            if gone or damaged:
-                self._say("read", "%s: records were lost or damaged; they count as misses", self.directory)
-            if hits and self.policy in ("lru", "mru"):
-                self._touch({place[0].stem for place in places})
-        return values
+                    hits.add(segment.stem)
+        if gone or damaged or (hits and self.policy in _BY_USE):
+            with self._lock:
+                forget = self._catalog.forget
+                self._counts.lost += sum([forget(keys[i], segment, offset) for segment, offset, _, i in gone])
+                self._counts.corrupt += sum([forget(keys[i], segment, offset) for segment, offset, _, i in damaged])
+                if gone or damaged:
+                    self._say("read", "%s: records were lost or damaged; they count as misses", self.directory)
+                if self.policy in _BY_USE:
+                    self._touch(hits)
+        return missing
 
-    def _open(self, wanted: dict[str, Segment]) -> dict[str, Handle]:
-        files = {}
-        for stem, segment in wanted.items():
-            try:
-                files[stem] = self._catalog.file(segment)
-            except FileNotFoundError:
-                self._counts.lost += self._catalog.drop(stem)
-            except OSError as error:
-                self._failed("reading", error)
-        return files
+    def _open(self, segment: Segment) -> Handle | None:
+        try:
+            return self._catalog.file(segment)
+        except FileNotFoundError:  # evicted, or put together with others: the next look says where its records are
+            self._catalog.look_again()
+        except OSError as error:
+            self._failed("reading", error)
+        return None
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -241,7 +248,7 @@ class Disk:
             self._catalog.add(segment, [h.key for h in headers], offsets, [h.stored for h in headers])
             self._catalog.resize(segment, writer.end, writer.index_end)
             self._counts.written += len(offsets)
-            if self.policy in ("lru", "mru"):
+            if self.policy in _BY_USE:
                 self._touch({writer.stem})
             if problem is not None:
                 self._failed("writing", problem)
@@ -385,8 +392,24 @@ class Disk:
                     self._failed("writing", error)
 
     def clear(self, namespace: bytes | None = None) -> None:
-        """Removes all records, or those of one namespace; what another process writes just now stays."""
-        raise NotImplementedError
+        """Removes all records, or those of one namespace; segments that another process is writing to stay."""
+        with self._lock:
+            self._seal()
+            handle = self._locked()
+            if handle is None:
+                self._say("clearing", "%s: another process is removing files; nothing was cleared", self.directory)
+                return
+            self._described.clear()
+            try:
+                if namespace is not None:
+                    remove(self.directory, handle, namespaces=[namespace])
+                else:
+                    remove(self.directory, handle, size=0)
+            except (OSError, ValueError) as error:
+                self._failed("clearing", error)
+            before = self._counts.lost
+            self._catalog.refresh(force=True)
+            self._counts.lost = before
 
     def close(self) -> None:
         """Lets go of all files. The tier may be used again, with a new segment."""
@@ -444,9 +467,9 @@ class Disk:
             self._writer = None
 
 
-def _runs(places: list[tuple[Segment, int, int, int]]) -> list[list[tuple[Segment, int, int, int]]]:
+def _runs(places: list[_Place]) -> list[list[_Place]]:
     """Returns sorted places in runs that one read can fetch."""
-    runs: list[list[tuple[Segment, int, int, int]]] = []
+    runs: list[list[_Place]] = []
     segment, end, left = None, -1, 0
     for place in places:
         size = HEADER_BYTES + place[2]

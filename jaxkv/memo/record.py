@@ -150,8 +150,13 @@ def scan(fd: int, begin: int, end: int, seed: int) -> tuple[list[tuple[bytes, in
     return found, damaged
 
 
-def read_contents(path: str, seed: int) -> Contents:
-    """Returns what lies in a segment that nobody writes to any more: by its index, and by searching what that lacks.
+def read_contents(path: str, seed: int, *, search: bool = True) -> Contents:
+    """Returns what lies in a segment: by its index, and by searching what that lacks.
+
+    Args:
+      path: of the segment.
+      seed: of its name.
+      search: False while somebody writes to it, where what the index doesn't have yet is no damage.
 
     Raises:
       OSError: if the segment can't be read.
@@ -181,7 +186,8 @@ def read_contents(path: str, seed: int) -> Contents:
         stops = np.concatenate([offsets, np.array([size], np.uint64)])
         keys = entries["key"].tolist()
         damaged, mended = 0, False
-        for gap in np.flatnonzero(begins < stops)[::-1]:  # from the back, so that places before stay what they are
+        gaps = np.flatnonzero(begins < stops) if search else np.zeros(0, np.intp)
+        for gap in gaps[::-1]:  # from the back, so that places before stay what they are
             found, holes = scan(fd, int(begins[gap]), int(stops[gap]), seed)
             damaged += holes
             if found:

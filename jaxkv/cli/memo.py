@@ -1,0 +1,142 @@
+"""`jaxkv memo`: what a memo keeps on disk, looked at, checked and shrunk."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from jaxkv.cli.options import UsageError
+from jaxkv.cli.terminal import counted, note, printable, write
+from jaxkv.memo import upkeep
+from jaxkv.sizes import format_bytes
+
+_SHORT = 12  # characters of a namespace that are shown
+_MOST_DAMAGES = 20
+
+
+def run(args: argparse.Namespace) -> int:
+    action = {"ls": _list, "stat": _stat, "verify": _verify, "prune": _prune}[args.action]
+    try:
+        return action(args)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _list(args: argparse.Namespace) -> int:
+    found = upkeep.survey(args.directory)
+    if not found.namespaces:
+        note(f"{args.directory} is empty")
+        return 0
+    rows = [("namespace", "items", "size", "function")]
+    for space in sorted(found.namespaces, key=lambda space: -space.nbytes):
+        row = (space.key.hex()[:_SHORT], f"{space.items:,}", format_bytes(space.nbytes), _told(space.about))
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, items, size, function in rows:
+        write(f"{name:<{widths[0]}}  {items:>{widths[1]}}  {size:>{widths[2]}}  {function}\n")
+    return 0
+
+
+def _stat(args: argparse.Namespace) -> int:
+    found = upkeep.survey(args.directory)
+    winnable = found.copies + found.damaged + found.strays
+    facts = {
+        "size": format_bytes(found.nbytes),
+        "items": f"{found.items:,} of {counted(len(found.namespaces), 'namespace')}",
+        "segments": f"{found.segments:,}, {found.writers:,} being written to",
+        "replaced": format_bytes(found.copies),
+        "damaged": format_bytes(found.damaged),
+        "left over": format_bytes(found.strays),
+        "can be won": f"{format_bytes(winnable)}{', by prune --damaged' if winnable else ''}",
+    }
+    for name, fact in facts.items():
+        write(f"{name:<11} {fact}\n")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    with _Bar("verify") as bar:
+        found = upkeep.verify(args.directory, bar.show)
+    for damage in found.damages[:_MOST_DAMAGES]:
+        whose = "" if damage.key is None else f", of namespace {damage.key[:16].hex()[:_SHORT]}"
+        write(f"{printable(damage.path)}: at {damage.offset:,}: {damage.what}{whose}\n")
+    if len(found.damages) > _MOST_DAMAGES:
+        write(f"and {len(found.damages) - _MOST_DAMAGES:,} more\n")
+    write(f"{counted(found.records, 'record')} whole, {len(found.damages):,} damaged places\n")
+    if found.damages:
+        note("damaged records count as misses and are computed again; prune --damaged frees their room")
+    return 1 if found.damages else 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    if args.to is None and not args.namespace and not args.damaged:
+        raise UsageError("say what to remove: --to SIZE, --namespace NAME or --damaged")
+    known = [space.key for space in upkeep.survey(args.directory).namespaces] if args.namespace else []
+    names = [_meant(name, known) for name in args.namespace]
+    with _Bar("prune") as bar:
+        done = upkeep.prune(args.directory, size=args.to, namespaces=names, damaged=args.damaged, progress=bar.show)
+    write(f"{format_bytes(done.before)} before, {format_bytes(done.after)} now; {counted(done.items, 'item')} removed")
+    write(f", {counted(done.damaged, 'damaged place')} too\n" if done.damaged else "\n")
+    if done.live:
+        note(f"left alone, because a program is writing to it: {counted(done.live, 'segment')}")
+    if args.to is not None and done.after > args.to:
+        note(f"this is more than {format_bytes(args.to)}; run it again when those programs have ended")
+        return 1
+    return 0
+
+
+def _meant(name: str, known: Sequence[bytes]) -> bytes:
+    found = [key for key in known if key.hex().startswith(name.lower())]
+    if len(found) != 1 or not name:
+        what = "several namespaces begin" if found else "no namespace begins"
+        raise UsageError(f"{what} with {name!r}; jaxkv memo ls lists them")
+    return found[0]
+
+
+def _told(about: dict[str, Any]) -> str:
+    """Returns what a namespace is, in one line; whoever wrote the file may have written anything."""
+    if not about:
+        return "not described"
+    version = f", version {about['version']}" if about.get("version") is not None else ""
+    sides = " -> ".join(_arrays(about.get(side)) for side in ("inputs", "outputs"))
+    return printable(f"{about.get('function', 'a function')}{version}: {sides}".replace("\n", " "))
+
+
+def _arrays(leaves: Any) -> str:
+    if not isinstance(leaves, list):
+        return "?"
+    return ", ".join(_array(leaf) for leaf in leaves) or "nothing"
+
+
+def _array(leaf: Any) -> str:
+    if not isinstance(leaf, dict):
+        return str(leaf)
+    shape = leaf.get("shape")
+    sizes = ",".join(map(str, shape)) if isinstance(shape, list) else "?"
+    return f"{leaf.get('path') or ''} {leaf.get('dtype', '?')}[{sizes}]".strip()
+
+
+class _Bar:
+    """A progress bar over bytes on standard error, where somebody is looking and tqdm is installed."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._bar: Any = None
+
+    def __enter__(self) -> _Bar:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return self
+        self._bar = tqdm(desc=self._what, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None)
+        return self
+
+    def show(self, done: int, total: int) -> None:
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
