@@ -41,6 +41,7 @@ from .nn.state import load_state as load_state
 from .nn.state import load_state_dict as load_state_dict
 from .nn.state import save_state as save_state
 from .nn.state import state_dict as state_dict
+from .offload.offload import Offload as Offload
 from .store.current import get_store as get_store
 from .store.current import set_store as set_store
 from .store.current import use_store as use_store
