@@ -1,8 +1,8 @@
 """Named arrays in safetensors files, read tensor by tensor through a memory map.
 
 The format is a length, a header in JSON, and the bytes (https://huggingface.co/docs/safetensors). It is read and
-written here without the `safetensors` package, whose NumPy side has no bfloat16 and writes arrays wrongly that are not
-contiguous.
+written here without the `safetensors` package, whose NumPy side can't read float8 and writes arrays wrongly that are
+not contiguous.
 """
 
 from __future__ import annotations

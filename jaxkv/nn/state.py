@@ -251,6 +251,13 @@ def _key_data(x: Any) -> Any:
     return jax.eval_shape(jax.random.key_data, x) if isinstance(x, jax.ShapeDtypeStruct) else jax.random.key_data(x)
 
 
+def _impl(key: Any) -> Any:
+    """Returns the algorithm of a key, of a `jax.ShapeDtypeStruct` too: while tracing JAX says it."""
+    found: list[Any] = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), key)
+    return found[0]
+
+
 def _data(x: Any) -> Any:
     """Returns an array as it can be saved."""
     if _is_key(x):
@@ -263,7 +270,7 @@ def _like(value: Any, like: Any) -> Any:
     if isinstance(like, np.ndarray):
         return np.array(value, like.dtype)
     if _is_key(like):
-        value = jax.random.wrap_key_data(jnp.array(np.asarray(value)), impl=jax.random.key_impl(like))
+        value = jax.random.wrap_key_data(jnp.array(np.asarray(value)), impl=_impl(like))
     else:
         # A fresh copy, which device_put may keep: it must share no bytes with the caller or the file.
         value = np.array(value, getattr(like, "dtype", None))

@@ -1,0 +1,413 @@
+"""Buffers move and are saved with a module and are not trained; states go by name, whole or not at all."""
+
+from __future__ import annotations
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx, serialization
+from flax.core import freeze
+
+import jaxkv
+from jaxkv import Buffer, TransientBuffer, load_state, load_state_dict, safetensors, save_state, state_dict
+from jaxkv.models.decoder import Decoder, DecoderConfig
+from jaxkv.nn.state import named
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "state.safetensors"
+
+
+class Masked(nnx.Module):
+    """A module with some of everything."""
+
+    def __init__(self, seed=0, size=3):
+        rngs = nnx.Rngs(seed)
+        self.linear = nnx.Linear(size, size, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.mask = Buffer(jnp.tril(jnp.ones((size, size))))
+        self.scratch = TransientBuffer(jnp.full(size, float(seed)))
+        self.cache = nnx.Cache(jnp.zeros(size))
+        self.plain = jnp.ones(size)
+
+    def __call__(self, x):
+        return self.dropout(self.linear(x) @ self.mask.get_value())
+
+
+class LinenMasked(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        mask = self.variable("buffers", "mask", lambda: jnp.tril(jnp.ones((3, 3))))
+        scratch = self.variable("transient_buffers", "scratch", lambda: jnp.zeros(3))
+        return nn.Dense(3)(x) @ mask.value + scratch.value[None]
+
+
+X = jnp.ones((2, 3))
+NAMES = ["linear.bias", "linear.kernel", "mask"]
+LINEN_NAMES = ["buffers.mask", "params.Dense_0.bias", "params.Dense_0.kernel"]
+
+
+def linen_variables(seed=0):
+    return LinenMasked().init(jax.random.key(seed), X)
+
+
+def small(**changes):
+    sizes = {"vocab_size": 7, "width": 8, "num_layers": 2, "num_heads": 2}
+    return Decoder(DecoderConfig(**sizes | changes), rngs=nnx.Rngs(0))
+
+
+def same(x, y):
+    return jax.tree.structure(x) == jax.tree.structure(y) and jax.tree.all(
+        jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), x, y)
+    )
+
+
+# What is in a state
+
+
+def test_names_are_paths_joined_by_dots():
+    names = set(state_dict(small(qk_norm=True, tied=False)))
+    assert {"embed.embedding", "head.kernel", "norm.scale", "layers.1.mlp.gate.kernel"} <= names
+    assert {"layers.0.attention.query.kernel", "layers.0.attention.value.kernel"} <= names
+    state = nnx.state(small(qk_norm=True, tied=False))
+    assert names == set(named(nnx.to_pure_dict(state))) == set(named(state)) == set(state_dict(state))
+
+
+def test_variables_are_saved_but_not_what_is_transient_nor_random_streams_nor_plain_arrays():
+    model = Masked()
+    assert list(state_dict(model)) == list(state_dict(nnx.state(model))) == NAMES
+    assert list(state_dict(model, rngs=True)) == ["dropout.rngs.count", "dropout.rngs.key", *NAMES]
+    assert list(state_dict({"one": model, "more": [nnx.Linear(1, 1, use_bias=False, rngs=nnx.Rngs(0))]})) == [
+        "more.0.kernel",
+        *(f"one.{name}" for name in NAMES),
+    ]
+    model.seen = nnx.Intermediate(X)
+    assert list(state_dict(model)) == NAMES
+
+
+def test_of_linen_variables_all_collections_are_saved_but_the_transient_one():
+    variables = linen_variables()
+    assert list(state_dict(variables)) == list(state_dict(freeze(variables))) == LINEN_NAMES
+    boxed = {"params": {"w": nn.Partitioned(jnp.ones(2), ("x",))}, "buffers": [jnp.ones(1), {"value": jnp.ones(1)}]}
+    assert list(state_dict(boxed)) == ["buffers.0", "buffers.1.value", "params.w"]
+    with pytest.raises(ValueError, match="LinenMasked is a linen module, which holds nothing; give its variables"):
+        state_dict(LinenMasked())
+    with pytest.raises(ValueError, match=r"two leaves are named a\.b"):
+        state_dict({"a": {"b": X}, "a.b": X})
+
+
+def test_a_transient_buffer_is_a_buffer_that_can_be_told_apart():
+    model = Masked()
+    assert set(nnx.state(model, Buffer)) == {"mask", "scratch"}
+    _, params, transient, buffers, _ = nnx.split(model, nnx.Param, TransientBuffer, Buffer, ...)
+    assert (set(params), set(transient), set(buffers)) == ({"linear"}, {"scratch"}, {"mask"})
+
+
+def test_flax_bridges_the_collections_of_linen_to_these_variables():
+    model = nnx.bridge.ToNNX(LinenMasked(), rngs=nnx.Rngs(0)).lazy_init(X)
+    assert type(model.mask) is Buffer and type(model.scratch) is TransientBuffer
+
+
+# Loading
+
+
+def test_edited_masks_survive_a_dict_a_file_and_a_reload_and_transient_buffers_do_not(path):
+    model = Masked()
+    model.mask[model.mask.get_value() == 1] = 2.0
+    model.scratch[...] = 7.0
+    save_state(path, model)
+    for load in (lambda new: load_state_dict(new, state_dict(model)), lambda new: load_state(path, new)):
+        new = Masked(seed=1)
+        assert not same(new.linear.kernel, model.linear.kernel)
+        missing, unexpected = load(new)
+        assert missing == unexpected == []
+        assert new.mask.get_value().tolist() == [[2, 0, 0], [2, 2, 0], [2, 2, 2]]
+        assert same(state_dict(new), state_dict(model))
+        assert new.scratch.get_value().tolist() == [1, 1, 1]
+
+
+def test_linen_variables_are_returned_with_the_new_values_and_stay_as_they_were(path):
+    old, new = linen_variables(), linen_variables(1)
+    old["buffers"]["mask"] = jnp.where(old["buffers"]["mask"] == 1, 2.0, 0.0)
+    old["transient_buffers"]["scratch"] += 5
+    save_state(path, old)
+    before = jax.tree.map(jnp.copy, new)
+    for loaded in (load_state_dict(new, state_dict(old)), load_state(path, new)):
+        assert same(loaded.variables, old | {"transient_buffers": new["transient_buffers"]})
+        assert (loaded.missing, loaded.unexpected) == ([], [])
+    assert same(new, before)
+    state = load_state_dict(nnx.state(Masked(1)), state_dict(Masked())).variables
+    assert isinstance(state, nnx.State) and same(state["mask"], nnx.state(Masked())["mask"])
+
+
+def test_all_that_does_not_fit_is_said_at_once_and_nothing_is_loaded():
+    model = small()
+    state = {name: x + 1 for name, x in state_dict(model).items()}
+    state["norm.scale"] = jnp.ones(9)
+    del state["layers.1.mlp.up.kernel"]
+    state["lm_head"] = jnp.ones((2, 3))
+    before = jax.tree.map(jnp.copy, nnx.state(model))
+    with pytest.raises(ValueError, match="does not fit the module; strict=False leaves") as error:
+        load_state_dict(model, state)
+    assert str(error.value).splitlines()[1:] == [
+        "  shape: norm.scale is (9,), here (8,)",
+        "  missing: layers.1.mlp.up.kernel (8, 32)",
+        "  unexpected: lm_head (2, 3)",
+    ]
+    with pytest.raises(ValueError, match=r"does not fit the module:\n  shape: norm.scale is \(9,\), here \(8,\)$"):
+        load_state_dict(model, state, strict=False)
+    assert same(nnx.state(model), before)
+
+
+def test_without_strict_the_rest_is_loaded_and_what_was_left_is_said(path):
+    safetensors.write(path, {"mask": np.full((3, 3), 5), "scratch": np.ones(3), "gone": np.ones(1)})
+    model = Masked()
+    with pytest.raises(ValueError, match=r"state.safetensors: the state does not fit.*\n  missing: linear.bias \(3,\)"):
+        load_state(path, model)
+    missing, unexpected = load_state(path, model, strict=False)
+    assert missing == ["linear.bias", "linear.kernel"] and sorted(unexpected) == ["gone", "scratch"]
+    assert model.mask.get_value().dtype == jnp.float32 and (model.mask.get_value() == 5).all()
+    assert model.scratch.get_value().tolist() == [0, 0, 0]
+
+
+def test_the_dtype_is_that_of_the_module():
+    for want, given in itertools.product((jnp.bfloat16, jnp.float32, jnp.int8), (np.float64, jnp.float16, np.int64)):
+        tree = {"w": jnp.zeros(3, want), "numpy": np.zeros(3, want)}
+        loaded = load_state_dict(tree, {"w": np.array([1, 2, 3], given), "numpy": [1, 2, 3]}).variables
+        assert loaded["w"].dtype == want and loaded["w"].astype(float).tolist() == [1, 2, 3]
+        assert type(loaded["numpy"]) is np.ndarray and loaded["numpy"].dtype == want
+
+
+def test_the_sharding_stays_and_what_was_free_to_move_stays_free():
+    mesh = jax.make_mesh((4,), ("x",))
+    split = jax.NamedSharding(mesh, jax.P("x"))
+    tree = {
+        "split": jax.device_put(jnp.zeros((8, 2)), split),
+        "second": jax.device_put(jnp.zeros(2), jax.devices()[1]),
+        "free": jnp.zeros(2),
+        "shape": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=split),
+        "bare": jax.ShapeDtypeStruct((2,), jnp.bfloat16),
+    }
+    state = {name: jax.device_put(jnp.ones(x.shape), jax.devices()[3]) for name, x in tree.items()}
+    new = load_state_dict(tree, state).variables
+    assert new["split"].sharding == new["shape"].sharding == split
+    assert new["second"].devices() == {jax.devices()[1]}
+    assert not new["free"].committed and new["free"].devices() == {jax.devices()[0]}
+    assert new["bare"].dtype == jnp.bfloat16
+    assert all((x == 1).all() for x in new.values())
+
+
+def test_nothing_is_shared_with_the_state():
+    source = np.ones(1 << 16, np.float32)
+    given = {"array": jnp.ones(4), "numpy": source}
+    tree = {"array": jnp.zeros(4), "numpy": jax.device_put(jnp.zeros(1 << 16), jax.devices()[0])}
+    loaded = load_state_dict(tree, given).variables
+    source[:] = 9
+    given["array"].delete()
+    assert (loaded["numpy"] == 1).all() and (loaded["array"] == 1).all()
+
+
+def test_abstract_modules_can_be_loaded_into(path):
+    save_state(path, small())
+    model = nnx.eval_shape(small)
+    load_state(path, model)
+    assert same(nnx.state(model), nnx.state(small()))
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_prng_keys_are_saved_as_their_data(path, impl):
+    tree = {"key": jax.random.key(3, impl=impl), "keys": jax.random.split(jax.random.key(4, impl=impl), 2)}
+    save_state(path, tree)
+    assert load_state(path)["keys"].shape == jax.random.key_data(tree["keys"]).shape
+    blank = jax.tree.map(lambda key: jax.random.wrap_key_data(0 * jax.random.key_data(key), impl=impl), tree)
+    for target in (blank, jax.eval_shape(lambda: blank)) if impl == "threefry2x32" else (blank,):
+        assert same(load_state(path, target).variables, tree)
+    with pytest.raises(ValueError, match=r"shape: key is \(3,\), here"):
+        load_state_dict(tree, {"key": np.ones(3, np.uint32)}, strict=False)
+
+
+def test_random_streams_go_on_where_they_were_if_that_is_asked_for(path):
+    model, new = Masked(), Masked(seed=1)
+    model(X)
+    save_state(path, model, rngs=True)
+    assert load_state(path, new) is not None
+    np.testing.assert_array_equal(new(X), model(X))
+    save_state(path, model)
+    load_state(path, new)  # no stream in the file: not missed, and left alone
+    assert int(new.dropout.rngs.count[...]) == int(model.dropout.rngs.count[...]) == 2
+
+
+def test_torch_users_find_their_rules():
+    torch = pytest.importorskip("torch")
+    shapes = {"a": (2,), "b": (3, 1), "mask": (2, 2)}
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Parameter(torch.zeros(2))
+            self.b = torch.nn.Parameter(torch.zeros(3, 1))
+            self.register_buffer("mask", torch.zeros(2, 2))
+            self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    class Flax(nnx.Module):
+        def __init__(self):
+            self.a = nnx.Param(jnp.zeros(2))
+            self.b = nnx.Param(jnp.zeros((3, 1)))
+            self.mask = Buffer(jnp.zeros((2, 2)))
+            self.scratch = TransientBuffer(jnp.zeros(2))
+
+    assert set(state_dict(Flax())) == set(Module().state_dict())
+    outcomes = set()
+    for a, b, extra, strict in itertools.product(
+        ["same", "other", None], ["same", None], [None, "c", "scratch"], [0, 1]
+    ):
+        state = {"mask": np.ones((2, 2), np.float64)}
+        state |= {"a": np.ones(shapes["a"] if a == "same" else (5,))} if a else {}
+        state |= {"b": np.ones(shapes["b"])} if b else {}
+        state |= {extra: np.ones(2)} if extra else {}
+        theirs, ours = Module(), Flax()
+        try:
+            want = theirs.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=bool(strict))
+            want = sorted(want.missing_keys), sorted(want.unexpected_keys)
+        except RuntimeError:
+            want = "refused"
+        try:
+            missing, unexpected = load_state_dict(ours, state, strict=bool(strict))
+            got = sorted(missing), sorted(unexpected)
+        except ValueError:
+            got = "refused"
+            assert not any(x.any() for x in state_dict(ours).values())
+        assert got == want
+        if want != "refused":
+            for name, x in theirs.state_dict().items():
+                np.testing.assert_array_equal(state_dict(ours)[name], x.numpy())
+        outcomes.add(str(want))
+    assert len(outcomes) == 13
+
+
+def test_flax_serialization_is_no_such_check():
+    target = {"w": jnp.zeros(2)}
+    loaded = serialization.from_state_dict(target, {"w": jnp.ones(7), "more": jnp.ones(1)})
+    assert loaded["w"].shape == (7,) and "more" not in loaded
+    with pytest.raises(ValueError, match="shape: w"):
+        load_state_dict(target, {"w": jnp.ones(7)})
+
+
+# Files
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "bool"])
+def test_every_dtype_and_layout_comes_back_from_a_file(path, dtype):
+    square = np.arange(12).reshape(3, 4).astype(jnp.dtype(dtype))
+    tree = {"numpy": square.T, "strided": square[::2, 1:], "jax": jnp.asarray(square), "scalar": jnp.zeros((), dtype)}
+    save_state(path, tree)
+    assert same(load_state(path, jax.tree.map(np.zeros_like, tree)).variables, tree)
+    assert same(load_state(path), {name: np.asarray(x) for name, x in tree.items()})
+
+
+def test_a_file_can_be_narrower_than_the_module_and_say_what_it_is(path):
+    model = small()
+    save_state(path, model, dtype="bfloat16", metadata={"step": "3"})
+    file = safetensors.File(path)
+    assert file.metadata == {"step": "3"} and {file.kind(name).name for name in file} == {"bfloat16"}
+    load_state(path, model)
+    assert {x.dtype.name for x in state_dict(model).values()} == {"float32"}
+
+
+def test_a_file_can_be_saved_over_while_what_was_read_from_it_is_in_use(path):
+    save_state(path, {"w": np.ones(3)})
+    old = load_state(path)
+    save_state(path, {"w": np.zeros(3)})
+    assert old["w"].tolist() == [1, 1, 1] and load_state(path)["w"].tolist() == [0, 0, 0]
+
+
+def test_the_safetensors_package_reads_what_is_saved_and_what_it_saves_is_read(path):
+    package = pytest.importorskip("safetensors.numpy")
+    model, new = Masked(), Masked(seed=1)
+    save_state(path, model)
+    assert same(package.load_file(path), {name: np.asarray(x) for name, x in state_dict(model).items()})
+    package.save_file({name: np.asarray(x) + 1 for name, x in state_dict(model).items()}, path)
+    load_state(path, new)
+    assert same(state_dict(new), {name: x + 1 for name, x in state_dict(model).items()})
+
+
+def test_what_the_safetensors_package_gets_wrong_is_right_here(path):
+    package = pytest.importorskip("safetensors.numpy")
+    transposed = np.arange(6.0).reshape(2, 3).T
+    package.save_file({"w": transposed}, path)
+    theirs = package.load_file(path)["w"]
+    save_state(path, {"w": transposed, "b": jnp.ones(2, jnp.float8_e4m3fn)})
+    assert not np.array_equal(theirs, transposed)  # if this fails the remark in jaxkv/safetensors.py is out of date
+    with pytest.raises(AttributeError, match="float8"):
+        package.load_file(path)
+    np.testing.assert_array_equal(load_state(path)["w"], transposed)
+    assert load_state(path)["b"].tolist() == [1, 1]
+
+
+# Moving and training
+
+
+def test_buffers_follow_device_put_and_shardings():
+    second = jax.devices()[1]
+    mesh = jax.make_mesh((4,), ("x",))
+    columns = jax.NamedSharding(mesh, jax.P(None, "x"))
+    model = Masked(size=4)
+    nnx.update(model, jax.device_put(nnx.state(model), second))
+    assert model.mask.get_value().devices() == model.scratch.get_value().devices() == {second}
+    assert model(jnp.ones((2, 4))).devices() == {second}
+    nnx.update(model, jax.device_put(nnx.state(model, Buffer), jax.NamedSharding(mesh, jax.P())))
+    model.mask.set_value(jax.device_put(model.mask.get_value(), columns))
+    assert model.mask.get_value().sharding == columns and model.scratch.get_value().sharding.num_devices == 4
+    load_state_dict(model, state_dict(Masked(1, size=4)))
+    assert model.mask.get_value().sharding == columns
+    variables = jax.device_put(linen_variables(), second)
+    assert {leaf.devices().pop() for leaf in jax.tree.leaves(variables)} == {second}
+    assert LinenMasked().apply(variables, X).devices() == {second}
+
+
+def test_gradients_and_optimizers_leave_buffers_alone():
+    model = Masked()
+    before = {name: np.array(x) for name, x in state_dict(model).items()}
+    optimizer = nnx.Optimizer(model, optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1)), wrt=nnx.Param)
+    gradient = nnx.grad(lambda model: model(X).sum())(model)
+    assert set(gradient) == {"linear"}
+    optimizer.update(model, gradient)
+    after = state_dict(model)
+    assert {name: bool((after[name] == before[name]).all()) for name in NAMES} == {
+        "linear.bias": False,
+        "linear.kernel": False,
+        "mask": True,
+    }
+
+
+def test_in_linen_params_are_split_off_to_be_trained():
+    variables = linen_variables()
+    params, buffers = variables["params"], {name: variables[name] for name in variables if name != "params"}
+    optimizer = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1))
+    gradient = jax.grad(lambda params: LinenMasked().apply({"params": params, **buffers}, X).sum())(params)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    trained = {"params": optax.apply_updates(params, updates), **buffers}
+    assert list(state_dict(trained)) == LINEN_NAMES
+    assert same(trained["buffers"], linen_variables()["buffers"])
+
+
+def test_a_buffer_may_be_written_in_a_compiled_step():
+    class Counts(nnx.Module):
+        def __init__(self):
+            self.seen = Buffer(jnp.zeros((), jnp.int32))
+
+        def __call__(self, x):
+            self.seen[...] += x.size
+            return x
+
+    model = Counts()
+    step = nnx.jit(lambda model, x: model(x))
+    step(model, X)
+    step(model, X)
+    assert jaxkv.state_dict(model)["seen"] == 12
