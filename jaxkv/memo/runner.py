@@ -43,7 +43,6 @@ class Runner:
     Attributes:
       state: what the function depends on.
       entry: where its outputs are kept.
-      compiled: the batch sizes so far.
 
     Raises:
       ValueError: for outputs that don't have the items along their first axis.
@@ -76,7 +75,6 @@ class Runner:
         template = jax.tree.unflatten(treedef, range(len(outputs)))
         self._largest = 0
         self._checked = not settings.check
-        self.compiled: set[int] = set()
         self.state = state
         self.entry = Entry(form, self._namespace(state, form), template, outputs)
 
@@ -120,7 +118,6 @@ class Runner:
         return self.entry.payloads([array[: len(rows)] for array in arrays])
 
     def _compute(self, columns: Sequence[Any], shared: Sequence[Any], size: int) -> list[np.ndarray]:
-        self.compiled.add(size)
         out = self._run(self.state.arrays, columns, shared)
         arrays = [np.asarray(leaf) for leaf in self._outputs(out, size)]
         if not self._checked and size > 1:

@@ -1,0 +1,471 @@
+"""No wrong hit, ever: what is different has another key; what is the same has the same one."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import jaxkv
+from jaxkv.memo.hashing import HASHES, Hash
+
+
+@pytest.fixture(autouse=True)
+def _users_do_not_write_strictly():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def digests(*columns: np.ndarray, hash: str = "xxh3_128") -> list[bytes]:
+    return Hash(hash).rows(columns)
+
+
+def all_differ(rows: np.ndarray, hash: str = "xxh3_128") -> bool:
+    return len(set(digests(rows, hash=hash))) == len(rows)
+
+
+# What looks alike. Each battery gives distinct rows, of which no two may share a key.
+
+
+def smooth_images(count: int, seed: int = 0) -> np.ndarray:
+    """float32 [count, 32, 32, 3]: sums of a few slow waves, so that neighboring pixels are nearly alike."""
+    place = np.linspace(0, np.pi, 32, dtype=np.float32)
+    waves = np.stack([np.cos(i * place)[:, None] * np.cos(j * place)[None] for i in range(3) for j in range(3)])
+    weights = rng(seed).random((count, 9, 3), np.float32)
+    return np.einsum("bwc,whv->bhvc", weights, waves, optimize=True)
+
+
+def random_images(count: int, seed: int = 0) -> np.ndarray:
+    return rng(seed).random((count, 32, 32, 3), np.float32)
+
+
+@jax.jit
+def _word_sums(w, x):
+    words = jax.lax.bitcast_convert_type(x.reshape(len(x), -1), jnp.uint32)
+    return jnp.sum(words * w, axis=1, dtype=jnp.uint32)
+
+
+@pytest.mark.parametrize("images", [smooth_images, random_images])
+def test_50_000_images_each_get_their_own_output(images):
+    memo = jaxkv.Memo(memory="1GiB")
+    weights = rng(1).integers(0, 2**32, 32 * 32 * 3, dtype=np.uint32) | np.uint32(1)
+    features = memo.wrap(_word_sums, jnp.asarray(weights))
+    expected = {}
+    for seed in range(10):
+        batch = images(5_000, seed)
+        expected[seed] = (batch.reshape(5_000, -1).view(np.uint32) * weights).sum(axis=1, dtype=np.uint32)
+        np.testing.assert_array_equal(features(batch), expected[seed])
+    for seed in (0, 9):
+        np.testing.assert_array_equal(features.lookup(images(5_000, seed)), expected[seed])
+    assert memo.stats().computed == memo.stats().memory.items == 50_000
+
+
+def test_200_000_rows_of_tokens_each_get_their_own_output():
+    rows = np.unique(rng().integers(0, 50, (220_000, 12), dtype=np.int32), axis=0)[:200_000]
+    assert len(rows) == 200_000
+    memo = jaxkv.Memo(memory="1GiB")
+    features = memo.wrap(lambda x: x[:, ::-1])
+    for begin in range(0, len(rows), 20_000):
+        part = rows[begin : begin + 20_000]
+        np.testing.assert_array_equal(features(part), part[:, ::-1])
+    np.testing.assert_array_equal(features.lookup(rows), rows[:, ::-1])
+    assert memo.stats().computed == 200_000
+
+
+@pytest.mark.parametrize("hash", HASHES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8", "bool", "int32"])
+def test_one_hot_rows_differ(hash, dtype):
+    assert all_differ(np.eye(300, 2_000).astype(jnp.dtype(dtype)), hash)
+    assert all_differ(np.eye(300).astype(jnp.dtype(dtype)), hash)
+
+
+@pytest.mark.parametrize("hash", HASHES)
+def test_tiny_floats_zeros_and_nans_differ_by_their_bits(hash):
+    tiny = np.arange(1, 500, dtype=np.uint32).view(np.float32)  # subnormal
+    assert all_differ(np.concatenate([tiny, -tiny])[:, None] * np.ones((1, 400), np.float32), hash)
+    nans = (np.arange(1, 500, dtype=np.uint32) | np.uint32(0x7F800000)).view(np.float32)
+    assert np.isnan(nans).all()
+    assert all_differ(np.stack([nans] * 3, axis=1), hash)
+    assert all_differ(np.array([[0.0], [-0.0], [np.inf], [-np.inf], [np.nan]], np.float32), hash)
+
+
+@pytest.mark.parametrize("hash", HASHES)
+@pytest.mark.parametrize("nbytes", [4, 64, 1_024, 1_028, 3_072])
+def test_each_flipped_bit_shows(hash, nbytes):
+    row = rng().integers(0, 256, nbytes, dtype=np.uint8)
+    flipped = np.repeat(row[None], 8 * nbytes + 1, axis=0)
+    bits = np.arange(8 * nbytes)
+    flipped[bits, bits // 8] ^= (1 << (bits % 8)).astype(np.uint8)
+    assert all_differ(flipped, hash)
+
+
+@pytest.mark.parametrize("hash", HASHES)
+def test_values_that_change_places_show(hash):
+    rows = np.tile(np.arange(40, dtype=np.float32), (781, 10))
+    for i, pair in enumerate(itertools.combinations(range(40), 2), start=1):
+        rows[i, pair] = rows[i, pair[::-1]]
+    assert all_differ(rows, hash)
+
+
+@pytest.mark.parametrize("hash", HASHES)
+def test_what_belongs_to_which_column_shows(hash):
+    a, b = np.zeros((2, 3), np.float32), np.zeros((2, 5), np.float32)
+    a[0, 2], b[1, 0] = 1, 1  # neighbours, if columns were laid end to end
+    assert len(set(digests(a, b, hash=hash))) == 2
+    assert digests(a, hash=hash) != digests(b[:, :3], hash=hash)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float8_e4m3fn", "int4", "int8", "uint16", "bool", "complex64", "int32"]
+)
+def test_the_device_hash_is_the_same_on_host_and_device(dtype):
+    x = (rng().standard_normal((3, 7)) * 3).astype(jnp.dtype(dtype))
+    assert digests(x, hash="device") == Hash("device").rows([jnp.asarray(x)])
+
+
+@pytest.mark.parametrize("hash", HASHES)
+@pytest.mark.parametrize("n", [3, 700])
+def test_the_same_bytes_have_the_same_digest_however_they_lie(hash, n):
+    x = rng().standard_normal((4, n)).astype(np.float32)
+    wide = np.zeros((4, 2 * n), np.float32)
+    wide[:, ::2] = x
+    for other in (np.asfortranarray(x), wide[:, ::2], x[::-1][::-1]):
+        assert digests(other, hash=hash) == digests(x, hash=hash)
+    assert digests(x[2:], hash=hash) == digests(x, hash=hash)[2:]
+
+
+@pytest.mark.parametrize("hash", HASHES)
+def test_items_without_bytes_and_batches_without_items(hash):
+    assert len(set(digests(np.zeros((3, 0), np.float32), hash=hash))) == 1
+    assert digests(np.zeros((0, 3), np.float32), hash=hash) == []
+
+
+def test_an_unknown_hash_is_refused():
+    with pytest.raises(ValueError, match="hash is 'md5', must be one of xxh3_128"):
+        jaxkv.Memo(hash="md5")
+
+
+# Every part of the key, changed alone.
+
+
+def f(params, x, scale=1.0, mode="sum"):
+    y = x.astype(jnp.float32) @ params["w"] * scale
+    return y if mode == "sum" else -y
+
+
+X = rng().random((4, 6), np.float32)
+W = {"w": jnp.asarray(rng(1).random((6, 3), np.float32))}
+BASE = dict(function=f, params=(W,), args=(X,), kwargs={}, options={}, memo={})
+
+
+def name(**changed) -> str:
+    what = BASE | changed
+    memo = jaxkv.Memo(memory="1MiB", **what["memo"])
+    return memo.wrap(what["function"], *what["params"], **what["options"]).namespace(*what["args"], **what["kwargs"])
+
+
+def same_but_minus(params, x, scale=1.0, mode="sum"):
+    y = x.astype(jnp.float32) @ params["w"] * scale
+    return -y if mode == "sum" else y
+
+
+def same_but_renamed(params, image, scale=1.0, mode="sum"):
+    return f(params, image, scale, mode)
+
+
+def same_but_deeper(params, x, scale=1.0, mode="sum"):
+    return f(params["inner"], x, scale, mode)
+
+
+def changed_bit(array: jax.Array) -> jax.Array:
+    words = np.array(array).view(np.uint32)
+    words[-1, -1] ^= 1
+    return jnp.asarray(words.view(np.float32))
+
+
+CHANGES = {
+    "the program": dict(function=same_but_minus),
+    "an argument's name": dict(function=same_but_renamed),
+    "one bit of one parameter": dict(params=({"w": changed_bit(W["w"])},)),
+    "parameters that were rounded": dict(params=({"w": W["w"].astype(jnp.bfloat16).astype(jnp.float32)},)),
+    "a parameter's place": dict(function=same_but_deeper, params=({"inner": W},)),
+    "a scalar argument": dict(kwargs={"scale": 2.0}),
+    "a scalar argument's type": dict(kwargs={"scale": 1}),
+    "a scalar that is an array": dict(kwargs={"scale": np.float32(1.0)}),
+    "another scalar that is an array": dict(kwargs={"scale": np.float32(2.0)}),
+    "a string": dict(kwargs={"mode": "minus"}),
+    "the items' dtype": dict(args=(X.view(np.int32),)),
+    "the items' shape": dict(args=(X[:, None],)),
+    "the output's dtype": dict(options={"output_dtype": "bfloat16"}),
+    "the version": dict(options={"version": "2"}),
+    "how batches are computed": dict(options={"batch": "full"}),
+    "the hash": dict(memo={"hash": "blake2b"}),
+}
+
+
+def test_every_part_of_the_key_changed_alone_gives_another_key():
+    names = {"nothing": name()} | {change: name(**what) for change, what in CHANGES.items()}
+    assert len(set(names.values())) == len(names), names
+
+
+def test_what_is_the_same_has_the_same_key():
+    same = {
+        "the arguments by name": dict(args=(), kwargs={"x": X}),
+        "a default, given": dict(kwargs={"scale": 1.0, "mode": "sum"}),
+        "another batch size": dict(args=(X[:1],)),
+        "JAX's array": dict(args=(jnp.asarray(X),)),
+        "other bytes of the items": dict(args=(X + 1,)),
+        "an equal array of parameters": dict(params=({"w": jnp.array(W["w"])},)),
+        "NumPy's array of parameters": dict(params=({"w": np.array(W["w"])},)),
+        "a jitted function": dict(function=jax.jit(f, static_argnames="mode")),
+        "big-endian items": dict(args=(X.astype(">f4"),)),
+    }
+    names = {what: name(**change) for what, change in same.items()}
+    jitted = names.pop("a jitted function")  # another program: allowed to differ, not to be wrong
+    assert set(names.values()) == {name()}, names
+    assert jitted
+
+
+def test_shared_arrays_are_part_of_the_key():
+    memo = jaxkv.Memo(memory="1MiB")
+    masked = memo.wrap(lambda x, mask: x * mask, shared=["mask"])
+    mask = np.array([1, 0, 1, 0, 1, 0], np.float32)
+    np.testing.assert_array_equal(masked(X, mask), X * mask)
+    np.testing.assert_array_equal(masked(X, 1 - mask), X * (1 - mask))
+    np.testing.assert_array_equal(masked(X, mask=mask), X * mask)
+    assert memo.stats().computed == 8
+
+
+def test_a_key_that_is_shared_is_part_of_the_key():
+    memo = jaxkv.Memo(memory="1MiB")
+    noise = memo.wrap(lambda x, key: x + jax.random.normal(key, x.shape[1:]))
+    a, b, again = (noise(X, jax.random.key(seed)) for seed in (0, 1, 0))
+    np.testing.assert_array_equal(a, again)
+    assert not np.array_equal(a, b)
+
+
+def captured(constant):
+    return lambda x: x + constant
+
+
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray])
+def test_constants_that_are_baked_into_a_program_are_part_of_the_key(kind):
+    big = rng().random((2, 6), np.float32)
+    constants = [kind(big[0]), kind(big[1]), kind(np.float32(1)), kind(np.float32(2))]
+    memo = jaxkv.Memo(memory="1MiB")
+    for constant in [*constants, *constants]:
+        np.testing.assert_array_equal(memo.wrap(captured(constant))(X), X + np.asarray(constant))
+    assert memo.stats().computed == 4 * len(X)
+
+
+def test_constants_that_stand_in_no_text_are_part_of_the_key():
+    memo = jaxkv.Memo(memory="1MiB")
+    before = jax.config.jax_use_simplified_jaxpr_constants
+    try:
+        jax.config.update("jax_use_simplified_jaxpr_constants", True)
+        inner = [jax.jit(captured(jnp.full(6, float(i)))) for i in range(3)]
+        names = {memo.wrap(lambda x, g=g: g(x) * 2).namespace(X) for g in inner}
+        assert len(names) == 3
+    finally:
+        jax.config.update("jax_use_simplified_jaxpr_constants", before)
+
+
+OFFSET = jnp.float32(1)
+
+
+def helper(x):
+    return x + OFFSET
+
+
+def uses_helper(x):
+    return helper(x) * 2
+
+
+def test_what_a_function_reads_from_around_it_is_watched(monkeypatch):
+    memo = jaxkv.Memo(memory="1MiB")
+    features = memo.wrap(uses_helper)
+    np.testing.assert_array_equal(features(X), (X + 1) * 2)
+    monkeypatch.setitem(globals(), "OFFSET", jnp.float32(5))
+    np.testing.assert_array_equal(features(X), (X + 5) * 2)
+    monkeypatch.setitem(globals(), "helper", lambda x: x - OFFSET)
+    np.testing.assert_array_equal(features(X), (X - 5) * 2)
+
+    table = {"w": np.ones(6, np.float32)}
+    scaled = memo.wrap(lambda x: x * table["w"])
+    np.testing.assert_array_equal(scaled(X), X)
+    table["w"][2] = 7  # in place, which no identity shows
+    np.testing.assert_array_equal(scaled(X), X * table["w"])
+    table["w"] = jnp.full(6, 3.0)
+    np.testing.assert_array_equal(scaled(X), X * 3)
+
+
+def test_parameters_that_change_are_noticed():
+    memo = jaxkv.Memo(memory="1MiB")
+    for kind in (np.array, jnp.array):
+        params = {"w": kind(W["w"]), "unused": kind(W["w"])}
+        features = memo.wrap(f, params)
+        np.testing.assert_allclose(features(X), X @ np.asarray(params["w"]), rtol=1e-5)
+        before = features.namespace(X)
+        params["w"] = kind(params["w"]) * 2
+        assert features.namespace(X) != before
+        np.testing.assert_allclose(features(X), X @ np.asarray(params["w"]), rtol=1e-5)
+        params["w"] = kind(params["w"]) / 2
+        assert features.namespace(X) == before
+        params["unused"] = params["unused"] + 1  # nothing reads it
+        assert features.namespace(X) == before
+    params = {"w": np.array(W["w"])}
+    features = memo.wrap(f, params)
+    features(X)
+    params["w"][0] += 1
+    np.testing.assert_allclose(features(X), X @ params["w"], rtol=1e-5)
+
+
+class Linen(linen.Module):
+    width: int = 3
+
+    @linen.compact
+    def __call__(self, x, train=False):
+        x = linen.Dense(self.width)(x)
+        x = linen.BatchNorm(use_running_average=not train)(x)
+        return x, x.sum(axis=-1)
+
+    @linen.nowrap
+    def other(self, x):
+        return x
+
+
+def test_a_linen_module():
+    module = Linen()
+    variables = module.init(jax.random.key(0), X)
+    memo = jaxkv.Memo(memory="1MiB")
+    features = memo.wrap(module.apply, variables)
+    for got, expected in zip(features(X, train=False), jax.jit(module.apply)(variables, X), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+    names = {features.namespace(X), features.namespace(x=X, train=False), features.namespace(X, False)}
+    assert len(names) == 1
+    others = [
+        memo.wrap(module.apply, module.init(jax.random.key(1), X)),
+        memo.wrap(Linen(width=4).apply, Linen(width=4).init(jax.random.key(0), X)),
+    ]
+    assert len(names | {other.namespace(X) for other in others}) == 3
+    again = memo.wrap(Linen().apply, Linen().init(jax.random.key(0), X))
+    assert again.namespace(X) in names
+    with pytest.raises(ValueError, match=r"without parameters: memo\.wrap\(module\.apply, variables\)"):
+        memo.wrap(module)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(6, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.sign = 1.0
+        self.parts = nnx.List([nnx.Linear(3, 3, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.parts[0](self.dropout(self.norm(self.linear(x)))) * self.sign
+
+    def encode(self, x):
+        return self.linear(x)
+
+
+def test_an_nnx_module_is_watched():
+    model = Nnx(nnx.Rngs(0))
+    memo = jaxkv.Memo(memory="1MiB")
+    features = memo.wrap(model)
+    with pytest.raises(ValueError, match=r"Nnx changes .*norm.mean.* while it runs.*call model\.eval\(\)|module\.eval"):
+        features(X)
+    model.eval()
+    names = set()
+
+    def check():
+        np.testing.assert_allclose(features(X), model(X), rtol=1e-5, atol=1e-6)
+        assert features.namespace(X) not in names
+        names.add(features.namespace(X))
+
+    check()
+    model.linear.kernel[...] = model.linear.kernel[...] * 2  # in place
+    check()
+    model.linear.bias = nnx.Param(jnp.ones(3))  # another Variable
+    check()
+    model.norm.mean[...] = jnp.ones(3)
+    check()
+    model.sign = -1.0  # a setting
+    check()
+    model.parts[0] = nnx.Linear(3, 3, rngs=nnx.Rngs(7))  # another module, within a list
+    check()
+    model.parts[0].kernel[...] = model.parts[0].kernel[...] * 3
+    check()
+    twin = nnx.merge(*nnx.split(model))
+    assert memo.wrap(twin).namespace(X) == features.namespace(X)
+    assert memo.wrap(model.encode).namespace(X) not in names
+    np.testing.assert_allclose(memo.wrap(model.encode)(X), model.encode(X), rtol=1e-5)
+
+
+def test_functions_that_read_a_module_from_outside_are_refused():
+    model = Nnx(nnx.Rngs(0))
+    memo = jaxkv.Memo(memory="1MiB")
+    with pytest.raises(ValueError, match=r"reads the nnx module Nnx from outside.*wrap the module itself"):
+        memo.wrap(lambda x: model(x))
+    with pytest.raises(ValueError, match="holds its own parameters"):
+        memo.wrap(model, {"w": X})
+
+
+def test_functions_that_call_back_into_python_want_a_version():
+    def called(x):
+        return jax.pure_callback(lambda x: np.asarray(x) + 1, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    memo = jaxkv.Memo(memory="1MiB")
+    with pytest.raises(jaxkv.NotSupportedError, match=r'calls back into Python \(pure_callback\).*version="1"'):
+        memo.wrap(called)(X)
+    np.testing.assert_array_equal(memo.wrap(called, version="1")(X), X + 1)
+    names = {memo.wrap(called, version=version).namespace(X) for version in "123"}
+    assert len(names) == 3
+
+
+PROGRAM = """
+import sys
+import jax.numpy as jnp, numpy as np
+from flax import linen
+import jaxkv
+
+class Net(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return {{"out": linen.Dense(3)(jnp.tanh(linen.LayerNorm()(x)))}}
+
+net = Net()
+x = np.random.default_rng(0).random((5, 6), np.float32)
+dense = {{"kernel": jnp.arange(18.0).reshape(6, 3) / 7, "bias": jnp.zeros(3)}}
+variables = {{"params": {{"Dense_0": dense, "LayerNorm_0": {{"scale": jnp.ones(6), "bias": jnp.zeros(6)}}}}}}
+with jaxkv.Memo(memory="1MiB", disk={directory!r}) as memo:
+    features = memo.wrap(net.apply, variables)
+    print(np.asarray(features(x)["out"]).tobytes().hex())
+    print(features.namespace(x), memo.stats().computed)
+"""
+
+
+def test_a_restart_finds_what_was_computed(tmp_path):
+    lines = []
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM.format(directory=str(tmp_path / "store"))],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path), "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        lines.append(done.stdout.split())
+    (first, name, computed), (second, same_name, computed_again) = lines
+    assert (first, name) == (second, same_name)
+    assert (computed, computed_again) == ("5", "0")
