@@ -11,14 +11,17 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxkv.logs import log
 from jaxkv.memo.call import Call, Form
 from jaxkv.memo.function import Function, State
-from jaxkv.memo.hashing import extra
+from jaxkv.memo.hashing import SIZE, extra
 from jaxkv.memo.runner import BATCHES, Runner, Settings
 from jaxkv.memo.source import Source
 
 if TYPE_CHECKING:
     from jaxkv.memo.memo import Memo
+
+_MANY = 8
 
 
 class Features:
@@ -48,7 +51,9 @@ class Features:
         self._pid = os.getpid()
         self._state = State(self._function)
         self._runners: dict[Form, Runner] = {}
+        self._namespaces: set[bytes] = set()
         self._described: set[bytes] = set()
+        self._traced_anew = 0
 
     def __repr__(self) -> str:
         return f"<memoized {self._function.name}>"
@@ -127,19 +132,19 @@ class Features:
 
     def clear(self) -> None:
         """Forgets the outputs of this function, as it is now, for the forms of items that this process has seen."""
-        for namespace in self._described:
+        for namespace in self._namespaces:
             for tier in self._memo.tiers:
                 tier.clear(namespace)
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[bytes], dict[bytes, Any]]:
         call, runner = self._prepare(args, kwargs)
-        keys = runner.entry.keys(call, self._memo.hash)
+        keys = self._keys(runner, call)
         return runner.entry, keys, self._memo.read(list(dict.fromkeys(keys)), runner.entry.nbytes)
 
     def _payloads(self, runner: Runner, call: Call) -> tuple[list[Any], int]:
         """Returns the bytes of each item's output, after computing what was missing, and how many items that were."""
         memo, entry = self._memo, runner.entry
-        keys = entry.keys(call, memo.hash)
+        keys = self._keys(runner, call)
         row_of = dict(zip(reversed(keys), reversed(range(call.size)), strict=True))  # the first, where some are alike
         payloads = memo.read(list(row_of), entry.nbytes)
         missing = sorted((key for key in row_of if key not in payloads), key=row_of.__getitem__)
@@ -149,7 +154,7 @@ class Features:
         def compute(keys: Sequence[bytes]) -> dict[bytes, bytes]:
             nonlocal computed
             computed += len(keys)
-            self._describe(runner, call)
+            self._describe(runner, keys[0][:SIZE])
             return dict(zip(keys, runner(call, [row_of[key] for key in keys]), strict=True))
 
         if missing:
@@ -157,8 +162,12 @@ class Features:
         memo.count(1, call.size, hits, call.size - hits, computed)
         return [payloads[key] for key in keys], computed
 
-    def _describe(self, runner: Runner, call: Call) -> None:
-        namespace = runner.entry.namespace_of(call, self._memo.hash)
+    def _keys(self, runner: Runner, call: Call) -> list[bytes]:
+        keys = runner.entry.keys(call, self._memo.hash)
+        self._namespaces.update(key[:SIZE] for key in keys[:1])
+        return keys
+
+    def _describe(self, runner: Runner, namespace: bytes) -> None:
         if namespace not in self._described:
             self._described.add(namespace)
             if self._memo.disk is not None:
@@ -172,6 +181,7 @@ class Features:
                 old, self._state = self._state, State(self._function, self._state)
                 if not self._state.one_program(old):
                     self._runners.clear()
+                    self._count_trace()
             runner = self._runners.get(call.form)
             if runner is None or runner.state is not self._state:
                 self._same_process(call)
@@ -182,6 +192,14 @@ class Features:
                 )
                 self._runners[call.form] = runner
         return call, runner
+
+    def _count_trace(self) -> None:
+        self._traced_anew += 1
+        if self._traced_anew == _MANY:
+            log.warning(
+                f"{self._function.name} was traced anew {_MANY} times, because settings or what it reads from around "
+                "it, keep changing; that is right, but slow: give it what changes as an argument"
+            )
 
     def _same_process(self, call: Call) -> None:
         if os.getpid() != self._pid:

@@ -144,8 +144,8 @@ class Memo:
           batch: "bucket" computes the missing items alone, padded to a power of two, which rounds otherwise than other
             batch sizes do. "full" computes the call's whole batch if anything is missing: a call on an empty memo gives
             bitwise what the function gives.
-          check: whether the first batch that is computed is computed once more with all rows but the first exchanged,
-            to see that rows don't depend on one another.
+          check: whether the first batch that is computed is computed twice more with half of its rows exchanged, to see
+            that rows don't depend on one another.
 
         Raises:
           ValueError: for what can't be memoized, saying why.

@@ -108,7 +108,7 @@ class Runner:
         if self._settings.batch == "full":
             arrays = self._compute(call.columns, call.shared, call.size)
             return self.entry.payloads([array[np.asarray(rows)] for array in arrays])
-        # A power of two, but no larger than the largest batch seen: at most ceil(log2(B)) + 1 programs.
+        # A power of two, but no larger than the largest batch seen: ceil(log2(B)) + 1 programs for batches of up to B.
         self._largest = max(self._largest, call.size)
         size = min(1 << (len(rows) - 1).bit_length(), self._largest)
         index = np.asarray([*rows, *[rows[-1]] * (size - len(rows))])
@@ -138,18 +138,23 @@ class Runner:
         return jax.tree.leaves(out)
 
     def _check_rows(self, columns: Sequence[Any], shared: Sequence[Any], arrays: Sequence[np.ndarray]) -> None:
-        """Raises if the first row comes out otherwise when all others are exchanged for it."""
-        alone = tuple(_take(column, np.zeros(len(column), np.int64)) for column in columns)
-        if all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(alone, columns, strict=True)):
-            return  # the rows are alike: another batch must tell
-        again = jax.tree.leaves(self._run(self.state.arrays, alone, shared))
-        for output, array, other in zip(self.entry.outputs, arrays, again, strict=True):
-            if not _alike(array[0], np.asarray(other)[0]):
-                raise ValueError(
-                    f"output{output.path} of {self._name} depends on the other rows of the batch, so it can't be kept "
-                    "per item (BatchNorm in training mode? a mean over the batch?); if it does not, and only rounds "
-                    "differently: memo.wrap(..., check=False)"
-                )
+        """Raises if rows come out otherwise when others are exchanged: first one half of them, then the other half."""
+        size = len(columns[0])
+        halves = np.array_split(np.random.default_rng(0).permutation(size), 2)
+        for kept, others in (halves, halves[::-1]):
+            index = np.arange(size)
+            index[others] = kept[np.arange(len(others)) % len(kept)]
+            mixed = tuple(_take(column, index) for column in columns)
+            if all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(mixed, columns, strict=True)):
+                return  # the rows are alike: another batch must tell
+            again = jax.tree.leaves(self._run(self.state.arrays, mixed, shared))
+            for output, array, other in zip(self.entry.outputs, arrays, again, strict=True):
+                if not _alike(array[kept], np.asarray(other)[kept]):
+                    raise ValueError(
+                        f"output{output.path} of {self._name} depends on the other rows of the batch, so it can't be "
+                        "kept per item (BatchNorm in training mode? a mean over the batch?); if it does not, and only "
+                        "rounds differently: memo.wrap(..., check=False)"
+                    )
         self._checked = True
 
 

@@ -1,0 +1,579 @@
+"""The memo: what comes out, what is computed, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import pickle
+import random
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxkv
+from jaxkv.memo.memory import Memory
+
+Pair = collections.namedtuple("Pair", "a b")
+
+
+@struct.dataclass
+class Both:
+    x: jax.Array
+    y: jax.Array
+
+
+class Counter:
+    """Counts traces; an attribute of an object isn't watched, so counting changes nothing."""
+
+    def __init__(self):
+        self.count = 0
+
+
+def items(count: int, seed: int = 0, width: int = 6) -> np.ndarray:
+    return np.random.default_rng(seed).random((count, width), np.float32)
+
+
+def double(x):
+    return x * 2
+
+
+@pytest.fixture
+def memo():
+    with jaxkv.Memo(memory="16MiB") as memo:
+        yield memo
+
+
+@pytest.fixture(params=["memory", "disk", "both"])
+def any_memo(request, tmp_path):
+    memory = None if request.param == "disk" else "16MiB"
+    disk = None if request.param == "memory" else tmp_path / "store"
+    with jaxkv.Memo(memory=memory, disk=disk) as memo:
+        yield memo
+
+
+# What comes out
+
+
+def rich(x, image=None):
+    return {
+        "pair": Pair(x[:, 0] > 0.5, x.astype(jnp.bfloat16)),
+        "both": Both(x=x.sum(axis=1), y=jnp.stack([x, x], axis=1)),
+        "rest": [x.astype(jnp.int8), None, (jnp.zeros((len(x), 0)),)],
+        "complex": jax.lax.complex(x, x),
+        "eight": x.astype(jnp.float8_e4m3fn),
+        "image": image,
+    }
+
+
+def test_pytrees_go_in_and_come_out_as_they_are(any_memo):
+    features = any_memo.wrap(rich)
+    x, image = items(5), {"a": items(5, 1).reshape(5, 2, 3), "b": [np.arange(5)]}
+    expected = rich(jnp.asarray(x), jax.tree.map(jnp.asarray, image))
+    for _ in range(2):  # computed, then found
+        got = features(x, image=image)
+        assert jax.tree.structure(got) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            assert isinstance(a, jax.Array) and a.dtype == b.dtype
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    found = features.lookup(x, image=image)
+    assert isinstance(found["pair"], Pair) and isinstance(found["both"], Both)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
+    assert any_memo.stats().computed == 5
+
+
+def test_another_order_other_batches_and_repeated_items(any_memo):
+    features = any_memo.wrap(double)
+    x = items(12)
+    features(x[:7])
+    for rows in ([11, 3, 0], [5, 5, 8, 8, 5], [6], list(range(12)), []):
+        np.testing.assert_array_equal(features(x[rows]), x[rows] * 2)
+    assert any_memo.stats().computed == 12
+    np.testing.assert_array_equal(features.contains(np.concatenate([x[:2], x[:2] + 1])), [True, True, False, False])
+    assert features.lookup(x[:2] + 1) is None
+
+
+def test_a_batch_without_items(any_memo):
+    assert any_memo.wrap(double)(items(0)).shape == (0, 6)
+    assert any_memo.stats().computed == 0
+
+
+@pytest.mark.parametrize("batch", ["bucket", "full"])
+def test_the_programs_are_few(memo, batch):
+    traces = Counter()
+
+    def traced(x):
+        traces.count += 1
+        return x + 1
+
+    features = memo.wrap(traced, batch=batch, check=False)
+    order = random.Random(0)
+    for step in range(60):
+        x = items(1_000)[order.sample(range(1_000), 31 if step % 10 == 1 else 48)]
+        np.testing.assert_array_equal(features(x), x + 1)
+    assert traces.count - 1 <= (7 if batch == "bucket" else 2)  # one trace names the function; ceil(log2(48)) + 1
+
+
+def test_full_batches_give_bitwise_what_the_function_gives(memo):
+    weights = jnp.asarray(items(256, 1, 64))
+    function = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
+    x = items(16, 2, 256)
+    features = memo.wrap(function, weights, batch="full")
+    features(x[:5])
+    expected = jax.jit(function)(weights, x)
+    np.testing.assert_array_equal(memo.wrap(function, weights, batch="full", version="2")(x), expected)
+    np.testing.assert_allclose(features(x), expected, rtol=1e-5)
+
+
+def test_a_cast_holds_for_hits_and_misses(any_memo):
+    features = any_memo.wrap(lambda x: (x / 3, jnp.argmax(x, axis=1)), output_dtype="bfloat16")
+    x = items(4)
+    computed, found = features(x), features(x)
+    assert computed[0].dtype == found[0].dtype == jnp.bfloat16
+    assert computed[1].dtype == jnp.int32
+    np.testing.assert_array_equal(np.asarray(computed[0]), np.asarray(found[0]))
+
+
+def test_nothing_is_shared_with_what_is_kept(any_memo):
+    features = any_memo.wrap(lambda x: (x, x[:, :2]))
+    x = items(64, width=64)
+    original = x.copy()
+    first = features(x)
+    x[:] = -1  # the input
+    for _ in range(2):
+        found = features.lookup(original)
+        np.testing.assert_array_equal(found[0], original)
+        np.testing.assert_array_equal(found[1], original[:, :2])
+        for array in found:
+            array[:] = -2  # a result
+    np.testing.assert_array_equal(first[0], original)
+    held = [features(original) for _ in range(3)]
+    buffers = {array.unsafe_buffer_pointer() for pair in held for array in pair}
+    assert len(buffers) == 6
+    for pair in held:
+        pair[0].delete()
+    np.testing.assert_array_equal(features(original)[0], original)
+
+
+def test_results_lie_where_the_arguments_were_put(memo):
+    features = memo.wrap(lambda x: x.sum(axis=1))
+    x = items(8)
+    device = jax.devices()[2]
+    assert features(jax.device_put(x, device)).devices() == {device}
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), "data"), PartitionSpec("data"))
+    spread = features(jax.device_put(x, sharding))
+    assert spread.sharding.is_equivalent_to(sharding, 1)
+    fresh = features(jax.device_put(x + 1, sharding))
+    np.testing.assert_allclose(fresh, (x + 1).sum(axis=1), rtol=1e-6)
+    assert memo.stats().computed == 16
+
+
+# What is kept
+
+
+def test_epochs_after_the_first_compute_nothing(any_memo):
+    features = any_memo.wrap(double)
+    x = items(40)
+    for epoch in range(3):
+        order = np.random.default_rng(epoch).permutation(40)
+        for begin in range(0, 40, 16):
+            rows = order[begin : begin + 16]
+            np.testing.assert_array_equal(features(x[rows]), x[rows] * 2)
+    stats = any_memo.stats()
+    assert (stats.calls, stats.items, stats.hits, stats.misses, stats.computed) == (9, 120, 80, 40, 40)
+    assert stats.hit_rate == pytest.approx(2 / 3)
+    assert str(stats).startswith("120 items in 9 calls, 66.7% found, 40 computed; 40 in ")
+
+
+def test_what_is_on_disk_outlives_the_memo(tmp_path):
+    x = items(9)
+    with jaxkv.Memo(disk=tmp_path / "store", compress="zstd") as memo:
+        memo.wrap(double)(x)
+        memo.flush()
+    with jaxkv.Memo(memory="1MiB", disk=tmp_path / "store") as memo:
+        features = memo.wrap(double)
+        np.testing.assert_array_equal(features.lookup(x), x * 2)
+        features(x)
+        assert memo.stats().computed == 0
+        assert memo.stats().memory.items == memo.stats().disk.items == 9  # found on disk, and put into memory
+        features.clear()
+        assert features.lookup(x) is None
+    with pytest.raises(ValueError, match=r"this memo is closed; make another one \(what is on disk is still there\)"):
+        features(x)
+
+
+def test_damage_on_disk_is_computed_again_and_counted(tmp_path):
+    x = items(20, width=500)
+    with jaxkv.Memo(disk=tmp_path / "store") as memo:
+        memo.wrap(double)(x)
+    (segment,) = (tmp_path / "store").rglob("*.seg")
+    data = bytearray(segment.read_bytes())
+    for place in range(50, len(data), 5_000):
+        data[place] ^= 4
+    segment.write_bytes(data)
+    with jaxkv.Memo(memory=None, disk=tmp_path / "store") as memo:
+        features = memo.wrap(double)
+        np.testing.assert_array_equal(features(x), x * 2)
+        stats = memo.stats()
+        assert 1 <= stats.computed <= 20
+        assert stats.disk.corrupt + stats.disk.lost > 0
+        np.testing.assert_array_equal(features.lookup(x), x * 2)
+
+
+def test_a_disk_that_fails_costs_no_answer(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with jaxkv.Memo(memory=None, disk=tmp_path / "store") as memo:
+        features = memo.wrap(double)
+        for name in ("writev", "pwritev", "pwrite", "write"):
+            monkeypatch.setattr(f"os.{name}", broken)
+        x = items(3)
+        np.testing.assert_array_equal(features(x), x * 2)
+        assert features.lookup(x) is None
+        assert memo.stats().disk.errors > 0
+        monkeypatch.undo()
+
+
+def test_two_functions_share_one_memo(memo):
+    x = items(4)
+    a, b = memo.wrap(double), memo.wrap(lambda x: x + 1)
+    np.testing.assert_array_equal(a(x), x * 2)
+    np.testing.assert_array_equal(b(x), x + 1)
+    a.clear()
+    assert a.lookup(x) is None and b.lookup(x) is not None
+    memo.clear()
+    assert b.lookup(x) is None
+
+
+def test_the_decorator(memo):
+    @memo
+    def plain(x):
+        return x + 1
+
+    @memo(version="2", output_dtype="float16")
+    def told(x):
+        return x + 1
+
+    x = items(2)
+    np.testing.assert_array_equal(plain(x), x + 1)
+    assert told(x).dtype == jnp.float16
+    assert "plain" in repr(plain)
+
+
+# Threads
+
+
+def test_eight_threads_get_the_right_answers(any_memo):
+    features = any_memo.wrap(double)
+    x = items(200)
+    problems = []
+
+    def work(seed: int) -> None:
+        order = np.random.default_rng(seed)
+        for _ in range(30):
+            rows = order.integers(0, 200, 16)
+            if not np.array_equal(features(x[rows]), x[rows] * 2):
+                problems.append(rows)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+    assert any_memo.stats().items == 8 * 30 * 16
+
+
+def test_once_computes_each_item_once_whoever_asks():
+    memo = jaxkv.Memo(memory="16MiB", once=True)
+    computed: list[int] = []
+    both_are_in = threading.Barrier(2, timeout=60)
+
+    def slow(x):
+        if len(computed) < 2:  # the first two calls wait for each other, so that both are computing at once
+            computed.append(len(x))
+            both_are_in.wait()
+        else:
+            computed.append(len(x))
+        return np.asarray(x) * 2
+
+    def called(x):
+        return jax.pure_callback(slow, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    features = memo.wrap(called, version="1", check=False)
+    x = items(24)
+    features.namespace(x)
+    parts = [[*range(16)], [*range(8, 24)]]
+    got = {}
+    threads = [threading.Thread(target=lambda i=i: got.update({i: features(x[parts[i]])})) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        np.testing.assert_array_equal(got[i], x[parts[i]] * 2)
+    assert memo.stats().computed == 24
+    assert sum(computed) == 24
+
+
+def test_when_the_first_fails_the_next_one_computes():
+    from jaxkv.memo.once import Once
+
+    once, entered, go_on = Once(), threading.Event(), threading.Event()
+
+    def fails(keys):
+        if not keys:
+            return {}
+        entered.set()
+        go_on.wait(60)
+        raise RuntimeError("out of memory")
+
+    problems = []
+
+    def first():
+        try:
+            once.fill([b"a", b"b"], lambda keys: {}, fails)
+        except RuntimeError as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait(60)
+    waiting = threading.Thread(
+        target=lambda: problems.append(once.fill([b"b", b"c"], lambda keys: {}, lambda keys: dict.fromkeys(keys, 1)))
+    )
+    waiting.start()
+    go_on.set()
+    thread.join()
+    waiting.join()
+    assert {b"b": 1, b"c": 1} in problems
+    assert any(isinstance(problem, RuntimeError) for problem in problems)
+
+
+# What is refused
+
+
+def test_tracing_is_refused(memo):
+    features = memo.wrap(double)
+    x = items(2)
+    for trace in (jax.jit(features), jax.grad(lambda x: features(x).sum()), jax.vmap(features)):
+        with pytest.raises(jaxkv.NotSupportedError, match="Call the memoized function outside and pass its result in"):
+            trace(x)
+    with pytest.raises(jaxkv.NotSupportedError):
+        jax.lax.scan(lambda carry, x: (carry, features(x)), 0, x[None])
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda x: x.mean(axis=0), r"\(6,\) for 2 items"),
+        (lambda x: {"a": x, "b": x.sum()}, r"output\['b'\] of .* has shape \(\) for 2 items"),
+        (lambda x: x[:1], r"\(1, 6\) for 2 items"),
+        (lambda x: jnp.zeros((2, 3)), r"\(2, 3\) for 4 items"),
+    ],
+)
+def test_outputs_without_the_batch_axis_are_refused(memo, function, shape):
+    with pytest.raises(ValueError, match=f"{shape}; every output must have the items along its first axis"):
+        memo.wrap(function)(items(4))
+
+
+@pytest.mark.parametrize("function", [lambda x: x - x.mean(axis=0, keepdims=True), lambda x: x[::-1], jnp.cumsum])
+def test_functions_whose_rows_depend_on_one_another_are_refused(memo, function):
+    function = (lambda x: jnp.cumsum(x, axis=0)) if function is jnp.cumsum else function
+    with pytest.raises(ValueError, match=r"depends on the other rows of the batch.*check=False"):
+        memo.wrap(function)(items(4)[::-1])
+    assert memo.stats().memory.items == 0
+
+
+def test_functions_that_only_round_are_not_refused(memo):
+    weights = jnp.asarray(items(256, 1, 64))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        features = memo.wrap(lambda w, x, d=dtype: jnp.tanh(x.astype(d) @ w.astype(d)), weights)
+        assert features(items(33, 2, 256)).dtype == dtype
+
+
+def test_rows_that_are_all_alike_prove_nothing_and_a_later_batch_tells(memo):
+    features = memo.wrap(lambda x: x - x.mean(axis=0, keepdims=True))
+    features(np.ones((4, 6), np.float32))
+    with pytest.raises(ValueError, match="depends on the other rows"):
+        features(items(4))
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((items(2), items(3)), {}, r"must have one batch axis, and have x \(2, 6\), y \(3, 6\).*shared=\(\"mask\",\)"),
+        ((), {"x": 3.0, "y": None}, "no argument has items: give at least one array whose first axis is the batch"),
+        ((np.array(["a", "b"]), None), {}, r"x is an array of <U1, which JAX can't compute with"),
+        ((items(2), object()), {}, r"y is a object; arguments are arrays.*functools\.partial"),
+        ((items(2), [items(2), {"k": max}]), {}, r"y\.1\.k is a builtin_function_or_method"),
+        ((jax.random.split(jax.random.key(0)), None), {}, r"x are PRNG keys; give their jax\.random\.key_data"),
+    ],
+)
+def test_arguments_that_cannot_be_part_of_a_key_are_refused(memo, args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        memo.wrap(lambda x, y=None: x)(*args, **kwargs)
+
+
+def test_a_call_that_does_not_fit_the_function_is_a_type_error(memo):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'z'"):
+        memo.wrap(double)(items(2), z=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"memory": None}, "neither memory nor disk keeps nothing"),
+        ({"memory": "lots"}, "'lots' is no size"),
+        ({"policy": "random"}, "policy is 'random', must be one of keep, lru, mru, fifo"),
+        ({"disk_budget": "1GiB"}, "said about a disk; give disk=DIR as well"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        jaxkv.Memo(**arguments)
+
+
+def test_options_that_do_not_fit_are_refused(memo):
+    with pytest.raises(ValueError, match="batch is 'all', must be one of bucket, full"):
+        memo.wrap(double, batch="all")
+    with pytest.raises(ValueError, match=r"parameter \[0\]\['name'\] of .* is a str"):
+        memo.wrap(lambda params, x: x, {"name": "relu"})
+    with pytest.raises(ValueError, match="a int can't be called"):
+        memo.wrap(3)
+    with pytest.raises(TypeError, match=r"can't be pickled.*features\.source"):
+        pickle.dumps(memo.wrap(double))
+
+
+# Warming, and reading elsewhere
+
+
+def test_warming(memo, capsys):
+    features = memo.wrap(double)
+    x = items(20)
+    assert features.warm([x[:8], x[4:12]]) == 12
+    assert "2/2" in capsys.readouterr().err
+    assert features.warm((x[begin : begin + 5] for begin in range(0, 20, 5)), progress=False) == 8
+    assert capsys.readouterr().err == ""
+    assert features.lookup(x) is not None
+
+
+def test_a_source_reads_example_by_example(any_memo):
+    features = any_memo.wrap(lambda x: {"f": x * 2})
+    x = items(6)
+    features(x[:5])
+    source = features.source(list(x))
+    assert len(source) == 6
+    np.testing.assert_array_equal(source[3]["f"], x[3] * 2)
+    np.testing.assert_array_equal(source[-2]["f"], x[4] * 2)
+    with pytest.raises(KeyError, match=r"the output for example 5 is not there; .*features\.warm\(batches\)"):
+        source[5]
+    with pytest.raises(IndexError, match="there are 6 examples, and 6 is none of them"):
+        source[6]
+    assert features.source(list(x), missing="none")[5] is None
+    labeled = features.source([{"image": row, "label": i} for i, row in enumerate(x)], at="image")
+    np.testing.assert_array_equal(labeled[2]["image"]["f"], x[2] * 2)
+    assert labeled[2]["label"] == 2
+    for kind in (tuple, list, Pair._make):
+        got = features.source([kind((row, i)) for i, row in enumerate(x)], at=0)[1]
+        assert type(got) is type(kind((0, 0))) and got[1] == 1
+        np.testing.assert_array_equal(got[0]["f"], x[1] * 2)
+    with pytest.raises(ValueError, match=r"example 1 is float32\[3\], and the first one float32\[6\]"):
+        features.source([x[0], x[1, :3]])[1]
+    for wrong, message in [((x for x in x), "without __len__"), ([], "there are no examples")]:
+        with pytest.raises(ValueError, match=message):
+            features.source(wrong)
+
+
+def test_a_source_goes_to_another_process_if_there_is_a_disk(tmp_path, memo):
+    x = items(3)
+    with jaxkv.Memo(memory="1MiB", disk=tmp_path / "store") as both:
+        features = both.wrap(double)
+        features(x)
+        copy = pickle.loads(pickle.dumps(features.source(list(x))))
+        np.testing.assert_array_equal(copy[1], x[1] * 2)
+    with pytest.raises(TypeError, match=r"only in memory can't go to another process; .*Memo\(disk=DIR\)"):
+        pickle.dumps(memo.wrap(double).source(list(x)))
+
+
+# The tier in memory
+
+
+def simulate(policy: str, budget: int, accesses: list[int]) -> tuple[set[int], int]:
+    """The policies in ten lines: (what is held at the end, hits)."""
+    held: list[int] = []
+    hits = 0
+    for key in accesses:
+        if key in held:
+            hits += 1
+            if policy in ("lru", "mru"):
+                held.append(held.pop(held.index(key)))
+        elif len(held) < budget or policy != "keep":
+            if len(held) == budget:
+                held.pop(-1 if policy == "mru" else 0)
+            held.append(key)
+    return set(held), hits
+
+
+@pytest.mark.parametrize("policy", ["keep", "lru", "mru", "fifo"])
+def test_policies_are_what_they_are_called(policy):
+    size = Memory(10**6)
+    size.write([bytes(32)], [bytes(100)])
+    one = size.stats().nbytes
+    memory = Memory(20 * one + one // 2, policy)
+    order = np.random.default_rng(0).integers(0, 40, 2_000)
+    for number in order:
+        key = int(number).to_bytes(32, "little")
+        if memory.read([key]) == [None]:
+            memory.write([key], [bytes(100)])
+    held, hits = simulate(policy, 20, order.tolist())
+    stats = memory.stats()
+    assert stats.hits == hits and stats.items == len(held) == 20
+    assert {n for n in range(40) if memory.read([n.to_bytes(32, "little")]) != [None]} == held
+    assert stats.nbytes == 20 * one <= stats.budget
+    assert (stats.refused if policy == "keep" else stats.evicted) == stats.misses - 20
+
+
+def test_shuffled_epochs_at_half_the_capacity_are_best_kept():
+    """Half is found under "keep"; "lru" has thrown most of it away when it comes again."""
+    rates = {}
+    for policy in ("keep", "lru"):
+        memory = Memory(500 * (65 + 133 + 120), policy)
+        for epoch in range(11):
+            if epoch == 1:
+                before = memory.stats().hits
+            for number in np.random.default_rng(epoch).permutation(1_000):
+                key = int(number).to_bytes(32, "little")
+                if memory.read([key]) == [None]:
+                    memory.write([key], [bytes(100)])
+        rates[policy] = (memory.stats().hits - before) / 10_000
+    assert rates["keep"] == pytest.approx(0.5, abs=0.01)
+    assert rates["lru"] < 0.2
+
+
+def test_what_is_larger_than_the_budget_is_returned_but_not_kept():
+    memo = jaxkv.Memo(memory="1KiB")
+    x = items(1, width=1_000)
+    features = memo.wrap(double)
+    np.testing.assert_array_equal(features(x), x * 2)
+    assert features.lookup(x) is None
+    assert memo.stats().memory == dataclasses.replace(memo.stats().memory, items=0, nbytes=0, refused=1)
+
+
+def test_a_function_that_is_traced_anew_all_the_time_is_warned_of(memo, caplog):
+    calls = [0]
+
+    def counts(x):
+        calls[0] += 1  # changes what it captures
+        return x
+
+    features = memo.wrap(counts)
+    for _ in range(12):
+        features(items(2))
+    warnings = [record.message for record in caplog.records if "traced anew" in record.message]
+    assert len(warnings) == 1
