@@ -183,8 +183,8 @@ examples:
     prune = add_action(
         "prune",
         "shrink it",
-        "Removes what is asked for, and copies that others have replaced. What stays is on the disk in new files before the "
-        "old ones go, so nothing is lost if it is ended in between; for a moment that takes room for one segment more.",
+        "Removes what is asked for, and copies that others have replaced. What stays is in new files on the disk "
+        "before the old ones go: ended in between, nothing is lost. It takes room for one segment more meanwhile.",
         """\
   jaxkv memo prune features --to 20GiB             what was used least recently goes
   jaxkv memo prune features --namespace 3f2a91c0   all outputs of one function

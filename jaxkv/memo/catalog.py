@@ -117,7 +117,10 @@ class Catalog:
         path, index_path = self.path(f"{stem}.seg"), self.path(f"{stem}.idx")
         with contextlib.suppress(OSError):  # gone again
             handle = Handle(path, os.O_RDONLY)
-            if not lock(handle, shared=True):
+            if lock(handle, shared=True):
+                handle.close()
+                self._load_sealed(stem)
+            else:
                 segment = self.new(stem)
                 segment.live = True
                 # A moment lies between the two files of a new segment: without the second, look again next time.
@@ -128,9 +131,6 @@ class Catalog:
                     self._mark = None
                 else:
                     self._follow(segment)
-                return
-            handle = None  # type: ignore[assignment]  # gives the lock back
-            self._load_sealed(stem)
 
     def _load_sealed(self, stem: str) -> None:
         path, index_path = self.path(f"{stem}.seg"), self.path(f"{stem}.idx")
@@ -157,9 +157,9 @@ class Catalog:
         handle, index = segment.handles
         try:
             if lock(handle, shared=True):  # its owner is gone: now all of it can be read
-                stem = segment.stem
-                self.drop(stem)
-                self._load(stem)
+                handle.close()
+                self.drop(segment.stem)
+                self._load(segment.stem)
                 return
             self.resize(segment, os.fstat(handle.fd).st_size, os.fstat(index.fd).st_size)
             begin = len(segment.keys) * ENTRY.itemsize

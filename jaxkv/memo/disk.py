@@ -280,7 +280,9 @@ class Disk:
     def _seal(self) -> None:
         """Gives the segment up: it stays, and is open to eviction."""
         if self._writer is not None:
-            stem, end, self._writer = self._writer.stem, self._writer.end, None
+            stem, end = self._writer.stem, self._writer.end
+            self._writer.close()
+            self._writer = None
             if stem in self._catalog.segments:
                 self._catalog.segments[stem].live = False
                 if end == 0:
@@ -307,8 +309,11 @@ class Disk:
     def _evict(self, need: int) -> None:
         """Removes sealed segments until there is room; at last also what this process wrote itself."""
         handle = self._locked()
-        if handle is None or self.budget is None:
-            return
+        if handle is not None:
+            with handle:
+                self._evict_locked(need)
+
+    def _evict_locked(self, need: int) -> None:
         self._catalog.refresh(force=True)
         order = {}
         for stem, segment in self._catalog.segments.items():
@@ -318,7 +323,7 @@ class Disk:
         if self._writer is not None:
             stems.append(self._writer.stem)
         for stem in stems:
-            if self._catalog.nbytes + need <= self.budget:
+            if self.budget is None or self._catalog.nbytes + need <= self.budget:
                 return
             if self._writer is not None and stem == self._writer.stem:
                 self._seal()
@@ -340,7 +345,10 @@ class Disk:
         """Returns the directory's lock, None if another process removes something just now."""
         try:
             handle = Handle(self._catalog.path(LOCK), os.O_RDWR | os.O_CREAT)
-            return handle if lock(handle) else None
+            if lock(handle):
+                return handle
+            handle.close()
+            return None
         except OSError as error:
             self._failed("locking", error)
             return None
@@ -401,10 +409,11 @@ class Disk:
                 return
             self._described.clear()
             try:
-                if namespace is not None:
-                    remove(self.directory, handle, namespaces=[namespace])
-                else:
-                    remove(self.directory, handle, size=0)
+                with handle:
+                    if namespace is not None:
+                        remove(self.directory, handle, namespaces=[namespace])
+                    else:
+                        remove(self.directory, handle, size=0)
             except (OSError, ValueError) as error:
                 self._failed("clearing", error)
             before = self._counts.lost
@@ -464,6 +473,7 @@ class Disk:
         self._lock = threading.RLock()
         if self._writer is not None:
             self._catalog.disown(self._writer.stem)
+            self._writer.close()  # the parent's copies stay open, and so does its lock
             self._writer = None
 
 

@@ -100,7 +100,7 @@ def unpack_entries(data: bytes, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _entry_checks(entries: np.ndarray, seed: int) -> np.ndarray:
     """A word per entry. Each step can be undone, so a change within one word of the entry always shows."""
-    words = entries.view("<u8").reshape(len(entries), -1)
+    words = entries.view("<u8").reshape(len(entries), ENTRY.itemsize // 8)
     checks = np.full(len(entries), seed, np.uint64)
     for column in range(words.shape[1] - 1):
         checks ^= words[:, column]

@@ -20,7 +20,10 @@ _CALL_MOST = 1 << 30  # bytes in one call; Linux takes at most 2 GiB
 
 
 class Handle:
-    """An open file that is closed when nobody refers to it any more, so that no reader loses it to another thread."""
+    """An open file. Readers leave the closing to the last reference, so that none loses it to another thread.
+
+    Who holds a lock closes it by `close` or `with`: an exception may keep references alive for a while.
+    """
 
     __slots__ = ("fd",)
 
@@ -29,8 +32,18 @@ class Handle:
         self.fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # a default outlives the module at exit
-        if self.fd >= 0:
-            close(self.fd)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            close(fd)
+
+    def close(self) -> None:
+        self.__del__()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def lock(handle: Handle, *, shared: bool = False) -> bool:
@@ -45,7 +58,8 @@ def lock(handle: Handle, *, shared: bool = False) -> bool:
 def is_live(path: str) -> bool:
     """Whether some process has this segment open for writing: it holds the file's lock, which SIGKILL releases."""
     try:
-        return not lock(Handle(path, os.O_RDONLY), shared=True)
+        with Handle(path, os.O_RDONLY) as handle:
+            return not lock(handle, shared=True)
     except OSError:
         return False
 
@@ -73,6 +87,7 @@ class Writer:
             os.rename(self.path + ".tmp", self.path)
             self.index = Handle(self.index_path, flags)
         except OSError:
+            self.file.close()
             for path in (self.path + ".tmp", self.path):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
@@ -120,6 +135,11 @@ class Writer:
             with contextlib.suppress(OSError):
                 os.ftruncate(self.index.fd, self.index_end)
         return begins, problem or trouble
+
+    def close(self) -> None:
+        """Gives the segment up, and its lock."""
+        self.file.close()
+        self.index.close()
 
     def sync(self) -> None:
         os.fsync(self.file.fd)

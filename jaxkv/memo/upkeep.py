@@ -192,10 +192,10 @@ def prune(
       OSError: if files can't be written or removed.
     """
     _check(directory)
-    handle = Handle(os.path.join(directory, LOCK), os.O_RDWR | os.O_CREAT)
-    if not lock(handle):
-        raise CacheError(f"another process is removing files of {directory} just now; try again when it is done")
-    return remove(directory, handle, size=size, namespaces=namespaces, damaged=damaged, progress=progress)
+    with Handle(os.path.join(directory, LOCK), os.O_RDWR | os.O_CREAT) as handle:
+        if not lock(handle):
+            raise CacheError(f"another process is removing files of {directory} just now; try again when it is done")
+        return remove(directory, handle, size=size, namespaces=namespaces, damaged=damaged, progress=progress)
 
 
 def remove(
@@ -289,6 +289,9 @@ def _rewrite(directory: str, part: _Part, rows: Sequence[int]) -> int:
             _unlink(writer.index_path)
             _unlink(writer.path)
         raise
+    finally:
+        if writer is not None:
+            writer.close()
     _unlink(f"{part.path[:-4]}.idx")
     _unlink(part.path)
     return broken
