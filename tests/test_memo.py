@@ -151,6 +151,11 @@ def test_nothing_is_shared_with_what_is_kept(any_memo):
         for array in found:
             array[:] = -2  # a result
     np.testing.assert_array_equal(first[0], original)
+    others = [items(64, seed, 64) for seed in (1, 2)]  # computed through the same memory as the first
+    results = [features(other) for other in others]
+    for other, result in zip(others, results, strict=True):
+        np.testing.assert_array_equal(result[0], other)
+    np.testing.assert_array_equal(first[0], original)
     held = [features(original) for _ in range(3)]
     buffers = {array.unsafe_buffer_pointer() for pair in held for array in pair}
     assert len(buffers) == 6

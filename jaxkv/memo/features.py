@@ -186,7 +186,7 @@ class Features:
             if runner is None or runner.state is not self._state:
                 self._same_process(call)
                 runner = (
-                    Runner(self._function, self._state, call, self._settings, self._memo.hash)
+                    Runner(self._function, self._state, call, self._settings, self._memo.hash, self._memo.staging)
                     if runner is None
                     else runner.updated(self._state)
                 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -65,18 +65,23 @@ class Hash:
             lanes = [(_lanes_on_device if isinstance(column, jax.Array) else _lanes)(column) for column in columns]
             table = np.concatenate([np.asarray(part) for part in lanes], axis=1)
             return [_blake2b(row).digest() for row in table]
-        parts = [as_bytes(column) for column in columns]
-        if len(parts) == 1:
-            digest = _blake2b_digest if parts[0].shape[1] <= _SHORT else self.digest
-            return [digest(row) for row in parts[0]]
-        new = _blake2b if sum(part.shape[1] for part in parts) <= _SHORT else self._parts
+        size = sum(column[0].nbytes for column in columns) if len(columns[0]) else 0
+        if len(columns) == 1:
+            digest = _blake2b_digest if size <= _SHORT else self.digest
+            return [digest(row) for row in _rows(columns[0])]
+        new = _blake2b if size <= _SHORT else self._parts
         digests = []
-        for row in zip(*parts, strict=True):
+        for parts in zip(*map(_rows, columns), strict=True):
             state = new()
-            for part in row:
+            for part in parts:
                 state.update(part)
             digests.append(state.digest())
         return digests
+
+
+def _rows(column: np.ndarray) -> Iterable[np.ndarray]:
+    """Returns the bytes of each row; copied one by one if they don't lie together: a row fits into a processor's cache."""
+    return as_bytes(column) if column.flags.c_contiguous else (as_bytes(row[None])[0] for row in column)
 
 
 def as_bytes(array: np.ndarray) -> np.ndarray:

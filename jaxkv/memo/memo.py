@@ -16,6 +16,7 @@ from jaxkv.memo.hashing import Hash
 from jaxkv.memo.memory import Memory, MemoryStats
 from jaxkv.memo.once import Once
 from jaxkv.memo.runner import Settings
+from jaxkv.memo.staging import Staging
 from jaxkv.sizes import format_bytes, parse_bytes
 
 
@@ -113,6 +114,7 @@ class Memo:
             if disk is None
             else Disk(disk, budget=budget, policy=policy if disk_policy is None else disk_policy, compress=compress)
         )
+        self.staging = Staging()
         self._once = Once() if once else None
         self._lock = threading.Lock()
         self._counts = [0, 0, 0, 0, 0]

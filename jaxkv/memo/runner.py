@@ -16,6 +16,7 @@ from jaxkv.memo.entry import Entry, Output, digest
 from jaxkv.memo.function import Function, State
 from jaxkv.memo.hashing import Hash
 from jaxkv.memo.program import Program, paths_of
+from jaxkv.memo.staging import Staging
 
 BATCHES = ("bucket", "full")
 _TRACED = 2  # items in the trace that names the function: with 1, an output that has lost its batch axis would not show
@@ -39,6 +40,8 @@ class Runner:
       state: what it depends on now.
       call: with arguments of the form.
       settings: how.
+      hashing: of parameters.
+      staging: memory for batches.
 
     Attributes:
       state: what the function depends on.
@@ -48,7 +51,9 @@ class Runner:
       ValueError: for outputs that don't have the items along their first axis.
     """
 
-    def __init__(self, function: Function, state: State, call: Call, settings: Settings, hashing: Hash) -> None:
+    def __init__(
+        self, function: Function, state: State, call: Call, settings: Settings, hashing: Hash, staging: Staging
+    ) -> None:
         form, statics = call.form, call.statics
 
         def run(arrays: Any, columns: Any, shared: Any) -> Any:
@@ -66,6 +71,7 @@ class Runner:
         self._name = function.name
         self._settings = settings
         self._hash = hashing
+        self._staging = staging
         self._run = jax.jit(run)
         outputs = tuple(
             Output(path, leaf.dtype, leaf.shape[1:])
@@ -106,22 +112,26 @@ class Runner:
     def __call__(self, call: Call, rows: Sequence[int]) -> list[bytes]:
         """Returns the bytes of the outputs of some rows of a call."""
         if self._settings.batch == "full":
-            arrays = self._compute(call.columns, call.shared, call.size)
+            arrays = self._compute(call, None, call.size)
             return self.entry.payloads([array[np.asarray(rows)] for array in arrays])
         # A power of two, but no larger than the largest batch seen: ceil(log2(B)) + 1 programs for batches of up to B.
         self._largest = max(self._largest, call.size)
         size = min(1 << (len(rows) - 1).bit_length(), self._largest)
         index = np.asarray([*rows, *[rows[-1]] * (size - len(rows))])
-        whole = np.array_equal(index, np.arange(call.size))
-        columns = call.columns if whole else tuple(_take(column, index) for column in call.columns)
-        arrays = self._compute(columns, call.shared, size)
+        arrays = self._compute(call, None if np.array_equal(index, np.arange(call.size)) else index, size)
         return self.entry.payloads([array[: len(rows)] for array in arrays])
 
-    def _compute(self, columns: Sequence[Any], shared: Sequence[Any], size: int) -> list[np.ndarray]:
-        out = self._run(self.state.arrays, columns, shared)
-        arrays = [np.asarray(leaf) for leaf in self._outputs(out, size)]
+    def _compute(self, call: Call, index: np.ndarray | None, size: int) -> list[np.ndarray]:
+        """Returns the outputs for some rows of a call, or for all of them."""
+        columns = tuple(self._staging.take(slot, column, index) for slot, column in enumerate(call.columns))
+        try:
+            out = self._run(self.state.arrays, columns, call.shared)
+            arrays = [np.asarray(leaf) for leaf in self._outputs(out, size)]  # waits: the columns have been read
+        except BaseException:
+            self._staging.clear()
+            raise
         if not self._checked and size > 1:
-            self._check_rows(columns, shared, arrays)
+            self._check_rows(columns, call.shared, arrays)
         return arrays
 
     def _outputs(self, out: Any, size: int) -> list[Any]:
@@ -144,7 +154,7 @@ class Runner:
         for kept, others in (halves, halves[::-1]):
             index = np.arange(size)
             index[others] = kept[np.arange(len(others)) % len(kept)]
-            mixed = tuple(_take(column, index) for column in columns)
+            mixed = tuple(np.asarray(column)[index] for column in columns)
             if all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(mixed, columns, strict=True)):
                 return  # the rows are alike: another batch must tell
             again = jax.tree.leaves(self._run(self.state.arrays, mixed, shared))
@@ -156,12 +166,6 @@ class Runner:
                         "rounds differently: memo.wrap(..., check=False)"
                     )
         self._checked = True
-
-
-def _take(column: Any, index: np.ndarray) -> Any:
-    if isinstance(column, jax.Array) and next(iter(column.devices())).platform != "cpu":
-        return jnp.take(column, jnp.asarray(index), axis=0)
-    return np.asarray(column)[index]
 
 
 def _cast(leaf: Any, dtype: Any) -> Any:

@@ -1,0 +1,51 @@
+"""Host memory that is used again for each batch that is computed.
+
+A fresh array costs page faults, and JAX copies it once more unless it is aligned: 38 MB of images take 28 ms that way,
+and 4 ms through memory that is there already and aligned.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_ALIGNMENT = 64  # bytes, from which on XLA's CPU client reads NumPy's memory in place
+
+
+class Staging(threading.local):
+    """Buffers of one thread, one for each argument. What was taken is overwritten by the next `take`."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, np.ndarray] = {}
+
+    def take(self, slot: int, column: Any, index: np.ndarray | None) -> Any:
+        """Returns rows of a column, or all of it; what lies on an accelerator stays there."""
+        if isinstance(column, jax.Array) and (index is None or next(iter(column.devices())).platform != "cpu"):
+            return column if index is None else jnp.take(column, jnp.asarray(index), axis=0)
+        rows = np.asarray(column)
+        if index is None and rows.flags.c_contiguous and rows.ctypes.data % _ALIGNMENT == 0:
+            return rows
+        out = self._buffer(slot, (len(rows) if index is None else len(index), *rows.shape[1:]), rows.dtype)
+        if index is None:
+            np.copyto(out, rows)
+        else:
+            np.take(rows, index, axis=0, out=out, mode="clip")  # any other mode goes through a buffer of its own
+        return out
+
+    def _buffer(self, slot: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        nbytes = math.prod(shape) * dtype.itemsize
+        buffer = self._buffers.get(slot)
+        if buffer is None or len(buffer) < nbytes:
+            raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+            begin = -raw.ctypes.data % _ALIGNMENT
+            buffer = self._buffers[slot] = raw[begin : begin + nbytes]
+        return buffer[:nbytes].view(dtype).reshape(shape)
+
+    def clear(self) -> None:
+        """Forgets this thread's buffers, which something may still be reading."""
+        self._buffers.clear()
