@@ -280,6 +280,18 @@ def test_constants_that_stand_in_no_text_are_part_of_the_key():
         jax.config.update("jax_use_simplified_jaxpr_constants", before)
 
 
+def test_settings_of_jax_that_change_the_program_are_part_of_the_key():
+    features = jaxkv.Memo(memory="1MiB").wrap(lambda x: x @ jnp.ones((6, 3), x.dtype))
+    name = features.namespace(X)
+    with jax.default_matmul_precision("highest"):
+        assert features.namespace(X) != name
+    with jax.enable_x64(True):
+        features.namespace(X)
+        assert features(X.astype(np.float64)).dtype == jnp.float64
+    assert features(X.astype(np.float64)).dtype == jnp.float32
+    assert features.namespace(X) == name
+
+
 OFFSET = jnp.float32(1)
 
 

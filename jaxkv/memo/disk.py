@@ -24,7 +24,7 @@ POLICIES = ("keep", "lru", "mru", "fifo")
 _BY_USE = ("lru", "mru")
 _SEGMENT_LEAST, _SEGMENT_MOST = 1 << 16, 1 << 28
 _SEGMENT_SHARE = 32  # a segment is at most this part of the budget: so much is evicted at once
-_RUN_MOST = 1 << 24  # bytes read at once
+_RUN_MOST = 1 << 20  # bytes read at once; whoever keeps one payload of a run keeps all
 _SKIP_MOST = 1024  # calls
 _Place = tuple[Segment, int, int, int]  # offset, bytes of the payload there, which key was asked for
 

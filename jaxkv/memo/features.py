@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxkv.logs import log
-from jaxkv.memo.call import Call, Form
+from jaxkv.memo.call import Call
 from jaxkv.memo.function import Function, State
 from jaxkv.memo.hashing import SIZE, extra
 from jaxkv.memo.runner import BATCHES, Runner, Settings
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from jaxkv.memo.memo import Memo
 
 _MANY = 8
+# What else a program depends on: settings of JAX that may be changed between two calls.
+_CONFIG = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_numpy_dtype_promotion")
 
 
 class Features:
@@ -50,7 +52,7 @@ class Features:
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._state = State(self._function)
-        self._runners: dict[Form, Runner] = {}
+        self._runners: dict[tuple[Any, ...], Runner] = {}
         self._namespaces: set[bytes] = set()
         self._described: set[bytes] = set()
         self._traced_anew = 0
@@ -177,12 +179,13 @@ class Features:
         """Returns the call, and what computes it: made anew where the function has changed since the last call."""
         call = Call.read(self._function.bind(args, kwargs), self._shared)
         with self._lock:
-            if self._function.watch() != self._state.seen:
+            if not self._state.seen.holds(self._function.watch()):
                 old, self._state = self._state, State(self._function, self._state)
                 if not self._state.one_program(old):
                     self._runners.clear()
                     self._count_trace()
-            runner = self._runners.get(call.form)
+            form = call.form, *(getattr(jax.config, name) for name in _CONFIG)
+            runner = self._runners.get(form)
             if runner is None or runner.state is not self._state:
                 self._same_process(call)
                 runner = (
@@ -190,7 +193,7 @@ class Features:
                     if runner is None
                     else runner.updated(self._state)
                 )
-                self._runners[call.form] = runner
+                self._runners[form] = runner
         return call, runner
 
     def _count_trace(self) -> None:

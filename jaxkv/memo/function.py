@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,7 +67,8 @@ class Function:
         self._signature = self._find_signature()
         self._target = target
         self._captured: list[Callable[[], Any]] = []
-        self._graph: list[Any] = []
+        self._variables: list[nnx.Variable[Any]] = []
+        self._fields: list[dict[str, Any]] = []
         self.rewatch()
         for value in (read() for read in self._captured):
             if isinstance(value, nnx.Module):
@@ -111,25 +113,23 @@ class Function:
             return nnx.split(self._module)
         return Snapshot(_leaves([read() for read in self._captured])), self._params
 
-    def watch(self) -> Snapshot:
-        """Returns what can't stay the same if anything has changed since the last call."""
+    def watch(self) -> list[Any]:
+        """Returns values of which one is another if anything has changed since the last call."""
         if self._module is None:
-            return Snapshot(_leaves((self._params, [read() for read in self._captured])))
-        leaves: list[Any] = []
-        for node in self._graph:
-            if isinstance(node, nnx.Variable):
-                leaves.append(node.get_raw_value())
-            else:
-                leaves += vars(node).values()
-        return Snapshot(leaves)
+            return _leaves((self._params, [read() for read in self._captured]))
+        values: list[Any] = [variable.get_raw_value() for variable in self._variables]
+        for fields in self._fields:
+            values += fields.values()
+        return values
 
     def rewatch(self) -> None:
         """Looks up again what is to be watched: a part that was put in or taken out has changed its owner's fields."""
         if self._module is None:
             self._captured = list(captured(self._target))
         else:
-            nodes = (node for _, node in nnx.iter_graph(self._module))
-            self._graph = [node for node in nodes if isinstance(node, nnx.Variable | nnx.Pytree)]
+            nodes = [node for _, node in nnx.iter_graph(self._module)]
+            self._variables = [node for node in nodes if isinstance(node, nnx.Variable)]
+            self._fields = [vars(node) for node in nodes if isinstance(node, nnx.Pytree)]
 
     def _find_signature(self) -> inspect.Signature:
         """Returns the signature of a call without the parameters."""
@@ -149,16 +149,23 @@ class Function:
 
 
 class Snapshot:
-    """Values that are compared by identity, but for NumPy's arrays, which can change in place: by their content."""
+    """Values that are the same while they are identical, and for NumPy, whose arrays change in place, of one content."""
 
     def __init__(self, values: Sequence[Any]) -> None:
-        self._values = [_content(value) if isinstance(value, np.ndarray) else value for value in values]
+        self._values = values
+        self._arrays = {i: _content(value) for i, value in enumerate(values) if isinstance(value, np.ndarray)}
+
+    def holds(self, values: Sequence[Any]) -> bool:
+        """Returns whether these are the same values, unchanged. (Called before each lookup: is_ and map are quick.)"""
+        same = len(values) == len(self._values) and all(map(operator.is_, values, self._values))
+        return same and all(_content(values[i]) == content for i, content in self._arrays.items())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Snapshot) or len(self._values) != len(other._values):
             return False
-        pairs = zip(self._values, other._values, strict=True)
-        return all(mine is its or (type(mine) is type(its) is bytes and mine == its) for mine, its in pairs)
+        pairs = enumerate(zip(self._values, other._values, strict=True))
+        alike = all(mine is its or (i in self._arrays and i in other._arrays) for i, (mine, its) in pairs)
+        return alike and self._arrays == other._arrays
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -171,7 +178,7 @@ class State:
       old: an earlier state, whose digests are taken over for arrays that are still the same.
 
     Attributes:
-      seen: see `Function.watch`.
+      seen: what `Function.watch` said.
       static: the graphdef of a module; what a function captures from around it.
       arrays: a pytree of the arrays it reads.
 
@@ -181,7 +188,7 @@ class State:
 
     def __init__(self, function: Function, old: State | None = None) -> None:
         function.rewatch()
-        self.seen = function.watch()
+        self.seen = Snapshot(function.watch())
         self.static, self.arrays = function.read()
         self._leaves = jax.tree.leaves(self.arrays)
         for path, leaf in zip(paths_of(self.arrays), self._leaves, strict=True):

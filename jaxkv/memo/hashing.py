@@ -80,7 +80,7 @@ class Hash:
 
 
 def _rows(column: np.ndarray) -> Iterable[np.ndarray]:
-    """Returns the bytes of each row; copied one by one if they don't lie together: a row fits into a processor's cache."""
+    """Returns the bytes of each row; copied one by one if they don't lie together: a row fits into a cache."""
     return as_bytes(column) if column.flags.c_contiguous else (as_bytes(row[None])[0] for row in column)
 
 
