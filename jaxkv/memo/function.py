@@ -149,7 +149,7 @@ class Function:
 
 
 class Snapshot:
-    """Values that are the same while they are identical, and for NumPy, whose arrays change in place, of one content."""
+    """Values that are the same while they are identical, and those of NumPy, which change in place, of one content."""
 
     def __init__(self, values: Sequence[Any]) -> None:
         self._values = values
