@@ -462,6 +462,14 @@ def test_size_counts_every_device_and_every_kind(tmp_path):
             assert store.size() == expected
 
 
+def test_no_more_than_one_batch_of_copies_is_on_its_way():
+    store = Offload("pinned_host")
+    for i in range(5):
+        store.append({"x": jnp.full(4_000_000, i)})
+        stored = [leaf.data for row in store._rows for packed in row.values() for leaf in packed.kept()]
+        assert all(data.is_ready() for data in stored[:i])
+
+
 # The interface.
 
 

@@ -108,6 +108,11 @@ class Kept:
             x, impl = jax.random.key_data(x), jax.random.key_impl(x)
         return cls(place.put(x), Home(x.aval, x.sharding, x.committed, impl), tally)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether fetching can go on while something else runs: a copy to an accelerator, or reading from a disk."""
+        return isinstance(self.data, File) or (self.home is not None and not self.home.is_near)
+
     def fetch(self) -> Any:
         """Returns the leaf: a NumPy leaf as a new copy, an array of JAX as the one that is still alive, if one is."""
         if self.home is None:

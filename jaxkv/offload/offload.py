@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -72,6 +74,8 @@ class Offload:
         self._rows: list[Row] = []
         self._sources = Sources()
         self._tally = Tally()
+        self._overlaps = False  # whether anything was stored that could be fetched while something else runs
+        self._underway: list[weakref.ref] = []  # copies of the last batch that was stored
         self._closed = False
         self._writing = threading.RLock()  # one batch is taken in at a time, or two threads would store a mask twice
         self._lock = threading.Lock()  # around every look at the rows, never while data move
@@ -241,7 +245,7 @@ class Offload:
         def fetch(index: int) -> dict[str, Any]:
             return self._unpack(self._select(index, wanted, missing))
 
-        return iterate(self._checked_length, look, fetch, prefetch)
+        return iterate(self._checked_length, look, fetch, prefetch if self._overlaps else 0)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.iter()
@@ -328,7 +332,17 @@ class Offload:
         self._checked_length()
         if not isinstance(batch, Mapping) or not all(isinstance(name, str) for name in batch):
             raise ValueError(f'a batch is a dict such as {{"hidden": array}}, not {_shown(batch)}')
+        self._settle()
         return {name: pack(value, self._keeper(name, device)) for name, value in batch.items()}
+
+    def _settle(self) -> None:
+        """Waits for the copies of the batch before: else computations that run ahead fill the device with sources."""
+        underway, self._underway = self._underway, []
+        for ref in underway:
+            data = ref()
+            if data is not None and not data.is_deleted():
+                with contextlib.suppress(RuntimeError):  # what failed is raised where it is fetched
+                    data.block_until_ready()
 
     def _keeper(self, name: str, device: Any) -> Callable[[Any], Any]:
         def keep(leaf: Any) -> Any:
@@ -348,12 +362,17 @@ class Offload:
             if kept is None:
                 kept = Kept.of(leaf, self._room(leaf), self._tally)
                 self._sources.remember(leaf, kept)
+                if isinstance(kept.data, jax.Array) and kept.home is not None:
+                    self._underway.append(weakref.ref(kept.data))
+                self._overlaps |= kept.overlaps
             return kept
 
         return keep
 
     def _keep_numpy(self, array: np.ndarray) -> Kept:
-        return Kept(self._room(array).copy(array), None, self._tally)
+        kept = Kept(self._room(array).copy(array), None, self._tally)
+        self._overlaps |= kept.overlaps
+        return kept
 
     def _room(self, x: Any) -> Any:
         """Returns the place that has room for an array."""
