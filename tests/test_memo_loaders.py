@@ -1,0 +1,150 @@
+"""What a memo holds is read in the worker processes of data loaders: forked ones, spawned ones, grain's and torch's."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkv
+
+COUNT = 12
+X = np.random.default_rng(0).integers(-9, 9, (COUNT, 5)).astype(np.float32)  # products of whole numbers don't round
+WEIGHTS = np.arange(15, dtype=np.float32).reshape(5, 3)
+RIGHT = X @ WEIGHTS
+
+# Workers are forked beside JAX's threads; a source uses none of them, which is what is tested.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
+METHODS = [method for method in ("fork", "spawn") if method in multiprocessing.get_all_start_methods()]
+
+
+def backbone(weights, x):
+    return x @ weights
+
+
+@pytest.fixture
+def memo(tmp_path):
+    with jaxkv.Memo(disk=tmp_path / "features") as memo:
+        yield memo
+
+
+@pytest.fixture
+def features(memo):
+    return memo.wrap(backbone, jnp.asarray(WEIGHTS))
+
+
+class Asked:
+    """Runs in a worker: examples by number, and what the process did to get them."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __call__(self, numbers):
+        try:
+            rows = [self.source[number] for number in numbers]
+        except KeyError as error:
+            rows = str(error)
+        return rows, len(self.source), os.getpid(), list(jax._src.xla_bridge._backends)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_read_what_was_computed_before_they_began_and_after(method, memo, features):
+    assert features.warm([X[:8]], progress=False) == 8
+    source = features.source(X)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        rows, length, worker, backends = pool.apply(Asked(source), (range(8),))
+        np.testing.assert_array_equal(rows, RIGHT[:8])
+        assert length == COUNT and worker != os.getpid()
+        assert method == "fork" or not backends, "a worker needs no device, and must not take one"
+        missing, *_ = pool.apply(Asked(source), ([9],))
+        assert "example 9" in missing and "warm" in missing
+        features(X)
+        parts = pool.map(Asked(source), [range(i, i + 4) for i in range(0, COUNT, 4)], chunksize=1)
+        np.testing.assert_array_equal(np.concatenate([rows for rows, *_ in parts]), RIGHT)
+        pool.close()
+        pool.join()
+    assert memo.stats().computed == COUNT
+
+
+@pytest.mark.skipif("fork" not in METHODS, reason="this system can't fork")
+def test_what_is_only_in_memory_comes_along_in_a_fork():
+    memo = jaxkv.Memo(memory="1MiB")
+    features = memo.wrap(backbone, jnp.asarray(WEIGHTS))
+    features(X)
+    reader, writer = multiprocessing.get_context("fork").Pipe(duplex=False)
+    source = features.source(X)
+    child = os.fork()
+    if child == 0:
+        try:
+            writer.send((np.stack([source[i] for i in range(COUNT)]), features.lookup(X)))
+        finally:
+            os._exit(0)
+    writer.close()
+    one_by_one, at_once = reader.recv()
+    os.waitpid(child, 0)
+    np.testing.assert_array_equal(one_by_one, RIGHT)
+    np.testing.assert_array_equal(at_once, RIGHT)
+
+
+# The libraries of others: not part of what CI installs.
+
+
+@pytest.fixture
+def grain():
+    """grain, whose workers ask for flags that only a program started by absl has read."""
+    flags = pytest.importorskip("absl.flags")
+    flags.FLAGS.mark_as_parsed()
+    return pytest.importorskip("grain")
+
+
+def labeled():
+    return [{"image": row, "label": number} for number, row in enumerate(X)]
+
+
+def assert_whole_epoch(batches):
+    """Every example once, with its own features beside its own label."""
+    labels = np.concatenate([np.asarray(batch["label"]) for batch in batches])
+    images = np.concatenate([np.asarray(batch["image"]) for batch in batches])
+    assert sorted(labels) == list(range(COUNT))
+    np.testing.assert_array_equal(images, RIGHT[labels])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_grains_data_loader_reads_a_source(workers, grain, features):
+    features(X)
+    sampler = grain.samplers.IndexSampler(COUNT, grain.sharding.ShardOptions(0, 1), shuffle=True, num_epochs=1, seed=1)
+    loader = grain.DataLoader(
+        data_source=features.source(labeled(), at="image"),
+        sampler=sampler,
+        operations=[grain.transforms.Batch(3)],
+        worker_count=workers,
+    )
+    assert_whole_epoch(list(loader))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_grains_datasets_read_a_source(grain, features):
+    features(X)
+    source = features.source(labeled(), at="image")
+    dataset = grain.MapDataset.source(source).shuffle(seed=1).batch(3).to_iter_dataset()
+    assert_whole_epoch(list(dataset))
+    assert_whole_epoch(list(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=2))))
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_torchs_data_loader_reads_a_source(method, features):
+    data = pytest.importorskip("torch.utils.data")
+    features(X)
+    source = features.source(labeled(), at="image")
+    loader = data.DataLoader(
+        source, batch_size=3, shuffle=True, num_workers=2 if method else 0, multiprocessing_context=method
+    )
+    assert_whole_epoch(list(loader))
