@@ -5,7 +5,7 @@
 
 Follows "Understanding PyTorch Buffers" (https://github.com/rasbt/LLMs-from-scratch, ch03/03_understanding-buffers) step
 by step, in flax.nnx and in flax.linen, with the notebook's weights and inputs, and says where JAX is different. Two
-devices are needed to see something move; on a machine with one, two are made of its CPU.
+devices are needed to see something move: where there is one accelerator or none, two are made of the CPU.
 """
 
 from __future__ import annotations
@@ -175,6 +175,11 @@ def place(array) -> str:
     return ", ".join(sorted(f"device {device.id}" for device in array.devices()))
 
 
+def two_devices() -> list[jax.Device]:
+    devices = jax.devices() if len(jax.devices()) > 1 else jax.devices("cpu")
+    return devices[:2]
+
+
 def title(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}")
 
@@ -227,7 +232,7 @@ def same_numbers(x) -> None:
 
 def moving(x) -> None:
     title("2. Moving to another device")
-    first, second = jax.devices()[:2]
+    first, second = two_devices()
     length = x.shape[1]
     print("  PyTorch: the mask that is no buffer stays on the CPU, and the next call is a RuntimeError.")
     print("  JAX knows two kinds of arrays. One that was never placed (uncommitted) goes wherever the others of a")
@@ -266,7 +271,7 @@ def moving(x) -> None:
     print(f"  linen, buffer: mask on {place(mask)}")
     sure(mask.devices() == {second} and attempt("call", lambda: linen.apply(variables, there)))
 
-    split = jax.NamedSharding(jax.make_mesh((2,), ("x",)), jax.P("x"))
+    split = jax.NamedSharding(jax.sharding.Mesh(two_devices(), ("x",)), jax.P("x"))
     model = WithBuffer(3, 2, length, rngs=nnx.Rngs(0))
     model.mask.set_value(jax.device_put(model.mask.get_value(), split))
     print(
@@ -363,11 +368,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="buffers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 2048], help="lengths whose masks are compiled")
     args = parser.parse_args(argv)
-    if len(jax.devices()) < 2:
+    if len(two_devices()) < 2:
         parser.error("two devices are needed: XLA_FLAGS=--xla_force_host_platform_device_count=2 makes two of a CPU")
     if min(args.sizes) < 1:
         parser.error(f"--sizes {min(args.sizes)}: give lengths of at least 1")
 
+    jax.config.update("jax_default_device", two_devices()[0])
     x = jnp.stack([jnp.asarray(INPUTS)] * 2)  # [2, 6, 3]: two sentences
     same_numbers(x)
     moving(x)

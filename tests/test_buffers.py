@@ -87,6 +87,7 @@ def test_variables_are_saved_but_not_what_is_transient_nor_random_streams_nor_pl
         "more.0.kernel",
         *(f"one.{name}" for name in NAMES),
     ]
+    assert set(state_dict([small()])) == {f"0.{name}" for name in state_dict(small())}
     model.seen = nnx.Intermediate(X)
     assert list(state_dict(model)) == NAMES
 
@@ -96,6 +97,7 @@ def test_of_linen_variables_all_collections_are_saved_but_the_transient_one():
     assert list(state_dict(variables)) == list(state_dict(freeze(variables))) == LINEN_NAMES
     boxed = {"params": {"w": nn.Partitioned(jnp.ones(2), ("x",))}, "buffers": [jnp.ones(1), {"value": jnp.ones(1)}]}
     assert list(state_dict(boxed)) == ["buffers.0", "buffers.1.value", "params.w"]
+    assert list(state_dict(optax.adam(0.1).init({"w": X}))) == ["0.count", "0.mu.w", "0.nu.w"]
     with pytest.raises(ValueError, match="LinenMasked is a linen module, which holds nothing; give its variables"):
         state_dict(LinenMasked())
     with pytest.raises(ValueError, match=r"two leaves are named a\.b"):
@@ -204,13 +206,22 @@ def test_the_sharding_stays_and_what_was_free_to_move_stays_free():
 
 
 def test_nothing_is_shared_with_the_state():
-    source = np.ones(1 << 16, np.float32)
+    room = np.zeros((1 << 16) + 16, np.float32)
+    source = room[-room.ctypes.data % 64 // 4 :][: 1 << 16]  # aligned, as device_put needs it to take it as it is
+    source[:] = 1
     given = {"array": jnp.ones(4), "numpy": source}
     tree = {"array": jnp.zeros(4), "numpy": jax.device_put(jnp.zeros(1 << 16), jax.devices()[0])}
     loaded = load_state_dict(tree, given).variables
     source[:] = 9
     given["array"].delete()
     assert (loaded["numpy"] == 1).all() and (loaded["array"] == 1).all()
+
+
+def test_several_modules_are_loaded_in_place():
+    models = {"one": small(), "two": [Masked()]}
+    state = {name: x + 1 for name, x in state_dict(models).items()}
+    assert load_state_dict(models, state).variables is models
+    assert same(state_dict(models), state)
 
 
 def test_abstract_modules_can_be_loaded_into(path):

@@ -72,7 +72,8 @@ class Ring:
           ValueError: while tracing, for a value that differs from `like`, naming both.
         """
         like = jax.tree.map(lambda slots: jax.ShapeDtypeStruct(slots.shape[1:], slots.dtype), self.slots)
-        if jax.tree.structure(value) == jax.tree.structure(like):
+        structure: Any = jax.tree.structure(value)
+        if structure == jax.tree.structure(like):
             value = jax.tree.map(lambda x, y: jnp.asarray(x, None if hasattr(x, "dtype") else y.dtype), value, like)
         check_fits(value, like, "push: the value", "what the ring was made for")
         ok = ~self.full

@@ -87,7 +87,8 @@ def check_fits(value: Any, like: Any, what: str, other: str) -> None:
       what: how the first is called in the message.
       other: how the second is called.
     """
-    got, want = jax.tree.structure(value), jax.tree.structure(like)
+    got: Any = jax.tree.structure(value)
+    want: Any = jax.tree.structure(like)
     if got != want:
         raise ValueError(f"{what} has the structure {got}, {other} has {want}")
     for (path, x), y in zip(tree_leaves_with_path(value), jax.tree.leaves(like), strict=True):
