@@ -16,6 +16,7 @@ from jaxkv.cli import main
 from jaxkv.memo import upkeep
 from jaxkv.memo.catalog import record_bytes
 from jaxkv.memo.disk import Disk
+from jaxkv.memo.prune import prune
 from jaxkv.memo.record import HEADER_BYTES
 
 ABOUT = {
@@ -148,14 +149,14 @@ def test_copies_that_were_replaced_go_with_the_rest(directory):
     fill(second, range(20), namespace=1)
     first.close(), second.close()
     assert upkeep.survey(str(directory)).copies == 20 * record_bytes(SIZE)
-    upkeep.prune(str(directory), damaged=True)
+    prune(str(directory), damaged=True)
     assert upkeep.survey(str(directory)).copies == 0 and there(directory) == [20, 20]
 
 
 KILLED = """
 import os, signal, sys
 sys.path[:0] = [sys.argv[2], sys.argv[3]]
-from jaxkv.memo import upkeep
+from jaxkv.memo.prune import prune
 left = int(sys.argv[4])
 for name in ("writev", "rename", "unlink", "open", "fsync"):
     def counted(*args, real=getattr(os, name), **more):
@@ -165,7 +166,7 @@ for name in ("writev", "rename", "unlink", "open", "fsync"):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **more)
     setattr(os, name, counted)
-upkeep.prune(sys.argv[1], namespaces=[bytes(15) + bytes([1])], damaged=True)
+prune(sys.argv[1], namespaces=[bytes(15) + bytes([1])], damaged=True)
 """
 
 
@@ -181,7 +182,7 @@ def test_prune_that_is_killed_at_any_step_loses_nothing(directory):
         words = [sys.executable, "-c", KILLED, str(directory), here, os.path.dirname(here), str(step)]
         subprocess.run(words, check=False)
         assert there(directory)[1] == 20 and len(found(Disk(directory), [step], namespace=3)) == 1
-    upkeep.prune(str(directory), namespaces=[key(0, 1)[:16]], damaged=True)
+    prune(str(directory), namespaces=[key(0, 1)[:16]], damaged=True)
     assert there(directory) == [0, 20] and upkeep.verify(str(directory)).damages == ()
     assert upkeep.survey(str(directory)).strays == 0
 

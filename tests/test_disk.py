@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxkv.errors import NotSupportedError
-from jaxkv.memo import catalog, disk, record
+from jaxkv.memo import catalog, disk, layout, record
 from jaxkv.memo.disk import POLICIES, Disk
 
 SIZE = 96
@@ -145,7 +145,7 @@ def test_a_directory_that_holds_something_else_is_refused_and_not_filled(tmp_pat
 
 
 def test_a_store_of_another_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(catalog, "_VERSION", 2)
+    monkeypatch.setattr(layout, "_VERSION", 2)
     Disk(tmp_path)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="is a store of version 2, this jaxkv reads version 1"):
@@ -462,7 +462,7 @@ def test_threads_write_and_read_what_others_evict(tmp_path):
 
 
 def test_records_put_elsewhere_by_another_process_are_found_there(tmp_path):
-    from jaxkv.memo.upkeep import prune
+    from jaxkv.memo.prune import prune
 
     store = Disk(tmp_path)
     fill(store, range(10))

@@ -485,7 +485,8 @@ def test_killed_writers_lose_nothing_that_they_had_written(tmp_path):
     assert result["there"] == result["said"] >= 14 * rounds
     assert result["lost"] == result["errors"] == 0
     assert result["corrupt"] <= 2 * rounds  # a torn end each, at most
-    from jaxkv.memo.upkeep import prune, verify
+    from jaxkv.memo.prune import prune
+    from jaxkv.memo.upkeep import verify
 
     prune(str(tmp_path / "store"), damaged=True)
     assert verify(str(tmp_path / "store")).damages == ()

@@ -9,6 +9,7 @@ from typing import Any
 from jaxkv.cli.options import UsageError
 from jaxkv.cli.terminal import counted, note, printable, write
 from jaxkv.memo import upkeep
+from jaxkv.memo.prune import prune
 from jaxkv.sizes import format_bytes
 
 _SHORT = 12  # characters of a namespace that are shown
@@ -75,7 +76,7 @@ def _prune(args: argparse.Namespace) -> int:
     known = [space.key for space in upkeep.survey(args.directory).namespaces] if args.namespace else []
     names = [_meant(name, known) for name in args.namespace]
     with _Bar("prune") as bar:
-        done = upkeep.prune(args.directory, size=args.to, namespaces=names, damaged=args.damaged, progress=bar.show)
+        done = prune(args.directory, size=args.to, namespaces=names, damaged=args.damaged, progress=bar.show)
     write(f"{format_bytes(done.before)} before, {format_bytes(done.after)} now; {counted(done.items, 'item')} removed")
     write(f", {counted(done.damaged, 'damaged place')} too\n" if done.damaged else "\n")
     if done.live:

@@ -13,20 +13,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxkv.errors import NotSupportedError
-from jaxkv.logs import log
 from jaxkv.memo import segment as segments
-from jaxkv.memo.catalog import LOCK, Catalog, Counts, Segment, check_format, record_bytes, write_format
-from jaxkv.memo.record import HEADER_BYTES, KEY_BYTES, ZSTD, Header, digest, read_at, unpack_header
+from jaxkv.memo.catalog import Catalog, Counts, Segment, record_bytes
+from jaxkv.memo.layout import LOCK, check_format, room_taken, write_format
+from jaxkv.memo.payload import load_zstandard, pack_payload
+from jaxkv.memo.prune import remove
+from jaxkv.memo.reading import Place, read_places
+from jaxkv.memo.record import HEADER_BYTES, KEY_BYTES, Header, digest
 from jaxkv.memo.segment import Handle, Writer, lock, write_whole
-from jaxkv.memo.upkeep import remove
+from jaxkv.memo.trouble import Troubles
 
 POLICIES = ("keep", "lru", "mru", "fifo")
 _BY_USE = ("lru", "mru")
 _SEGMENT_LEAST, _SEGMENT_MOST = 1 << 16, 1 << 28
 _SEGMENT_SHARE = 32  # a segment is at most this part of the budget: so much is evicted at once
-_RUN_MOST = 1 << 20  # bytes read at once; whoever keeps one payload of a run keeps all
-_SKIP_MOST = 1024  # calls
-_Place = tuple[Segment, int, int, int]  # offset, bytes of the payload there, which key was asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +101,12 @@ class Disk:
         self.segment_bytes = segment_bytes or min(max(share, _SEGMENT_LEAST), _SEGMENT_MOST)
         self._given_segment_bytes = segment_bytes
         if compress is not None:
-            _zstandard()
+            load_zstandard()
         self._lock = threading.RLock()
         self._counts = Counts()
         self._catalog = Catalog(self.directory, self._counts)
         self._writer: Writer | None = None
-        self._failures = self._skip = 0
-        self._warned: set[str] = set()
+        self._troubles = Troubles(self.directory, self._counts)
         self._described: set[bytes] = set()
         self._stamp = 0
         self._prepare()
@@ -132,55 +131,34 @@ class Disk:
 
     def _fetch(self, keys: Sequence[bytes], wanted: Iterable[int], nbytes: int, values: list[Any]) -> list[int]:
         """Puts what is known into `values`, and returns which of the wanted aren't, or not where they were."""
-        places: list[_Place] = []
+        places: list[Place] = []
         missing = []
+        files: dict[str, Handle | None] = {}
         with self._lock:
-            find = self._catalog.find
             for i in wanted:
-                found = find(keys[i])
-                if found is None:
+                found = self._catalog.find(keys[i])
+                if found is not None and found[0].stem not in files:
+                    files[found[0].stem] = self._open(found[0])
+                if found is None or files[found[0].stem] is None:
                     missing.append(i)
                 else:
                     places.append((*found, i))
-            places.sort(key=lambda place: (place[0].number, place[1]))
-            files = {segment.stem: self._open(segment) for segment in {place[0] for place in places}}
-        hits, gone, damaged = set(), [], []
-        for run in _runs(places):
-            segment, begin = run[0][0], run[0][1]
-            end = run[-1][1] + HEADER_BYTES + run[-1][2]
-            handle = files[segment.stem]
-            if handle is None:
-                missing += [i for _, _, _, i in run]
-                continue
-            try:
-                data = memoryview(read_at(handle.fd, end - begin, begin))
-            except (OSError, MemoryError) as error:
-                data = memoryview(b"")
-                self._failed("reading", error)
-            for place in run:
-                _, offset, stored, i = place
-                payload = data[offset - begin + HEADER_BYTES :][:stored]
-                header = unpack_header(data[offset - begin :][:HEADER_BYTES], segment.seed)
-                if len(payload) < stored or len(data) < offset - begin + HEADER_BYTES:
-                    gone.append(place)
-                elif (
-                    header is None
-                    or (header.key, header.stored) != (keys[i], stored)
-                    or digest(payload) != header.check
-                ):
-                    damaged.append(place)
-                elif header.raw == nbytes:
-                    values[i] = _unpacked(header, payload)
-                    hits.add(segment.stem)
-        if gone or damaged or (hits and self.policy in _BY_USE):
+        opened = {stem: handle for stem, handle in files.items() if handle is not None}
+        outcome = read_places(places, opened, keys, nbytes)
+        for i, value in outcome.values.items():
+            values[i] = value
+        if outcome.gone or outcome.damaged or (outcome.used and self.policy in _BY_USE):
             with self._lock:
-                forget = self._catalog.forget
-                self._counts.lost += sum([forget(keys[i], segment, offset) for segment, offset, _, i in gone])
-                self._counts.corrupt += sum([forget(keys[i], segment, offset) for segment, offset, _, i in damaged])
-                if gone or damaged:
-                    self._say("read", "%s: records were lost or damaged; they count as misses", self.directory)
+                for segment, offset, _, i in outcome.gone:
+                    self._counts.lost += self._catalog.forget(keys[i], segment, offset)
+                for segment, offset, _, i in outcome.damaged:
+                    self._counts.corrupt += self._catalog.forget(keys[i], segment, offset)
+                if outcome.problem is not None:
+                    self._troubles.failed("reading", outcome.problem)
+                if outcome.gone or outcome.damaged:
+                    self._troubles.say("damage", "records were lost or damaged; they count as misses")
                 if self.policy in _BY_USE:
-                    self._touch(hits)
+                    self._touch(outcome.used)
         return missing
 
     def _open(self, segment: Segment) -> Handle | None:
@@ -189,7 +167,7 @@ class Disk:
         except FileNotFoundError:  # evicted, or put together with others: the next look says where its records are
             self._catalog.look_again()
         except OSError as error:
-            self._failed("reading", error)
+            self._troubles.failed("reading", error)
         return None
 
     # --- writing -----------------------------------------------------------------------------------------------------
@@ -207,22 +185,12 @@ class Disk:
         records = {}
         for key, payload in zip(keys, payloads, strict=True):
             if key not in records and key not in self._catalog.places:
-                records[bytes(key)] = self._packed(bytes(key), payload)
+                records[bytes(key)] = pack_payload(bytes(key), payload, self.compress is not None)
         with self._lock:
             fresh = [record for key, record in records.items() if key not in self._catalog.places]
-            if fresh and self._may_try():
+            if fresh and self._troubles.may_write():
                 self._append(fresh)
             return sum(key in self._catalog.places for key in keys)
-
-    def _packed(self, key: bytes, payload: Any) -> tuple[Header, Any]:
-        view = memoryview(payload)
-        data: Any = view.cast("B") if view.nbytes else b""
-        flags, raw = 0, view.nbytes
-        if self.compress == "zstd":
-            packed = _zstandard().ZstdCompressor(level=1).compress(data)
-            if len(packed) < raw:
-                flags, data = ZSTD, packed
-        return Header(flags, len(data), raw, key, digest(data)), data
 
     def _append(self, records: list[tuple[Header, Any]]) -> None:
         if self.budget is not None:
@@ -251,11 +219,11 @@ class Disk:
             if self.policy in _BY_USE:
                 self._touch({writer.stem})
             if problem is not None:
-                self._failed("writing", problem)
+                self._troubles.failed("writing", problem)
                 if len(segment.keys):
                     self._seal()
                 return
-            self._failures = 0
+            self._troubles.wrote()
 
     def _ready_writer(self) -> Writer | None:
         """Returns the segment to append to: a new one if the old one is full, or no longer what it was."""
@@ -271,7 +239,7 @@ class Disk:
                     return None
                 self._writer = Writer(self.directory, self._catalog.next_sequence())
             except (OSError, ValueError) as error:  # ValueError: something else has taken the directory's place
-                self._failed("writing", error)
+                self._troubles.failed("writing", error)
                 return None
             segment = self._catalog.new(self._writer.stem)
             segment.live = True
@@ -337,7 +305,7 @@ class Disk:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                self._failed("removing", error)
+                self._troubles.failed("removing", error)
                 return 0
         return self._catalog.drop(stem)
 
@@ -350,7 +318,7 @@ class Disk:
             handle.close()
             return None
         except OSError as error:
-            self._failed("locking", error)
+            self._troubles.failed("locking", error)
             return None
 
     def _used(self, stem: str) -> int:
@@ -381,13 +349,16 @@ class Disk:
                     write_whole(path, text)
                     self._catalog.refresh(force=True)
         except OSError as error:
-            self._failed("writing", error)
+            self._troubles.failed("writing", error)
 
     def stats(self) -> DiskStats:
         """Returns what the tier holds, and what became of the calls so far."""
         with self._lock:
             self._catalog.refresh()
-            nbytes = self._catalog.room_taken()
+            try:
+                nbytes = room_taken(self.directory)
+            except OSError:
+                nbytes = 0
             return DiskStats(items=len(self._catalog.places), nbytes=nbytes, **dataclasses.asdict(self._counts))
 
     def flush(self) -> None:
@@ -397,7 +368,7 @@ class Disk:
                 try:
                     self._writer.sync()
                 except OSError as error:
-                    self._failed("writing", error)
+                    self._troubles.failed("writing", error)
 
     def clear(self, namespace: bytes | None = None) -> None:
         """Removes all records, or those of one namespace; segments that another process is writing to stay."""
@@ -405,7 +376,7 @@ class Disk:
             self._seal()
             handle = self._locked()
             if handle is None:
-                self._say("clearing", "%s: another process is removing files; nothing was cleared", self.directory)
+                self._troubles.say("clearing", "another process is removing files; nothing was cleared")
                 return
             self._described.clear()
             try:
@@ -415,7 +386,7 @@ class Disk:
                     else:
                         remove(self.directory, handle, size=0)
             except (OSError, ValueError) as error:
-                self._failed("clearing", error)
+                self._troubles.failed("clearing", error)
             before = self._counts.lost
             self._catalog.refresh(force=True)
             self._counts.lost = before
@@ -444,29 +415,9 @@ class Disk:
         except (FileExistsError, NotADirectoryError) as error:
             raise ValueError(f"{self.directory} is no directory; give one, or a name that is free") from error
         except OSError as error:
-            self._failed("writing", error)
+            self._troubles.failed("writing", error)
             return False
         return True
-
-    def _may_try(self) -> bool:
-        """After failures, fewer and fewer writes are tried."""
-        if self._skip:
-            self._skip -= 1
-            return False
-        return True
-
-    def _failed(self, doing: str, error: Exception) -> None:
-        with self._lock:
-            self._counts.errors += 1
-            if doing == "writing":
-                self._failures += 1
-                self._skip = min(2**self._failures - 1, _SKIP_MOST)
-            self._say(doing, "%s: %s failed: %s; going on without (said once)", self.directory, doing, error)
-
-    def _say(self, once: str, message: str, *values: object) -> None:
-        if once not in self._warned:
-            self._warned.add(once)
-            log.warning(message, *values)
 
     def _forked(self) -> None:
         """In the child: the segment belongs to the parent, which goes on writing to it."""
@@ -475,47 +426,6 @@ class Disk:
             self._catalog.disown(self._writer.stem)
             self._writer.close()  # the parent's copies stay open, and so does its lock
             self._writer = None
-
-
-def _runs(places: list[_Place]) -> list[list[_Place]]:
-    """Returns sorted places in runs that one read can fetch."""
-    runs: list[list[_Place]] = []
-    segment, end, left = None, -1, 0
-    for place in places:
-        size = HEADER_BYTES + place[2]
-        if place[0] is segment and place[1] == end and size <= left:
-            runs[-1].append(place)
-        else:
-            runs.append([place])
-            left = _RUN_MOST
-        segment, end, left = place[0], place[1] + size, left - size
-    return runs
-
-
-def _unpacked(header: Header, payload: memoryview) -> Any:
-    """Returns what was packed, None if it can't be said."""
-    if header.flags == 0:
-        return payload if header.raw == header.stored else None
-    if header.flags != ZSTD:
-        return None
-    try:
-        zstandard = _zstandard()
-    except ImportError:
-        return None
-    try:
-        if zstandard.frame_content_size(payload) != header.raw:
-            return None
-        return zstandard.ZstdDecompressor().decompress(payload)
-    except (MemoryError, zstandard.ZstdError):
-        return None
-
-
-def _zstandard() -> Any:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ImportError('compress="zstd" needs zstandard: pip install "jaxkv[memo]"') from error
-    return zstandard
 
 
 def _reopened(directory: str, settings: dict[str, Any]) -> Disk:

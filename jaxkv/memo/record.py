@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 KEY_BYTES = 32
-ZSTD = 1  # flag: the payload is compressed
 _MAGIC = b"JKV\x01"
 _HEADER = struct.Struct(
     "<4sIQQQ32sQ"
