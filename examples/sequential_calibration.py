@@ -12,6 +12,7 @@ is done again with all of it on the device, and both must agree to the last bit.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -138,10 +139,11 @@ def sequential(layer: Layer, options: argparse.Namespace, peak: Peak) -> tuple[A
                 peak.look()
                 del batch  # before the next one is asked for
             params = layer.round(params)
-            for i, batch in enumerate(batches.iter(["hidden", "mask"], prefetch=1)):
+            indices = itertools.count()  # enumerate would hold the batch
+            for batch in batches.iter(["hidden", "mask"], prefetch=1):
                 out = jax.block_until_ready(layer.run(params, ranges, **batch))
                 peak.look()
-                batches.update(i, {"hidden": out})  # the input is dropped here, where it was used last
+                batches.update(next(indices), {"hidden": out})  # the input is dropped here, where it was used last
                 del batch, out
             layers.update(number, {"params": params, "ranges": ranges})
             del params, ranges

@@ -80,6 +80,11 @@ class Slotted:
     fixed: int = dataclasses.field(default=3, init=False)
 
 
+@dataclasses.dataclass(slots=True)
+class OpenSlots:
+    x: object
+
+
 @dataclasses.dataclass
 class Output(collections.OrderedDict):
     """What transformers' ModelOutput is like."""
@@ -161,9 +166,12 @@ def test_eight_byte_numbers_come_back_outside_of_where_they_were_allowed(store):
 
 
 def test_weak_types_stay_weak(store):
-    for x in (jnp.asarray(1.5), jnp.full((3,), 2)):
-        assert through(store, x).weak_type == x.weak_type
-    assert jnp.asarray(1.5).weak_type
+    strong = jnp.asarray(1.5, "float32")
+    for x in (jnp.asarray(1.5), jax.device_put(jnp.asarray(1.5), CPUS[1]), jnp.full((3,), 2), strong):
+        back = through(store, x)
+        assert (
+            (back.weak_type, back.committed) == (x.weak_type, x.committed) == (x is not strong, CPUS[1] in x.devices())
+        )
 
 
 CONTAINERS = {
@@ -177,6 +185,7 @@ CONTAINERS = {
     "dataclass": lambda x, n: Plain(x, Plain({"deep": n})),
     "dataclass in a dataclass in a list": lambda x, n: [Plain([Plain(n)], (x,))],
     "frozen with slots": lambda x, n: Slotted(x),
+    "slots": lambda x, n: OpenSlots(x),
     "State": lambda x, n: nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0))),
 }
 
@@ -331,6 +340,18 @@ def test_a_fetched_array_that_is_donated_is_fetched_again(copying):
         jax.block_until_ready(end(fetched))
         assert fetched.is_deleted()
         np.testing.assert_array_equal(copying.fetch(i)["x"], np.arange(1000))
+
+
+def test_a_sharding_that_is_the_arrays_own_is_a_copy_all_the_same():
+    donate = jax.jit(lambda x: x * 0 - 7, donate_argnums=0)
+    x = jnp.asarray(aligned(1000)) + 0
+    with Offload(x.sharding) as store:
+        store.append({"x": x})
+        for _ in range(3):
+            jax.block_until_ready(donate(x))
+            x = store.fetch(0)["x"]
+            np.testing.assert_array_equal(x, np.arange(1000))
+        assert store.size() == {"device": 4000}
 
 
 def test_in_place_a_deleted_array_is_an_error_that_says_so():
@@ -770,6 +791,14 @@ def test_pinned_memory_has_a_budget_and_the_rest_spills(spill, tmp_path):
         assert store.size() == dict(expected)
 
 
+def test_the_budget_counts_every_device():
+    x = jax.device_put(array(0, (4, 4)), NamedSharding(mesh(), PartitionSpec("a")))
+    for budget, kind in ((127, "numpy"), (128, "pinned_host")):
+        store = Offload("pinned_host", budget=budget)
+        store.append({"x": x})
+        assert list(store.size()) == [kind]
+
+
 def test_numpy_memory_has_a_budget_too(tmp_path):
     with Offload("numpy", budget=60, spill=tmp_path) as store:
         store.append({"a": np.ones(5), "b": np.ones(3), "c": array(0), "d": np.ones(2)})
@@ -814,7 +843,9 @@ def finish() -> None:
 def test_the_next_batches_are_on_their_way_and_no_more(copying, far, prefetch):
     for i in range(6):
         copying.append({"x": array(i)})
-    for i, batch in enumerate(copying.iter(prefetch=prefetch)):
+    i = -1
+    for batch in copying.iter(prefetch=prefetch):  # enumerate would hold the batch
+        i += 1
         coming = min(prefetch, 5 - i)
         steps = copying._rows[i + 1 : i + 1 + coming]
         for leaf in (leaf for row in steps for leaf in row["x"].kept()):
@@ -823,8 +854,8 @@ def test_the_next_batches_are_on_their_way_and_no_more(copying, far, prefetch):
             assert leaf._alive is not None
         assert fetched_on_device(copying) <= 1 + prefetch
         assert fetched_on_device(copying) == 1 + coming
-        assert batch["x"] is not None
-    del batch
+        del batch
+        assert fetched_on_device(copying) == coming
     finish()
     assert fetched_on_device(copying) == 0
 
@@ -865,6 +896,18 @@ def test_leaving_the_loop_frees_what_was_prefetched(copying, far, end):
     finish()
     assert fetched_on_device(copying) == 0
     assert workers() == []
+
+
+def test_an_error_frees_what_was_prefetched(copying, far):
+    for i in range(4):
+        copying.append({"x": array(i)})
+    copying.delete(1)
+    steps = copying.iter(["x"], prefetch=3)
+    next(steps)
+    with pytest.raises(KeyError) as raised:
+        next(steps)
+    finish()
+    assert raised.value and fetched_on_device(copying) == 0
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

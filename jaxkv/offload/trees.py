@@ -78,7 +78,8 @@ def _remake(make: Callable[..., Any], args: list, state: Any, items: list, pairs
             new.__setstate__(state)
         else:
             attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-            new.__dict__.update(attributes or {})
+            if attributes:
+                new.__dict__.update(attributes)
             for name, value in (slots or {}).items():
                 object.__setattr__(new, name, value)
     if items:
