@@ -373,14 +373,14 @@ def main(argv: list[str] | None = None) -> int:
     if min(args.sizes) < 1:
         parser.error(f"--sizes {min(args.sizes)}: give lengths of at least 1")
 
-    jax.config.update("jax_default_device", two_devices()[0])
-    x = jnp.stack([jnp.asarray(INPUTS)] * 2)  # [2, 6, 3]: two sentences
-    same_numbers(x)
-    moving(x)
-    states(x)
-    with tempfile.TemporaryDirectory() as folder:
-        saving(x, pathlib.Path(folder))
-    costs(args.sizes)
+    with jax.default_device(two_devices()[0]):
+        x = jnp.stack([jnp.asarray(INPUTS)] * 2)  # [2, 6, 3]: two sentences
+        same_numbers(x)
+        moving(x)
+        states(x)
+        with tempfile.TemporaryDirectory() as folder:
+            saving(x, pathlib.Path(folder))
+        costs(args.sizes)
     return 0
 
 
