@@ -143,6 +143,16 @@ def test_any_bit_flipped_while_the_store_is_open_loses_only_that_record(store_of
         assert fill(reader, [2]) == 1 and found(reader, range(5)) == list(range(5))
 
 
+def test_a_record_that_lies_where_another_one_should_is_not_given_for_it(store_of_five):
+    directory, restore = store_of_five
+    segment, _ = restore()
+    data = segment.read_bytes()
+    reader = Disk(directory)
+    segment.write_bytes(data[RECORD : 2 * RECORD] + data[RECORD:])
+    for store in (reader, Disk(directory)):
+        assert found(store, range(5)) == [1, 2, 3, 4] and store.stats().corrupt == 1
+
+
 def test_a_payload_that_looks_like_records_is_not_taken_for_them(tmp_path):
     victim = Disk(tmp_path / "victim")
     fill(victim, [1], 50)

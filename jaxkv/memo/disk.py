@@ -72,8 +72,9 @@ class Disk:
     >>> disk = Disk(tempfile.mkdtemp(), budget=1 << 20)
     >>> disk.write([b"a" * 32, b"b" * 32], [b"first", b"second"])
     2
-    >>> disk.read([b"a" * 32, b"c" * 32], 5)
-    [b'first', None]
+    >>> found, missing = disk.read([b"a" * 32, b"c" * 32], 5)
+    >>> bytes(found), missing
+    (b'first', None)
     """
 
     def __init__(

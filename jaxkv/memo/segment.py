@@ -117,15 +117,13 @@ class Writer:
             ends.append(end)
         count, problem = write_all(self.file.fd, pieces)
         whole = sum(stop <= self.end + count for stop in ends)
-        begins = [self.end, *ends][:whole]
+        stops = [self.end, *ends]
+        begins, self.end = stops[:whole], stops[whole]
         if problem is not None:
-            with contextlib.suppress(OSError):  # else the next owner finds a torn end, and steps over it
-                os.ftruncate(
-                    self.file.fd, begins[-1] + HEADER_BYTES + records[whole - 1][0].stored if whole else self.end
-                )
+            with contextlib.suppress(OSError):  # else whoever reads it finds a torn end, and steps over it
+                os.ftruncate(self.file.fd, self.end)
         if not whole:
             return [], problem
-        self.end = ends[whole - 1]
         headers = [header for header, _ in records[:whole]]
         entries = pack_entries([h.key for h in headers], begins, [h.stored for h in headers], self.seed)
         _, trouble = write_all(self.index.fd, [entries.tobytes()])
@@ -152,9 +150,7 @@ def write_all(fd: int, pieces: Sequence[Any]) -> tuple[int, OSError | None]:
     pieces = [memoryview(piece).cast("B") for piece in pieces]
     while first < len(pieces):
         last, size = first, 0
-        while (
-            last < len(pieces) and last - first < _IOV_MAX and (last == first or size + len(pieces[last]) <= _CALL_MOST)
-        ):
+        while last < min(len(pieces), first + _IOV_MAX) and size < _CALL_MOST:
             size += len(pieces[last])
             last += 1
         try:
