@@ -81,7 +81,7 @@ def test_stat_says_what_there_is_and_what_could_be_won(directory, capsys):
     assert main(["memo", "stat", str(directory)]) == 0
     out = capsys.readouterr().out
     assert "segments    5, 1 being written to\n" in out
-    assert "damaged     100 B\n" in out and "left over   50 B\n" in out
+    assert "torn        100 B\n" in out and "left over   50 B\n" in out
     assert "can be won  150 B, by prune --damaged\n" in out
 
 
@@ -107,7 +107,7 @@ def test_prune_damaged_removes_what_verify_found_and_nothing_else(directory, cap
     assert main(["memo", "verify", str(directory)]) == 1
     capsys.readouterr()
     assert main(["memo", "prune", str(directory), "--damaged"]) == 0
-    assert re.search(r"now; 0 items removed, \d+ damaged places too\n$", capsys.readouterr().out)
+    assert re.search(r"now; removed: 0 items, \d+ damaged places\n$", capsys.readouterr().out)
     assert main(["memo", "verify", str(directory)]) == 0
     assert capsys.readouterr().out == "34 records whole, 0 damaged places\n"
     assert there(directory) == [19, 15] and not files(directory, ".tmp")
@@ -117,7 +117,7 @@ def test_prune_to_a_size_keeps_what_was_used_last(directory, capsys):
     Disk(directory, policy="lru").read([key(0, 1)], SIZE)  # the first segment
     size = sum(path.stat().st_size for path in directory.iterdir() if path.suffix not in (".seg", ".idx"))
     assert main(["memo", "prune", str(directory), "--to", str(size + 23 * record_bytes(SIZE))]) == 0
-    assert "; 17 items removed\n" in capsys.readouterr().out
+    assert "; removed: 17 items\n" in capsys.readouterr().out
     assert there(directory) == [10, 13]
     assert sum(path.stat().st_size for path in directory.iterdir()) <= size + 23 * record_bytes(SIZE)
     assert main(["memo", "prune", str(directory), "--to", "1"]) == 1  # what says that it is a store stays
@@ -126,7 +126,7 @@ def test_prune_to_a_size_keeps_what_was_used_last(directory, capsys):
 
 def test_prune_of_a_namespace_leaves_the_others(directory, capsys):
     assert main(["memo", "prune", str(directory), "--namespace", key(0, 2)[:16].hex()]) == 0
-    assert "; 20 items removed\n" in capsys.readouterr().out
+    assert "; removed: 20 items\n" in capsys.readouterr().out
     assert there(directory) == [20, 0]
     assert main(["memo", "prune", str(directory), "--namespace", "0000"]) == 0  # now it is the only one
     assert there(directory) == [0, 0] and not files(directory, ".json")

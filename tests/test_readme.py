@@ -84,7 +84,7 @@ def test_make_targets_exist(page):
 @each_page
 def test_commands_can_be_parsed(page):
     for command in commands(page):
-        found = re.search(r"(?:^|\s|/)(?:python -m )?jaxkv (?=generate|chat|-)([^|>#]*)", command)
+        found = re.search(r"(?:^|\s|/)(?:python -m )?jaxkv (?=generate|chat|memo [a-z]+ |-)([^|>#]*)", command)
         words = shlex.split(found.group(1)) if found else ["--help"]
         if {"--help", "--version"} & set(words):
             continue

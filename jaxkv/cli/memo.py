@@ -14,6 +14,7 @@ from jaxkv.sizes import format_bytes
 
 _SHORT = 12  # characters of a namespace that are shown
 _MOST_DAMAGES = 20
+_LONGEST = 60  # characters of a description that nobody split up
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,7 +48,7 @@ def _stat(args: argparse.Namespace) -> int:
         "items": f"{found.items:,} of {counted(len(found.namespaces), 'namespace')}",
         "segments": f"{found.segments:,}, {found.writers:,} being written to",
         "replaced": format_bytes(found.copies),
-        "damaged": format_bytes(found.damaged),
+        "torn": format_bytes(found.damaged),
         "left over": format_bytes(found.strays),
         "can be won": f"{format_bytes(winnable)}{', by prune --damaged' if winnable else ''}",
     }
@@ -64,7 +65,7 @@ def _verify(args: argparse.Namespace) -> int:
         write(f"{printable(damage.path)}: at {damage.offset:,}: {damage.what}{whose}\n")
     if len(found.damages) > _MOST_DAMAGES:
         write(f"and {len(found.damages) - _MOST_DAMAGES:,} more\n")
-    write(f"{counted(found.records, 'record')} whole, {len(found.damages):,} damaged places\n")
+    write(f"{counted(found.records, 'record')} whole, {counted(len(found.damages), 'damaged place')}\n")
     if found.damages:
         note("damaged records count as misses and are computed again; prune --damaged frees their room")
     return 1 if found.damages else 0
@@ -77,8 +78,8 @@ def _prune(args: argparse.Namespace) -> int:
     names = [_meant(name, known) for name in args.namespace]
     with _Bar("prune") as bar:
         done = prune(args.directory, size=args.to, namespaces=names, damaged=args.damaged, progress=bar.show)
-    write(f"{format_bytes(done.before)} before, {format_bytes(done.after)} now; {counted(done.items, 'item')} removed")
-    write(f", {counted(done.damaged, 'damaged place')} too\n" if done.damaged else "\n")
+    write(f"{format_bytes(done.before)} before, {format_bytes(done.after)} now; removed: {counted(done.items, 'item')}")
+    write(f", {counted(done.damaged, 'damaged place')}\n" if done.damaged else "\n")
     if done.live:
         note(f"left alone, because a program is writing to it: {counted(done.live, 'segment')}")
     if args.to is not None and done.after > args.to:
@@ -105,6 +106,8 @@ def _told(about: dict[str, Any]) -> str:
 
 
 def _arrays(leaves: Any) -> str:
+    if isinstance(leaves, str):
+        return leaves if len(leaves) <= _LONGEST else f"{leaves[: _LONGEST - 3]}..."
     if not isinstance(leaves, list):
         return "?"
     return ", ".join(_array(leaf) for leaf in leaves) or "nothing"
