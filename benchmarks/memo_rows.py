@@ -44,6 +44,18 @@ def milliseconds(disk: Disk, numbers: np.ndarray, there: bool) -> float:
     return took
 
 
+def plain_milliseconds(files: list[Any], rng: np.random.Generator) -> float:
+    """The time of as many reads at random places of the store's files, and nothing else: the system's part of it."""
+    places = []
+    for file in rng.integers(len(files), size=ASKED):
+        size = os.fstat(files[file].fileno()).st_size
+        places.append((files[file].fileno(), int(rng.integers(max(size - ROW, 1)))))
+    begin = time.perf_counter()
+    for fd, place in places:
+        os.pread(fd, ROW, place)
+    return 1e3 * (time.perf_counter() - begin)
+
+
 def private_bytes() -> int:
     """This process's own memory (Linux), without the pages of files."""
     resident, shared = map(int, pathlib.Path("/proc/self/statm").read_text().split()[1:3])
@@ -64,7 +76,9 @@ def opened(directory: str, count: int, pipe: Any) -> None:
     miss = [milliseconds(disk, count + numbers, False) for numbers in some]
     near = np.arange(ASKED)
     together = [milliseconds(disk, near + ASKED * i, True) for i in range(min(200, count // ASKED))]
-    ms = {"hit": hit, "hit, rows that lie together": together, "miss": miss}
+    files = [path.open("rb") for path in pathlib.Path(directory).glob("*.seg")]
+    plain = [plain_milliseconds(files, rng) for _ in range(200)]
+    ms = {"hit": hit, "hit, in order": together, "miss": miss, "plain reads": plain}
     pipe.send({"open_seconds": seconds, "first_ms": first, "index_bytes": held, "ms": ms})
 
 
@@ -103,10 +117,10 @@ def measure(count: int, folder: str) -> dict[str, Any]:
 def table(data: dict[str, Any]) -> str:
     lines = [f"rows of {data['row_bytes']} bytes on disk; lookups of {data['asked']}, median ms"]
     names = list(data["cells"][0]["ms"])
-    lines.append(f"{'rows':>10}{'open s':>10}{'index MB':>10}" + "".join(f"{name:>30}" for name in names))
+    lines.append(f"{'rows':>10}{'open s':>10}{'index MB':>10}" + "".join(f"{name:>16}" for name in names))
     for cell in data["cells"]:
         index = f"{cell['index_bytes'] / 1e6:10.1f}" if cell["index_bytes"] is not None else f"{'-':>10}"
-        shown = "".join(f"{statistics.median(cell['ms'][name]):30.3f}" for name in names)
+        shown = "".join(f"{statistics.median(cell['ms'][name]):16.3f}" for name in names)
         lines.append(f"{cell['rows']:10,}{cell['open_seconds']:10.3f}{index}{shown}")
     lines.append(f"written in {data['write_us']:.1f} us a row; {data['stored_bytes']:,.0f} bytes each")
     return "\n".join(lines)
