@@ -69,10 +69,9 @@ def digest_of(array: Any, hashing: Hash) -> str:
     else:
         array = array if isinstance(array, jax.Array) else np.asarray(array)
         name = array.dtype.name
-    column = array[None]
-    if not (hashing.on_device and isinstance(column, jax.Array)):
-        column = np.asarray(column)
-    return f"{name}{list(array.shape)}:{hashing.rows([column])[0].hex()}"
+    if not hashing.on_device:
+        array = np.asarray(array)  # before an axis is added, for which JAX would compile a program per shape, and copy
+    return f"{name}{list(array.shape)}:{hashing.rows([array[None]])[0].hex()}"
 
 
 def paths_of(tree: Any) -> list[str]:
