@@ -104,13 +104,14 @@ def test_prune_damaged_removes_what_verify_found_and_nothing_else(directory, cap
     with open(files(directory)[3], "r+b") as file:
         file.truncate(1000)
     (directory / "FORMAT.0123.tmp").touch()
+    (directory / "000000000009-0123456789abcdef.seg").touch()
     assert main(["memo", "verify", str(directory)]) == 1
     capsys.readouterr()
     assert main(["memo", "prune", str(directory), "--damaged"]) == 0
     assert re.search(r"now; removed: 0 items, \d+ damaged places\n$", capsys.readouterr().out)
     assert main(["memo", "verify", str(directory)]) == 0
     assert capsys.readouterr().out == "34 records whole, 0 damaged places\n"
-    assert there(directory) == [19, 15] and not files(directory, ".tmp")
+    assert there(directory) == [19, 15] and not files(directory, ".tmp") and len(files(directory)) == 4
 
 
 def test_prune_to_a_size_keeps_what_was_used_last(directory, capsys):

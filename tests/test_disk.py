@@ -20,6 +20,7 @@ from jaxkv.memo import catalog, disk, layout, record
 from jaxkv.memo.disk import POLICIES, Disk
 
 SIZE = 96
+RECORD = record.HEADER_BYTES + SIZE
 
 
 def key(number: int, namespace: int = 0) -> bytes:
@@ -170,14 +171,17 @@ def test_a_namespace_is_described_once(tmp_path):
 
 
 def test_only_flush_waits_for_the_disk(tmp_path, monkeypatch):
-    synced = []
-    monkeypatch.setattr(os, "fsync", synced.append)
-    store = Disk(tmp_path)
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    store = Disk(tmp_path, segment_bytes=RECORD)
     store.flush()
-    fill(store, [1])
+    fill(store, [1, 2, 3])
     assert not synced
     store.flush()
-    assert len(synced) == 2
+    assert {str(tmp_path), *map(str, files(tmp_path)), *map(str, files(tmp_path, ".idx"))} == set(synced)
+    assert len(synced) == 7
+    store.flush()
+    assert len(synced) == 7, "once is enough"
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------------
@@ -401,6 +405,16 @@ def eight(first):
     threads = [threading.Thread(target=guarded, args=(first + n,)) for n in range(8)]
     for thread in threads: thread.start()
     return threads, failed
+
+go, said = os.pipe()
+child = os.fork()  # it goes on following the segment that its parent writes to
+if child == 0:
+    os.read(go, 1)
+    os._exit(found(store, [55_000]) != [55_000] or fill(store, [55_001]) != 1)
+fill(store, [55_000])
+os.write(said, b".")
+assert os.waitpid(child, 0)[1] == 0
+assert found(store, [55_000, 55_001]) == [55_000, 55_001]
 
 children = []
 child = os.fork()  # the child shares the store, not the segment

@@ -19,13 +19,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_disk import SIZE, files, fill, found, key
+from test_disk import RECORD, files, fill, found, key
 
 from jaxkv.memo.disk import Disk
 from jaxkv.memo.record import ENTRY, HEADER_BYTES
 
 FULL = bool(os.environ.get("JAXKV_FULL"))
-RECORD = HEADER_BYTES + SIZE
 
 
 @pytest.fixture
@@ -279,6 +278,7 @@ def test_a_disk_that_is_full_after_any_byte_keeps_what_fits_and_tries_again_late
         assert len(caplog.records) == 1, "said once"
         there = found(store, range(9), size)
         assert there == list(range(kept))
+        assert all(path.stat().st_size % ENTRY.itemsize == 0 for path in files(directory, ".idx"))
         tries = 0
         while fill(store, range(2), size) < 2 or fill(store, [20], size) < 1:
             tries += 1

@@ -20,7 +20,7 @@ from jaxkv.memo.payload import load_zstandard, pack_payload
 from jaxkv.memo.prune import remove
 from jaxkv.memo.reading import Place, read_places
 from jaxkv.memo.record import HEADER_BYTES, KEY_BYTES, Header, digest
-from jaxkv.memo.segment import Handle, Writer, lock, write_whole
+from jaxkv.memo.segment import Handle, Writer, lock, sync_files, write_whole
 from jaxkv.memo.trouble import Troubles
 
 POLICIES = ("keep", "lru", "mru", "fifo")
@@ -109,6 +109,7 @@ class Disk:
         self._writer: Writer | None = None
         self._troubles = Troubles(self.directory, self._counts)
         self._described: set[bytes] = set()
+        self._unsynced: set[str] = set()  # segments
         self._stamp = 0
         self._prepare()
         self._catalog.refresh(force=True)
@@ -217,6 +218,7 @@ class Disk:
             self._catalog.add(segment, [h.key for h in headers], offsets, [h.stored for h in headers])
             self._catalog.resize(segment, writer.end, writer.index_end)
             self._counts.written += len(offsets)
+            self._unsynced.add(writer.stem)
             if self.policy in _BY_USE:
                 self._touch({writer.stem})
             if problem is not None:
@@ -365,11 +367,12 @@ class Disk:
     def flush(self) -> None:
         """Has the system bring to the disk what this process wrote."""
         with self._lock:
-            if self._writer is not None:
-                try:
-                    self._writer.sync()
-                except OSError as error:
-                    self._troubles.failed("writing", error)
+            written = [self._catalog.path(f"{stem}.{ending}") for stem in self._unsynced for ending in ("seg", "idx")]
+            try:
+                sync_files([*written, self.directory] if written else [])
+                self._unsynced.clear()
+            except OSError as error:
+                self._troubles.failed("flushing", error)
 
     def clear(self, namespace: bytes | None = None) -> None:
         """Removes all records, or those of one namespace; segments that another process is writing to stay."""

@@ -12,7 +12,7 @@ from jaxkv.errors import CacheError
 from jaxkv.memo.catalog import record_bytes
 from jaxkv.memo.layout import LOCK, room_taken
 from jaxkv.memo.record import HEADER_BYTES, Header, segment_seed
-from jaxkv.memo.segment import Handle, Writer, lock
+from jaxkv.memo.segment import Handle, Writer, lock, sync_files
 from jaxkv.memo.upkeep import (
     BATCH_BYTES,
     NAMESPACE_BYTES,
@@ -112,7 +112,7 @@ def remove(
                 touched.add(namespace)
         damages = part.contents.damaged + part.contents.lost
         broken += damages
-        if len(wanted) < len(keys) or damages:
+        if len(wanted) < len(keys) or damages or not keys:
             broken += _rewrite(directory, part, wanted[::-1])
         done += part.size
         progress(done, total)
@@ -151,7 +151,7 @@ def _rewrite(directory: str, part: Part, rows: Sequence[int]) -> int:
         if batch:
             flush()
         if writer is not None:
-            writer.sync()
+            sync_files([writer.path, writer.index_path, directory])
             os.utime(writer.index_path, ns=(part.used, part.used))
     except OSError:
         if writer is not None:

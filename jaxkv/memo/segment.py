@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxkv.memo.record import HEADER_BYTES, Header, pack_entries, pack_header
@@ -139,9 +139,12 @@ class Writer:
         self.file.close()
         self.index.close()
 
-    def sync(self) -> None:
-        os.fsync(self.file.fd)
-        os.fsync(self.index.fd)
+
+def sync_files(paths: Iterable[str]) -> None:
+    """Has the system bring files, or directories, to the disk; those that are gone are left out."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError), Handle(path, os.O_RDONLY) as handle:
+            os.fsync(handle.fd)
 
 
 def write_all(fd: int, pieces: Sequence[Any]) -> tuple[int, OSError | None]:
