@@ -99,7 +99,11 @@ def test_compression_saves_room_and_what_it_would_make_larger_stays_as_it_is(tmp
     noise = np.random.default_rng(0).bytes(5000)
     store.write([key(1), key(2)], [bytes(5000), noise])
     assert [bytes(v) for v in store.read([key(1), key(2)], 5000)] == [bytes(5000), noise]
-    assert store.stats().nbytes < 6000
+    fixed = sum(path.stat().st_size for path in tmp_path.iterdir() if path.suffix not in (".seg", ".idx"))
+    assert store.stats().nbytes < fixed + 2 * catalog.record_bytes(0) + 5000 + 100
+    store.clear()
+    store.write([key(2)], [noise])
+    assert sum(path.stat().st_size for path in files(tmp_path)) == record.HEADER_BYTES + 5000
     assert [bytes(v) for v in Disk(tmp_path).read([key(1), key(2)], 5000)] == [bytes(5000), noise]
     assert Disk(tmp_path).read([key(1)], 4999) == [None]
 
@@ -311,7 +315,7 @@ def test_a_clock_that_is_set_back_changes_nothing_within_a_process(tmp_path, mon
     assert found(other, [4, 30]) == [4, 30] and other.stats().errors == 0
 
 
-def test_what_another_process_writes_to_is_not_evicted(tmp_path):
+def test_what_another_process_writes_to_is_not_evicted_until_it_ends(tmp_path):
     settings = dict(budget=4 * PAIR + 100, policy="fifo", segment_bytes=PAIR // 2)
     first, second = Disk(tmp_path, **settings), Disk(tmp_path, **settings)
     fill(first, [0, 1])
@@ -321,6 +325,13 @@ def test_what_another_process_writes_to_is_not_evicted(tmp_path):
     assert found(second, range(40)) == [0, 1, 34, 35, 36, 37, 38, 39]
     fill(first, [40, 41])  # its first segment is full, and sealed now
     assert found(second, [40, 41]) == [40, 41] and found(second, [0, 1]) == []
+    for number in range(42, 60, 2):
+        fill(second, [number, number + 1])
+    assert found(second, [40, 41]) == [40, 41]
+    first.close()
+    for number in range(60, 80, 2):
+        fill(second, [number, number + 1])
+    assert found(second, range(80)) == list(range(72, 80))
 
 
 def test_clear_removes_everything_or_one_namespace(tmp_path):
@@ -383,6 +394,7 @@ import os, sys, threading
 sys.path[:0] = [sys.argv[2], sys.argv[3]]
 from test_disk import Disk, fill, found, files
 import pathlib
+from jaxkv.memo.segment import is_live
 store = Disk(sys.argv[1], segment_bytes=20_000)
 fill(store, range(10))
 
@@ -410,8 +422,10 @@ go, said = os.pipe()
 child = os.fork()  # it goes on following the segment that its parent writes to
 if child == 0:
     os.read(go, 1)
-    os._exit(found(store, [55_000]) != [55_000] or fill(store, [55_001]) != 1)
+    live = [path for path in files(pathlib.Path(sys.argv[1])) if is_live(str(path))]
+    os._exit(bool(live) or found(store, [55_000]) != [55_000] or fill(store, [55_001]) != 1)
 fill(store, [55_000])
+store.close()  # the child, which was there before, holds no lock on what its parent wrote
 os.write(said, b".")
 assert os.waitpid(child, 0)[1] == 0
 assert found(store, [55_000, 55_001]) == [55_000, 55_001]

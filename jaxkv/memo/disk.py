@@ -310,6 +310,7 @@ class Disk:
             except OSError as error:
                 self._troubles.failed("removing", error)
                 return 0
+        self._unsynced.discard(stem)
         return self._catalog.drop(stem)
 
     def _locked(self) -> Handle | None:
