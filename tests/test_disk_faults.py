@@ -142,6 +142,19 @@ def test_any_bit_flipped_while_the_store_is_open_loses_only_that_record(store_of
         assert fill(reader, [2]) == 1 and found(reader, range(5)) == list(range(5))
 
 
+@pytest.mark.parametrize("short", [-(1 << 20), -1, 0, 1, 2, 3, 4, HEADER_BYTES - 1, HEADER_BYTES])
+def test_the_record_after_a_large_damaged_one_is_found_without_an_index(tmp_path, short):
+    """Files are searched a MiB at a time: the next header may begin just before the end of one."""
+    store = Disk(tmp_path)
+    store.write([key(0)], [bytes((1 << 20) - HEADER_BYTES - short)])
+    fill(store, [1])
+    store.close()
+    flip(files(tmp_path)[0], 3)
+    files(tmp_path, ".idx")[0].unlink()
+    again = Disk(tmp_path)
+    assert found(again, [0, 1]) == [1] and again.stats().corrupt == 1
+
+
 def test_a_record_that_lies_where_another_one_should_is_not_given_for_it(store_of_five):
     directory, restore = store_of_five
     segment, _ = restore()
