@@ -251,6 +251,11 @@ def test_odd_numpy_arrays_come_back(store):
         back = through(store, x)
         assert type(back) is type(x) and back.dtype == x.dtype and back.shape == x.shape
         assert back.tolist() == x.tolist()
+        assert not np.shares_memory(back, x)
+        i = store.append({"x": x})
+        before = x.tolist()
+        x[0] = x[-1]
+        assert store.fetch(i)["x"].tolist() == before
 
 
 def mesh() -> jax.sharding.Mesh:
@@ -605,11 +610,11 @@ def test_a_loader_that_fails_leaves_no_files(tmp_path):
         yield {"x": jnp.ones(3)}
         raise RuntimeError("no more")
 
-    with pytest.raises(RuntimeError, match="no more"):
+    with pytest.raises(RuntimeError, match="no more") as first:
         Offload.from_batches(loader(), to=tmp_path)
-    with pytest.raises(ValueError, match="a batch is a dict"):
+    with pytest.raises(ValueError, match="a batch is a dict") as second:
         Offload.from_batches([3], to=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and first and second  # which hold all that they passed
 
 
 def test_a_progress_bar_without_tqdm_says_what_to_install(monkeypatch):
@@ -964,6 +969,56 @@ def test_errors_come_at_the_batch_that_has_them(tmp_path, far, prefetch):
         same(next(steps)["x"], array(0))
         with pytest.raises(OSError, match="21 of 24 bytes short"):
             next(steps)
+
+
+@pytest.mark.parametrize("to", ["pinned_host", "numpy"])
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_copy_that_fails_ahead_is_tried_again_at_its_turn(to, failures, far, monkeypatch):
+    store, bring, tried = Offload(to), kept.Home.bring, []
+    for i in range(3):
+        store.append({"x": array(i, (i + 1,))})
+
+    def failing(home, data):
+        if home.aval.shape == (2,):
+            tried.append(1)
+            if len(tried) <= failures:
+                raise RuntimeError("RESOURCE_EXHAUSTED")
+        return bring(home, data)
+
+    monkeypatch.setattr(kept.Home, "bring", failing)
+    steps = store.iter(prefetch=2)
+    same(next(steps), {"x": array(0, (1,))})
+    if failures == 1:
+        same([batch["x"] for batch in steps], [array(1, (2,)), array(2, (3,))])
+    else:
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+            next(steps)
+
+
+def test_closing_the_iterator_calls_off_what_has_not_begun(far, monkeypatch):
+    store, bring, brought = Offload("numpy"), kept.Home.bring, []
+    begun, go_on = threading.Event(), threading.Event()
+    for i in range(5):
+        store.append({"x": array(i)})
+
+    def slow(home, data):
+        brought.append(1)
+        if len(brought) == 2:
+            begun.set()
+            go_on.wait()
+        return bring(home, data)
+
+    monkeypatch.setattr(kept.Home, "bring", slow)
+    steps = store.iter(prefetch=3)
+    next(steps)
+    begun.wait()
+    threads = workers()
+    steps.close()  # and does not wait
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(threads) == 1 and len(brought) == 2
+    assert fetched_on_device(store) == 0
 
 
 def test_a_name_that_comes_back_before_its_batch_is_no_error(copying, far):

@@ -202,7 +202,7 @@ def choose(to: Any, name: str = "to") -> Place:
         return InPlace()
     if isinstance(to, jax.sharding.Sharding):
         return Memory(to)
-    if isinstance(to, os.PathLike) or (isinstance(to, str) and (os.sep in to or to.startswith("~"))):
+    if isinstance(to, os.PathLike) or (isinstance(to, str) and ("/" in to or os.sep in to or to == "~")):
         return Folder(to)
     kinds = [memory.kind for memory in jax.devices()[0].addressable_memories()]
     if to == "numpy":
