@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SMALL = {
     "buffers.py": "--sizes 64",
+    "frozen_backbone.py": "--images 128 --size 32 --epochs 2",
     "neox_store.py": "--layers 2 --width 64 --steps 20",
     "train_tiny.py": "--steps 2 --every 1 --batch 2 --length 64 --width 32 --layers 2 --out run",
 }

@@ -109,11 +109,11 @@ class Features:
           **kwargs: the function's other arguments.
         """
         computed = 0
-        bar = extra("tqdm").tqdm(batches, desc=self._function.name, unit="batch", disable=not progress)
-        for batch in bar:
+        if progress:
+            batches = extra("tqdm").tqdm(batches, desc=self._function.name, unit="batch")
+        for batch in batches:
             call, runner = self._prepare((batch,), kwargs)
             computed += self._payloads(runner, call)[1]
-            bar.set_postfix(computed=computed, refresh=False)
         return computed
 
     def source(self, examples: Any, *, at: Any = None, missing: str = "raise", **kwargs: Any) -> Source:
