@@ -6,9 +6,15 @@ import importlib
 import json
 from pathlib import Path
 
+import pytest
 
-def test_the_decode_benchmark_runs_and_draws(tmp_path, monkeypatch, capsys):
+
+@pytest.fixture(autouse=True)
+def _scripts_can_be_imported(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+
+
+def test_the_decode_benchmark_runs_and_draws(tmp_path, capsys):
     decode = importlib.import_module("decode")
     numbers, figure = tmp_path / "data" / "decode.json", tmp_path / "figures" / "decode.png"
     only = ["jaxkv", "jax.nn.dot_product_attention"]
@@ -20,3 +26,24 @@ def test_the_decode_benchmark_runs_and_draws(tmp_path, monkeypatch, capsys):
     assert all(set(cell["ms"]) == set(only) for cell in data["cells"])
     assert data["versions"]["jax"]
     assert figure.stat().st_size > 1000
+
+
+def test_the_memo_benchmark_runs_and_draws(tmp_path):
+    memo = importlib.import_module("memo")
+    numbers, figure = tmp_path / "data" / "memo.json", tmp_path / "figures" / "memo.png"
+    assert memo.main(["--quick", "--rows", "1000", "--out", str(numbers), "--figure", str(figure)]) == 0
+    data = json.loads(numbers.read_text())
+    assert {"hash", "memory hit", "disk hit", "miss, on disk"} <= set(data["ms"])
+    assert data["policies"]["keep"] == [0, 0.5]
+    assert figure.stat().st_size > 1000
+
+
+def test_where_others_answer_wrongly_the_memo_does_not(capsys):
+    assert importlib.import_module("memo").main(["--quick", "--faults"]) == 0
+    assert "right" in capsys.readouterr().out
+
+
+def test_the_offload_benchmark_runs(tmp_path):
+    offload = importlib.import_module("offload")
+    assert offload.main(["--quick", "--out", str(tmp_path / "offload.json")]) == 0
+    assert {"ms", "overlap", "settings"} <= set(json.loads((tmp_path / "offload.json").read_text()))

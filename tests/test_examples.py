@@ -14,7 +14,15 @@ SMALL = {
     "buffers.py": "--sizes 64",
     "frozen_backbone.py": "--images 128 --size 32 --epochs 2",
     "neox_store.py": "--layers 2 --width 64 --steps 20",
+    "sequential_calibration.py": "--layers 2 --width 32 --length 8 --batch 2 --batches 3",
     "train_tiny.py": "--steps 2 --every 1 --batch 2 --length 64 --width 32 --layers 2 --out run",
+}
+
+SAYS = {
+    "buffers.py": ["kept", "forgotten"],
+    "frozen_backbone.py": ["losses of all steps: the same, bit by bit", "100.0% found, 0 computed"],
+    "neox_store.py": ["equal: True"],
+    "sequential_calibration.py": ["equal to the last bit"],
 }
 
 
@@ -33,6 +41,8 @@ def test_every_example_is_listed():
 def test_it_runs(name, tmp_path):
     done = run(name, SMALL[name], tmp_path)
     assert done.returncode == 0, done.stderr
+    assert all(words in done.stdout for words in SAYS.get(name, [])), done.stdout
+    assert "False" not in done.stdout
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import get_opaque_trace_state
 
 from jaxkv.errors import CacheError
 from jaxkv.logs import log
@@ -21,14 +21,7 @@ from jaxkv.offload.places import Folder, InNumPy, InPlace, choose, copied
 from jaxkv.offload.trees import Packed, pack, unpack
 from jaxkv.sizes import format_bytes, parse_bytes
 
-try:
-    from jax._src.core import trace_state_clean  # it has no public name
-except ImportError:
-
-    def trace_state_clean() -> bool:
-        return not isinstance(jnp.zeros(()), jax.core.Tracer)
-
-
+_NOT_TRACING = get_opaque_trace_state()
 Row = dict[str, Packed]  # never changed: a batch that changes gets a new one
 
 
@@ -288,7 +281,7 @@ class Offload:
     def _check(self) -> None:
         if self._closed:
             raise CacheError("this Offload is closed; make a new one")
-        if not trace_state_clean():
+        if get_opaque_trace_state() != _NOT_TRACING:
             raise CacheError(
                 "an Offload is used under jit, grad or vmap, where a batch would become part of the program; "
                 "fetch before, and pass the arrays as arguments"
