@@ -109,7 +109,7 @@ def test_compression_saves_room_and_what_it_would_make_larger_stays_as_it_is(tmp
 
 
 def test_wrong_arguments_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="policy is 'best', possible are keep, lru, mru, fifo"):
+    with pytest.raises(ValueError, match="policy is 'best', must be one of keep, lru, mru, fifo"):
         Disk(tmp_path, policy="best")
     with pytest.raises(ValueError, match="compress is 'gzip'"):
         Disk(tmp_path, compress="gzip")

@@ -16,6 +16,7 @@ from jaxkv.errors import NotSupportedError
 from jaxkv.memo import segment as segments
 from jaxkv.memo.catalog import Catalog, Counts, Segment, record_bytes
 from jaxkv.memo.layout import LOCK, check_format, room_taken, write_format
+from jaxkv.memo.memory import BY_USE, POLICIES
 from jaxkv.memo.payload import load_zstandard, pack_payload
 from jaxkv.memo.prune import remove
 from jaxkv.memo.reading import Place, read_places
@@ -23,8 +24,6 @@ from jaxkv.memo.record import HEADER_BYTES, KEY_BYTES, Header, digest
 from jaxkv.memo.segment import Handle, Writer, lock, sync_files, write_whole
 from jaxkv.memo.trouble import Troubles
 
-POLICIES = ("keep", "lru", "mru", "fifo")
-_BY_USE = ("lru", "mru")
 _SEGMENT_LEAST, _SEGMENT_MOST = 1 << 16, 1 << 28
 _SEGMENT_SHARE = 32  # a segment is at most this part of the budget: so much is evicted at once
 
@@ -89,9 +88,9 @@ class Disk:
         if segments.fcntl is None:
             raise NotSupportedError("the disk tier needs file locks that this system lacks; use the memory tier alone")
         if policy not in POLICIES:
-            raise ValueError(f"policy is {policy!r}, possible are {', '.join(POLICIES)}")
+            raise ValueError(f"policy is {policy!r}, must be one of {', '.join(POLICIES)}")
         if compress not in (None, "zstd"):
-            raise ValueError(f"compress is {compress!r}, possible are None and 'zstd'")
+            raise ValueError(f"compress is {compress!r}, must be None or 'zstd'")
         for name, size in (("budget", budget), ("segment_bytes", segment_bytes)):
             if size is not None and size < 1:
                 raise ValueError(f"{name} is {size}; give bytes, 1 or more, or None")
@@ -149,7 +148,7 @@ class Disk:
         outcome = read_places(places, opened, keys, nbytes)
         for i, value in outcome.values.items():
             values[i] = value
-        if outcome.gone or outcome.damaged or (outcome.used and self.policy in _BY_USE):
+        if outcome.gone or outcome.damaged or (outcome.used and self.policy in BY_USE):
             with self._lock:
                 for segment, offset, _, i in outcome.gone:
                     self._counts.lost += self._catalog.forget(keys[i], segment, offset)
@@ -159,7 +158,7 @@ class Disk:
                     self._troubles.failed("reading", outcome.problem)
                 if outcome.gone or outcome.damaged:
                     self._troubles.say("damage", "records were lost or damaged; they count as misses")
-                if self.policy in _BY_USE:
+                if self.policy in BY_USE:
                     self._touch(outcome.used)
         return missing
 
@@ -219,7 +218,7 @@ class Disk:
             self._catalog.resize(segment, writer.end, writer.index_end)
             self._counts.written += len(offsets)
             self._unsynced.add(writer.stem)
-            if self.policy in _BY_USE:
+            if self.policy in BY_USE:
                 self._touch({writer.stem})
             if problem is not None:
                 self._troubles.failed("writing", problem)

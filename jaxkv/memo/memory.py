@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 POLICIES = ("keep", "lru", "mru", "fifo")
+BY_USE = ("lru", "mru")  # those for which it matters when something was used
 _ENTRY = 120  # bytes that an entry takes in an ordered dict, beside key and payload (measured with tracemalloc)
 _all: weakref.WeakSet[Memory] = weakref.WeakSet()
 
@@ -65,7 +66,7 @@ class Memory:
             hits = len(found) - found.count(None)
             self._hits += hits
             self._misses += len(found) - hits
-            if self._policy in ("lru", "mru"):
+            if self._policy in BY_USE:
                 for key, payload in zip(keys, found, strict=True):
                     if payload is not None:
                         self._payloads.move_to_end(key)
