@@ -20,7 +20,7 @@ from jaxkv.memo.memory import BY_USE, POLICIES
 from jaxkv.memo.payload import load_zstandard, pack_payload
 from jaxkv.memo.prune import remove
 from jaxkv.memo.reading import Place, read_places
-from jaxkv.memo.record import HEADER_BYTES, KEY_BYTES, Header, digest
+from jaxkv.memo.record import HEADER_BYTES, KEY_BYTES, Header, checksum
 from jaxkv.memo.segment import Handle, Writer, lock, sync_files, write_whole
 from jaxkv.memo.trouble import Troubles
 
@@ -94,7 +94,7 @@ class Disk:
         for name, size in (("budget", budget), ("segment_bytes", segment_bytes)):
             if size is not None and size < 1:
                 raise ValueError(f"{name} is {size}; give bytes, 1 or more, or None")
-        digest(b"")
+        checksum(b"")
         self.directory = os.path.abspath(os.path.expanduser(os.fspath(directory)))
         self.budget, self.policy, self.compress = budget, policy, compress
         share = _SEGMENT_MOST if budget is None else budget // _SEGMENT_SHARE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxkv.memo.record import Header, digest
+from jaxkv.memo.record import Header, checksum
 
 _ZSTD = 1  # flag of a header
 _LEVEL = 1  # features are noise for the most part: more effort wins little
@@ -19,7 +19,7 @@ def pack_payload(key: bytes, payload: Any, compress: bool) -> tuple[Header, Any]
         packed = load_zstandard().ZstdCompressor(level=_LEVEL).compress(data)
         if len(packed) < raw:
             flags, data = _ZSTD, packed
-    return Header(flags, len(data), raw, key, digest(data)), data
+    return Header(flags, len(data), raw, key, checksum(data)), data
 
 
 def unpack_payload(header: Header, payload: memoryview) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxkv.memo.catalog import Segment
 from jaxkv.memo.payload import unpack_payload
-from jaxkv.memo.record import HEADER_BYTES, digest, read_at, unpack_header
+from jaxkv.memo.record import HEADER_BYTES, read_at, unpack_record
 from jaxkv.memo.segment import Handle
 
 _RUN_MOST = 1 << 20  # bytes read at once; whoever keeps one payload of a run keeps all
@@ -47,14 +47,14 @@ def read_places(places: Sequence[Place], files: Mapping[str, Handle], keys: Sequ
             continue
         for place in run:
             _, offset, stored, i = place
-            header = unpack_header(data[offset - begin :][:HEADER_BYTES], segment.seed)
-            payload = data[offset - begin + HEADER_BYTES :][:stored]
-            if len(data) < offset - begin + HEADER_BYTES + stored:
+            size = HEADER_BYTES + stored
+            part = data[offset - begin :][:size]
+            if len(part) < size:
                 outcome.gone.append(place)
-            elif header is None or (header.key, header.stored) != (keys[i], stored) or digest(payload) != header.check:
+            elif (record := unpack_record(part, segment.seed, keys[i])) is None:
                 outcome.damaged.append(place)
-            elif header.raw == nbytes:
-                outcome.values[i] = unpack_payload(header, payload)
+            elif record[0].raw == nbytes:
+                outcome.values[i] = unpack_payload(*record)
                 outcome.used.add(segment.stem)
     return outcome
 

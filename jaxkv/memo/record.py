@@ -51,7 +51,7 @@ class Contents(NamedTuple):
     mended: bool  # records were found that the index did not have
 
 
-def digest(payload: Any) -> int:
+def checksum(payload: Any) -> int:
     """Returns the checksum of a payload."""
     try:
         import xxhash
@@ -106,6 +106,14 @@ def _entry_checks(entries: np.ndarray, seed: int) -> np.ndarray:
         checks *= np.uint64(0x9E3779B97F4A7C15)
         checks ^= checks >> np.uint64(29)
     return checks
+
+
+def unpack_record(data: memoryview, seed: int, key: bytes) -> tuple[Header, memoryview] | None:
+    """Returns header and payload of the record that `data` is all of, None if it is damaged or has another key."""
+    header, payload = unpack_header(data, seed), data[HEADER_BYTES:]
+    if header is None or (header.key, header.stored) != (key, len(payload)) or checksum(payload) != header.check:
+        return None
+    return header, payload
 
 
 def read_at(fd: int, count: int, offset: int) -> bytes:

@@ -17,11 +17,10 @@ from jaxkv.memo.record import (
     HEADER_BYTES,
     Contents,
     Header,
-    digest,
     read_at,
     read_contents,
     segment_seed,
-    unpack_header,
+    unpack_record,
 )
 from jaxkv.memo.segment import Handle, is_live
 
@@ -168,12 +167,7 @@ def read_records(part: Part, rows: Sequence[int]) -> Iterator[tuple[int, tuple[H
         if end > start + len(window) or begin < start:
             window, start = memoryview(read_at(handle.fd, max(end - begin, BATCH_BYTES), begin)), begin
         data = window[begin - start : end - start]
-        header, payload = unpack_header(data, part.seed), data[HEADER_BYTES:]
-        whole = header is not None and (header.key, header.stored) == (keys[row], len(payload))
-        if header is not None and whole and digest(payload) == header.check:
-            yield row, (header, payload)
-        else:
-            yield row, None
+        yield row, unpack_record(data, part.seed, keys[row])
 
 
 def check_store(directory: str) -> None:
