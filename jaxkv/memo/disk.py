@@ -99,7 +99,6 @@ class Disk:
         self.budget, self.policy, self.compress = budget, policy, compress
         share = _SEGMENT_MOST if budget is None else budget // _SEGMENT_SHARE
         self.segment_bytes = segment_bytes or min(max(share, _SEGMENT_LEAST), _SEGMENT_MOST)
-        self._given_segment_bytes = segment_bytes
         if compress is not None:
             load_zstandard()
         self._lock = threading.RLock()
@@ -386,9 +385,9 @@ class Disk:
             try:
                 with handle:
                     if namespace is not None:
-                        remove(self.directory, handle, namespaces=[namespace])
+                        remove(self.directory, namespaces=[namespace])
                     else:
-                        remove(self.directory, handle, size=0)
+                        remove(self.directory, size=0)
             except (OSError, ValueError) as error:
                 self._troubles.failed("clearing", error)
             before = self._counts.lost
@@ -406,7 +405,7 @@ class Disk:
             "budget": self.budget,
             "policy": self.policy,
             "compress": self.compress,
-            "segment_bytes": self._given_segment_bytes,
+            "segment_bytes": self.segment_bytes,
         }
         return _reopened, (self.directory, settings)
 

@@ -64,20 +64,18 @@ def prune(
     with Handle(os.path.join(directory, LOCK), os.O_RDWR | os.O_CREAT) as handle:
         if not lock(handle):
             raise CacheError(f"another process is removing files of {directory} just now; try again when it is done")
-        return remove(directory, handle, size=size, namespaces=namespaces, damaged=damaged, progress=progress)
+        return remove(directory, size=size, namespaces=namespaces, damaged=damaged, progress=progress)
 
 
 def remove(
     directory: str,
-    held: Handle,
     *,
     size: int | None = None,
     namespaces: Sequence[bytes] = (),
     damaged: bool = False,
     progress: Progress = no_progress,
 ) -> Removed:
-    """`prune` for who holds the directory's lock already: `held`."""
-    del held
+    """`prune` for who holds the directory's lock already."""
     before, gone = room_taken(directory), set(namespaces)
     if damaged:
         for path, _ in list(find_strays(directory)):

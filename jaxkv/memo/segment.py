@@ -75,7 +75,7 @@ class Writer:
 
     def __init__(self, directory: str, sequence: int) -> None:
         self.stem = f"{sequence:012d}-{secrets.token_hex(8)}"
-        self.sequence, self.seed = sequence, int(self.stem[-16:], 16)
+        self.seed = int(self.stem[-16:], 16)
         self.path = os.path.join(directory, f"{self.stem}.seg")
         self.index_path = os.path.join(directory, f"{self.stem}.idx")
         self.end = 0  # bytes of whole records
