@@ -12,8 +12,6 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxkv.errors import NotSupportedError
-from jaxkv.memo import segment as segments
 from jaxkv.memo.catalog import Catalog, Counts, Segment, record_bytes
 from jaxkv.memo.layout import LOCK, check_format, room_taken, write_format
 from jaxkv.memo.memory import BY_USE, POLICIES
@@ -21,7 +19,7 @@ from jaxkv.memo.payload import load_zstandard, pack_payload
 from jaxkv.memo.prune import remove
 from jaxkv.memo.reading import Place, read_places
 from jaxkv.memo.record import HEADER_BYTES, KEY_BYTES, Header, checksum
-from jaxkv.memo.segment import Handle, Writer, lock, sync_files, write_whole
+from jaxkv.memo.segment import Handle, Writer, lock, need_locks, sync_files, write_whole
 from jaxkv.memo.trouble import Troubles
 
 _SEGMENT_LEAST, _SEGMENT_MOST = 1 << 16, 1 << 28
@@ -85,8 +83,7 @@ class Disk:
         compress: str | None = None,
         segment_bytes: int | None = None,
     ) -> None:
-        if segments.fcntl is None:
-            raise NotSupportedError("the disk tier needs file locks that this system lacks; use the memory tier alone")
+        need_locks()
         if policy not in POLICIES:
             raise ValueError(f"policy is {policy!r}, must be one of {', '.join(POLICIES)}")
         if compress not in (None, "zstd"):

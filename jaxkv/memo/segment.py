@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from jaxkv.errors import NotSupportedError
 from jaxkv.memo.record import HEADER_BYTES, Header, pack_entries, pack_header
 
 try:
@@ -44,6 +45,14 @@ class Handle:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def need_locks() -> None:
+    """Raises NotSupportedError where files can't be locked."""
+    if fcntl is None:
+        raise NotSupportedError(
+            "the disk tier needs file locks, which this system lacks; use the memory tier alone: Memo(memory=SIZE)"
+        )
 
 
 def lock(handle: Handle, *, shared: bool = False) -> bool:

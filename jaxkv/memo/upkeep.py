@@ -9,8 +9,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jaxkv.errors import NotSupportedError
-from jaxkv.memo import segment as segments
 from jaxkv.memo.catalog import record_bytes
 from jaxkv.memo.layout import FORMAT, check_format, is_ours, room_taken
 from jaxkv.memo.record import (
@@ -22,7 +20,7 @@ from jaxkv.memo.record import (
     segment_seed,
     unpack_record,
 )
-from jaxkv.memo.segment import Handle, is_live
+from jaxkv.memo.segment import Handle, is_live, need_locks
 
 NAMESPACE_BYTES = 16
 BATCH_BYTES = 1 << 24
@@ -171,8 +169,7 @@ def read_records(part: Part, rows: Sequence[int]) -> Iterator[tuple[int, tuple[H
 
 
 def check_store(directory: str) -> None:
-    if segments.fcntl is None:
-        raise NotSupportedError("the disk tier needs file locks, which this system lacks")
+    need_locks()
     if not os.path.isdir(directory):
         raise ValueError(f"{directory} is no directory; give one that a memo keeps its files in")
     names = os.listdir(directory)
