@@ -10,6 +10,7 @@ from jaxkv.cli.options import UsageError
 from jaxkv.cli.terminal import counted, note, printable, write
 from jaxkv.memo import upkeep
 from jaxkv.memo.prune import prune
+from jaxkv.memo.record import NAMESPACE_BYTES
 from jaxkv.sizes import format_bytes
 
 _SHORT = 12  # characters of a namespace that are shown
@@ -61,7 +62,7 @@ def _verify(args: argparse.Namespace) -> int:
     with _Bar("verify") as bar:
         found = upkeep.verify(args.directory, bar.show)
     for damage in found.damages[:_MOST_DAMAGES]:
-        whose = "" if damage.key is None else f", of namespace {damage.key[:16].hex()[:_SHORT]}"
+        whose = "" if damage.key is None else f", of namespace {damage.key[:NAMESPACE_BYTES].hex()[:_SHORT]}"
         write(f"{printable(damage.path)}: at {damage.offset:,}: {damage.what}{whose}\n")
     if len(found.damages) > _MOST_DAMAGES:
         write(f"and {len(found.damages) - _MOST_DAMAGES:,} more\n")

@@ -7,7 +7,7 @@ import os
 import zlib
 
 from jaxkv.logs import log
-from jaxkv.memo.record import segment_seed
+from jaxkv.memo.record import NAMESPACE_BYTES, segment_seed
 from jaxkv.memo.segment import write_whole
 
 FORMAT = "FORMAT"
@@ -26,7 +26,7 @@ def is_ours(name: str) -> bool:
     if segment_seed(name) or name in (FORMAT, LOCK):
         return True
     stem, _, ending = name.partition(".")
-    return ending == "json" and len(stem) == 32 and not set(stem) - set("0123456789abcdef")
+    return ending == "json" and len(stem) == 2 * NAMESPACE_BYTES and not set(stem) - set("0123456789abcdef")
 
 
 def check_format(directory: str) -> bool:

@@ -11,11 +11,10 @@ from typing import Any
 from jaxkv.errors import CacheError
 from jaxkv.memo.catalog import record_bytes
 from jaxkv.memo.layout import LOCK, room_taken
-from jaxkv.memo.record import HEADER_BYTES, Header, segment_seed
+from jaxkv.memo.record import HEADER_BYTES, NAMESPACE_BYTES, Header, segment_seed
 from jaxkv.memo.segment import Handle, Writer, lock, sync_files
 from jaxkv.memo.upkeep import (
     BATCH_BYTES,
-    NAMESPACE_BYTES,
     Part,
     Progress,
     check_store,

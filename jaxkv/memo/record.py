@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 KEY_BYTES = 32
+NAMESPACE_BYTES = 16  # of a key, at its beginning: which function it is of
 _MAGIC = b"JKV\x01"
 _HEADER = struct.Struct(
     "<4sIQQQ32sQ"

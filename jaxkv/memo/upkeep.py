@@ -13,6 +13,7 @@ from jaxkv.memo.catalog import record_bytes
 from jaxkv.memo.layout import FORMAT, check_format, is_ours, room_taken
 from jaxkv.memo.record import (
     HEADER_BYTES,
+    NAMESPACE_BYTES,
     Contents,
     Header,
     read_at,
@@ -22,7 +23,6 @@ from jaxkv.memo.record import (
 )
 from jaxkv.memo.segment import Handle, is_live, need_locks
 
-NAMESPACE_BYTES = 16
 BATCH_BYTES = 1 << 24
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
