@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxkv.extras import need
 from jaxkv.memo.record import Header, checksum
 
 _ZSTD = 1  # flag of a header
@@ -41,8 +42,5 @@ def unpack_payload(header: Header, payload: memoryview) -> Any:
 
 
 def load_zstandard() -> Any:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ImportError('compress="zstd" needs zstandard: pip install "jaxkv[memo]"') from error
-    return zstandard
+    """Raises ImportError where it is missing."""
+    return need("zstandard", 'compress="zstd"', "memo")

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxkv.extras import need
+
 KEY_BYTES = 32
 NAMESPACE_BYTES = 16  # of a key, at its beginning: which function it is of
 _MAGIC = b"JKV\x01"
@@ -54,11 +56,7 @@ class Contents(NamedTuple):
 
 def checksum(payload: Any) -> int:
     """Returns the checksum of a payload."""
-    try:
-        import xxhash
-    except ImportError as error:
-        raise ImportError('the disk tier needs xxhash: pip install "jaxkv[memo]"') from error
-    return xxhash.xxh3_64_intdigest(payload)
+    return need("xxhash", "the disk tier", "memo").xxh3_64_intdigest(payload)
 
 
 def segment_seed(name: str) -> tuple[int, int] | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import datetime
 import functools
-import importlib
 import json
 import operator
 import os
@@ -18,9 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxkv.extras import need
 from jaxkv.models.files import read_json
 
-_EXTRA = 'pip install "jaxkv[models]"'
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OTHER_FORMATS = (
     "tokenizer.model",
@@ -65,7 +64,7 @@ class Tokenizer:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
-        tokenizers = _imported("tokenizers")
+        tokenizers = need("tokenizers", "a tokenizer", "models")
         path = self.directory / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(_missing(self.directory))
@@ -172,7 +171,7 @@ class Tokenizer:
                 else "encode plain text, or put a chat_template.jinja there"
             )
             raise ValueError(f"{self.directory} has no chat template {template!r}; {cure}")
-        jinja2 = _imported("jinja2")
+        jinja2 = need("jinja2", "a chat template", "models")
         where = f"the chat template {template!r} of {self.directory}"
         told = {"tools": None, "documents": None, **self.special_tokens, **variables}
         said = [{name: value for name, value in message.items() if value is not None} for message in messages]
@@ -307,13 +306,6 @@ def _numbers(tokens: Iterable[Any]) -> list[int]:
     return list(map(operator.index, tokens))  # not int(): 1.5 is no token
 
 
-def _imported(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"{name} is not installed; tokenizers and chat templates need it: {_EXTRA}") from error
-
-
 def _missing(directory: Path) -> str:
     if not directory.is_dir():
         return f"{directory} is no directory; give one that holds a checkpoint, with its tokenizer.json"
@@ -362,7 +354,7 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
 @functools.cache
 def _environment() -> Any:
     """Returns the sandbox that chat templates run in: they are code from elsewhere."""
-    jinja2 = _imported("jinja2")
+    jinja2 = need("jinja2", "a chat template", "models")
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace

@@ -14,6 +14,7 @@ import numpy as np
 from jax.extend.core import get_opaque_trace_state
 
 from jaxkv.errors import CacheError
+from jaxkv.extras import need
 from jaxkv.logs import log
 from jaxkv.offload.ahead import iterate
 from jaxkv.offload.kept import Kept, Sources, Tally
@@ -101,11 +102,8 @@ class Offload:
         (4, {'x': array([2, 2, 2])})
         """
         if progress:
-            try:
-                from tqdm.auto import tqdm
-            except ImportError as error:
-                raise ImportError('a progress bar needs tqdm; pip install "jaxkv[memo]", or progress=False') from error
-            loader = tqdm(loader, desc="offload", unit="batch")
+            bar = need("tqdm.auto", "progress=True", "memo").tqdm
+            loader = bar(loader, desc="offload", unit="batch")
         store = cls(to, budget, spill)
         try:
             for batch in loader:
