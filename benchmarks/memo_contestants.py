@@ -13,6 +13,7 @@ import numpy as np
 from common import about
 
 import jaxkv
+from jaxkv import aligned
 from jaxkv.memo.hashing import Hash
 
 os.environ.setdefault("TORCHCACHE_LOG_LEVEL", "ERROR")  # it warns of each item that has no place
@@ -36,10 +37,7 @@ class Inputs:
     """One batch, changed in place for a miss. Aligned as torch aligns its own, so that JAX need not copy it either."""
 
     def __init__(self, setting: Setting) -> None:
-        size = setting.batch * int(np.prod(setting.shape)) * 4
-        raw = np.zeros(size + 64, np.uint8)
-        start = -raw.ctypes.data % 64
-        self.x = raw[start : start + size].view(np.float32).reshape(setting.batch, *setting.shape)
+        self.x = aligned.empty((setting.batch, *setting.shape), np.float32)
         self.x[:] = np.random.default_rng(0).random(self.x.shape, np.float32)
         self.first = self.x.reshape(setting.batch, -1)[:, 0]
         self.given = 0

@@ -22,8 +22,8 @@ import pytest
 from flax import nnx, struct
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxkv import CacheError, Offload
-from jaxkv.offload import ahead, kept, places
+from jaxkv import CacheError, Offload, aligned
+from jaxkv.offload import ahead, kept
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPUS = jax.devices("cpu")
@@ -308,7 +308,7 @@ def test_memory_kinds_come_back(store):
 
 def aligned(n: int) -> np.ndarray:
     """An array that jax.device_put on a CPU would take over without a copy."""
-    x = places.empty((n,), "float32")
+    x = aligned.empty((n,), "float32")
     x[:] = np.arange(n)
     assert jax.device_put(x).unsafe_buffer_pointer() == x.ctypes.data
     return x

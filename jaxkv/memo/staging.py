@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_ALIGNMENT = 64  # bytes, from which on XLA's CPU client reads NumPy's memory in place
+from jaxkv import aligned
 
 
 class Staging(threading.local):
@@ -28,7 +28,7 @@ class Staging(threading.local):
         if isinstance(column, jax.Array) and (index is None or next(iter(column.devices())).platform != "cpu"):
             return column if index is None else jnp.take(column, jnp.asarray(index), axis=0)
         rows = np.asarray(column)
-        if index is None and rows.flags.c_contiguous and rows.ctypes.data % _ALIGNMENT == 0:
+        if index is None and aligned.is_aligned(rows):
             return rows
         out = self._buffer(slot, (len(rows) if index is None else len(index), *rows.shape[1:]), rows.dtype)
         if index is None:
@@ -41,9 +41,7 @@ class Staging(threading.local):
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(slot)
         if buffer is None or len(buffer) < nbytes:
-            raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-            begin = -raw.ctypes.data % _ALIGNMENT
-            buffer = self._buffers[slot] = raw[begin : begin + nbytes]
+            buffer = self._buffers[slot] = aligned.empty((nbytes,), np.uint8)
         return buffer[:nbytes].view(dtype).reshape(shape)
 
     def clear(self) -> None:

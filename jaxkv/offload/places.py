@@ -15,17 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxkv import aligned
 from jaxkv.errors import CacheError
 from jaxkv.sizes import format_bytes
-
-
-def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Returns a new array, aligned so that JAX on a CPU takes it over without a copy."""
-    dtype = np.dtype(dtype)
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def gather(x: jax.Array, copy: bool) -> np.ndarray:
@@ -38,7 +30,7 @@ def gather(x: jax.Array, copy: bool) -> np.ndarray:
     shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
     if len(shards) == 1 and not copy:
         return np.asarray(shards[0].data)
-    whole = empty(x.shape, x.dtype)
+    whole = aligned.empty(x.shape, x.dtype)
     for shard in shards:
         whole[shard.index] = np.asarray(shard.data)
     return whole
@@ -48,7 +40,7 @@ def copied(array: np.ndarray) -> np.ndarray:
     """Returns a copy in memory of its own. Subclasses and arrays of objects copy themselves."""
     if not is_plain(array):
         return array.copy()
-    new = empty(array.shape, array.dtype)
+    new = aligned.empty(array.shape, array.dtype)
     new[...] = array
     return new
 
@@ -113,7 +105,7 @@ class File:
         self._owner = os.getpid()
 
     def read(self) -> np.ndarray:
-        array = empty(self.shape, self.dtype)
+        array = aligned.empty(self.shape, self.dtype)
         left = array.reshape(-1).view(np.uint8).data
         with open(self.path, "rb", buffering=0) as file:
             while left and (count := file.readinto(left)):
