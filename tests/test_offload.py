@@ -306,7 +306,7 @@ def test_memory_kinds_come_back(store):
 # Nothing aliases.
 
 
-def aligned(n: int) -> np.ndarray:
+def aligned_array(n: int) -> np.ndarray:
     """An array that jax.device_put on a CPU would take over without a copy."""
     x = aligned.empty((n,), "float32")
     x[:] = np.arange(n)
@@ -315,7 +315,7 @@ def aligned(n: int) -> np.ndarray:
 
 
 def test_writing_into_the_source_or_into_what_was_fetched_changes_nothing(store):
-    source, before = aligned(1000), np.arange(1000, dtype="float32")
+    source, before = aligned_array(1000), np.arange(1000, dtype="float32")
     i = store.append({"x": source})
     source[:] = -1
     first = store.fetch(i)["x"]
@@ -331,7 +331,7 @@ def test_an_array_that_is_donated_or_deleted_keeps_its_stored_copy(copying):
     donate = jax.jit(lambda x: x * 0 - 7, donate_argnums=0)
     for end in (donate, lambda x: x.delete()):
         for where in (CPUS[0], CPUS[3], SingleDeviceSharding(CPUS[0], memory_kind="pinned_host")):
-            x = jax.device_put(jnp.asarray(aligned(1000)) + 0, where)
+            x = jax.device_put(jnp.asarray(aligned_array(1000)) + 0, where)
             i = copying.append({"x": x})
             jax.block_until_ready(end(x))
             np.testing.assert_array_equal(copying.fetch(i)["x"], np.arange(1000))
@@ -339,7 +339,7 @@ def test_an_array_that_is_donated_or_deleted_keeps_its_stored_copy(copying):
 
 def test_a_fetched_array_that_is_donated_is_fetched_again(copying):
     donate = jax.jit(lambda x: x * 0 - 7, donate_argnums=0)
-    i = copying.append({"x": jnp.asarray(aligned(1000)) + 0})
+    i = copying.append({"x": jnp.asarray(aligned_array(1000)) + 0})
     for end in (donate, lambda x: x.delete()):
         fetched = copying.fetch(i)["x"]
         jax.block_until_ready(end(fetched))
@@ -349,7 +349,7 @@ def test_a_fetched_array_that_is_donated_is_fetched_again(copying):
 
 def test_a_sharding_that_is_the_arrays_own_is_a_copy_all_the_same():
     donate = jax.jit(lambda x: x * 0 - 7, donate_argnums=0)
-    x = jnp.asarray(aligned(1000)) + 0
+    x = jnp.asarray(aligned_array(1000)) + 0
     with Offload(x.sharding) as store:
         store.append({"x": x})
         for _ in range(3):
