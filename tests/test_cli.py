@@ -18,8 +18,8 @@ from flax import nnx
 
 import jaxkv
 from jaxkv import safetensors
-from jaxkv.cli import chat, info, main, source
-from jaxkv.cli.terminal import Text, printable
+from jaxkv.cli import chat, info, main
+from jaxkv.cli.terminal import Text, printable, progress_bar
 from jaxkv.models import ByteTokenizer, Decoder, DecoderConfig, GenerationConfig, Model, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -445,9 +445,8 @@ def test_a_tokenizer_of_another_model_is_noticed(checkpoint, capsys):
 def test_loading_shows_its_progress_on_a_terminal_only(capsys):
     pytest.importorskip("tqdm")
     for show in (True, False):
-        with source.progress_bar(show=show) as progress:
-            if progress is not None:
-                progress(50, 100)
+        with progress_bar("loading", show=show) as progress:
+            progress(50, 100)
         assert ("loading" in capsys.readouterr().err) == show
 
 

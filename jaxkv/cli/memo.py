@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from jaxkv.cli.options import UsageError
-from jaxkv.cli.terminal import counted, note, printable, write
+from jaxkv.cli.terminal import counted, note, printable, progress_bar, write
 from jaxkv.memo import upkeep
 from jaxkv.memo.prune import prune
 from jaxkv.memo.record import NAMESPACE_BYTES
@@ -59,8 +60,8 @@ def _stat(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    with _Bar("verify") as bar:
-        found = upkeep.verify(args.directory, bar.show)
+    with progress_bar("verify", show=sys.stderr.isatty()) as progress:
+        found = upkeep.verify(args.directory, progress)
     for damage in found.damages[:_MOST_DAMAGES]:
         whose = "" if damage.key is None else f", of namespace {damage.key[:NAMESPACE_BYTES].hex()[:_SHORT]}"
         write(f"{printable(damage.path)}: at {damage.offset:,}: {damage.what}{whose}\n")
@@ -77,8 +78,8 @@ def _prune(args: argparse.Namespace) -> int:
         raise UsageError("say what to remove: --to SIZE, --namespace NAME or --damaged")
     known = [space.key for space in upkeep.survey(args.directory).namespaces] if args.namespace else []
     names = [_meant(name, known) for name in args.namespace]
-    with _Bar("prune") as bar:
-        done = prune(args.directory, size=args.to, namespaces=names, damaged=args.damaged, progress=bar.show)
+    with progress_bar("prune", show=sys.stderr.isatty()) as progress:
+        done = prune(args.directory, size=args.to, namespaces=names, damaged=args.damaged, progress=progress)
     write(f"{format_bytes(done.before)} before, {format_bytes(done.after)} now; removed: {counted(done.items, 'item')}")
     write(f", {counted(done.damaged, 'damaged place')}\n" if done.damaged else "\n")
     if done.live:
@@ -120,28 +121,3 @@ def _array(leaf: Any) -> str:
     shape = leaf.get("shape")
     sizes = ",".join(map(str, shape)) if isinstance(shape, list) else "?"
     return f"{leaf.get('path') or ''} {leaf.get('dtype', '?')}[{sizes}]".strip()
-
-
-class _Bar:
-    """A progress bar over bytes on standard error, where somebody is looking and tqdm is installed."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._bar: Any = None
-
-    def __enter__(self) -> _Bar:
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return self
-        self._bar = tqdm(desc=self._what, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None)
-        return self
-
-    def show(self, done: int, total: int) -> None:
-        if self._bar is not None:
-            self._bar.total = total
-            self._bar.update(done - self._bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

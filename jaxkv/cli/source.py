@@ -8,7 +8,7 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax
 
 from jaxkv.cli.options import Failure, UsageError
 from jaxkv.cli.run import keep_compiled_programs
-from jaxkv.cli.terminal import note
+from jaxkv.cli.terminal import note, progress_bar
 from jaxkv.models import (
     FAMILIES,
     ByteTokenizer,
@@ -100,7 +100,7 @@ class Source:
             forward, params = functional(fuse(model.module))
             return dataclasses.replace(model, forward=forward, params=params)
         begin = time.perf_counter()
-        with told(), progress_bar(show=not quiet and sys.stderr.isatty()) as progress:
+        with told(), progress_bar("loading", show=not quiet and sys.stderr.isatty()) as progress:
             dtype = dtype or default_dtype()
             model = load(self.directory, dtype=dtype, context=num_tokens, fuse=on_cpu, progress=progress)
         if not quiet:
@@ -175,22 +175,3 @@ def _no_checkpoint(given: str, directory: Path) -> str:
     return (
         f"{given} has no config.json; give a directory as Hugging Face publishes them: hf download NAME --local-dir DIR"
     )
-
-
-@contextlib.contextmanager
-def progress_bar(*, show: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Shows how much is read, on a terminal."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        show = False
-    if not show:
-        yield None
-        return
-    with tqdm(desc="loading", unit="B", unit_scale=True, unit_divisor=1024, leave=False, dynamic_ncols=True) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress

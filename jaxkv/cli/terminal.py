@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # Control characters: a model may write what commands a terminal.
@@ -16,6 +17,25 @@ def write(text: str) -> None:
 
 def note(text: str) -> None:
     print(f"jaxkv: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, *, show: bool) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function that is told (bytes done, bytes in all), and shows them if tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        show = False
+    if not show:
+        yield lambda done, total: None
+        return
+    with tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1024, leave=False, dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 def counted(number: int, what: str) -> str:
