@@ -52,7 +52,7 @@ class Offload:
     (Array(6., dtype=float32), {'numpy': 24})
     """
 
-    def __init__(self, to: Any = "pinned_host", budget: int | str | None = None, spill: Any = "numpy") -> None:
+    def __init__(self, to: Any = "pinned_host", *, budget: int | str | None = None, spill: Any = "numpy") -> None:
         self.to = to
         self._place = choose(to)
         self._budget = None if budget is None else parse_bytes(budget)
@@ -104,7 +104,7 @@ class Offload:
         if progress:
             bar = need("tqdm.auto", "progress=True", "memo").tqdm
             loader = bar(loader, desc="offload", unit="batch")
-        store = cls(to, budget, spill)
+        store = cls(to, budget=budget, spill=spill)
         try:
             for batch in loader:
                 store._add(batch, device)
