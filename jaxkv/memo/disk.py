@@ -6,13 +6,12 @@ import contextlib
 import dataclasses
 import json
 import os
-import threading
 import time
-import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxkv.memo.catalog import Catalog, Counts, Segment, record_bytes
+from jaxkv.memo.forking import Lock
 from jaxkv.memo.layout import LOCK, check_format, room_taken, write_format
 from jaxkv.memo.memory import BY_USE, POLICIES
 from jaxkv.memo.payload import load_zstandard, pack_payload
@@ -98,7 +97,7 @@ class Disk:
         self.segment_bytes = segment_bytes or min(max(share, _SEGMENT_LEAST), _SEGMENT_MOST)
         if compress is not None:
             load_zstandard()
-        self._lock = threading.RLock()
+        self._lock = Lock(self._forked)
         self._counts = Counts()
         self._catalog = Catalog(self.directory, self._counts)
         self._writer: Writer | None = None
@@ -108,7 +107,6 @@ class Disk:
         self._stamp = 0
         self._prepare()
         self._catalog.refresh(force=True)
-        _OPEN.add(self)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -421,7 +419,6 @@ class Disk:
 
     def _forked(self) -> None:
         """In the child: the segment belongs to the parent, which goes on writing to it."""
-        self._lock = threading.RLock()
         if self._writer is not None:
             self._catalog.disown(self._writer.stem)
             self._writer.close()  # the parent's copies stay open, and so does its lock
@@ -430,28 +427,3 @@ class Disk:
 
 def _reopened(directory: str, settings: dict[str, Any]) -> Disk:
     return Disk(directory, **settings)
-
-
-_OPEN: weakref.WeakSet[Disk] = weakref.WeakSet()
-_held: list[Disk] = []
-
-
-def _before_fork() -> None:
-    # No thread may be within a change that the child would find half done.
-    for disk in list(_OPEN):
-        disk._lock.acquire()
-        _held.append(disk)
-
-
-def _after_fork_in_parent() -> None:
-    while _held:
-        _held.pop()._lock.release()
-
-
-def _after_fork_in_child() -> None:
-    while _held:
-        _held.pop()._forked()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
-import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from jaxkv.memo.forking import Lock
+
 POLICIES = ("keep", "lru", "mru", "fifo")
 BY_USE = ("lru", "mru")  # those for which it matters when something was used
 _ENTRY = 120  # bytes that an entry takes in an ordered dict, beside key and payload (measured with tracemalloc)
-_all: weakref.WeakSet[Memory] = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +54,7 @@ class Memory:
         self._policy = policy
         self._payloads: OrderedDict[bytes, bytes] = OrderedDict()
         self._nbytes = self._hits = self._misses = self._evicted = self._refused = 0
-        self._lock = threading.Lock()
-        _all.add(self)
+        self._lock = Lock()
 
     def read(self, keys: Sequence[bytes], nbytes: int | None = None) -> list[bytes | None]:
         """Returns the payload of each key, None where there is none. (How long they are matters to the disk only.)"""
@@ -105,12 +102,3 @@ class Memory:
 
 def _size(key: bytes, payload: bytes) -> int:
     return sys.getsizeof(key) + sys.getsizeof(payload) + _ENTRY
-
-
-def _after_fork() -> None:
-    for memory in _all:  # a thread that held the lock is not in the child
-        memory._lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
-_all: weakref.WeakSet[Once] = weakref.WeakSet()
+from jaxkv.memo.forking import Lock
 
 
 class Once:
@@ -17,8 +14,7 @@ class Once:
 
     def __init__(self) -> None:
         self._futures: dict[bytes, Future[Any]] = {}
-        self._lock = threading.Lock()
-        _all.add(self)
+        self._lock = Lock(self._forked)
 
     def fill(
         self,
@@ -59,16 +55,6 @@ class Once:
                 failed.append(key)
         return values | compute(failed)
 
-    def forget(self) -> None:
+    def _forked(self) -> None:
         """Waits for nobody any more: in a forked child the threads that compute are not there."""
         self._futures = {}
-        self._lock = threading.Lock()
-
-
-def _after_fork() -> None:
-    for once in _all:
-        once.forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
