@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 import subprocess
 import sys
@@ -481,3 +483,288 @@ def test_a_restart_finds_what_was_computed(tmp_path):
     (first, name, computed), (second, same_name, computed_again) = lines
     assert (first, name) == (second, same_name)
     assert (computed, computed_again) == ("5", "0")
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_a_weak_type_is_part_of_the_key():
+    """A scalar of weak type leaves bfloat16 what it is, one of float32 does not."""
+    memo = jaxkv.Memo(memory="1MiB")
+
+    def scaled(params, x, shift):
+        return x.astype(jnp.bfloat16) * params["scale"] + shift
+
+    weak, strong = jnp.asarray(2.0), jnp.float32(2.0)
+    assert weak.weak_type and not strong.weak_type
+    params = {"scale": weak}
+    features = memo.wrap(scaled, params)
+    for params["scale"], shift in itertools.product((weak, strong, weak), (weak, strong, np.float32(2))):
+        expected = scaled(params, jnp.asarray(X), shift)
+        got = features(X, shift)
+        assert got.dtype == expected.dtype
+        np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(expected, np.float32), rtol=1e-2)
+    ramp = jnp.stack([weak, weak + 1, weak + 2])
+    assert memo.wrap(lambda x: x * jnp.bfloat16(1))(ramp).dtype == jnp.float32  # items are what their dtype says
+
+
+@pytest.mark.parametrize(("setting", "value"), [("jax_threefry_partitionable", False), ("jax_random_seed_offset", 7)])
+def test_settings_of_random_numbers_are_part_of_the_key(setting, value):
+    def noisy(x):
+        return x + jax.random.uniform(jax.random.key(3), x.shape[1:])
+
+    features = jaxkv.Memo(memory="1MiB").wrap(noisy)
+    before, first = getattr(jax.config, setting), features(X)
+    try:
+        jax.config.update(setting, value)
+        np.testing.assert_allclose(features(X), noisy(X), rtol=1e-6)
+        assert not np.allclose(features(X), first)
+    finally:
+        jax.config.update(setting, before)
+    np.testing.assert_array_equal(features(X), first)
+
+
+TABLE: dict = {}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"plus": True}, {"minus": True}),
+        ({"plus": None, "minus": ()}, {"plus": (), "minus": None}),
+        ({"plus": [None, 1.0]}, {"plus": [1.0, None]}),
+        ({None: 1, "plus": 2}, {None: 5, "plus": 2}),
+        ({int: 1, float: 2}, {int: 1, str: 2}),
+        ({"plus": {1, 2}}, {"plus": {1}}),
+    ],
+)
+def test_containers_around_a_function_are_watched_with_their_keys(before, after):
+    def described(x):
+        text = repr(sorted(map(repr, TABLE.items()))).encode()
+        return x * np.float32(int.from_bytes(hashlib.blake2b(text, digest_size=2).digest(), "little"))
+
+    features = jaxkv.Memo(memory="1MiB").wrap(described)
+    for content in (before, after, before):
+        TABLE.clear()
+        TABLE.update(content)
+        np.testing.assert_array_equal(features(X), described(X))
+
+
+def test_a_set_that_changes_in_place_is_noticed():
+    names = {"a"}
+    features = jaxkv.Memo(memory="1MiB").wrap(lambda x: x * len(names))
+    np.testing.assert_array_equal(features(X), X)
+    names.add("b")
+    np.testing.assert_array_equal(features(X), X * 2)
+
+
+class Caller:
+    def __init__(self):
+        self.function = helper
+
+    def __call__(self, x):
+        return self.inner(x)
+
+    def inner(self, x):
+        return x + OFFSET
+
+    def of_a_field(self, x):
+        return self.function(x)
+
+    @staticmethod
+    def static(x):
+        return Caller().of_a_field(x)
+
+
+class LinenCaller(linen.Module):
+    function: object = None
+
+    def __call__(self, x):
+        return x + OFFSET if self.function is None else self.function(x)
+
+
+class NnxCaller(nnx.Module):
+    def __init__(self, function=None):
+        self.function = function
+
+    def __call__(self, x):
+        return self.inner(x) if self.function is None else self.function(x)
+
+    def inner(self, x):
+        return x + OFFSET
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: [helper][0](x),
+        functools.partial(lambda function, x: function(x), helper),
+        functools.partial(lambda x, function: function["f"][0](x), function={"f": [helper]}),
+        lambda x, function=helper: function(x),
+        lambda x: Caller()(x),
+        lambda x: LinenCaller().apply({}, x),
+        Caller(),
+        Caller().of_a_field,
+        Caller.static,
+        functools.partial(LinenCaller().apply, {}),
+        functools.partial(LinenCaller(helper).apply, {}),
+        NnxCaller(),
+        NnxCaller(helper),
+        NnxCaller().inner,
+    ],
+)
+def test_functions_are_followed_however_they_are_called(function, monkeypatch):
+    features = jaxkv.Memo(memory="1MiB").wrap(function)
+    np.testing.assert_array_equal(features(X), X + 1)
+    monkeypatch.setitem(globals(), "OFFSET", jnp.float32(5))
+    np.testing.assert_array_equal(features(X), X + 5)
+    assert features._traced_anew == 1
+    features(X + 1)
+    assert features._traced_anew == 1
+
+
+def test_a_method_of_a_class_is_traced_once():
+    class Scale:
+        factor = 2
+
+        @classmethod
+        def call(cls, x):
+            return x * cls.factor
+
+    features = jaxkv.Memo(memory="1MiB").wrap(Scale.call)
+    for factor in (2, 2, 3):
+        Scale.factor = factor
+        np.testing.assert_array_equal(features(X), X * factor)
+    assert features._traced_anew == 1
+
+
+class Holds(nnx.Module):
+    def __init__(self):
+        self.sizes = [1, 2]
+        self.table = {"scale": 1.0}
+        self.data = nnx.data({"w": jnp.ones(6)})
+        self.weight = nnx.Param({"w": jnp.ones(6)})
+
+    def __call__(self, x):
+        return x * float(sum(self.sizes)) * self.table["scale"] * self.data["w"] * self.weight.get_value()["w"]
+
+
+def test_what_an_nnx_module_holds_in_containers_is_watched():
+    model = Holds()
+    features = jaxkv.Memo(memory="1MiB").wrap(model)
+
+    def check(factor):
+        np.testing.assert_array_equal(features(X), X * np.float32(factor))
+
+    check(3)
+    model.sizes.append(1)
+    check(4)
+    model.table["scale"] = 0.5
+    check(2)
+    model.data["w"] = jnp.full(6, 3.0)
+    check(6)
+    model.weight.get_raw_value()["w"] = jnp.full(6, 0.25)
+    check(1.5)
+
+
+def test_modules_that_are_reached_through_others_are_refused():
+    model = Nnx(nnx.Rngs(0))
+    memo = jaxkv.Memo(memory="1MiB")
+    for function in (
+        lambda x, models={"a": [model]}: models["a"][0](x),
+        functools.partial(lambda model, x: model(x), model),
+    ):
+        with pytest.raises(ValueError, match=r"reads the nnx module Nnx from outside.*wrap the module itself"):
+            memo.wrap(function)
+
+
+class Methods(linen.Module):
+    def __call__(self, x, train=True):
+        return x + float(train)
+
+    def encode(self, x, negate=False):
+        return -x if negate else x
+
+    def last(self, x):
+        return x * 3
+
+
+def test_another_method_of_a_linen_module_has_its_own_arguments():
+    module = Methods()
+    features = jaxkv.Memo(memory="1MiB").wrap(module.apply, {})
+    np.testing.assert_array_equal(features(X), X + 1)
+    np.testing.assert_array_equal(features(X, method="encode"), X)
+    np.testing.assert_array_equal(features(X, negate=True, method="encode"), -X)
+    np.testing.assert_array_equal(features(X, method="last"), X * 3)
+
+
+@pytest.mark.parametrize("kind", ["params", "module"])
+def test_what_is_exchanged_within_a_call_does_not_reach_it(kind, monkeypatch):
+    """As another thread may, between the lookup and the computing."""
+    memo = jaxkv.Memo(memory="1MiB")
+    if kind == "params":
+        params = {"w": jnp.ones(6)}
+        features, exchange = memo.wrap(lambda params, x: x * params["w"], params), params.update
+    else:
+
+        class Scale(nnx.Module):
+            def __init__(self):
+                self.w = nnx.Param(jnp.ones(6))
+
+            def __call__(self, x):
+                return x * self.w[...]
+
+        model = Scale()
+        features, exchange = memo.wrap(model), lambda new: model.w.set_value(new["w"])
+    read = memo.read
+
+    def read_and_exchange(keys, nbytes):
+        exchange({"w": jnp.full(6, 5.0)})
+        return read(keys, nbytes)
+
+    monkeypatch.setattr(memo, "read", read_and_exchange)
+    np.testing.assert_array_equal(features(X), X)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(features(X), X * 5)
+    exchange({"w": jnp.ones(6)})
+    np.testing.assert_array_equal(features(X), X)
+
+
+def test_one_version_of_several_functions_that_call_back():
+    memo = jaxkv.Memo(memory="1MiB")
+
+    def called(dtype, x):
+        shape = jax.ShapeDtypeStruct(x.shape, dtype)
+        return jax.pure_callback(lambda x: np.asarray(x).astype(dtype), shape, x)
+
+    same = functools.partial(called, np.float32)
+    for function, dtype in [
+        (same, None),
+        (functools.partial(called, np.int8), None),
+        (functools.partial(called, np.int32), None),
+        (lambda x: same(x) * 3, None),
+        (same, "bfloat16"),
+    ]:
+        expected = function(X) if dtype is None else function(X).astype(dtype)
+        got = memo.wrap(function, version="1", output_dtype=dtype)(X)
+        assert got.dtype == expected.dtype
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(expected, np.float32))
+
+
+def test_callbacks_on_buffers_want_a_version():
+    buffer_callback = pytest.importorskip("jax.experimental.buffer_callback").buffer_callback
+
+    def called(x):
+        return buffer_callback(lambda context, out, x: None, jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+    with pytest.raises(jaxkv.NotSupportedError, match=r"calls back into Python \(buffer_callback\)"):
+        jaxkv.Memo(memory="1MiB").wrap(called)(X)
+
+
+ONES = jnp.ones(6)
+
+
+def positional(x, shift=ONES, scale=2.0, /):
+    return (x + shift) * scale
+
+
+def test_defaults_that_cannot_be_given_by_name():
+    np.testing.assert_array_equal(jaxkv.Memo(memory="1MiB").wrap(positional)(X), (X + 1) * 2)

@@ -81,7 +81,8 @@ class Call:
             if isinstance(leaf, np.ndarray | jax.Array):
                 array = _checked(leaf, named, i)
                 if array.ndim == 0 or (shared and names[i] in shared):
-                    kinds.append(("shared", array.dtype.name, array.shape))
+                    weak = ("weak",) if getattr(array, "weak_type", False) else ()  # promotes another way
+                    kinds.append(("shared", array.dtype.name, array.shape, *weak))
                     parts["shared"].append(array)
                 else:
                     kinds.append(("item", array.dtype.name, array.shape[1:]))
@@ -125,6 +126,8 @@ def _checked(array: Any, named: Any, index: int) -> Any:
         if array.ndim and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             raise ValueError(f"{_path(named, index)} are PRNG keys; give their jax.random.key_data")
         return array
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError(f"{_path(named, index)} is a masked array, which JAX can't compute with; give array.filled()")
     if array.dtype.kind in "OSUMm" or array.dtype.names:
         raise ValueError(f"{_path(named, index)} is an array of {array.dtype}, which JAX can't compute with")
     return np.asarray(array, array.dtype.newbyteorder("="))

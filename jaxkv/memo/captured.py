@@ -1,61 +1,130 @@
-"""What a plain function takes from around it: closures, globals, bound arguments, the fields of its object."""
+"""What a function takes from around it: closures, globals, bound arguments, the fields of its object."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from flax import linen
+from flax import linen, nnx
+
+_LIBRARIES = {"jax", "jaxlib", "jaxkv", "flax", "numpy", "optax", *sys.stdlib_module_names}
+_ALWAYS = ("__call__", "__init__", "setup")  # methods that are called without their name being written
 
 
-def captured(target: Any, seen: set[int] | None = None) -> Iterator[Callable[[], Any]]:
-    """Yields readers of what a function takes from around it: closures, globals, bound arguments, its object's fields.
+def captured(target: Any, owners: Iterable[Any] = ()) -> list[Callable[[], Any]]:
+    """Returns readers of what a function takes from around it: closures, globals, bound arguments, its object's fields.
 
-    Functions that it calls are followed, so that a helper that is defined anew is noticed as well.
+    Functions that it may call are followed, so that a helper that is defined anew is noticed as well: those that it
+    names, those in lists, defaults and bound arguments, and methods, by their names alone.
+
+    Args:
+      target: the function.
+      owners: objects whose methods it may call, and whose fields may hold functions.
     """
-    seen = set() if seen is None else seen
-    if id(target) in seen:
-        return
-    seen.add(id(target))
-    if isinstance(target, functools.partial):
-        yield lambda: (target.args, target.keywords)
-        yield from captured(target.func, seen)
-    elif inspect.ismethod(target):
-        yield lambda: _fields(target.__self__)
-        yield from captured(target.__func__, seen)
-    elif isinstance(target, types.FunctionType):
-        code, scope = target.__code__, target.__globals__
-        readers = [functools.partial(_cell, cell) for cell in target.__closure__ or ()]
-        readers += [functools.partial(scope.get, name) for name in _global_names(code) if name in scope]
-        for read in readers:
-            value = read()
-            if isinstance(value, types.ModuleType | type | types.BuiltinFunctionType):
-                continue
-            yield read
-            if callable(value) and _is_plain(value):
-                yield from captured(value, seen)
-        yield lambda: (target.__defaults__, target.__kwdefaults__)
-    elif hasattr(target, "__wrapped__"):
-        yield from captured(target.__wrapped__, seen)
-    elif callable(target) and not isinstance(target, type | types.BuiltinFunctionType) and _is_plain(type(target)):
-        yield lambda: _fields(target)
-        yield from captured(type(target).__call__, seen)
+    walk = _Walk()
+    walk.follow(target)
+    for owner in owners:
+        walk.enter(type(owner))
+        walk.search(list(vars(owner).values()))
+    walk.follow_methods()
+    return walk.readers
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.readers: list[Callable[[], Any]] = []
+        self._seen: dict[int, Any] = {}  # the objects, too: so that no id is given to another one
+        self._classes: dict[type, None] = {}
+        self._names = set(_ALWAYS)
+
+    def follow(self, target: Any) -> None:
+        if id(target) in self._seen:
+            return
+        self._seen[id(target)] = target
+        if isinstance(target, type):
+            self.enter(target)
+        elif isinstance(target, functools.partial):
+            self._read(lambda: (target.args, target.keywords))
+            self.follow(target.func)
+        elif inspect.ismethod(target):
+            owner = target.__self__
+            self._read(lambda: _fields(owner))
+            self.enter(owner if isinstance(owner, type) else type(owner))
+            if isinstance(owner, linen.Module):
+                self.search(list(vars(owner).values()))
+            self.follow(target.__func__)
+        elif isinstance(target, types.FunctionType):
+            code, scope = target.__code__, target.__globals__
+            names = set(_names_in(code))
+            self._names |= names
+            for cell in target.__closure__ or ():
+                self._read(functools.partial(_cell, cell))
+            for name in sorted(names & scope.keys()):
+                self._read(functools.partial(scope.get, name))
+            self._read(lambda: (target.__defaults__, target.__kwdefaults__))
+        elif hasattr(target, "__wrapped__"):
+            self.follow(target.__wrapped__)
+        elif callable(target) and _is_plain(type(target)):
+            self._read(lambda: _fields(target))
+            self.enter(type(target))
+            if isinstance(target, linen.Module):
+                self.search(list(vars(target).values()))
+
+    def _read(self, read: Callable[[], Any]) -> None:
+        value = read()
+        if isinstance(value, types.ModuleType | types.BuiltinFunctionType):
+            return
+        if not isinstance(value, type) or _is_plain(value):
+            self.readers.append(read)
+            self.search(value)
+
+    def search(self, value: Any) -> None:
+        """Follows the functions that lie in lists, tuples, and dicts."""
+        if type(value) in (list, tuple, dict):
+            if id(value) not in self._seen:
+                self._seen[id(value)] = value
+                for part in list(value.values()) if type(value) is dict else value:
+                    self.search(part)
+        elif callable(value) and _is_plain(value) and not isinstance(value, nnx.Pytree):  # those are owners
+            self.follow(value)
+
+    def enter(self, owner: type) -> None:
+        """Counts a class among those whose methods may be called."""
+        self._classes |= dict.fromkeys(base for base in owner.__mro__ if _is_plain(base))
+
+    def follow_methods(self) -> None:
+        before = -1
+        while before < len(self._seen):
+            before = len(self._seen)
+            for owner in list(self._classes):
+                for name in self._names & vars(owner).keys():
+                    self.follow(_function(vars(owner)[name]))
 
 
 def _is_plain(value: Any) -> bool:
-    """Returns whether a function is somebody's own code: that of JAX, Flax and NumPy doesn't change."""
+    """Returns whether a function is somebody's own code: that of JAX, Flax, NumPy and Python itself doesn't change."""
     module = getattr(value, "__module__", None) or type(value).__module__
-    return module.split(".")[0] not in ("jax", "jaxlib", "flax", "numpy", "optax", "builtins", "functools")
+    return str(module).split(".")[0] not in _LIBRARIES
 
 
-def _global_names(code: types.CodeType) -> Iterator[str]:
+def _names_in(code: types.CodeType) -> Iterator[str]:
     yield from code.co_names
     for constant in code.co_consts:  # functions defined within it
         if isinstance(constant, types.CodeType):
-            yield from _global_names(constant)
+            yield from _names_in(constant)
+
+
+def _function(attribute: Any) -> Any:
+    """Returns the function behind an attribute of a class."""
+    if isinstance(attribute, staticmethod | classmethod):
+        return attribute.__func__
+    if isinstance(attribute, property):
+        return attribute.fget
+    return attribute.func if isinstance(attribute, functools.cached_property) else attribute
 
 
 def _cell(cell: Any) -> Any:
@@ -66,4 +135,7 @@ def _cell(cell: Any) -> Any:
 
 
 def _fields(owner: Any) -> Any:
-    return None if isinstance(owner, linen.Module) else getattr(owner, "__dict__", None)
+    if isinstance(owner, linen.Module):
+        return None
+    fields = getattr(owner, "__dict__", None)
+    return dict(fields) if isinstance(fields, types.MappingProxyType) else fields  # a class makes a new proxy each time

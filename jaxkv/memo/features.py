@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,15 @@ if TYPE_CHECKING:
 
 _MANY = 8
 # What else a program depends on: settings of JAX that may be changed between two calls.
-_CONFIG = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_numpy_dtype_promotion")
+_CONFIG = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_numpy_dtype_promotion",
+    "jax_threefry_partitionable",
+    "jax_random_seed_offset",
+)
+_all: weakref.WeakSet[Features] = weakref.WeakSet()
 
 
 class Features:
@@ -56,6 +65,7 @@ class Features:
         self._namespaces: set[bytes] = set()
         self._described: set[bytes] = set()
         self._traced_anew = 0
+        _all.add(self)
 
     def __repr__(self) -> str:
         return f"<memoized {self._function.name}>"
@@ -179,12 +189,12 @@ class Features:
         """Returns the call, and what computes it: made anew where the function has changed since the last call."""
         call = Call.read(self._function.bind(args, kwargs), self._shared)
         with self._lock:
-            if not self._state.seen.holds(self._function.watch()):
+            if not self._state.seen.holds(*self._function.watch()):
                 old, self._state = self._state, State(self._function, self._state)
                 if not self._state.one_program(old):
                     self._runners.clear()
                     self._count_trace()
-            form = call.form, *(getattr(jax.config, name) for name in _CONFIG)
+            form = call.form, *(getattr(jax.config, name, None) for name in _CONFIG)
             runner = self._runners.get(form)
             if runner is None or runner.state is not self._state:
                 self._same_process(call)
@@ -221,3 +231,12 @@ def _placement(call: Call) -> Any:
                 return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
             return sharding if isinstance(sharding, SingleDeviceSharding) else None
     return None
+
+
+def _after_fork() -> None:
+    for features in list(_all):  # a thread that was tracing is not in the child
+        features._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

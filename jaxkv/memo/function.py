@@ -69,9 +69,10 @@ class Function:
         self._captured: list[Callable[[], Any]] = []
         self._variables: list[nnx.Variable[Any]] = []
         self._fields: list[dict[str, Any]] = []
+        self._containers: list[Any] = []
         self.rewatch()
-        for value in (read() for read in self._captured):
-            if isinstance(value, nnx.Module):
+        for value in self._flatten_captured(is_leaf=_is_module)[0] if self._module is None else ():
+            if _is_module(value):
                 raise ValueError(
                     f"{self.name} reads the nnx module {type(value).__name__} from outside, whose changes it would not "
                     "see; wrap the module itself: memo.wrap(module), or a method of it"
@@ -84,14 +85,20 @@ class Function:
           TypeError: as a call of the function would.
         """
         own = {name: kwargs[name] for name in _LINEN_KEYWORDS if self._linen and name in kwargs}
-        bound = self._signature.bind(*args, **{name: value for name, value in kwargs.items() if name not in own})
-        defaults = {p.name: p.default for p in self._signature.parameters.values() if p.name not in bound.arguments}
+        signature = self._signature_of(own)
+        bound = signature.bind(*args, **{name: value for name, value in kwargs.items() if name not in own})
+        last = len(bound.args)  # a positional-only argument can't be given where one before it is not
+        defaults = {
+            p.name: p.default
+            for i, p in enumerate(signature.parameters.values())
+            if p.name not in bound.arguments and (p.kind is not p.POSITIONAL_ONLY or i < last)
+        }
         simple = {name: value for name, value in defaults.items() if value is None or is_static(value)}
         return simple | bound.arguments | ({_APPLY: own} if own else {})
 
     def call(self, static: Any, arrays: Any, named: dict[str, Any]) -> Any:
         """Returns the function's output, from what `read` returned and arguments as `bind` named them."""
-        bound = inspect.BoundArguments(self._signature, OrderedDict(named))
+        bound = inspect.BoundArguments(self._signature_of(named.get(_APPLY, {})), OrderedDict(named))
         args, kwargs = bound.args, bound.kwargs | named.get(_APPLY, {})
         if self._module is None:
             return self._call(*arrays, *args, **kwargs)
@@ -107,57 +114,71 @@ class Function:
             )
         return out
 
-    def read(self) -> tuple[Any, Any]:
-        """Returns what it depends on, as it is now: (a static part that can be compared; a pytree of arrays)."""
-        if self._module is not None:
-            return nnx.split(self._module)
-        return Snapshot(_leaves([read() for read in self._captured])), self._params
+    def read(self) -> tuple[Any, Snapshot, Any]:
+        """Returns what it depends on, as it is now: (a module's graphdef; what lies around it; a pytree of arrays)."""
+        around = Snapshot(*self._flatten_captured())
+        static, arrays = (None, self._params) if self._module is None else nnx.split(self._module)
+        # Containers of our own: those of the user, and the Variables of a module, are set in place.
+        return static, around, jax.tree.map(lambda leaf: leaf, arrays)
 
-    def watch(self) -> list[Any]:
-        """Returns values of which one is another if anything has changed since the last call."""
+    def watch(self) -> tuple[list[Any], Any]:
+        """Returns (values, their structure), of which something is another if anything has changed."""
         if self._module is None:
-            return _leaves((self._params, [read() for read in self._captured]))
-        values: list[Any] = [variable.get_raw_value() for variable in self._variables]
+            return _flatten((self._params, [read() for read in self._captured]))
+        values, structure = self._flatten_captured()
+        values += [variable.get_raw_value() for variable in self._variables]
         for fields in self._fields:
             values += fields.values()
-        return values
+        return values, structure
+
+    def _flatten_captured(self, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
+        return _flatten((self._containers, [read() for read in self._captured]), is_leaf)
 
     def rewatch(self) -> None:
         """Looks up again what is to be watched: a part that was put in or taken out has changed its owner's fields."""
         if self._module is None:
-            self._captured = list(captured(self._target))
+            self._captured = captured(self._target)
         else:
             nodes = [node for _, node in nnx.iter_graph(self._module)]
             self._variables = [node for node in nodes if isinstance(node, nnx.Variable)]
-            self._fields = [vars(node) for node in nodes if isinstance(node, nnx.Pytree)]
+            owners = [node for node in nodes if isinstance(node, nnx.Pytree)]
+            self._fields = [vars(node) for node in owners]
+            self._captured = captured(self._call, owners)
+            held = [value for fields in self._fields for value in fields.values()]
+            held += [variable.get_raw_value() for variable in self._variables]
+            self._containers = [value for value in held if isinstance(value, list | tuple | dict | set)]
 
     def _find_signature(self) -> inspect.Signature:
         """Returns the signature of a call without the parameters."""
-        target = self._call
-        skip = len(self._params) + (self._module is not None)
         if self._linen:
-            target, skip = type(target.__self__).__call__, 1  # type: ignore[attr-defined]
-        try:
-            signature = inspect.signature(target)
-        except (TypeError, ValueError):
-            return _ANY
-        parameters = list(signature.parameters.values())
-        positional = [p for p in parameters[:skip] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if len(positional) < skip:  # *args takes them
-            return _ANY
-        return signature.replace(parameters=parameters[skip:])
+            return _signature(type(self._call.__self__).__call__, 1)  # type: ignore[attr-defined]
+        return _signature(self._call, len(self._params) + (self._module is not None))
+
+    def _signature_of(self, own: dict[str, Any]) -> inspect.Signature:
+        """Returns the signature of a call: of another method if linen's apply was told one."""
+        method = own.get("method")
+        if not isinstance(method, str):  # None, or what is refused later
+            return self._signature
+        return _signature(getattr(type(self._call.__self__), method, None), 1)  # type: ignore[attr-defined]
 
 
 class Snapshot:
-    """Values that are the same while they are identical, and those of NumPy, which change in place, of one content."""
+    """Values that are the same while they are identical, and those that change in place (NumPy's, sets) of one content.
 
-    def __init__(self, values: Sequence[Any]) -> None:
+    Args:
+      values: the leaves of a pytree.
+      structure: of it.
+    """
+
+    def __init__(self, values: Sequence[Any], structure: Any) -> None:
         self._values = values
-        self._arrays = {i: _content(value) for i, value in enumerate(values) if isinstance(value, np.ndarray)}
+        self._structure = structure
+        self._arrays = {i: _content(value) for i, value in enumerate(values) if isinstance(value, np.ndarray | set)}
 
-    def holds(self, values: Sequence[Any]) -> bool:
+    def holds(self, values: Sequence[Any], structure: Any) -> bool:
         """Returns whether these are the same values, unchanged. (Called before each lookup: is_ and map are quick.)"""
         same = len(values) == len(self._values) and all(map(operator.is_, values, self._values))
+        same = same and _equal(structure, self._structure)
         return same and all(_content(values[i]) == content for i, content in self._arrays.items())
 
     def __eq__(self, other: object) -> bool:
@@ -165,7 +186,7 @@ class Snapshot:
             return False
         pairs = enumerate(zip(self._values, other._values, strict=True))
         alike = all(mine is its or (i in self._arrays and i in other._arrays) for i, (mine, its) in pairs)
-        return alike and self._arrays == other._arrays
+        return alike and self._arrays == other._arrays and _equal(self._structure, other._structure)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -179,7 +200,8 @@ class State:
 
     Attributes:
       seen: what `Function.watch` said.
-      static: the graphdef of a module; what a function captures from around it.
+      static: the graphdef of a module.
+      around: what a function captures from around it.
       arrays: a pytree of the arrays it reads.
 
     Raises:
@@ -188,8 +210,8 @@ class State:
 
     def __init__(self, function: Function, old: State | None = None) -> None:
         function.rewatch()
-        self.seen = Snapshot(function.watch())
-        self.static, self.arrays = function.read()
+        self.seen = Snapshot(*function.watch())
+        self.static, self.around, self.arrays = function.read()
         self._leaves = jax.tree.leaves(self.arrays)
         for path, leaf in zip(paths_of(self.arrays), self._leaves, strict=True):
             if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
@@ -206,7 +228,9 @@ class State:
 
     def one_program(self, other: State) -> bool:
         """Returns whether what was traced for one state serves the other."""
-        mine, its = ((s.static, jax.tree.structure(s.arrays), list(map(_kind, s._leaves))) for s in (self, other))
+        mine, its = (
+            (s.static, s.around, jax.tree.structure(s.arrays), list(map(_kind, s._leaves))) for s in (self, other)
+        )
         return mine == its
 
     def digest(self, index: int, hashing: Hash) -> str:
@@ -218,10 +242,13 @@ class State:
 
 
 def _kind(leaf: Any) -> tuple[Any, ...]:
-    return type(leaf) if isinstance(leaf, bool | int | float | complex) else None, np.shape(leaf), jnp.result_type(leaf)
+    python = type(leaf) if isinstance(leaf, bool | int | float | complex) else None
+    return python, np.shape(leaf), jnp.result_type(leaf), getattr(leaf, "weak_type", False)
 
 
-def _content(array: np.ndarray) -> bytes:
+def _content(array: np.ndarray | set[Any]) -> Any:
+    if isinstance(array, set):
+        return frozenset(array)
     kind = f"{array.dtype.name}{array.shape}".encode()
     return kind + (array.tobytes() if array.dtype.hasobject else _hash().rows([array[None]])[0])
 
@@ -234,11 +261,53 @@ def _hash() -> Hash:
         return Hash("blake2b")
 
 
-def _leaves(tree: Any) -> list[Any]:
+def _flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
+    """Returns the leaves of a pytree, and a structure that can be compared."""
     try:
-        return jax.tree.leaves(tree)
+        return jax.tree.flatten(tree, is_leaf)
     except (TypeError, ValueError):  # dicts whose keys can't be sorted
-        return [leaf for part in tree for leaf in ([part] if isinstance(part, dict) else _leaves([part]))]
+        leaves: list[Any] = []
+        return leaves, _take_apart(tree, leaves, is_leaf)
+
+
+def _take_apart(value: Any, leaves: list[Any], is_leaf: Callable[[Any], bool] | None) -> Any:
+    if type(value) in (list, tuple):
+        return type(value), [_take_apart(part, leaves, is_leaf) for part in value]
+    if type(value) is dict:
+        return list(value), [_take_apart(part, leaves, is_leaf) for part in value.values()]
+    try:
+        parts, structure = jax.tree.flatten(value, is_leaf)
+    except (TypeError, ValueError):
+        parts, structure = [value], None
+    leaves += parts
+    return structure
+
+
+def _equal(structure: Any, other: Any) -> bool:
+    try:
+        return bool(structure == other)
+    except (
+        TypeError,
+        ValueError,
+    ):  # arrays in the static part of somebody's pytree: nobody can say
+        return False
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nnx.Module)
+
+
+def _signature(target: Any, skip: int) -> inspect.Signature:
+    """Returns the signature of a function without its first parameters."""
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return _ANY
+    parameters = list(signature.parameters.values())
+    positional = [p for p in parameters[:skip] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < skip:  # *args takes them
+        return _ANY
+    return signature.replace(parameters=parameters[skip:])
 
 
 def is_static(value: Any) -> bool:
