@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import pickle
 import random
+import signal
 import threading
 
 import jax
@@ -582,3 +584,79 @@ def test_a_function_that_is_traced_anew_all_the_time_is_warned_of(memo, caplog):
         features(items(2))
     warnings = [record.message for record in caplog.records if "traced anew" in record.message]
     assert len(warnings) == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x + jax.random.normal(jax.random.key(0), x.shape), lambda x: x + jnp.arange(float(len(x)))[:, None]],
+)
+def test_functions_whose_rows_depend_on_their_place_are_refused(memo, function):
+    with pytest.raises(ValueError, match="or on its place among them"):
+        memo.wrap(function)(items(4))
+
+
+def test_functions_that_give_no_arrays_are_refused(memo):
+    with pytest.raises(ValueError, match="gives no arrays, so there is nothing to keep"):
+        memo.wrap(lambda x: {"a": None})(items(4))
+
+
+def test_masked_arrays_are_refused(memo):
+    with pytest.raises(ValueError, match=r"x is a masked array, .*filled\(\)"):
+        memo.wrap(double)(np.ma.masked_greater(items(4), 0.5))
+
+
+def test_a_function_that_is_called_back_may_call_a_memoized_one(memo):
+    inner = memo.wrap(double)
+    other = np.full((64, 512), -1, np.float32)
+
+    def back(x):
+        inner(other)
+        other[:] -= 1
+        return np.asarray(x)
+
+    def outer(x):
+        called = jax.pure_callback(back, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+        return called * 0 + x * 2
+
+    features = memo.wrap(outer, version="1", check=False)
+    x = items(64, width=512)[::-1]
+    np.testing.assert_array_equal(features(x), x * 2)
+    np.testing.assert_array_equal(features(x), x * 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_child_that_is_forked_while_a_thread_traces_can_look_up(memo):
+    traces, go_on = threading.Event(), threading.Event()
+
+    def slow(x):
+        if x.shape[1] == 7:
+            traces.set()
+            go_on.wait(60)
+        return x * 2
+
+    features = memo.wrap(slow)
+    x = items(3)
+    features(x)
+    thread = threading.Thread(target=lambda: features.namespace(items(3, width=7)))
+    thread.start()
+    traces.wait(60)
+    with memo._lock:  # and while another one counts
+        child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        found = features.lookup(x)
+        os._exit(0 if memo.stats().memory.items == 3 and np.array_equal(found, x * 2) else 1)
+    go_on.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_index_of_any_length_is_read(tmp_path):
+    x = items(3)
+    with jaxkv.Memo(memory=None, disk=tmp_path / "store") as memo:
+        memo.wrap(double)(x)
+    (index,) = (tmp_path / "store").glob("*.idx")
+    os.truncate(index, 1 << 42)
+    with jaxkv.Memo(memory=None, disk=tmp_path / "store") as memo:
+        np.testing.assert_array_equal(memo.wrap(double).lookup(x), x * 2)

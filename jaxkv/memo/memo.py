@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +20,8 @@ from jaxkv.memo.once import Once
 from jaxkv.memo.runner import Settings
 from jaxkv.memo.staging import Staging
 from jaxkv.sizes import format_bytes, parse_bytes
+
+_all: weakref.WeakSet[Memo] = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +123,7 @@ class Memo:
         self._lock = threading.Lock()
         self._counts = [0, 0, 0, 0, 0]
         self._closed = False
+        _all.add(self)
 
     def __call__(self, function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         """The decorator: `@memo`, or `@memo(version="2")` with the options of `wrap`."""
@@ -146,8 +151,8 @@ class Memo:
           batch: "bucket" computes the missing items alone, padded to a power of two, which rounds otherwise than other
             batch sizes do. "full" computes the call's whole batch if anything is missing: a call on an empty memo gives
             bitwise what the function gives.
-          check: whether the first batch that is computed is computed twice more with half of its rows exchanged, to see
-            that rows don't depend on one another.
+          check: whether the first batch that is computed is computed twice more with its rows at other places among
+            others, to see that they depend neither on one another nor on their place.
 
         Raises:
           ValueError: for what can't be memoized, saying why.
@@ -228,3 +233,12 @@ class Memo:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _after_fork() -> None:
+    for memo in list(_all):  # a thread that held the lock is not in the child
+        memo._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

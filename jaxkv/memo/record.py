@@ -170,7 +170,7 @@ def read_contents(path: str, seed: int, *, search: bool = True) -> Contents:
     try:
         with open(os.path.splitext(path)[0] + ".idx", "rb", buffering=0) as file:
             data = file.readall()
-    except OSError:
+    except (OSError, MemoryError):  # a damaged file may say any length
         data = b""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

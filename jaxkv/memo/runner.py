@@ -77,6 +77,8 @@ class Runner:
             Output(path, leaf.dtype, leaf.shape[1:])
             for path, leaf in zip(paths_of(self._program.out), self._outputs(self._program.out, _TRACED), strict=True)
         )
+        if not outputs:
+            raise ValueError(f"{self._name} gives no arrays, so there is nothing to keep")
         treedef = jax.tree.structure(self._program.out)
         template = jax.tree.unflatten(treedef, range(len(outputs)))
         self._largest = 0
@@ -123,15 +125,22 @@ class Runner:
 
     def _compute(self, call: Call, index: np.ndarray | None, size: int) -> list[np.ndarray]:
         """Returns the outputs for some rows of a call, or for all of them."""
-        columns = tuple(self._staging.take(slot, column, index) for slot, column in enumerate(call.columns))
-        try:
-            out = self._run(self.state.arrays, columns, call.shared)
-            arrays = [np.asarray(leaf) for leaf in self._outputs(out, size)]  # waits: the columns have been read
-        except BaseException:
-            self._staging.clear()
-            raise
-        if not self._checked and size > 1:
-            self._check_rows(columns, call.shared, arrays)
+        with self._staging.held():
+            columns = tuple(self._staging.take(slot, column, index) for slot, column in enumerate(call.columns))
+            try:
+                out = self._run(self.state.arrays, columns, call.shared)
+                arrays = [np.asarray(leaf) for leaf in self._outputs(out, size)]  # waits: the columns have been read
+            except BaseException:
+                self._staging.clear()
+                raise
+            expected = [(output.dtype, output.shape) for output in self.entry.outputs]
+            if [(array.dtype, array.shape[1:]) for array in arrays] != expected:
+                raise ValueError(
+                    f"the outputs of {self._name} have other shapes or dtypes than when it was traced first: it reads "
+                    "something that has changed and that a memo doesn't watch; wrap it anew"
+                )
+            if not self._checked and size > 1:
+                self._check_rows(columns, call.shared, arrays)
         return arrays
 
     def _outputs(self, out: Any, size: int) -> list[Any]:
@@ -148,22 +157,21 @@ class Runner:
         return jax.tree.leaves(out)
 
     def _check_rows(self, columns: Sequence[Any], shared: Sequence[Any], arrays: Sequence[np.ndarray]) -> None:
-        """Raises if rows come out otherwise when others are exchanged: first one half of them, then the other half."""
+        """Raises if rows come out otherwise at other places among others: first one half of them, then the other."""
         size = len(columns[0])
         halves = np.array_split(np.random.default_rng(0).permutation(size), 2)
-        for kept, others in (halves, halves[::-1]):
-            index = np.arange(size)
-            index[others] = kept[np.arange(len(others)) % len(kept)]
+        for kept in halves:
+            index = np.resize(np.roll(kept, 1), size)
             mixed = tuple(np.asarray(column)[index] for column in columns)
             if all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(mixed, columns, strict=True)):
                 return  # the rows are alike: another batch must tell
             again = jax.tree.leaves(self._run(self.state.arrays, mixed, shared))
             for output, array, other in zip(self.entry.outputs, arrays, again, strict=True):
-                if not _alike(array[kept], np.asarray(other)[kept]):
+                if not _alike(array[index], np.asarray(other)):
                     raise ValueError(
-                        f"output{output.path} of {self._name} depends on the other rows of the batch, so it can't be "
-                        "kept per item (BatchNorm in training mode? a mean over the batch?); if it does not, and only "
-                        "rounds differently: memo.wrap(..., check=False)"
+                        f"output{output.path} of {self._name} depends on the other rows of the batch, or on its place "
+                        "among them, so it can't be kept per item (BatchNorm in training mode? a mean over the batch? "
+                        "Dropout?); if it does not, and only rounds differently: memo.wrap(..., check=False)"
                     )
         self._checked = True
 
