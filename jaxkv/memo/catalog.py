@@ -69,8 +69,6 @@ class Catalog:
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
 
-    # --- looking -----------------------------------------------------------------------------------------------------
-
     def refresh(self, *, force: bool = False) -> None:
         """Learns what other processes did: new, grown and vanished segments. A few microseconds if they did nothing."""
         self._looks += 1
@@ -168,8 +166,6 @@ class Catalog:
         if not intact.all():  # half of it is there yet, or it is damaged: then the rest is found once it is sealed
             entries = entries[: int(intact.argmin())]
         self.add(segment, entries["key"].tolist(), entries["offset"].tolist(), entries["stored"].tolist())
-
-    # --- the table ---------------------------------------------------------------------------------------------------
 
     def new(self, stem: str) -> Segment:
         segment = Segment(stem, self._next)
