@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxkv.memo.catalog import Catalog, Counts, Segment, record_bytes
+from jaxkv.memo.catalog import Catalog, Counts, Segment
 from jaxkv.memo.forking import Lock
-from jaxkv.memo.layout import LOCK, check_format, room_taken, write_format
-from jaxkv.memo.memory import BY_USE, POLICIES
+from jaxkv.memo.layout import check_format, room_taken, write_format
+from jaxkv.memo.memory import POLICIES
 from jaxkv.memo.payload import load_zstandard, pack_payload
 from jaxkv.memo.prune import remove
 from jaxkv.memo.reading import Place, read_places
 from jaxkv.memo.record import HEADER_BYTES, KEY_BYTES, Header, checksum
-from jaxkv.memo.segment import Handle, Writer, lock, need_locks, sync_files, write_whole
+from jaxkv.memo.room import Room
+from jaxkv.memo.segment import Handle, Writer, need_locks, sync_files, write_whole
 from jaxkv.memo.trouble import Troubles
 
 _SEGMENT_LEAST, _SEGMENT_MOST = 1 << 16, 1 << 28
@@ -104,11 +103,9 @@ class Disk:
         self._troubles = Troubles(self.directory, self._counts)
         self._described: set[bytes] = set()
         self._unsynced: set[str] = set()  # segments
-        self._stamp = 0
+        self._room = Room(budget, policy, self._catalog, self._counts, self._troubles)
         self._prepare()
         self._catalog.refresh(force=True)
-
-    # --- reading -----------------------------------------------------------------------------------------------------
 
     def read(self, keys: Sequence[bytes], nbytes: int) -> list[Any]:
         """Returns the payload of each key, bytes or memoryview of `nbytes` bytes; None for those that aren't there."""
@@ -142,7 +139,7 @@ class Disk:
         outcome = read_places(places, opened, keys, nbytes)
         for i, value in outcome.values.items():
             values[i] = value
-        if outcome.gone or outcome.damaged or (outcome.used and self.policy in BY_USE):
+        if outcome.gone or outcome.damaged or (outcome.used and self._room.by_use):
             with self._lock:
                 for segment, offset, _, i in outcome.gone:
                     self._counts.lost += self._catalog.forget(keys[i], segment, offset)
@@ -152,8 +149,7 @@ class Disk:
                     self._troubles.failed("reading", outcome.problem)
                 if outcome.gone or outcome.damaged:
                     self._troubles.say("damage", "records were lost or damaged; they count as misses")
-                if self.policy in BY_USE:
-                    self._touch(outcome.used)
+                self._room.touch(outcome.used)
         return missing
 
     def _open(self, segment: Segment) -> Handle | None:
@@ -164,8 +160,6 @@ class Disk:
         except OSError as error:
             self._troubles.failed("reading", error)
         return None
-
-    # --- writing -----------------------------------------------------------------------------------------------------
 
     def write(self, keys: Sequence[bytes], payloads: Sequence[Any]) -> int:
         """Keeps payloads (bytes-like, contiguous) under their keys, and returns how many are on disk now.
@@ -198,7 +192,7 @@ class Disk:
             while count < len(records) and (count == 0 or size < self.segment_bytes):
                 size += HEADER_BYTES + records[count][0].stored
                 count += 1
-            admitted = self._admit(records[:count])
+            admitted = self._room.admit(records[:count], writer.stem, self._seal)
             records = records[count:]
             if not admitted:
                 continue
@@ -212,8 +206,7 @@ class Disk:
             self._catalog.resize(segment, writer.end, writer.index_end)
             self._counts.written += len(offsets)
             self._unsynced.add(writer.stem)
-            if self.policy in BY_USE:
-                self._touch({writer.stem})
+            self._room.touch({writer.stem})
             if problem is not None:
                 self._troubles.failed("writing", problem)
                 if len(segment.keys):
@@ -250,88 +243,7 @@ class Disk:
             if stem in self._catalog.segments:
                 self._catalog.segments[stem].live = False
                 if end == 0:
-                    self._remove(stem)
-
-    # --- the budget --------------------------------------------------------------------------------------------------
-
-    def _admit(self, records: list[tuple[Header, Any]]) -> list[tuple[Header, Any]]:
-        """Returns the records that there is room for, having made room if the policy is to."""
-        if self.budget is None:
-            return records
-        most = self.budget - self._catalog.small_bytes
-        sizes = [size for header, _ in records if (size := record_bytes(header.stored)) <= most]
-        if self.policy != "keep" and self._catalog.nbytes + sum(sizes) > self.budget:
-            self._evict(min(sum(sizes), most))
-        left, admitted = self.budget - self._catalog.nbytes, []
-        for record in records:
-            size = record_bytes(record[0].stored)
-            if size <= left:
-                left -= size
-                admitted.append(record)
-        return admitted
-
-    def _evict(self, need: int) -> None:
-        """Removes sealed segments until there is room; at last also what this process wrote itself."""
-        handle = self._locked()
-        if handle is not None:
-            with handle:
-                self._evict_locked(need)
-
-    def _evict_locked(self, need: int) -> None:
-        self._catalog.refresh(force=True)
-        order = {}
-        for stem, segment in self._catalog.segments.items():
-            if not segment.live:
-                order[stem] = (self._used(stem) if self.policy != "fifo" else 0, segment.sequence, stem)
-        stems = sorted(order, key=order.__getitem__, reverse=self.policy == "mru")
-        if self._writer is not None:
-            stems.append(self._writer.stem)
-        for stem in stems:
-            if self.budget is None or self._catalog.nbytes + need <= self.budget:
-                return
-            if self._writer is not None and stem == self._writer.stem:
-                self._seal()
-            self._counts.evicted += self._remove(stem)
-
-    def _remove(self, stem: str) -> int:
-        """Removes a segment's files. The index goes first: killed in between, nothing is left that nobody owns."""
-        for ending in ("idx", "seg"):
-            try:
-                os.unlink(self._catalog.path(f"{stem}.{ending}"))
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                self._troubles.failed("removing", error)
-                return 0
-        self._unsynced.discard(stem)
-        return self._catalog.drop(stem)
-
-    def _locked(self) -> Handle | None:
-        """Returns the directory's lock, None if another process removes something just now."""
-        try:
-            handle = Handle(self._catalog.path(LOCK), os.O_RDWR | os.O_CREAT)
-            if lock(handle):
-                return handle
-            handle.close()
-            return None
-        except OSError as error:
-            self._troubles.failed("locking", error)
-            return None
-
-    def _used(self, stem: str) -> int:
-        """When a segment was last used, in nanoseconds; a wrong clock changes the order of eviction, no more."""
-        try:
-            return os.stat(self._catalog.path(f"{stem}.idx")).st_mtime_ns
-        except OSError:
-            return 0
-
-    def _touch(self, stems: set[str]) -> None:
-        self._stamp = max(self._stamp + 1000, time.time_ns())
-        for stem in stems:
-            with contextlib.suppress(OSError, OverflowError):
-                os.utime(self._catalog.path(f"{stem}.idx"), ns=(self._stamp, self._stamp))
-
-    # --- the rest ----------------------------------------------------------------------------------------------------
+                    self._room.remove(stem)
 
     def describe(self, namespace: bytes, about: dict[str, Any]) -> None:
         """Writes down what a namespace is, for `jaxkv memo ls`: JSON, once per namespace."""
@@ -341,8 +253,7 @@ class Disk:
         path, text = self._catalog.path(f"{namespace.hex()}.json"), json.dumps(about, indent=1).encode()
         try:
             with self._lock:
-                room = self.budget is None or self._catalog.nbytes + len(text) <= self.budget
-                if room and not os.path.exists(path):
+                if self._room.has(len(text)) and not os.path.exists(path):
                     write_whole(path, text)
                     self._catalog.refresh(force=True)
         except OSError as error:
@@ -372,7 +283,7 @@ class Disk:
         """Removes all records, or those of one namespace; segments that another process is writing to stay."""
         with self._lock:
             self._seal()
-            handle = self._locked()
+            handle = self._room.hold()
             if handle is None:
                 self._troubles.say("clearing", "another process is removing files; nothing was cleared")
                 return

@@ -8,7 +8,7 @@ import zlib
 
 from jaxkv.logs import log
 from jaxkv.memo.record import NAMESPACE_BYTES, segment_seed
-from jaxkv.memo.segment import write_whole
+from jaxkv.memo.segment import Handle, lock, write_whole
 
 FORMAT = "FORMAT"
 LOCK = "lock"
@@ -61,6 +61,19 @@ def check_format(directory: str) -> bool:
 def write_format(directory: str) -> None:
     words = f"{_NAME} {_VERSION}".encode()
     write_whole(os.path.join(directory, FORMAT), words + b" " + _crc(words) + b"\n")
+
+
+def hold(directory: str) -> Handle | None:
+    """Returns the lock under which files are removed, held until it is closed; None if another process has it.
+
+    Raises:
+      OSError: if its file can't be opened.
+    """
+    handle = Handle(os.path.join(directory, LOCK), os.O_RDWR | os.O_CREAT)
+    if lock(handle):
+        return handle
+    handle.close()
+    return None
 
 
 def _crc(data: bytes) -> bytes:

@@ -10,9 +10,9 @@ from typing import Any
 
 from jaxkv.errors import CacheError
 from jaxkv.memo.catalog import record_bytes
-from jaxkv.memo.layout import LOCK, room_taken
+from jaxkv.memo.layout import hold, room_taken
 from jaxkv.memo.record import HEADER_BYTES, NAMESPACE_BYTES, Header, segment_seed
-from jaxkv.memo.segment import Handle, Writer, lock, sync_files
+from jaxkv.memo.segment import Writer, sync_files
 from jaxkv.memo.upkeep import (
     BATCH_BYTES,
     Part,
@@ -60,9 +60,10 @@ def prune(
       OSError: if files can't be written or removed.
     """
     check_store(directory)
-    with Handle(os.path.join(directory, LOCK), os.O_RDWR | os.O_CREAT) as handle:
-        if not lock(handle):
-            raise CacheError(f"another process is removing files of {directory} just now; try again when it is done")
+    handle = hold(directory)
+    if handle is None:
+        raise CacheError(f"another process is removing files of {directory} just now; try again when it is done")
+    with handle:
         return remove(directory, size=size, namespaces=namespaces, damaged=damaged, progress=progress)
 
 
