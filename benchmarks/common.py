@@ -13,6 +13,7 @@ import pathlib
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -46,6 +47,22 @@ def interleave(runs: dict[str, Callable[[int], float]], *, rounds: int, seconds:
     return times
 
 
+def timed(function: Callable[[], Any], before: Callable[[], None] | None = None) -> Callable[[int], float]:
+    """Returns what `interleave` runs: so many steps, and the seconds they took without what comes before each."""
+
+    def run(steps: int) -> float:
+        total = 0.0
+        for _ in range(steps):
+            if before:
+                before()
+            begin = time.perf_counter()
+            function()
+            total += time.perf_counter() - begin
+        return total
+
+    return run
+
+
 def medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -62,11 +79,22 @@ def about(packages: Iterable[str]) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "device": {
             "cpu": cpu_name(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": count_cores(),
             "load_before": os.getloadavg()[0],
         },
         "versions": versions,
     }
+
+
+def warn_if_busy(facts: dict[str, Any]) -> None:
+    """Says that times are not to be trusted if the machine had other things to do when `about` was asked."""
+    if facts["device"]["load_before"] > 0.5:
+        print(f"the machine was busy (load {facts['device']['load_before']:.1f}): don't trust the times")
+
+
+def count_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:

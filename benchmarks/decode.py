@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import ROOT, about, interleave, medians, say
+from common import ROOT, about, count_cores, interleave, medians, say
 
 import jaxkv
 
@@ -211,7 +211,7 @@ class Torch:
     def __init__(self, s: Setting, batch: int, capacity: int):
         import torch
 
-        torch.set_num_threads(about(())["device"]["cores"])
+        torch.set_num_threads(count_cores())
         torch.manual_seed(0)
         self.k, self.v = (torch.randn(batch, s.num_kv_heads, capacity, s.head_dim) for _ in range(2))
         self.q, self.new = (

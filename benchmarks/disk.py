@@ -39,7 +39,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from common import about, in_turn, say
+from common import about, in_turn, say, warn_if_busy
 
 from jaxkv.memo.disk import Disk
 
@@ -463,8 +463,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, measured in case["microseconds"].items():
                 write, read = (statistics.median(measured[what]) for what in ("write", "read"))
                 print(f"  {name:<13} {write:>8.1f} {read:>8.1f}")
-        if facts["device"]["load_before"] > 0.5:
-            print(f"the machine was busy (load {facts['device']['load_before']:.1f}): don't trust the times")
+        warn_if_busy(facts)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")

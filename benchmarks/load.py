@@ -28,7 +28,7 @@ import time
 from typing import Any
 
 import numpy as np
-from common import about, in_turn, say
+from common import about, in_turn, say, warn_if_busy
 
 import jaxkv
 
@@ -166,8 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         shown = "  ".join(f"{name} {t:.2f} ({t / times['plain read']:.2f}x)" for name, t in times.items())
         memory = f"peak {case['peak_bytes'] / 1e6:,.0f} MB for {case['model_bytes'] / 1e6:,.0f}"
         print(f"{case['stored']} to {case['loaded']}: {shown}; {memory}")
-    if facts["device"]["load_before"] > 0.5:
-        print(f"the machine was busy (load {facts['device']['load_before']:.1f}): don't trust the times")
+    warn_if_busy(facts)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         settings = {"cold": arguments.cold, "rounds": arguments.rounds}

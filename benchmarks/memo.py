@@ -39,28 +39,12 @@ import jax.numpy as jnp
 import memo_faults
 import memo_rows
 import numpy as np
-from common import about, interleave, medians, say
+from common import about, interleave, medians, say, timed, warn_if_busy
 from memo_contestants import CONTESTANTS, QUICK, Inputs, Setting, weights
 
 import jaxkv
 
 TARGETS = {"memory hit": 4.0, "disk hit": 6.0, "miss, on disk": 6.0}  # ms, and five times less than torchcache
-
-
-def timed(function: Callable[[], Any], before: Callable[[], None] | None = None) -> Callable[[int], float]:
-    """Returns what `interleave` runs: so many steps, and the seconds they took without what comes before each."""
-
-    def run(steps: int) -> float:
-        total = 0.0
-        for _ in range(steps):
-            if before:
-                before()
-            begin = time.perf_counter()
-            function()
-            total += time.perf_counter() - begin
-        return total
-
-    return run
 
 
 def measure(setting: Setting, folder: str, *, rounds: int, seconds: float) -> tuple[dict[str, Any], dict[str, str]]:
@@ -209,8 +193,6 @@ def show(data: dict[str, Any]) -> str:
     if data["rows"]:
         lines.append(memo_rows.table(data["rows"]))
     lines += [f"left out: {name}: {why}" for name, why in data["left_out"].items()]
-    if data["device"]["load_before"] > 0.5:
-        lines.append(f"the machine was busy (load {data['device']['load_before']:.1f}): don't trust the times")
     return "\n".join(lines)
 
 
@@ -272,6 +254,7 @@ def main(argv: list[str] | None = None) -> int:
         data["rows"] = memo_rows.measure(args.rows, folder) if args.rows else None
     say("")
     print(show(data))
+    warn_if_busy(data)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(data, indent=1) + "\n")

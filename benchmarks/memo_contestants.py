@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import about
+from common import count_cores
 
 import jaxkv
 from jaxkv import aligned
@@ -99,7 +99,7 @@ class Torchcache:
 def torch_pool(setting: Setting) -> Any:
     import torch
 
-    torch.set_num_threads(about(())["device"]["cores"])
+    torch.set_num_threads(count_cores())
     torch.set_grad_enabled(False)
 
     class Pool(torch.nn.Module):

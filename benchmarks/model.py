@@ -33,7 +33,7 @@ import traceback
 from typing import Any
 
 import numpy as np
-from common import about, in_turn, medians, say
+from common import about, in_turn, medians, say, warn_if_busy
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SEED = 0
@@ -709,8 +709,8 @@ def main(argv: list[str] | None = None) -> int:
         data = all_data[family] = measure(one, names, rounds=rounds, tokens=tokens, threads=threads)
         print(f"{family}, {data['model']['parameters'] / 1e6:.0f} M parameters\n{table(data)}\n")
         failed |= any(why.startswith("failed") for why in data["left_out"].values())
-        if data["device"]["load_before"] > 0.5 and family == families[0]:
-            print(f"the machine was busy (load {data['device']['load_before']:.1f}): don't trust the times")
+        if family == families[0]:
+            warn_if_busy(data)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         kept = data if len(families) == 1 else all_data

@@ -25,29 +25,17 @@ import json
 import pathlib
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import about, interleave, medians, say
+from common import about, interleave, medians, say, timed, warn_if_busy
 
 import jaxkv
 
 PEER = "llm-compressor"
-Run = Callable[[int], float]
-
-
-def timed(once: Callable[[], Any]) -> Run:
-    def run(steps: int) -> float:
-        start = time.perf_counter()
-        for _ in range(steps):
-            once()
-        return time.perf_counter() - start
-
-    return run
 
 
 class Ours:
@@ -246,8 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\niterating, prefetched against plain")
     for name in contestants:
         print(f"  {name:28} {plain[f'{name}, prefetched'] / plain[name]:.3f}")
-    if facts["device"]["load_before"] > 0.5:
-        print(f"the machine was busy (load {facts['device']['load_before']:.1f}): don't trust the times")
+    warn_if_busy(facts)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         settings = {"batches": count, "shape": shape, **options}
