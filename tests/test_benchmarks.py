@@ -47,3 +47,10 @@ def test_the_offload_benchmark_runs(tmp_path):
     offload = importlib.import_module("offload")
     assert offload.main(["--quick", "--out", str(tmp_path / "offload.json")]) == 0
     assert {"ms", "overlap", "settings"} <= set(json.loads((tmp_path / "offload.json").read_text()))
+
+
+def test_the_disk_benchmark_times_whatever_is_installed(tmp_path):
+    disk = importlib.import_module("disk")
+    assert disk.main(["--quick", "--only", "times", "--out", str(tmp_path / "disk.json")]) == 0
+    cases = json.loads((tmp_path / "disk.json").read_text())["times"]["cases"]
+    assert all({"jaxkv", "files"} <= set(case["microseconds"]) for case in cases)
