@@ -128,7 +128,8 @@ def test_what_belongs_to_which_column_shows(hash):
 
 
 @pytest.mark.parametrize(
-    "dtype", ["float32", "bfloat16", "float8_e4m3fn", "int4", "int8", "uint16", "bool", "complex64", "int32"]
+    "dtype",
+    ["float32", "bfloat16", "float8_e4m3fn", "float4_e2m1fn", "int4", "int8", "uint16", "bool", "complex64", "int32"],
 )
 def test_the_device_hash_is_the_same_on_host_and_device(dtype):
     x = (rng().standard_normal((3, 7)) * 3).astype(jnp.dtype(dtype))

@@ -234,7 +234,7 @@ def _placement(call: Call) -> Any:
 
 
 def _after_fork() -> None:
-    for features in list(_all):  # a thread that was tracing is not in the child
+    for features in list(_all):  # a thread that was tracing is not in the child, and nobody waits for compilers to fork
         features._lock = threading.RLock()
 
 

@@ -156,6 +156,8 @@ def _sums(words: Any, places: Any, xp: Any) -> Any:
 def _lanes_on_device(array: Any) -> Any:
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         array = jnp.stack([array.real, array.imag], axis=-1)
+    if array.dtype.name == "float4_e2m1fn":
+        array = jax.lax.bitcast_convert_type(array, jnp.uint4)
     if array.dtype == jnp.bool_ or array.dtype.name in ("int4", "uint4", "int2", "uint2"):
         array = array.astype(jnp.uint8)
     bits = array.dtype.itemsize * 8

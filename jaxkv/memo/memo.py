@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,14 +11,13 @@ import jax.numpy as jnp
 
 from jaxkv.memo.disk import Disk, DiskStats
 from jaxkv.memo.features import Features
+from jaxkv.memo.forking import Lock
 from jaxkv.memo.hashing import Hash
 from jaxkv.memo.memory import Memory, MemoryStats
 from jaxkv.memo.once import Once
 from jaxkv.memo.runner import Settings
 from jaxkv.memo.staging import Staging
 from jaxkv.sizes import format_bytes, parse_bytes
-
-_all: weakref.WeakSet[Memo] = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +116,9 @@ class Memo:
         )
         self.staging = Staging()
         self._once = Once() if once else None
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._counts = [0, 0, 0, 0, 0]
         self._closed = False
-        _all.add(self)
 
     def __call__(self, function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         """The decorator: `@memo`, or `@memo(version="2")` with the options of `wrap`."""
@@ -233,12 +228,3 @@ class Memo:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _after_fork() -> None:
-    for memo in list(_all):  # a thread that held the lock is not in the child
-        memo._lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
