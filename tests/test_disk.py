@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -113,6 +114,8 @@ def test_wrong_arguments_are_refused(tmp_path):
         Disk(tmp_path, policy="best")
     with pytest.raises(ValueError, match="compress is 'gzip'"):
         Disk(tmp_path, compress="gzip")
+    with pytest.raises(ValueError, match="disk is an empty path; give a directory"):
+        Disk("")
     with pytest.raises(ValueError, match="budget is 0"):
         Disk(tmp_path, budget=0)
     with pytest.raises(ValueError, match="32 bytes"):
@@ -254,6 +257,31 @@ def test_a_budget_is_never_exceeded(tmp_path, policy):
     assert store.stats().items == store.stats().written - store.stats().evicted
     store.close()
     assert Disk(tmp_path, budget=budget, policy=policy).stats().items == store.stats().items
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_budget_too_small_for_one_record_is_said_once(tmp_path, policy, caplog):
+    store = Disk(tmp_path, budget=2048, policy=policy)
+    for number in range(3):
+        assert fill(store, [number], 3000) == 0
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path}: a record of 3.1 KiB is larger than the budget of 2.0 KiB allows")
+    need = int(re.search("give a disk_budget of ([0-9,]+) bytes or more", message)[1].replace(",", ""))
+    store.close()
+    assert fill(Disk(tmp_path, budget=need - 1, policy=policy), [0], 3000) == 0
+    assert fill(Disk(tmp_path, budget=need, policy=policy), [0], 3000) == 1, "what it says suffices"
+
+
+def test_a_full_budget_is_said_once_where_what_is_there_is_kept(tmp_path, caplog):
+    store = Disk(tmp_path, budget=2048)
+    for number in range(20):
+        fill(store, [number], 200)
+    (message,) = caplog.messages
+    assert f"{tmp_path}: the budget of 2.0 KiB is full, and a record of {catalog.record_bytes(200)} B" in message
+    assert 'give a larger disk_budget or disk_policy="lru", or make room by jaxkv memo prune' in message
+    caplog.clear()
+    fill(Disk(tmp_path, budget=2048, policy="lru"), range(20, 30), 200)
+    assert not caplog.messages, "room was made"
 
 
 def rows(store: Disk, policy_use=()) -> list[int]:

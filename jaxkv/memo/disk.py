@@ -90,6 +90,8 @@ class Disk:
             if size is not None and size < 1:
                 raise ValueError(f"{name} is {size}; give bytes, 1 or more, or None")
         checksum(b"")
+        if not os.fspath(directory):
+            raise ValueError("disk is an empty path; give a directory")
         self.directory = os.path.abspath(os.path.expanduser(os.fspath(directory)))
         self.budget, self.policy, self.compress = budget, policy, compress
         share = _SEGMENT_MOST if budget is None else budget // _SEGMENT_SHARE

@@ -14,6 +14,7 @@ from jaxkv.memo.memory import BY_USE
 from jaxkv.memo.record import Header
 from jaxkv.memo.segment import Handle
 from jaxkv.memo.trouble import Troubles
+from jaxkv.sizes import format_bytes
 
 
 class Room:
@@ -57,7 +58,19 @@ class Room:
             if size <= left:
                 left -= size
                 admitted.append(record)
+            elif size > most or self._policy == "keep":
+                self._refused(size, most)
         return admitted
+
+    def _refused(self, size: int, most: int) -> None:
+        budget, of = format_bytes(self._budget or 0), format_bytes(size)
+        if size > most:
+            what = f"a record of {of} is larger than the budget of {budget} allows, and is not kept"
+            cure = f"give a disk_budget of {size + self._catalog.small_bytes:,} bytes or more"
+        else:
+            what = f"the budget of {budget} is full, and a record of {of} is not kept"
+            cure = 'give a larger disk_budget or disk_policy="lru", or make room by jaxkv memo prune'
+        self._troubles.say("budget", f"{what}; {cure}")
 
     def _make(self, need: int, own: str, give_up: Callable[[], None]) -> None:
         """Removes segments that nobody writes to until there is room; at last what this process wrote itself."""
