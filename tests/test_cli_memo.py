@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -27,6 +28,9 @@ ABOUT = {
 }
 
 
+TWO = f"{key(0, 2)[:16].hex()}, {key(0, 1)[:16].hex()}"
+
+
 @pytest.fixture
 def directory(tmp_path):
     """Four segments: 20 items of a described function, then 20 of another one."""
@@ -48,10 +52,50 @@ def test_ls_says_whose_outputs_are_there(directory, capsys):
     assert main(["memo", "ls", str(directory)]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert err == "" and len(lines) == 3 and lines[0].split() == ["namespace", "items", "size", "function"]
+    assert (
+        err == "" and len(lines) == 3 and lines[0].split() == ["namespace", "items", "size", "last", "used", "function"]
+    )
     described = "backbone.apply, version 2: x float32[3,224,224] -> float32[1024], mask bool[]"
-    assert f"{'0' * 12}     20  4.4 KiB  {described}" in lines
-    assert f"{'0' * 12}     20  4.4 KiB  not described" in lines
+    date = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.fullmatch(f"{'0' * 12}     20  4.4 KiB  {date}  not described", lines[1]), "it was written last"
+    assert re.fullmatch(f"{'0' * 12}     20  4.4 KiB  {date}  {re.escape(described)}", lines[2])
+
+
+def test_ls_shows_first_what_was_used_last(directory, capsys):
+    for path in files(directory, ".idx")[2:]:
+        os.utime(path, (1, 1))
+    os.utime(files(directory, ".idx")[1], (946684800, 946684800))  # 2000-01-01 in UTC
+    os.utime(files(directory, ".idx")[0], ns=(0, -(2**62)))
+    Disk(directory).describe(key(0, 3)[:16], {})
+    os.utime(files(directory, ".json")[-1], (2**33, 2**33))  # no records: the time of its description counts
+    assert [space.key[-1] for space in upkeep.survey(str(directory)).namespaces] == [3, 1, 2]
+    assert main(["memo", "ls", str(directory)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.search(r" 0 B  2242-\d\d-\d\d", lines[1]) and re.search("  (1999-12-31|2000-01-01) .*apply", lines[2])
+    for path in files(directory, ".idx"):
+        os.utime(path, (2**62 // 10**9, 2**62 // 10**9))
+    assert main(["memo", "ls", str(directory)]) == 0
+
+
+def test_ls_of_one_file_shows_first_what_was_written_last(tmp_path):
+    store = Disk(tmp_path)
+    for namespace in (2, 3, 1):
+        fill(store, [1], namespace=namespace)
+    assert [space.key[-1] for space in upkeep.survey(str(tmp_path)).namespaces] == [1, 3, 2]
+
+
+def test_ls_cuts_lines_on_a_terminal_only(directory, capsys, monkeypatch):
+    inputs = ", ".join(f"x{number}: float32[224,224,3]" for number in range(20)) + ", pool: 'max'"
+    files(directory, ".json")[0].write_text(json.dumps({"function": "f", "inputs": inputs, "outputs": []}))
+    monkeypatch.setenv("COLUMNS", "90")
+    assert main(["memo", "ls", str(directory)]) == 0
+    out, err = capsys.readouterr()
+    assert f"f: {inputs} -> nothing\n" in out and err == ""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["memo", "ls", str(directory)]) == 0
+    out, err = capsys.readouterr()
+    assert max(map(len, out.splitlines())) == 90 and out.count("...\n") == 1
+    assert err == "jaxkv: lines are cut to the terminal's width; in a file or a pipe they are whole\n"
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"function": 3, "inputs": 4, "outputs": [1, {"shape": "x"}]}', ""])
@@ -121,8 +165,28 @@ def test_prune_to_a_size_keeps_what_was_used_last(directory, capsys):
     assert "; removed: 17 items\n" in capsys.readouterr().out
     assert there(directory) == [10, 13]
     assert sum(path.stat().st_size for path in directory.iterdir()) <= size + 23 * record_bytes(SIZE)
-    assert main(["memo", "prune", str(directory), "--to", "1"]) == 1  # what says that it is a store stays
+
+
+@pytest.mark.parametrize("size", ["0", "5"])
+def test_prune_to_less_than_what_says_that_it_is_a_store_is_done_when_all_records_are_gone(directory, size, capsys):
+    assert main(["memo", "prune", str(directory), "--to", size]) == 0
+    out, err = capsys.readouterr()
+    assert "; removed: 40 items\n" in out and err == "jaxkv: what says that this is a store, 22 B, stays\n"
     assert there(directory) == [0, 0] and not files(directory)
+    assert main(["memo", "prune", str(directory), "--to", size]) == 0, "there is nothing to do"
+    assert capsys.readouterr().out == "22 B before, 22 B now; removed: 0 items\n"
+
+
+def test_prune_that_leaves_too_much_says_who_is_in_the_way(directory, capsys):
+    writer = Disk(directory)
+    fill(writer, range(100, 105), namespace=1)
+    assert main(["memo", "prune", str(directory), "--to", "5"]) == 1
+    assert "; run it again when those programs have ended\n" in capsys.readouterr().err
+    writer.close()
+    (directory / "000000000009-0123456789abcdef.idx").write_bytes(bytes(50))
+    assert main(["memo", "prune", str(directory), "--to", "5"]) == 1
+    assert capsys.readouterr().err == "jaxkv: this is more than 5 B; --damaged removes what is left over\n"
+    assert main(["memo", "prune", str(directory), "--to", "5", "--damaged"]) == 0
 
 
 def test_prune_of_a_namespace_leaves_the_others(directory, capsys):
@@ -191,14 +255,21 @@ def test_prune_that_is_killed_at_any_step_loses_nothing(directory):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["ls", "nowhere"], "nowhere is no directory; give one that a memo keeps its files in"),
-        (["verify", "empty"], "empty is no store of a memo; give the directory that was named as disk="),
+        (["ls"], "the following arguments are required: DIR; see jaxkv memo ls --help"),
+        (["ls", ""], "the path of the store is empty; give the directory that was named as disk="),
+        (["ls", "nowhere"], "nowhere does not exist; give the directory that was named as disk="),
+        (["stat", "features/FORMAT"], "features/FORMAT is a file, no directory; give the directory that was named as"),
+        (["verify", "empty"], "empty is no store of a memo, it is empty; give the directory that was named as disk="),
+        (["ls", "."], ". is no store of a memo, it holds other files, such as 'empty'; give the directory that was"),
+        (["prune", ".", "--to", "5"], "named as disk=: is it ./features?"),
         (["prune", "features"], "say what to remove: --to SIZE, --namespace NAME or --damaged"),
         (["prune", "features", "--to", "8 bits"], "'8 bits' is no size; give one such as 8GB"),
-        (["prune", "features", "--namespace", "f00"], "no namespace begins with 'f00'; jaxkv memo ls lists them"),
-        (["prune", "features", "--namespace", "00"], "several namespaces begin with '00'; jaxkv memo ls lists them"),
-        (["look", "features"], "invalid choice: 'look'"),
-        ([], "the following arguments are required: ACTION; see jaxkv memo --help"),
+        (["prune", "features", "--to", "-1"], "'-1' is no size; give one such as 8GB"),
+        (["prune", "features", "--namespace", "f00"], f"no namespace begins with 'f00'; there are {TWO}"),
+        (["prune", "features", "--namespace", "00"], f"2 namespaces begin with '00'; give more of it: {TWO}"),
+        (["prune", "features", "--namespace", ""], f"2 namespaces begin with ''; give more of it: {TWO}"),
+        (["look", "features"], "invalid choice: 'look' (choose from"),
+        ([], "the following arguments are required: {ls,stat,verify,prune}; see jaxkv memo --help"),
     ],
 )
 def test_wrong_use_is_one_line_with_the_cure_and_status_2(directory, words, message, capsys, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +18,7 @@ from jaxkv.sizes import format_bytes
 
 _SHORT = 12  # characters of a namespace that are shown
 _MOST_DAMAGES = 20
-_LONGEST = 60  # characters of a description that nobody split up
+_MOST_NAMES = 5
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,15 +32,22 @@ def run(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     found = upkeep.survey(args.directory)
     if not found.namespaces:
-        note(f"{args.directory} is empty")
+        note(f"{args.directory} is a store without records")
         return 0
-    rows = [("namespace", "items", "size", "function")]
-    for space in sorted(found.namespaces, key=lambda space: -space.nbytes):
-        row = (space.key.hex()[:_SHORT], f"{space.items:,}", format_bytes(space.nbytes), _told(space.about))
-        rows.append(row)
+    rows = [("namespace", "items", "size", "last used", "function")]
+    for space in found.namespaces:
+        name, size = space.key.hex()[:_SHORT], format_bytes(space.nbytes)
+        rows.append((name, f"{space.items:,}", size, _date(space.used), _told(space.about)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, items, size, function in rows:
-        write(f"{name:<{widths[0]}}  {items:>{widths[1]}}  {size:>{widths[2]}}  {function}\n")
+    cut = False
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for name, items, size, used, function in rows:
+        line = f"{name:<{widths[0]}}  {items:>{widths[1]}}  {size:>{widths[2]}}  {used:<{widths[3]}}  {function}"
+        if width is not None and len(line) > width:
+            line, cut = f"{line[: max(width - 3, 0)]}...", True
+        write(f"{line}\n")
+    if cut:
+        note("lines are cut to the terminal's width; in a file or a pipe they are whole")
     return 0
 
 
@@ -84,18 +93,44 @@ def _prune(args: argparse.Namespace) -> int:
     write(f", {counted(done.damaged, 'damaged place')}\n" if done.damaged else "\n")
     if done.live:
         note(f"left alone, because a program is writing to it: {counted(done.live, 'segment')}")
-    if args.to is not None and done.after > args.to:
-        note(f"this is more than {format_bytes(args.to)}; run it again when those programs have ended")
-        return 1
-    return 0
+    if args.to is None or done.after <= args.to:
+        return 0
+    if done.after <= done.labels:
+        note(f"what says that this is a store, {format_bytes(done.labels)}, stays")
+        return 0
+    cure = "run it again when those programs have ended" if done.live else "--damaged removes what is left over"
+    note(f"this is more than {format_bytes(args.to)}; {cure}")
+    return 1
 
 
 def _meant(name: str, known: Sequence[bytes]) -> bytes:
-    found = [key for key in known if key.hex().startswith(name.lower())]
-    if len(found) != 1 or not name:
-        what = "several namespaces begin" if found else "no namespace begins"
-        raise UsageError(f"{what} with {name!r}; jaxkv memo ls lists them")
-    return found[0]
+    """Returns the namespace that begins so."""
+    names = [key.hex() for key in known]
+    found = [other for other in names if other.startswith(name.lower())]
+    if len(found) == 1 and name:
+        return bytes.fromhex(found[0])
+    if found:
+        what, cure = f"{counted(len(found), 'namespace')} begin", f"; give more of it: {_among(found, len(name) + 1)}"
+    else:
+        what, cure = "no namespace begins", f"; there are {_among(names)}" if names else ": the store is empty"
+    raise UsageError(f"{what} with {name!r}{cure}")
+
+
+def _among(names: Sequence[str], least: int = _SHORT) -> str:
+    """Returns names for a message, of so many characters that all of them differ."""
+    length = max(least, _SHORT)
+    while len({name[:length] for name in names}) < len(names):
+        length += 1
+    more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(name[:length] for name in names[:_MOST_NAMES]) + more
+
+
+def _date(used: int) -> str:
+    """Returns a file's time as people read it, to the second: two runs may follow closely."""
+    try:
+        return datetime.datetime.fromtimestamp(used // 10**9).isoformat(" ")
+    except (OverflowError, OSError, ValueError):  # a file may say any time
+        return "?"
 
 
 def _told(about: dict[str, Any]) -> str:
@@ -109,7 +144,7 @@ def _told(about: dict[str, Any]) -> str:
 
 def _arrays(leaves: Any) -> str:
     if isinstance(leaves, str):
-        return leaves if len(leaves) <= _LONGEST else f"{leaves[: _LONGEST - 3]}..."
+        return leaves
     if not isinstance(leaves, list):
         return "?"
     return ", ".join(_array(leaf) for leaf in leaves) or "nothing"

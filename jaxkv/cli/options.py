@@ -151,7 +151,7 @@ examples:
   jaxkv memo verify features                 read and check every record
   jaxkv memo prune features --to 20GiB       what was used least recently goes""",
     )
-    actions = command.add_subparsers(metavar="ACTION", required=True)
+    actions = command.add_subparsers(metavar="{ls,stat,verify,prune}", required=True)
 
     def add_action(name: str, help: str, description: str, epilog: str) -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=help, description=description, epilog=f"examples:\n{epilog}")
@@ -162,9 +162,11 @@ examples:
     add_action(
         "ls",
         "list the functions whose outputs are there",
-        "Lists the functions whose outputs are there: a namespace for each function with its weights and settings, how "
-        "many items it has, the bytes they take, and what goes in and comes out per item.",
-        "  jaxkv memo ls features",
+        "Lists the functions whose outputs are there, last used first: a namespace for each function with its weights "
+        "and settings, how many items it has, the bytes they take, when they were last written to (or used, where the "
+        "policy is lru or mru), and what goes in and comes out per item. Lines are cut to the width of a terminal; in "
+        "a file or a pipe they are whole.",
+        "  jaxkv memo ls features\n  jaxkv memo ls features | cat",
     )
     add_action(
         "stat",
@@ -187,10 +189,11 @@ examples:
         "before the old ones go: ended in between, nothing is lost. It takes room for one segment more meanwhile.",
         """\
   jaxkv memo prune features --to 20GiB             what was used least recently goes
+  jaxkv memo prune features --to 0                 everything goes
   jaxkv memo prune features --namespace 3f2a91c0   all outputs of one function
   jaxkv memo prune features --damaged              only what is damaged, torn or belongs to nothing""",
     )
-    prune.add_argument("--to", type=_size, metavar="SIZE", help="at most so much stays, such as 20GiB")
+    prune.add_argument("--to", type=_size_or_0, metavar="SIZE", help="at most so much stays, such as 20GiB, or 0")
     namespace_help = "remove this namespace (its first characters suffice); may be given several times"
     prune.add_argument("--namespace", action="append", default=[], metavar="NAME", help=namespace_help)
     prune.add_argument("--damaged", action="store_true", help="read every record and remove what is damaged")
@@ -220,6 +223,10 @@ def _size(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _size_or_0(text: str) -> int:
+    return 0 if text.strip() == "0" else _size(text)
 
 
 def _count(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
+from collections.abc import Callable
 
 from jaxkv.logs import log
 from jaxkv.memo.record import NAMESPACE_BYTES, segment_seed
@@ -27,6 +28,11 @@ def is_ours(name: str) -> bool:
         return True
     stem, _, ending = name.partition(".")
     return ending == "json" and len(stem) == 2 * NAMESPACE_BYTES and not set(stem) - set("0123456789abcdef")
+
+
+def is_label(name: str) -> bool:
+    """Whether a file of the store holds no records: it says what the store is, or what a namespace is."""
+    return name in (FORMAT, LOCK) or (is_ours(name) and name.endswith(".json"))
 
 
 def check_format(directory: str) -> bool:
@@ -80,8 +86,8 @@ def _crc(data: bytes) -> bytes:
     return f"{zlib.crc32(data):08x}".encode()
 
 
-def room_taken(directory: str) -> int:
-    """Returns the bytes of all files, as the file system says.
+def room_taken(directory: str, counts: Callable[[str], bool] = is_ours) -> int:
+    """Returns the bytes of all files whose names count, as the file system says.
 
     Raises:
       OSError: if the directory can't be read.
@@ -89,7 +95,7 @@ def room_taken(directory: str) -> int:
     total = 0
     with os.scandir(directory) as entries:
         for entry in entries:
-            if is_ours(entry.name):
+            if counts(entry.name):
                 with contextlib.suppress(FileNotFoundError):
                     total += entry.stat(follow_symlinks=False).st_size
     return total

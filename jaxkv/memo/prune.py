@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxkv.errors import CacheError
 from jaxkv.memo.catalog import record_bytes
-from jaxkv.memo.layout import hold, room_taken
+from jaxkv.memo.layout import hold, is_label, room_taken
 from jaxkv.memo.record import HEADER_BYTES, NAMESPACE_BYTES, Header, segment_seed
 from jaxkv.memo.segment import Writer, sync_files
 from jaxkv.memo.upkeep import (
@@ -29,6 +29,7 @@ from jaxkv.memo.upkeep import (
 class Removed:
     before: int  # bytes of all files
     after: int
+    labels: int  # of these, bytes that say what the store is, and what the namespaces are that stay
     items: int  # records that went and were whole
     damaged: int  # records and stretches that were not
     live: int  # segments left alone because a process is writing to them
@@ -117,7 +118,8 @@ def remove(
     left = {key[:NAMESPACE_BYTES] for key in seen}
     for namespace in touched - left:
         _unlink(os.path.join(directory, f"{namespace.hex()}.json"))
-    return Removed(before, room_taken(directory), items, broken, sum(part.live for part in parts))
+    labels = room_taken(directory, is_label)
+    return Removed(before, room_taken(directory), labels, items, broken, sum(part.live for part in parts))
 
 
 def _rewrite(directory: str, part: Part, rows: Sequence[int]) -> int:

@@ -39,13 +39,14 @@ class Namespace:
     about: dict[str, Any]  # empty if it was never described
     items: int
     nbytes: int  # of their records and index entries
+    used: int  # when its files were last written to, or used where the policy asks for it; in ns
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
     """What lies in a directory."""
 
-    namespaces: tuple[Namespace, ...]
+    namespaces: tuple[Namespace, ...]  # last used first
     nbytes: int  # of all files
     segments: int
     writers: int  # segments that a process is writing to
@@ -104,16 +105,18 @@ def survey(directory: str) -> Survey:
                 copies += record_bytes(stored)
                 continue
             seen.add(key)
-            count = counts.setdefault(key[:NAMESPACE_BYTES], [0, 0])
+            count = counts.setdefault(key[:NAMESPACE_BYTES], [0, 0, 0])
             count[0] += 1
             count[1] += record_bytes(stored)
+            count[2] = max(count[2], part.used)
         damaged += 0 if part.live else part.size - held
     described = _described(directory)
-    namespaces = tuple(
-        Namespace(key, described.get(key, {}), *counts.get(key, (0, 0))) for key in sorted({*counts, *described})
-    )
+    for key, (_, since) in described.items():
+        counts.setdefault(key, [0, 0, since])
+    namespaces = [Namespace(key, described.get(key, ({}, 0))[0], *count) for key, count in counts.items()]
     return Survey(
-        namespaces=namespaces,
+        # Of those in one file, what was written last comes first: so they were found above, and sorting is stable.
+        namespaces=tuple(sorted(namespaces, key=lambda space: -space.used)),
         nbytes=room_taken(directory),
         segments=len(parts),
         writers=writers,
@@ -170,11 +173,19 @@ def read_records(part: Part, rows: Sequence[int]) -> Iterator[tuple[int, tuple[H
 
 def check_store(directory: str) -> None:
     need_locks()
+    cure = "give the directory that was named as disk="
+    if not directory:
+        raise ValueError(f"the path of the store is empty; {cure}")
+    if not os.path.exists(directory):
+        raise ValueError(f"{directory} does not exist; {cure}")
     if not os.path.isdir(directory):
-        raise ValueError(f"{directory} is no directory; give one that a memo keeps its files in")
-    names = os.listdir(directory)
+        raise ValueError(f"{directory} is a file, no directory; {cure}")
+    names = sorted(os.listdir(directory))
     if FORMAT not in names and not any(map(segment_seed, names)):
-        raise ValueError(f"{directory} is no store of a memo; give the directory that was named as disk=")
+        holds = f"holds other files, such as {names[0]!r}" if names else "is empty"
+        within = [path for name in names if os.path.exists(os.path.join(path := os.path.join(directory, name), FORMAT))]
+        cure += f": is it {within[0]}?" if within else ""
+        raise ValueError(f"{directory} is no store of a memo, it {holds}; {cure}")
     check_format(directory)
 
 
@@ -195,16 +206,19 @@ def read_parts(directory: str) -> Iterator[Part]:
             yield Part(name[:-4], path, found[1], live, size, size + index, used, contents)
 
 
-def _described(directory: str) -> dict[bytes, dict[str, Any]]:
+def _described(directory: str) -> dict[bytes, tuple[dict[str, Any], int]]:
+    """Returns what each namespace is said to be, and when that was written, in ns."""
     described = {}
-    for name in os.listdir(directory):
+    for name in sorted(os.listdir(directory)):
         if is_ours(name) and name.endswith(".json"):
+            since = 0
             try:
                 with open(os.path.join(directory, name), "rb") as file:
+                    since = os.fstat(file.fileno()).st_mtime_ns
                     about = json.load(file)
             except (OSError, ValueError, RecursionError):
                 about = {}
-            described[bytes.fromhex(name[:-5])] = about if isinstance(about, dict) else {}
+            described[bytes.fromhex(name[:-5])] = about if isinstance(about, dict) else {}, since
     return described
 
 
