@@ -7,6 +7,7 @@ not contiguous.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -121,8 +122,11 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], *, dtype: An
       metadata: strings by name, put into the header.
 
     Raises:
-      ValueError: for a dtype that safetensors doesn't know.
+      ValueError: for a dtype that safetensors doesn't know, or that is not floating, and for metadata that is no text.
+      OSError: if there is no such folder.
     """
+    dtype = None if dtype is None else _floating(dtype)
+    header: dict[str, Any] = {"__metadata__": _texts(metadata)} if metadata is not None and metadata != {} else {}
     dtypes = {}
     for name, tensor in tensors.items():
         cast = dtype is not None and jnp.issubdtype(tensor.dtype, jnp.floating)
@@ -131,7 +135,6 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], *, dtype: An
             raise ValueError(f"{name} is {dtypes[name].name}; safetensors knows {', '.join(_CODES)}")
     # The largest items first, so that each lies at a multiple of its size.
     names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
         shape = list(tensors[name].shape)
@@ -139,6 +142,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], *, dtype: An
         header[name] = {"dtype": _CODES[dtypes[name].name], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder to save into; make it first", str(folder))
     partial = Path(f"{os.fspath(path)}.partial")
     try:
         with partial.open("wb") as file:
@@ -148,3 +154,32 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], *, dtype: An
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _floating(dtype: Any) -> Any:
+    """Returns the dtype that a user's word means.
+
+    Raises:
+      ValueError: if it is none that floating arrays can be written as.
+    """
+    try:
+        found = jnp.dtype(dtype)
+        if found.name in _CODES and jnp.issubdtype(found, jnp.floating):
+            return found
+    except TypeError:
+        pass
+    floating = [name for name in _CODES if "float" in name]
+    raise ValueError(f"dtype={dtype!r}: floating arrays can be written as {', '.join(floating)}; None keeps their own")
+
+
+def _texts(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, Mapping):
+        raise ValueError(f'metadata={metadata!r}: give strings by name, {{"step": "3"}}')
+    for name, value in metadata.items():
+        for text in (name, value):
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"metadata: {name!r}: {value!r} has a {type(text).__name__}, and safetensors takes strings alone; "
+                    f"give str({text!r})"
+                )
+    return dict(metadata)

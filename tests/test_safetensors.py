@@ -92,3 +92,34 @@ def test_a_failed_write_leaves_the_old_file(path):
         safetensors.write(path, {"w": Broken()})
     assert safetensors.File(path)["w"].tolist() == [1.0, 1.0]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_metadata_that_is_no_text_is_refused_before_anything_is_written(path):
+    for metadata, text in [
+        ({"step": 3}, r"'step': 3 has a int, .* give str\(3\)"),
+        ({3: "step"}, r"3: 'step' has a int, .* give str\(3\)"),
+        ({"a": None}, "has a NoneType"),
+        ([("a", "b")], r"metadata=\[\('a', 'b'\)\]: give strings by name"),
+        ("text", "give strings by name"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            safetensors.write(path, {"w": np.ones(2)}, metadata=metadata)
+    assert not list(path.parent.iterdir())
+    safetensors.write(path, {"w": np.ones(2)}, metadata={})
+    assert safetensors.File(path).metadata == {}
+
+
+def test_floating_arrays_are_cast_to_floating_dtypes_alone(path):
+    for dtype in ("int8", "bool", "bf16", "float4_e2m1fn", "complex64", 3):
+        with pytest.raises(ValueError, match=f"dtype={dtype!r}: .* float32, float16, bfloat16, float8_e4m3fn, .*None"):
+            safetensors.write(path, {"w": np.ones(2)}, dtype=dtype)
+    assert not list(path.parent.iterdir())
+    for dtype in ("float16", jnp.bfloat16, np.float32, np.dtype("float64"), jnp.float8_e5m2):
+        safetensors.write(path, {"w": np.ones(2), "n": np.arange(2)}, dtype=dtype)
+        file = safetensors.File(path)
+        assert (file.kind("w"), file.kind("n")) == (jnp.dtype(dtype), np.dtype("int64"))
+
+
+def test_a_folder_that_is_not_there_is_named(path):
+    with pytest.raises(FileNotFoundError, match=r"no such folder to save into; make it first: '.*gone'"):
+        safetensors.write(path.parent / "gone" / "w.safetensors", {"w": np.ones(2)})
