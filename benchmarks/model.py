@@ -145,7 +145,7 @@ def write_checkpoint(shape: Shape, folder: str) -> None:
     tied = model.config.tied
 
     def draw(path: Any, leaf: Any) -> np.ndarray:
-        name = jaxkv.nn.state.name_of(path)
+        name = jaxkv.nn.leaves.name_of(path)
         noise = rng.standard_normal(leaf.shape, dtype=np.float32)
         if name.endswith("norm.scale"):
             return 1 + np.float32(0.1) * noise

@@ -11,7 +11,7 @@ from flax import nnx
 
 import jaxkv
 from jaxkv.models import Decoder, DecoderConfig
-from jaxkv.nn.state import named
+from jaxkv.nn.leaves import named
 
 BASE = {"vocab_size": 11, "width": 8, "num_heads": 4, "mlp_dim": 12}
 CONFIGS = {

@@ -21,7 +21,7 @@ import jaxkv
 from jaxkv import safetensors
 from jaxkv.models import FAMILIES
 from jaxkv.models.model import abstract
-from jaxkv.nn.state import named
+from jaxkv.nn.leaves import named
 
 GOLDEN = Path(__file__).parent / "golden" / "families"
 NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.name != "whisper")

@@ -19,7 +19,7 @@ from flax import nnx
 import jaxkv
 from jaxkv import EMPTY, Cache, safetensors
 from jaxkv.models import EncoderDecoder, EncoderDecoderConfig
-from jaxkv.nn.state import named
+from jaxkv.nn.leaves import named
 from jaxkv.testing import WAYS_OF_FEEDING, assert_cache_correct
 
 GOLDEN = Path(__file__).parent / "golden" / "families" / "whisper"

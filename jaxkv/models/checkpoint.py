@@ -28,7 +28,7 @@ from jaxkv.models.files import INDEX, SINGLE, Files, is_floating, read_json, wri
 from jaxkv.models.generation import GenerationConfig
 from jaxkv.models.model import Model, abstract
 from jaxkv.models.tokenizer import Tokenizer
-from jaxkv.nn.state import name_of, named
+from jaxkv.nn.leaves import name_of, named
 
 
 def load(

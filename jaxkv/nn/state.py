@@ -7,19 +7,19 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import flax.linen
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.tree_util import GetAttrKey, tree_leaves_with_path
+from jax.extend.core import get_opaque_trace_state
 
 from jaxkv import safetensors
-from jaxkv.nn.buffers import TransientBuffer
+from jaxkv.errors import CacheError
+from jaxkv.logs import log
+from jaxkv.nn.leaves import Leaf, as_array, is_module, leaves, tied, tree_of
 
-# Left by a forward pass, or made for the next one.
-_TRANSIENT = (TransientBuffer, nnx.Intermediate, nnx.Cache)
-_TRANSIENT_COLLECTION = "transient_buffers"
+_NOT_TRACING = get_opaque_trace_state()
+_MAKE_NNX = "nnx.update(module, jax.jit(lambda: nnx.state(make_module(), nnx.Not(nnx.Param)))())"
+_MAKE_LINEN = 'variables |= jax.jit(lambda: {"transient_buffers": model.init(key, x)["transient_buffers"]})()'
 
 
 def state_dict(module: Any, *, rngs: bool = False) -> dict[str, Any]:
@@ -39,7 +39,8 @@ def state_dict(module: Any, *, rngs: bool = False) -> dict[str, Any]:
       The arrays themselves, not copies: `jax.Array`, or NumPy where the module holds NumPy.
 
     Raises:
-      ValueError: if two leaves have the same name, or for a linen module without its variables.
+      ValueError: if two leaves have the same name, for a leaf that is no array, and for what holds none: a class, a
+        linen module without its variables.
 
     >>> from flax import nnx
     >>> {name: x.shape for name, x in jaxkv.state_dict(nnx.Linear(2, 3, rngs=nnx.Rngs(0))).items()}
@@ -48,11 +49,14 @@ def state_dict(module: Any, *, rngs: bool = False) -> dict[str, Any]:
     dict_keys(['buffers.steps.0', 'buffers.steps.1', 'params.scale'])
     """
     found: dict[str, Any] = {}
-    for leaf in _leaves(_tree(module)):
+    for leaf in leaves(tree_of(module)):
         if leaf.saved or (rngs and leaf.is_rng):
             if leaf.name in found:
                 raise ValueError(f"two leaves are named {leaf.name}; rename one, names are the paths joined by dots")
-            found[leaf.name] = _data(leaf.value)
+            try:
+                found[leaf.name] = as_array(leaf.value)
+            except ValueError as error:
+                raise ValueError(f"{leaf.name} is {error}") from error
     return found
 
 
@@ -77,20 +81,24 @@ class Loaded:
 def load_state_dict(module: Any, state: Mapping[str, Any], *, strict: bool = True) -> Loaded:
     """Puts arrays by name into a module: all of them, or nothing if something doesn't fit.
 
-    Values are copied, cast to the dtype that is there and put where it is: the sharding stays.
+    Values are copied, cast to the dtype that is there and put where it is: the sharding stays. A Variable that an nnx
+    module has under several names may be in the state under each, with equal values.
 
     Args:
       module: an `nnx` module, changed in place; or linen variables or an `nnx.State`, which stay as they are: take
-        `.variables` of the result. Leaves may be `jax.ShapeDtypeStruct`.
+        `.variables` of the result. Leaves may be `jax.ShapeDtypeStruct`, those that a state has not excepted.
       state: arrays by name, JAX's or NumPy's, as `state_dict` gives them. Random streams are loaded if they are there,
         and not missed if they aren't.
-      strict: whether missing and unexpected names are errors.
+      strict: whether missing and unexpected names are errors. Without it a state that has no name of the module is
+        warned of.
 
     Returns:
       A Loaded: `.variables`, `.missing`, `.unexpected`; unpacks as `missing, unexpected`.
 
     Raises:
-      ValueError: naming every array of another shape and, if strict, all that is missing or unexpected.
+      ValueError: naming all that does not fit: arrays of another shape, values that the dtype can't hold (only
+        floating numbers are rounded), abstract leaves that no state has and, if strict, what is missing or unexpected.
+      CacheError: while tracing.
 
     >>> from flax import nnx
     >>> model = nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0))
@@ -100,26 +108,30 @@ def load_state_dict(module: Any, state: Mapping[str, Any], *, strict: bool = Tru
     >>> jaxkv.load_state_dict({"params": {"scale": jnp.zeros(2)}}, {"params.scale": [1, 2]}).variables
     {'params': {'scale': Array([1., 2.], dtype=float32)}}
     """
-    tree = _tree(module)
-    leaves = list(_leaves(tree))
-    known = {leaf.name for leaf in leaves if leaf.saved or leaf.is_rng}
-    absent = [leaf for leaf in leaves if leaf.saved and leaf.name not in state]
-    unexpected = [name for name in state if name not in known]
-    given = {name: _data(state[name]) for name in known if name in state}
-    problems = []
-    for leaf in leaves:
-        if leaf.name in given and given[leaf.name].shape != leaf.shape:
-            problems.append(f"shape: {leaf.name} is {given[leaf.name].shape}, here {leaf.shape}")
+    _check_not_tracing("load_state_dict")
+    tree = tree_of(module)
+    _check_state(state)
+    all_leaves = list(leaves(tree))
+    known = {leaf.name: leaf for leaf in all_leaves if leaf.saved or leaf.is_rng}
+    given, problems = _untied(state, tied(module, known))
+    absent = [leaf for leaf in all_leaves if leaf.saved and leaf.name not in given]
+    unexpected = [name for name in given if name not in known]
+    found = {name: value for name, value in given.items() if name in known}
+    problems += filter(None, (known[name].misfit(value) for name, value in found.items()))
+    problems += _left_abstract(leaf for leaf in all_leaves if not leaf.saved and leaf.name not in found)
     if strict:
         problems += [f"missing: {leaf.name} {leaf.shape}" for leaf in absent]
-        problems += [f"unexpected: {name} {np.shape(_data(state[name]))}" for name in unexpected]
+        problems += [f"unexpected: {name} {np.shape(given[name])}" for name in unexpected]
     if problems:
         cure = "; strict=False leaves names that are missing or unexpected aside" if strict else ""
         raise ValueError(f"the state does not fit the module{cure}:\n  " + "\n  ".join(problems))
+    if given and known and not found:
+        names = next(iter(given)), next(iter(known))
+        log.warning("nothing was loaded: the state has names such as %s, the module such as %s", *names)
 
-    new = [_like(given[leaf.name], leaf.value) if leaf.name in given else leaf.value for leaf in leaves]
+    new = [leaf.like(as_array(found[leaf.name])) if leaf.name in found else leaf.value for leaf in all_leaves]
     tree = jax.tree.unflatten(jax.tree.structure(tree), new)
-    if _is_module(module):
+    if is_module(module):
         nnx.update(module, tree)
         tree = module
     return Loaded(tree, [leaf.name for leaf in absent], unexpected)
@@ -143,7 +155,10 @@ def save_state(
       rngs: as for `state_dict`.
 
     Raises:
-      ValueError: as `state_dict`, or for a dtype that safetensors doesn't know.
+      ValueError: as `state_dict`; for a dtype that is not floating or that safetensors doesn't know, metadata that is
+        no text, and abstract arrays.
+      OSError: if there is no such folder, or it can't be written.
+      CacheError: while tracing.
 
     >>> import os, tempfile
     >>> path = os.path.join(tempfile.mkdtemp(), "mask.safetensors")
@@ -151,7 +166,13 @@ def save_state(
     >>> jaxkv.load_state(path)["buffers.mask"].dtype
     dtype(bfloat16)
     """
-    safetensors.write(path, state_dict(module, rngs=rngs), dtype=dtype, metadata=metadata)
+    _check_path(path, "save_state")
+    _check_not_tracing("save_state")
+    state = state_dict(module, rngs=rngs)
+    for name, value in state.items():
+        if isinstance(value, jax.ShapeDtypeStruct):
+            raise ValueError(f"{name} is a jax.ShapeDtypeStruct, which has no values to save; load into it first")
+    safetensors.write(path, state, dtype=dtype, metadata=metadata)
 
 
 def load_state(path: str | os.PathLike[str], module: Any = None, *, strict: bool = True) -> Any:
@@ -170,6 +191,7 @@ def load_state(path: str | os.PathLike[str], module: Any = None, *, strict: bool
       OSError: if the file can't be opened.
       ValueError: if it is no safetensors file or is damaged; and as `load_state_dict`, naming the file.
     """
+    _check_path(path, "load_state")
     file = safetensors.File(path)
     if module is None:
         return dict(file)
@@ -179,101 +201,53 @@ def load_state(path: str | os.PathLike[str], module: Any = None, *, strict: bool
         raise ValueError(f"{file.path}: {error}") from error
 
 
-def named(tree: Any) -> dict[str, Any]:
-    """Returns every leaf of a tree by name.
-
-    Args:
-      tree: an `nnx.State`, or nested dicts and lists.
-
-    >>> named({"mlp": [{"kernel": 1}, {"kernel": 2}]})
-    {'mlp.0.kernel': 1, 'mlp.1.kernel': 2}
-    """
-    return {name_of(path): leaf for path, leaf in tree_leaves_with_path(tree)}
+def _untied(state: Mapping[str, Any], other_names: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the state with one name for each Variable, and what contradicts that."""
+    one = {name: value for name, value in state.items() if name not in other_names}
+    problems = []
+    for other, name in other_names.items():
+        if other in state and not _equal(one.setdefault(name, state[other]), state[other]):
+            problems.append(f"tied: {other} and {name} are one array here, and differ in the state")
+    return one, problems
 
 
-def name_of(path: Any) -> str:
-    """Returns the name of a leaf from its path in a tree, as `named` gives it."""
-    # GetAttrKey("value") is how one gets into an nnx.Variable, or into a box of linen's metadata.
-    parts = [jax.tree_util.keystr((key,), simple=True) for key in path if key != GetAttrKey("value")]
-    return ".".join(parts)
+def _equal(x: Any, y: Any) -> bool:
+    try:
+        x, y = (np.asarray(as_array(value)) for value in (x, y))
+    except ValueError:
+        return x is y  # what is wrong with them is said elsewhere
+    return x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all())  # NaN too
 
 
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    name: str
-    value: Any
-    saved: bool
-    is_rng: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return np.shape(self.value) + (_key_data(self.value).shape[-1:] if _is_key(self.value) else ())
+def _left_abstract(unsaved: Iterator[Leaf]) -> list[str]:
+    abstract = [leaf for leaf in unsaved if leaf.abstract]
+    if not abstract:
+        return []
+    recipe = _MAKE_LINEN if abstract[0].name.startswith("transient_buffers.") else _MAKE_NNX
+    names = ", ".join(leaf.name for leaf in abstract)
+    return [f"abstract: {names}: no state has these; make them before loading: {recipe}"]
 
 
-def _leaves(tree: Any) -> Iterator[_Leaf]:
-    """Yields the leaves in the order in which JAX flattens the tree."""
-    nodes = tree_leaves_with_path(tree, is_leaf=_is_variable)
-    of_nnx = isinstance(tree, nnx.State) or any(_is_variable(node) for _, node in nodes)
-    for path, node in nodes:
-        is_rng = isinstance(node, nnx.RngState)
-        if of_nnx:
-            saved = _is_variable(node) and not is_rng and not isinstance(node, _TRANSIENT)
-        else:
-            saved = name_of(path[:1]) != _TRANSIENT_COLLECTION
-        for rest, value in tree_leaves_with_path(node):
-            yield _Leaf(name_of((*path, *rest)), value, saved, is_rng)
+def _check_state(state: Any) -> None:
+    if isinstance(state, (str, os.PathLike)):
+        raise ValueError(f"the state is {state!r}; load_state(path, module) reads a file")
+    if is_module(state):
+        raise ValueError(f"the state is a module, {type(state).__name__}; give load_state_dict(module, state)")
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the state is a {type(state).__name__}; give arrays by name, as state_dict returns them")
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            raise ValueError(
+                f"the state looks nested: {name!r} is a {type(value).__name__}. Names are joined by dots, "
+                "as jaxkv.state_dict(state) gives them"
+            )
 
 
-def _tree(module: Any) -> Any:
-    if isinstance(module, flax.linen.Module):
-        raise ValueError(f"{type(module).__name__} is a linen module, which holds nothing; give its variables")
-    return nnx.state(module) if _is_module(module) else module
+def _check_path(path: Any, call: str) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"{call}: the path is a {type(path).__name__}; give {call}(path, module)")
 
 
-def _is_module(x: Any) -> bool:
-    """Whether x is an nnx module, or holds some."""
-
-    def one(node: Any) -> bool:
-        return isinstance(node, nnx.Pytree) and not _is_variable(node)
-
-    return any(map(one, jax.tree.leaves(x, is_leaf=one)))
-
-
-def _is_variable(x: Any) -> bool:
-    return isinstance(x, nnx.Variable)
-
-
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _key_data(x: Any) -> Any:
-    return jax.eval_shape(jax.random.key_data, x) if isinstance(x, jax.ShapeDtypeStruct) else jax.random.key_data(x)
-
-
-def _impl(key: Any) -> Any:
-    """Returns the algorithm of a key, of a `jax.ShapeDtypeStruct` too: while tracing JAX says it."""
-    found: list[Any] = []
-    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), key)
-    return found[0]
-
-
-def _data(x: Any) -> Any:
-    """Returns an array as it can be saved."""
-    if _is_key(x):
-        return _key_data(x)
-    return x if hasattr(x, "shape") and hasattr(x, "dtype") else np.asarray(x)
-
-
-def _like(value: Any, like: Any) -> Any:
-    """Returns a copy of an array with the dtype and the place of another."""
-    if isinstance(like, np.ndarray):
-        return np.array(value, like.dtype)
-    if _is_key(like):
-        value = jax.random.wrap_key_data(jnp.array(np.asarray(value)), impl=_impl(like))
-    else:
-        # A fresh copy, which device_put may keep: it must share no bytes with the caller or the file.
-        value = np.array(value, getattr(like, "dtype", None))
-    if getattr(like, "committed", True) and getattr(like, "sharding", None) is not None:
-        return jax.device_put(value, like.sharding)
-    return jnp.asarray(value)
+def _check_not_tracing(call: str) -> None:
+    if get_opaque_trace_state() != _NOT_TRACING:
+        raise CacheError(f"{call} is used under jit, grad or vmap, where arrays have no values; call it outside")
