@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -61,20 +62,22 @@ def test_ls_says_whose_outputs_are_there(directory, capsys):
     assert re.fullmatch(f"{'0' * 12}     20  4.4 KiB  {date}  {re.escape(described)}", lines[2])
 
 
-def test_ls_shows_first_what_was_used_last(directory, capsys):
+def test_ls_shows_first_what_was_used_last(directory, capsys, monkeypatch):
     for path in files(directory, ".idx")[2:]:
         os.utime(path, (1, 1))
     os.utime(files(directory, ".idx")[1], (946684800, 946684800))  # 2000-01-01 in UTC
     os.utime(files(directory, ".idx")[0], ns=(0, -(2**62)))
     Disk(directory).describe(key(0, 3)[:16], {})
     os.utime(files(directory, ".json")[-1], (2**33, 2**33))  # no records: the time of its description counts
-    assert [space.key[-1] for space in upkeep.survey(str(directory)).namespaces] == [3, 1, 2]
+    found = upkeep.survey(str(directory))
+    assert [space.key[-1] for space in found.namespaces] == [3, 1, 2]
+    far = dataclasses.replace(found.namespaces[0], used=2**90)
     assert main(["memo", "ls", str(directory)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.search(r" 0 B  2242-\d\d-\d\d", lines[1]) and re.search("  (1999-12-31|2000-01-01) .*apply", lines[2])
-    for path in files(directory, ".idx"):
-        os.utime(path, (2**62 // 10**9, 2**62 // 10**9))
+    monkeypatch.setattr(upkeep, "survey", lambda _: dataclasses.replace(found, namespaces=(far,)))
     assert main(["memo", "ls", str(directory)]) == 0
+    assert re.search(r"0 B  \?  ", capsys.readouterr().out), "no calendar has that time"
 
 
 def test_ls_of_one_file_shows_first_what_was_written_last(tmp_path):
