@@ -334,6 +334,27 @@ def test_an_array_under_two_names_may_be_in_the_state_under_either_or_both():
         load_state_dict(Tied(), {"head": np.ones(3)} | rest)
 
 
+class Tensor:
+    """As PyTorch's: a dtype of its own, and NumPy can read it unless it needs a gradient."""
+
+    dtype, shape = object(), (1,)
+
+    def __init__(self, requires_grad):
+        self.requires_grad = requires_grad
+
+    def __array__(self, dtype=None, copy=None):
+        if self.requires_grad:
+            raise RuntimeError("use tensor.detach().numpy()")
+        return np.full(1, 7.0)
+
+
+def test_tensors_of_others_are_loaded_if_numpy_can_read_them():
+    tree = {"w": jnp.zeros(1)}
+    assert load_state_dict(tree, {"w": Tensor(requires_grad=False)}).variables["w"][0] == 7
+    with pytest.raises(ValueError, match=r"value: w is a Tensor that NumPy can't read: use tensor\.detach"):
+        load_state_dict(tree, {"w": Tensor(requires_grad=True)})
+
+
 def test_arguments_of_the_wrong_kind_are_said(path):
     model, state = nnx.Linear(1, 1, rngs=nnx.Rngs(0)), {"kernel": np.ones((1, 1)), "bias": np.ones(1)}
     for given, text in [
