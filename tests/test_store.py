@@ -7,6 +7,7 @@ import contextvars
 import enum
 import pickle
 import random
+import re
 import threading
 from collections import namedtuple
 
@@ -426,6 +427,15 @@ def test_a_ring_names_what_does_not_fit_it():
     for capacity in (0, True, 1.5):
         with pytest.raises(ValueError, match="at least 1"):
             Ring.init(capacity, 0)
+
+
+def test_a_python_number_that_a_ring_cannot_hold_is_refused():
+    for dtype, number in ((int, 1.5), (int, 2.0), (bool, 1.0), (float, 1j), (jnp.int8, 300), (jnp.uint8, -1)):
+        ring = Ring.init(2, {"x": jnp.zeros((), dtype)})
+        with pytest.raises(ValueError, match=rf"push: the value has {re.escape(repr(number))}, .* made for is \w+"):
+            ring.push({"x": number})
+    for dtype, number in ((float, 2), (jnp.bfloat16, 1.5), (complex, 1.5), (int, True), (bool, True)):
+        assert Ring.init(2, jnp.zeros((), dtype)).push(number)[0].peek()[0].item() == number
 
 
 # The store in effect

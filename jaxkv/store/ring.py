@@ -66,7 +66,7 @@ class Ring:
         """Returns the ring with a value at its end, and whether there was room. Without room nothing changes.
 
         Args:
-          value: of the structure, shapes and dtypes of `like`; Python numbers take the dtype.
+          value: of the structure, shapes and dtypes of `like`; Python numbers take the dtype, if it can hold them.
 
         Raises:
           ValueError: while tracing, for a value that differs from `like`, naming both.
@@ -74,7 +74,7 @@ class Ring:
         like = jax.tree.map(lambda slots: jax.ShapeDtypeStruct(slots.shape[1:], slots.dtype), self.slots)
         structure: Any = jax.tree.structure(value)
         if structure == jax.tree.structure(like):
-            value = jax.tree.map(lambda x, y: jnp.asarray(x, None if hasattr(x, "dtype") else y.dtype), value, like)
+            value = jax.tree.map(_taken, value, like)
         check_fits(value, like, "push: the value", "what the ring was made for")
         ok = ~self.full
         slot = (self.start + self.size) % self.capacity
@@ -101,3 +101,15 @@ class Ring:
             return jnp.where(ok, x, jnp.zeros_like(x))
 
         return jax.tree.map(read, self.slots), ok
+
+
+def _taken(x: Any, like: Any) -> Any:
+    """Returns a value as an array; a Python number takes the dtype of `like`."""
+    if hasattr(x, "dtype"):
+        return jnp.asarray(x)
+    if isinstance(x, (float, complex)) and not jnp.issubdtype(like.dtype, jnp.inexact):
+        raise ValueError(f"push: the value has {x!r}, what the ring was made for is {like.dtype}; round it first")
+    try:
+        return jnp.asarray(x, like.dtype)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"push: the value has {x!r}, what the ring was made for is {like.dtype}") from error
