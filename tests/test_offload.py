@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import gc
 import os
 import pathlib
+import pickle
 import random
 import resource
 import subprocess
@@ -552,6 +554,27 @@ def test_places_that_are_none_are_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match=text):
             Offload(**arguments)
+
+
+def test_a_store_belongs_to_its_process(store):
+    store.append({"a": array(0)})
+    for call in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"belongs to its process, .* can't be pickled or copied\. Send what fetch"):
+            call(store)
+    same(store.fetch(0), {"a": array(0)})
+
+
+def test_a_device_that_is_none_is_refused_before_the_loader_is_asked():
+    def loader():
+        raise AssertionError
+        yield
+
+    for device in ("cpu", 0, CPUS):
+        with pytest.raises(ValueError, match=r"device=.* is none: give one of jax\.devices\(\), .*a Sharding"):
+            Offload.from_batches(loader(), "numpy", device=device)
+    for device in (CPUS[1], SingleDeviceSharding(CPUS[1])):
+        batch = Offload.from_batches([{"x": np.ones(2)}], "numpy", device=device).fetch(0)
+        assert batch["x"].devices() == {CPUS[1]}
 
 
 def test_update_adds_and_replaces_and_take_empties(store):

@@ -7,7 +7,7 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -95,12 +95,17 @@ class Offload:
 
         Raises:
           ImportError: if `progress` needs tqdm and it is not installed.
-          ValueError: for a batch that is no dict.
+          ValueError: for a batch that is no dict, or a device that is none.
 
         >>> store = jaxkv.Offload.from_batches(({"x": np.full(3, i)} for i in range(4)), to="numpy")
         >>> len(store), store.fetch(2)
         (4, {'x': array([2, 2, 2])})
         """
+        if device is not None and not isinstance(device, (jax.Device, jax.sharding.Sharding)):
+            raise ValueError(
+                f"device={device!r} is none: give one of jax.devices(), such as jax.devices()[0], or a Sharding; "
+                "None keeps NumPy arrays NumPy"
+            )
         if progress:
             bar = need("tqdm.auto", "progress=True", "memo").tqdm
             loader = bar(loader, desc="offload", unit="batch")
@@ -266,6 +271,12 @@ class Offload:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an Offload belongs to its process, whose devices and files it holds: it can't be pickled or copied. Send "
+            "what fetch returns, or make another Offload there"
+        )
 
     def __repr__(self) -> str:
         if self._closed:
