@@ -491,6 +491,37 @@ def test_torch_users_find_their_rules():
     assert len(outcomes) == 13
 
 
+def test_the_layouts_of_pytorch_are_those_that_the_documentation_says():
+    torch = pytest.importorskip("torch")
+    x, rngs = np.random.default_rng(0).normal(size=(2, 5, 5, 4)).astype("float32"), nnx.Rngs(0)
+    images = torch.tensor(x).permute(0, 3, 1, 2)
+    for theirs, ours in [
+        (torch.nn.Conv2d(4, 6, 3), nnx.Conv(4, 6, (3, 3), padding="VALID", rngs=rngs)),
+        (
+            torch.nn.Conv2d(4, 6, 3, groups=2),
+            nnx.Conv(4, 6, (3, 3), padding="VALID", feature_group_count=2, rngs=rngs),
+        ),
+        (
+            torch.nn.ConvTranspose2d(4, 6, 3, stride=2),
+            nnx.ConvTranspose(4, 6, (3, 3), strides=2, padding="VALID", transpose_kernel=True, rngs=rngs),
+        ),
+    ]:
+        state = {name: w.numpy() for name, w in theirs.state_dict().items()}
+        load_state_dict(ours, {"kernel": state["weight"].transpose(2, 3, 1, 0), "bias": state["bias"]})
+        np.testing.assert_allclose(ours(x), theirs(images).permute(0, 2, 3, 1).detach(), atol=1e-5)
+    theirs, ours = torch.nn.Conv1d(4, 6, 3), nnx.Conv(4, 6, 3, padding="VALID", rngs=rngs)
+    state = {name: w.numpy() for name, w in theirs.state_dict().items()}
+    load_state_dict(ours, {"kernel": state["weight"].transpose(2, 1, 0), "bias": state["bias"]})
+    np.testing.assert_allclose(ours(x[:, 0]), theirs(images[:, :, 0]).permute(0, 2, 1).detach(), atol=1e-5)
+    theirs, ours = torch.nn.BatchNorm2d(4).eval(), nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+    torch.nn.init.normal_(theirs.running_mean)
+    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+    state = theirs.state_dict()
+    assert set(state) - set(names) == {"num_batches_tracked"}
+    load_state_dict(ours, {name: state[torch_name] for torch_name, name in names.items()})
+    np.testing.assert_allclose(ours(x), theirs(images).permute(0, 2, 3, 1).detach(), atol=1e-5)
+
+
 def test_flax_serialization_is_no_such_check():
     target = {"w": jnp.zeros(2)}
     loaded = serialization.from_state_dict(target, {"w": jnp.ones(7), "more": jnp.ones(1)})

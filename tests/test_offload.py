@@ -238,6 +238,15 @@ def test_leaves_that_are_no_arrays_stay_as_they_are(store):
     assert store.size() == {}
 
 
+def test_plain_objects_are_kept_by_reference_and_their_arrays_are_not_counted(copying):
+    class Output:
+        logits = array(0)
+
+    output = Output()
+    copying.append({"a": output})
+    assert copying.fetch(0)["a"] is output and copying.size() == {}
+
+
 def test_odd_numpy_arrays_come_back(store):
     odd = [
         np.array([1, "a", None], dtype=object),
