@@ -123,7 +123,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], *, dtype: An
 
     Raises:
       ValueError: for a dtype that safetensors doesn't know, or that is not floating, and for metadata that is no text.
-      OSError: if there is no such folder.
+      OSError: if there is no such folder, or the path is one.
     """
     dtype = None if dtype is None else _floating(dtype)
     header: dict[str, Any] = {"__metadata__": _texts(metadata)} if metadata is not None and metadata != {} else {}
@@ -142,6 +142,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], *, dtype: An
         header[name] = {"dtype": _CODES[dtypes[name].name], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, "this is a folder; give the name of a file", os.fspath(path))
     folder = Path(path).parent
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder to save into; make it first", str(folder))

@@ -120,6 +120,8 @@ def test_floating_arrays_are_cast_to_floating_dtypes_alone(path):
         assert (file.kind("w"), file.kind("n")) == (jnp.dtype(dtype), np.dtype("int64"))
 
 
-def test_a_folder_that_is_not_there_is_named(path):
+def test_a_folder_that_is_not_there_or_is_given_as_the_file_is_named(path):
     with pytest.raises(FileNotFoundError, match=r"no such folder to save into; make it first: '.*gone'"):
         safetensors.write(path.parent / "gone" / "w.safetensors", {"w": np.ones(2)})
+    with pytest.raises(IsADirectoryError, match=f"this is a folder; give the name of a file: '{path.parent}'"):
+        safetensors.write(path.parent, {"w": np.ones(2)})
