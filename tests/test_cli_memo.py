@@ -38,7 +38,7 @@ def directory(tmp_path):
     store = Disk(tmp_path / "features", segment_bytes=10 * (HEADER_BYTES + SIZE))
     for namespace in (1, 2):
         fill(store, range(20), namespace=namespace)
-    store.describe(key(0, 1)[:16], ABOUT)
+    store.describe(key(0, 1)[:16], lambda: ABOUT)
     store.close()
     return tmp_path / "features"
 
@@ -67,7 +67,7 @@ def test_ls_shows_first_what_was_used_last(directory, capsys, monkeypatch):
         os.utime(path, (1, 1))
     os.utime(files(directory, ".idx")[1], (946684800, 946684800))  # 2000-01-01 in UTC
     os.utime(files(directory, ".idx")[0], ns=(0, -(2**62)))
-    Disk(directory).describe(key(0, 3)[:16], {})
+    Disk(directory).describe(key(0, 3)[:16], dict)
     os.utime(files(directory, ".json")[-1], (2**33, 2**33))  # no records: the time of its description counts
     found = upkeep.survey(str(directory))
     assert [space.key[-1] for space in found.namespaces] == [3, 1, 2]

@@ -170,9 +170,9 @@ def test_files_that_others_put_there_later_are_left_alone(tmp_path):
 
 def test_a_namespace_is_described_once(tmp_path):
     store = Disk(tmp_path)
-    store.describe(key(0)[:16], {"function": "f", "version": "1"})
-    store.describe(key(0)[:16], {"function": "g"})
-    Disk(tmp_path).describe(key(0)[:16], {"function": "h"})
+    store.describe(key(0)[:16], lambda: {"function": "f", "version": "1"})
+    store.describe(key(0)[:16], lambda: {"function": "g"})
+    Disk(tmp_path).describe(key(0)[:16], lambda: {"function": "h"})
     (path,) = files(tmp_path, ".json")
     assert json.loads(path.read_text()) == {"function": "f", "version": "1"} and path.stem == "0" * 32
 
@@ -243,7 +243,7 @@ def test_opening_reads_no_segment_and_misses_list_nothing_while_nothing_happens(
 def test_a_budget_is_never_exceeded(tmp_path, policy):
     budget, chance = 60_000, random.Random(0)
     store = Disk(tmp_path, budget=budget, policy=policy, segment_bytes=5_000)
-    store.describe(key(0)[:16], {"function": "f"})
+    store.describe(key(0)[:16], lambda: {"function": "f"})
     for turn in range(150):
         size = chance.choice([10, 100, 1000, 4000, 70_000])
         before = store.stats().written
@@ -366,8 +366,8 @@ def test_clear_removes_everything_or_one_namespace(tmp_path):
     store, other = Disk(tmp_path, segment_bytes=PAIR), Disk(tmp_path)
     for number in range(10):
         fill(store, [number], namespace=number % 2)
-    store.describe(key(0, 0)[:16], {"function": "f"})
-    store.describe(key(0, 1)[:16], {"function": "g"})
+    store.describe(key(0, 0)[:16], lambda: {"function": "f"})
+    store.describe(key(0, 1)[:16], lambda: {"function": "g"})
     fill(other, [100], namespace=1)
     store.clear(key(0, 1)[:16])
     assert found(store, range(10), namespace=0) == [0, 2, 4, 6, 8]

@@ -368,7 +368,7 @@ def test_a_directory_that_cannot_be_written_is_read(tmp_path, monkeypatch, caplo
     store = Disk(tmp_path, policy="lru", budget=10_000)
     assert found(store, range(3)) == [0, 1, 2] and store.stats().errors == 0
     assert fill(store, [2, 3]) == 1 and found(store, range(4)) == [0, 1, 2]
-    store.describe(key(0)[:16], {"function": "f"})
+    store.describe(key(0)[:16], lambda: {"function": "f"})
     store.flush(), store.clear(), store.close()
     assert store.stats().errors > 0 and "Read-only file system" in caplog.text
     assert found(store, range(3)) == [0, 1, 2]

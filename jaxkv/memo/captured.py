@@ -30,7 +30,7 @@ def captured(target: Any, owners: Iterable[Any] = ()) -> list[Callable[[], Any]]
     for owner in owners:
         walk.enter(type(owner))
         walk.search(list(vars(owner).values()))
-    walk.follow_methods()
+    walk.finish()
     return walk.readers
 
 
@@ -39,6 +39,8 @@ class _Walk:
         self.readers: list[Callable[[], Any]] = []
         self._seen: dict[int, Any] = {}  # the objects, too: so that no id is given to another one
         self._classes: dict[type, None] = {}
+        self._objects: list[Any] = []
+        self._read_fields: set[tuple[int, str]] = set()
         self._names = set(_ALWAYS)
 
     def follow(self, target: Any) -> None:
@@ -83,26 +85,38 @@ class _Walk:
             self.search(value)
 
     def search(self, value: Any) -> None:
-        """Follows the functions that lie in lists, tuples, and dicts."""
+        """Follows the functions that lie in lists, tuples, dicts, and fields of objects that the code names."""
         if type(value) in (list, tuple, dict):
             if id(value) not in self._seen:
                 self._seen[id(value)] = value
                 for part in list(value.values()) if type(value) is dict else value:
                     self.search(part)
-        elif callable(value) and _is_plain(value) and not isinstance(value, nnx.Pytree):  # those are owners
+        elif isinstance(value, nnx.Pytree):  # those are owners
+            return
+        elif callable(value) and _is_plain(value):
             self.follow(value)
+        elif hasattr(value, "__dict__") and _is_plain(type(value)) and id(value) not in self._seen:
+            self._seen[id(value)] = value
+            self._objects.append(value)
+            self.enter(type(value))
 
     def enter(self, owner: type) -> None:
         """Counts a class among those whose methods may be called."""
         self._classes |= dict.fromkeys(base for base in owner.__mro__ if _is_plain(base))
 
-    def follow_methods(self) -> None:
-        before = -1
-        while before < len(self._seen):
-            before = len(self._seen)
+    def finish(self) -> None:
+        """Follows methods and reads fields, of which only the names are known, until nothing new turns up."""
+        before = (-1, -1)
+        while before != (len(self._seen), len(self._read_fields)):
+            before = len(self._seen), len(self._read_fields)
             for owner in list(self._classes):
                 for name in self._names & vars(owner).keys():
                     self.follow(_function(vars(owner)[name]))
+            for value in list(self._objects):
+                for name in self._names & vars(value).keys():
+                    if (id(value), name) not in self._read_fields:
+                        self._read_fields.add((id(value), name))
+                        self._read(functools.partial(_field, value, name))
 
 
 def _is_plain(value: Any) -> bool:
@@ -132,6 +146,10 @@ def _cell(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # not filled yet
         return None
+
+
+def _field(owner: Any, name: str) -> Any:
+    return vars(owner).get(name)
 
 
 def _fields(owner: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxkv.memo.catalog import Catalog, Counts, Segment
@@ -103,7 +103,6 @@ class Disk:
         self._catalog = Catalog(self.directory, self._counts)
         self._writer: Writer | None = None
         self._troubles = Troubles(self.directory, self._counts)
-        self._described: set[bytes] = set()
         self._unsynced: set[str] = set()  # segments
         self._room = Room(budget, policy, self._catalog, self._counts, self._troubles)
         self._prepare()
@@ -247,15 +246,15 @@ class Disk:
                 if end == 0:
                     self._room.remove(stem)
 
-    def describe(self, namespace: bytes, about: dict[str, Any]) -> None:
-        """Writes down what a namespace is, for `jaxkv memo ls`: JSON, once per namespace."""
-        if namespace in self._described:
+    def describe(self, namespace: bytes, about: Callable[[], dict[str, Any]]) -> None:
+        """Writes down what a namespace is, for `jaxkv memo ls`: as JSON, unless it stands there."""
+        path = self._catalog.path(f"{namespace.hex()}.json")
+        if os.path.exists(path):
             return
-        self._described.add(namespace)
-        path, text = self._catalog.path(f"{namespace.hex()}.json"), json.dumps(about, indent=1).encode()
+        text = json.dumps(about(), indent=1).encode()
         try:
             with self._lock:
-                if self._room.has(len(text)) and not os.path.exists(path):
+                if self._room.has(len(text)):
                     write_whole(path, text)
                     self._catalog.refresh(force=True)
         except OSError as error:
@@ -289,7 +288,6 @@ class Disk:
             if handle is None:
                 self._troubles.say("clearing", "another process is removing files; nothing was cleared")
                 return
-            self._described.clear()
             try:
                 with handle:
                     if namespace is not None:

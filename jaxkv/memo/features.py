@@ -12,17 +12,19 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxkv.extras import need
 from jaxkv.logs import log
 from jaxkv.memo.call import Call
 from jaxkv.memo.function import Function, State
-from jaxkv.memo.hashing import SIZE, extra
+from jaxkv.memo.hashing import SIZE
 from jaxkv.memo.runner import BATCHES, Runner, Settings
-from jaxkv.memo.source import Source
+from jaxkv.memo.source import Source, part
 
 if TYPE_CHECKING:
     from jaxkv.memo.memo import Memo
 
 _MANY = 8
+_MOST = 64  # programs kept: a scalar argument that always changes would keep one for each of its values
 # What else a program depends on: settings of JAX that may be changed between two calls.
 _CONFIG = (
     "jax_enable_x64",
@@ -55,15 +57,14 @@ class Features:
         if settings.batch not in BATCHES:
             raise ValueError(f"batch is {settings.batch!r}, must be one of {', '.join(BATCHES)}")
         self._memo = memo
-        self._function = Function(function, params)
         self._shared = frozenset([shared] if isinstance(shared, str) else shared)
+        self._function = Function(function, params, self._shared)
         self._settings = settings
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._state = State(self._function)
         self._runners: dict[tuple[Any, ...], Runner] = {}
         self._namespaces: set[bytes] = set()
-        self._described: set[bytes] = set()
         self._traced_anew = 0
         _all.add(self)
 
@@ -83,7 +84,8 @@ class Features:
 
         Raises:
           NotSupportedError: under jit, grad, vmap or scan, where there is nothing to look up yet.
-          ValueError: for arguments that can't be part of a key, functions that are not row by row, and a closed memo.
+          ValueError: for arguments that can't be part of a key, and functions that are not row by row.
+          CacheError: after the memo was closed.
         """
         call, runner = self._prepare(args, kwargs)
         payloads, _ = self._payloads(runner, call)
@@ -110,19 +112,30 @@ class Features:
         call, runner = self._prepare(args, kwargs)
         return runner.entry.namespace_of(call, self._memo.hash).hex()
 
-    def warm(self, batches: Iterable[Any], *, progress: bool = True, **kwargs: Any) -> int:
+    def warm(self, batches: Iterable[Any], *, at: Any = None, progress: bool = True, **kwargs: Any) -> int:
         """Computes what is missing, batch by batch, and returns how many items that were.
 
         Args:
-          batches: of the function's first argument.
+          batches: what a loader yields.
+          at: None if a batch is the function's first argument; else where in it that is: a key or an index.
           progress: whether a bar is shown.
           **kwargs: the function's other arguments.
+
+        Raises:
+          ValueError: for an array in place of batches, and as a call does.
+          ImportError: for the bar, if the extra jaxkv[memo] is missing.
+
+        >>> features = jaxkv.Memo(memory="1MiB").wrap(lambda x: x + 1)
+        >>> features.warm([(np.ones((4, 2)), "a"), (np.zeros((4, 2)), "b")], at=0, progress=False)
+        2
         """
+        if isinstance(batches, np.ndarray | jax.Array):
+            raise ValueError(f"batches is an array {batches.shape}; give a list of batches, or a loader")
         computed = 0
         if progress:
-            batches = extra("tqdm").tqdm(batches, desc=self._function.name, unit="batch")
+            batches = need("tqdm", "progress=True", "memo").tqdm(batches, desc=self._function.name, unit="batch")
         for batch in batches:
-            call, runner = self._prepare((batch,), kwargs)
+            call, runner = self._prepare((part(batch, at),), kwargs)
             computed += self._payloads(runner, call)[1]
         return computed
 
@@ -136,8 +149,14 @@ class Features:
             source gives the example with the output in its place.
           missing: what happens when an output isn't there: "raise" a KeyError, or give "none".
           **kwargs: the function's other arguments.
-        """
 
+        >>> features = jaxkv.Memo(memory="1MiB").wrap(lambda x: x + 1)
+        >>> images = np.ones((4, 2), np.float32)
+        >>> features.warm([images], progress=False)
+        1
+        >>> features.source([{"image": image, "label": 7} for image in images], at="image")[3]
+        {'image': array([2., 2.], dtype=float32), 'label': 7}
+        """
         source = Source(examples, at, missing)
         call, runner = self._prepare((source.batch(0),), kwargs)
         return source.reading(self._memo, runner.entry, call)
@@ -166,7 +185,8 @@ class Features:
         def compute(keys: Sequence[bytes]) -> dict[bytes, bytes]:
             nonlocal computed
             computed += len(keys)
-            self._describe(runner, keys[0][:SIZE])
+            if memo.disk is not None:
+                memo.disk.describe(keys[0][:SIZE], lambda: entry.about(self._function.name, self._settings.version))
             return dict(zip(keys, runner(call, [row_of[key] for key in keys]), strict=True))
 
         if missing:
@@ -178,12 +198,6 @@ class Features:
         keys = runner.entry.keys(call, self._memo.hash)
         self._namespaces.update(key[:SIZE] for key in keys[:1])
         return keys
-
-    def _describe(self, runner: Runner, namespace: bytes) -> None:
-        if namespace not in self._described:
-            self._described.add(namespace)
-            if self._memo.disk is not None:
-                self._memo.disk.describe(namespace, runner.entry.about(self._function.name, self._settings.version))
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Runner]:
         """Returns the call, and what computes it: made anew where the function has changed since the last call."""
@@ -204,13 +218,15 @@ class Features:
                     else runner.updated(self._state)
                 )
                 self._runners[form] = runner
+                if len(self._runners) > _MOST:
+                    del self._runners[next(iter(self._runners))]
         return call, runner
 
     def _count_trace(self) -> None:
         self._traced_anew += 1
         if self._traced_anew == _MANY:
             log.warning(
-                f"{self._function.name} was traced anew {_MANY} times, because settings or what it reads from around "
+                f"{self._function.name} was traced anew {_MANY} times, because settings, or what it reads from around "
                 "it, keep changing; that is right, but slow: give it what changes as an argument"
             )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 _all: weakref.WeakSet[Lock] = weakref.WeakSet()
 _held: list[Lock] = []
+_forking = threading.RLock()  # two threads that fork at once would wait for each other's locks
 
 
 class Lock:
@@ -45,6 +46,7 @@ class Lock:
 
 
 def _before() -> None:
+    _forking.acquire()
     for lock in list(_all):
         lock.__enter__()
         _held.append(lock)
@@ -53,11 +55,13 @@ def _before() -> None:
 def _in_parent() -> None:
     while _held:
         _held.pop().__exit__()
+    _forking.release()
 
 
 def _in_child() -> None:
     while _held:
         _held.pop()._in_child()
+    _forking.release()
 
 
 if hasattr(os, "register_at_fork"):

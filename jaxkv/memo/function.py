@@ -13,7 +13,7 @@ import functools
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,7 @@ class Function:
     Args:
       target: a pure function, an nnx module or its method, or `apply` of a linen module.
       params: what a function is given before its arguments: pytrees of arrays.
+      shared: names of arguments whose arrays belong to all items.
 
     Attributes:
       name: what people call it.
@@ -49,14 +50,17 @@ class Function:
       ValueError: for what can't be memoized, saying why.
     """
 
-    def __init__(self, target: Any, params: tuple[Any, ...]) -> None:
+    def __init__(self, target: Any, params: tuple[Any, ...], shared: Collection[str] = ()) -> None:
+        while isinstance(target, jax.stages.Wrapped) and hasattr(target, "__wrapped__"):
+            target = target.__wrapped__  # it is jitted anyway, with scalars as constants
         self._module, self._call = _module_of(target)
         if self._module is not None and params:
             raise ValueError(
                 f"{type(self._module).__name__} is an nnx module and holds its own parameters; wrap it without others"
             )
-        if self._module is None and not callable(target):
-            raise ValueError(f"a {type(target).__name__} can't be called; wrap a function or a Flax module")
+        if self._module is None and (not callable(target) or inspect.iscoroutinefunction(target)):
+            kind = "coroutine" if callable(target) else type(target).__name__
+            raise ValueError(f"a {kind} can't be called by JAX; wrap a function or a Flax module")
         if isinstance(target, linen.Module):
             raise ValueError(
                 f"{type(target).__name__} is a linen module without parameters: memo.wrap(module.apply, variables)"
@@ -65,6 +69,10 @@ class Function:
         self.name = _name(target)
         self._linen = isinstance(getattr(target, "__self__", None), linen.Module) and target.__name__ == "apply"
         self._signature = self._find_signature()
+        names = self._signature.parameters
+        unknown = [name for name in shared if name not in names and name not in _LINEN_KEYWORDS]
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in names.values()):
+            raise ValueError(f"shared names {', '.join(unknown)}; the arguments of {self.name} are {', '.join(names)}")
         self._target = target
         self._captured: list[Callable[[], Any]] = []
         self._variables: list[nnx.Variable[Any]] = []
@@ -110,7 +118,7 @@ class Function:
             raise ValueError(
                 f"{self.name} changes {', '.join(changed[:4])}{', ...' if changed[4:] else ''} while it runs, so its "
                 "output is not a function of its input; call module.eval() first (BatchNorm, Dropout), or wrap a pure "
-                "part of it"
+                "part of it (without nnx.jit and nnx.remat, which set all that they are given)"
             )
         return out
 

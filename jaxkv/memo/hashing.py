@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxkv.extras import need
 
 SIZE = 16  # bytes of a digest
 HASHES = ("xxh3_128", "blake3", "blake2b", "device")
@@ -92,31 +93,19 @@ def as_bytes(array: np.ndarray) -> np.ndarray:
 
 def _whole(name: str) -> Callable[[Any], bytes]:
     if name == "xxh3_128":
-        return extra("xxhash").xxh3_128_digest
+        return need("xxhash", "a memo", "memo").xxh3_128_digest
     if name == "blake3":
-        blake3 = extra("blake3").blake3
+        blake3 = need("blake3", "a memo", "memo").blake3
         return lambda data: blake3(data).digest(length=SIZE)
     return _blake2b_digest
 
 
 def _in_parts(name: str) -> Callable[[], Any]:
     if name == "xxh3_128":
-        return extra("xxhash").xxh3_128
+        return need("xxhash", "a memo", "memo").xxh3_128
     if name == "blake3":
         return _Blake3
     return _blake2b
-
-
-def extra(package: str) -> Any:
-    """Returns a package of the extra `jaxkv[memo]`.
-
-    Raises:
-      ImportError: naming the extra, if it is missing.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f'a memo needs {package}: pip install "jaxkv[memo]"') from error
 
 
 _blake2b = functools.partial(hashlib.blake2b, digest_size=SIZE)
@@ -128,7 +117,7 @@ def _blake2b_digest(data: Any) -> bytes:
 
 class _Blake3:
     def __init__(self) -> None:
-        self._state = extra("blake3").blake3()
+        self._state = need("blake3", "a memo", "memo").blake3()
         self.update = self._state.update
 
     def digest(self) -> bytes:

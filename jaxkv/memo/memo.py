@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxkv.errors import CacheError
 from jaxkv.memo.disk import Disk, DiskStats
 from jaxkv.memo.features import Features
 from jaxkv.memo.forking import Lock
@@ -51,6 +52,8 @@ class MemoStats:
         for name, tier in (("memory", self.memory), ("disk", self.disk)):
             if tier is not None:
                 parts.append(f"{tier.items:,} in {format_bytes(tier.nbytes)} of {name}")
+        if self.memory is not None and self.memory.refused:
+            parts[1] += f" (full: {self.memory.refused:,} more had no place in {format_bytes(self.memory.budget)})"
         return "; ".join(parts)
 
 
@@ -152,8 +155,14 @@ class Memo:
         Raises:
           ValueError: for what can't be memoized, saying why.
         """
-        dtype = None if output_dtype is None else jnp.dtype(output_dtype)
-        return Features(self, function, params, shared, Settings(version, dtype, batch, check))
+        self._check_open()
+        if isinstance(function, Features):
+            raise ValueError(f"{function!r} is memoized already; wrap what it was made of")
+        return Features(self, function, params, shared, Settings(version, _floating(output_dtype), batch, check))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CacheError("this memo is closed; make another one (what is on disk is still there)")
 
     @property
     def tiers(self) -> list[Any]:
@@ -162,8 +171,7 @@ class Memo:
 
     def read(self, keys: Sequence[bytes], nbytes: int) -> dict[bytes, Any]:
         """Returns the payloads that are there, by key; those from disk are put into memory."""
-        if self._closed:
-            raise ValueError("this memo is closed; make another one (what is on disk is still there)")
+        self._check_open()
         found: dict[bytes, Any] = {}
         if self.memory is not None:
             payloads = self.memory.read(keys)
@@ -216,15 +224,34 @@ class Memo:
             self.disk.flush()
 
     def close(self) -> None:
-        """Ends the use of the directory and frees the memory; calls of wrapped functions raise ValueError after it."""
+        """Ends the use of the directory and frees the memory; wrapped functions raise CacheError from then on."""
         self._closed = True
         if self.memory is not None:
             self.memory.clear()
         if self.disk is not None:
             self.disk.close()
 
+    def __repr__(self) -> str:
+        memory = "" if self.memory is None else format_bytes(self.memory.stats().budget)
+        disk = "" if self.disk is None else str(self.disk.directory)
+        said = [f"{name}={value!r}" for name, value in (("memory", memory), ("disk", disk)) if value]
+        return f"Memo({', '.join(said)}{', closed' * self._closed})"
+
     def __enter__(self) -> Memo:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _floating(dtype: Any) -> Any:
+    """Returns a dtype that floating outputs can be cast to."""
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"output_dtype is {dtype!r}, must be floating: float32, bfloat16, float16, float8_e4m3fn, ...")
+    return found

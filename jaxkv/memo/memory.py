@@ -8,7 +8,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from jaxkv.logs import log
 from jaxkv.memo.forking import Lock
+from jaxkv.sizes import format_bytes
 
 POLICIES = ("keep", "lru", "mru", "fifo")
 BY_USE = ("lru", "mru")  # those for which it matters when something was used
@@ -80,6 +82,11 @@ class Memory:
         size = _size(key, payload)
         if size > self._budget or (self._policy == "keep" and self._nbytes + size > self._budget):
             self._refused += 1
+            if self._refused == 1:
+                log.warning(
+                    f"memory={format_bytes(self._budget)} of a memo is full after {len(self._payloads):,} outputs of "
+                    f"{format_bytes(size)}, with what the table takes; more are not kept there: give it more"
+                )
             return
         while self._nbytes + size > self._budget:
             self._nbytes -= _size(*self._payloads.popitem(last=self._policy == "mru"))

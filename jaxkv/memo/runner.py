@@ -19,6 +19,7 @@ from jaxkv.memo.program import Program, paths_of
 from jaxkv.memo.staging import Staging
 
 BATCHES = ("bucket", "full")
+_FLIPPED = 0.01  # part of whole numbers that may differ, because what was rounded to them lay on an edge
 _TRACED = 2  # items in the trace that names the function: with 1, an output that has lost its batch axis would not show
 
 
@@ -67,7 +68,15 @@ class Runner:
             for leaf in form.leaves
             if leaf[0] == "item"
         )
-        self._program = Program(run, state.arrays, (columns, call.shared), settings.version)
+        self._trace = lambda state, shared: Program(run, state.arrays, (columns, shared), settings.version)
+        try:
+            self._program = self._trace(state, call.shared)
+        except Exception as error:
+            error.add_note(
+                f"jaxkv: {function.name} was traced for {_TRACED} items of {form}. It must be made of JAX's functions; "
+                'arrays that belong to all items are named: memo.wrap(f, shared=("mask",))'
+            )
+            raise
         self._name = function.name
         self._settings = settings
         self._hash = hashing
@@ -82,6 +91,7 @@ class Runner:
         treedef = jax.tree.structure(self._program.out)
         template = jax.tree.unflatten(treedef, range(len(outputs)))
         self._largest = 0
+        self._sizes: set[int] = set()
         self._checked = not settings.check
         self.state = state
         self.entry = Entry(form, self._namespace(state, form), template, outputs)
@@ -133,12 +143,14 @@ class Runner:
             except BaseException:
                 self._staging.clear()
                 raise
-            expected = [(output.dtype, output.shape) for output in self.entry.outputs]
-            if [(array.dtype, array.shape[1:]) for array in arrays] != expected:
-                raise ValueError(
-                    f"the outputs of {self._name} have other shapes or dtypes than when it was traced first: it reads "
-                    "something that has changed and that a memo doesn't watch; wrap it anew"
-                )
+            if size not in self._sizes:  # JAX has traced it anew: is it still what the namespace says?
+                if self._trace(self.state, call.shared).text != self._program.text:
+                    raise ValueError(
+                        f"{self._name} is another function than when it was traced first: it reads something that has "
+                        "changed and that a memo doesn't watch (an object's fields, a file, a clock, random numbers of "
+                        "NumPy); give it that as an argument, and wrap it anew"
+                    )
+                self._sizes.add(size)
             if not self._checked and size > 1:
                 self._check_rows(columns, call.shared, arrays)
         return arrays
@@ -170,8 +182,9 @@ class Runner:
                 if not _alike(array[index], np.asarray(other)):
                     raise ValueError(
                         f"output{output.path} of {self._name} depends on the other rows of the batch, or on its place "
-                        "among them, so it can't be kept per item (BatchNorm in training mode? a mean over the batch? "
-                        "Dropout?); if it does not, and only rounds differently: memo.wrap(..., check=False)"
+                        f"among them, so it can't be kept per item. {size} items of {self.entry.form} were given: does "
+                        'an array belong to all items (shared=("mask",)), or have no batch axis? Is BatchNorm or '
+                        "Dropout in training mode? If rows only round differently: memo.wrap(..., check=False)"
                     )
         self._checked = True
 
@@ -185,7 +198,7 @@ def _alike(a: np.ndarray, b: np.ndarray) -> bool:
     if a.tobytes() == b.tobytes():
         return True
     if not jnp.issubdtype(a.dtype, jnp.inexact):
-        return False
+        return float(np.mean(a != b)) <= _FLIPPED
     tolerance = float(jnp.finfo(a.dtype).eps) ** 0.5
     wide = np.complex128 if jnp.issubdtype(a.dtype, jnp.complexfloating) else np.float64
     a, b = a.astype(wide), b.astype(wide)

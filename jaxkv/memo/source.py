@@ -42,8 +42,8 @@ class Source:
 
     def batch(self, index: int) -> Any:
         """Returns the function's argument for one example, as a batch of one."""
-        example = self._examples[index]
-        return jax.tree.map(lambda leaf: np.asarray(leaf)[None], example if self._at is None else example[self._at])
+        argument = part(self._examples[index], self._at)
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[None], argument)
 
     def reading(self, memo: Any, entry: Entry, call: Call) -> Source:
         """Says where to read, and what the examples look like: as the one that the call was made with."""
@@ -67,6 +67,8 @@ class Source:
           KeyError: if the output isn't there, and `missing` is "raise".
           ValueError: for an example of another form than the first one.
         """
+        if isinstance(index, slice):
+            raise IndexError(f"a source gives one example at a time, not {index}")
         if not -len(self) <= index < len(self):
             raise IndexError(f"there are {len(self):,} examples, and {index} is none of them")
         batch = self.batch(index)
@@ -90,6 +92,21 @@ class Source:
                 "a source that is only in memory can't go to another process; give the memo a directory: Memo(disk=DIR)"
             )
         return vars(self) | {"_tiers": disk}
+
+
+def part(example: Any, at: Any) -> Any:
+    """Returns what stands at a key or an index of an example, all of it for None.
+
+    Raises:
+      ValueError: if there is nothing.
+    """
+    if at is None:
+        return example
+    try:
+        return example[at]
+    except (KeyError, IndexError, TypeError) as error:
+        there = list(example) if isinstance(example, Mapping) else f"a {type(example).__name__}"
+        raise ValueError(f"at={at!r}, and what was given is {there}") from error
 
 
 def _form(batch: Any) -> list[tuple[str, str, tuple[int, ...]]]:
