@@ -25,7 +25,7 @@ from .generate.loop import Stream as Stream
 from .generate.loop import generate as generate
 from .generate.loop import stream as stream
 from .memo.memo import Memo as Memo
-from .memo.memo import MemoStats as MemoStats
+from .memo.tiers import MemoStats as MemoStats
 from .nn import linen as linen
 from .nn import nnx as nnx
 from .nn.attend import attend as attend

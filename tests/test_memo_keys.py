@@ -715,13 +715,13 @@ def test_what_is_exchanged_within_a_call_does_not_reach_it(kind, monkeypatch):
 
         model = Scale()
         features, exchange = memo.wrap(model), lambda new: model.w.set_value(new["w"])
-    read = memo.read
+    read = memo._tiers.read
 
     def read_and_exchange(keys, nbytes):
         exchange({"w": jnp.full(6, 5.0)})
         return read(keys, nbytes)
 
-    monkeypatch.setattr(memo, "read", read_and_exchange)
+    monkeypatch.setattr(memo._tiers, "read", read_and_exchange)
     np.testing.assert_array_equal(features(X), X)
     monkeypatch.undo()
     np.testing.assert_array_equal(features(X), X * 5)

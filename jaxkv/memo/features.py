@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,12 +16,11 @@ from jaxkv.extras import need
 from jaxkv.logs import log
 from jaxkv.memo.call import Call
 from jaxkv.memo.function import Function, State
-from jaxkv.memo.hashing import SIZE
+from jaxkv.memo.hashing import SIZE, Hash
 from jaxkv.memo.runner import BATCHES, Runner, Settings
 from jaxkv.memo.source import Source, part
-
-if TYPE_CHECKING:
-    from jaxkv.memo.memo import Memo
+from jaxkv.memo.staging import Staging
+from jaxkv.memo.tiers import Tiers
 
 _MANY = 8
 _MOST = 64  # programs kept: a scalar argument that always changes would keep one for each of its values
@@ -52,11 +51,18 @@ class Features:
     """
 
     def __init__(
-        self, memo: Memo, function: Any, params: tuple[Any, ...], shared: Collection[str], settings: Settings
+        self,
+        tiers: Tiers,
+        hashing: Hash,
+        staging: Staging,
+        function: Any,
+        params: tuple[Any, ...],
+        shared: Collection[str],
+        settings: Settings,
     ) -> None:
         if settings.batch not in BATCHES:
             raise ValueError(f"batch is {settings.batch!r}, must be one of {', '.join(BATCHES)}")
-        self._memo = memo
+        self._tiers, self._hash, self._staging = tiers, hashing, staging
         self._shared = frozenset([shared] if isinstance(shared, str) else shared)
         self._function = Function(function, params, self._shared)
         self._settings = settings
@@ -110,7 +116,7 @@ class Features:
         Of the items only dtype and shape matter. It changes with the function, its parameters and its settings.
         """
         call, runner = self._prepare(args, kwargs)
-        return runner.entry.namespace_of(call, self._memo.hash).hex()
+        return runner.entry.namespace_of(call, self._hash).hex()
 
     def warm(self, batches: Iterable[Any], *, at: Any = None, progress: bool = True, **kwargs: Any) -> int:
         """Computes what is missing, batch by batch, and returns how many items that were.
@@ -159,25 +165,24 @@ class Features:
         """
         source = Source(examples, at, missing)
         call, runner = self._prepare((source.batch(0),), kwargs)
-        return source.reading(self._memo, runner.entry, call)
+        return source.reading(self._tiers.each, self._hash, runner.entry, call)
 
     def clear(self) -> None:
         """Forgets the outputs of this function, as it is now, for the forms of items that this process has seen."""
         for namespace in self._namespaces:
-            for tier in self._memo.tiers:
-                tier.clear(namespace)
+            self._tiers.clear(namespace)
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[bytes], dict[bytes, Any]]:
         call, runner = self._prepare(args, kwargs)
         keys = self._keys(runner, call)
-        return runner.entry, keys, self._memo.read(list(dict.fromkeys(keys)), runner.entry.nbytes)
+        return runner.entry, keys, self._tiers.read(list(dict.fromkeys(keys)), runner.entry.nbytes)
 
     def _payloads(self, runner: Runner, call: Call) -> tuple[list[Any], int]:
         """Returns the bytes of each item's output, after computing what was missing, and how many items that were."""
-        memo, entry = self._memo, runner.entry
+        tiers, entry = self._tiers, runner.entry
         keys = self._keys(runner, call)
         row_of = dict(zip(reversed(keys), reversed(range(call.size)), strict=True))  # the first, where some are alike
-        payloads = memo.read(list(row_of), entry.nbytes)
+        payloads = tiers.read(list(row_of), entry.nbytes)
         missing = sorted((key for key in row_of if key not in payloads), key=row_of.__getitem__)
         hits = sum(key in payloads for key in keys)
         computed = 0
@@ -185,17 +190,17 @@ class Features:
         def compute(keys: Sequence[bytes]) -> dict[bytes, bytes]:
             nonlocal computed
             computed += len(keys)
-            if memo.disk is not None:
-                memo.disk.describe(keys[0][:SIZE], lambda: entry.about(self._function.name, self._settings.version))
+            if tiers.disk is not None:
+                tiers.disk.describe(keys[0][:SIZE], lambda: entry.about(self._function.name, self._settings.version))
             return dict(zip(keys, runner(call, [row_of[key] for key in keys]), strict=True))
 
         if missing:
-            payloads |= memo.fill(missing, entry.nbytes, compute)
-        memo.count(1, call.size, hits, call.size - hits, computed)
+            payloads |= tiers.fill(missing, entry.nbytes, compute)
+        tiers.count(1, call.size, hits, call.size - hits, computed)
         return [payloads[key] for key in keys], computed
 
     def _keys(self, runner: Runner, call: Call) -> list[bytes]:
-        keys = runner.entry.keys(call, self._memo.hash)
+        keys = runner.entry.keys(call, self._hash)
         self._namespaces.update(key[:SIZE] for key in keys[:1])
         return keys
 
@@ -213,7 +218,7 @@ class Features:
             if runner is None or runner.state is not self._state:
                 self._same_process(call)
                 runner = (
-                    Runner(self._function, self._state, call, self._settings, self._memo.hash, self._memo.staging)
+                    Runner(self._function, self._state, call, self._settings, self._hash, self._staging)
                     if runner is None
                     else runner.updated(self._state)
                 )

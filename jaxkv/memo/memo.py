@@ -2,59 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxkv.errors import CacheError
-from jaxkv.memo.disk import Disk, DiskStats
+from jaxkv.memo.disk import Disk
 from jaxkv.memo.features import Features
-from jaxkv.memo.forking import Lock
 from jaxkv.memo.hashing import Hash
-from jaxkv.memo.memory import Memory, MemoryStats
-from jaxkv.memo.once import Once
+from jaxkv.memo.memory import Memory
 from jaxkv.memo.runner import Settings
 from jaxkv.memo.staging import Staging
+from jaxkv.memo.tiers import MemoStats, Tiers
 from jaxkv.sizes import format_bytes, parse_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoStats:
-    """What a memo was asked for and did, since it was made.
-
-    Attributes:
-      calls: of all functions.
-      items: in these calls.
-      hits: items that were found.
-      misses: items that were not; those that occur twice in a call are counted twice.
-      computed: items that went through the function.
-      memory, disk: of the tiers, None where there is none.
-    """
-
-    calls: int
-    items: int
-    hits: int
-    misses: int
-    computed: int
-    memory: MemoryStats | None
-    disk: DiskStats | None
-
-    @property
-    def hit_rate(self) -> float:
-        """Hits per item, 0 before the first."""
-        return self.hits / self.items if self.items else 0.0
-
-    def __str__(self) -> str:
-        parts = [f"{self.items:,} items in {self.calls:,} calls, {self.hit_rate:.1%} found, {self.computed:,} computed"]
-        for name, tier in (("memory", self.memory), ("disk", self.disk)):
-            if tier is not None:
-                parts.append(f"{tier.items:,} in {format_bytes(tier.nbytes)} of {name}")
-        if self.memory is not None and self.memory.refused:
-            parts[1] += f" (full: {self.memory.refused:,} more had no place in {format_bytes(self.memory.budget)})"
-        return "; ".join(parts)
 
 
 class Memo:
@@ -109,19 +70,14 @@ class Memo:
             raise ValueError('a memo with neither memory nor disk keeps nothing; give memory="1GiB", disk=DIR or both')
         if disk is None and (disk_budget is not None or disk_policy is not None or compress is not None):
             raise ValueError("disk_budget, disk_policy and compress are said about a disk; give disk=DIR as well")
-        self.hash = Hash(hash)
-        self.memory = None if memory is None else Memory(parse_bytes(memory), policy)
-        budget = None if disk_budget is None else parse_bytes(disk_budget)
-        self.disk = (
-            None
-            if disk is None
-            else Disk(disk, budget=budget, policy=policy if disk_policy is None else disk_policy, compress=compress)
-        )
-        self.staging = Staging()
-        self._once = Once() if once else None
-        self._lock = Lock()
-        self._counts = [0, 0, 0, 0, 0]
-        self._closed = False
+        self._hash = Hash(hash)
+        memory_tier = None if memory is None else Memory(parse_bytes(memory), policy)
+        disk_tier = None
+        if disk is not None:
+            budget = None if disk_budget is None else parse_bytes(disk_budget)
+            disk_tier = Disk(disk, budget=budget, policy=disk_policy or policy, compress=compress)
+        self._tiers = Tiers(memory_tier, disk_tier, once)
+        self._staging = Staging()
 
     def __call__(self, function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         """The decorator: `@memo`, or `@memo(version="2")` with the options of `wrap`."""
@@ -155,87 +111,34 @@ class Memo:
         Raises:
           ValueError: for what can't be memoized, saying why.
         """
-        self._check_open()
+        self._tiers.check_open()
         if isinstance(function, Features):
             raise ValueError(f"{function!r} is memoized already; wrap what it was made of")
-        return Features(self, function, params, shared, Settings(version, _floating(output_dtype), batch, check))
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise CacheError("this memo is closed; make another one (what is on disk is still there)")
-
-    @property
-    def tiers(self) -> list[Any]:
-        """Where payloads are kept, the fastest first."""
-        return [tier for tier in (self.memory, self.disk) if tier is not None]
-
-    def read(self, keys: Sequence[bytes], nbytes: int) -> dict[bytes, Any]:
-        """Returns the payloads that are there, by key; those from disk are put into memory."""
-        self._check_open()
-        found: dict[bytes, Any] = {}
-        if self.memory is not None:
-            payloads = self.memory.read(keys)
-            if None not in payloads:
-                return dict(zip(keys, payloads, strict=True))
-            found = {key: payload for key, payload in zip(keys, payloads, strict=True) if payload is not None}
-        if self.disk is not None:
-            rest = [key for key in keys if key not in found]
-            read = {key: got for key, got in zip(rest, self.disk.read(rest, nbytes), strict=True) if got is not None}
-            if self.memory is not None and read:
-                self.memory.write(list(read), list(read.values()))
-            found |= read
-        return found
-
-    def fill(
-        self, keys: Sequence[bytes], nbytes: int, compute: Callable[[Sequence[bytes]], dict[bytes, bytes]]
-    ) -> dict[bytes, Any]:
-        """Returns the payloads of keys that were not found, computed and kept."""
-
-        def kept(keys: Sequence[bytes]) -> dict[bytes, Any]:
-            payloads = compute(keys) if keys else {}
-            for tier in self.tiers if payloads else ():
-                tier.write(list(payloads), list(payloads.values()))
-            return payloads
-
-        if self._once is None:
-            return kept(keys)
-        return self._once.fill(keys, lambda keys: self.read(keys, nbytes), kept)
-
-    def count(self, *counts: int) -> None:
-        """Adds to calls, items, hits, misses and computed."""
-        with self._lock:
-            self._counts = [have + more for have, more in zip(self._counts, counts, strict=True)]
+        settings = Settings(version, _floating(output_dtype), batch, check)
+        return Features(self._tiers, self._hash, self._staging, function, params, shared, settings)
 
     def stats(self) -> MemoStats:
         """Returns what was asked for and done so far."""
-        memory = None if self.memory is None else self.memory.stats()
-        with self._lock:
-            calls, items, hits, misses, computed = self._counts
-        return MemoStats(calls, items, hits, misses, computed, memory, None if self.disk is None else self.disk.stats())
+        return self._tiers.stats()
 
     def clear(self) -> None:
         """Forgets everything, on disk too."""
-        for tier in self.tiers:
-            tier.clear()
+        self._tiers.clear()
 
     def flush(self) -> None:
         """Returns when what was computed is safe from a loss of power; from a killed process it always is."""
-        if self.disk is not None:
-            self.disk.flush()
+        if self._tiers.disk is not None:
+            self._tiers.disk.flush()
 
     def close(self) -> None:
         """Ends the use of the directory and frees the memory; wrapped functions raise CacheError from then on."""
-        self._closed = True
-        if self.memory is not None:
-            self.memory.clear()
-        if self.disk is not None:
-            self.disk.close()
+        self._tiers.close()
 
     def __repr__(self) -> str:
-        memory = "" if self.memory is None else format_bytes(self.memory.stats().budget)
-        disk = "" if self.disk is None else str(self.disk.directory)
-        said = [f"{name}={value!r}" for name, value in (("memory", memory), ("disk", disk)) if value]
-        return f"Memo({', '.join(said)}{', closed' * self._closed})"
+        memory, disk = self._tiers.memory, self._tiers.disk
+        said = [] if memory is None else [f"memory={format_bytes(memory.stats().budget)!r}"]
+        said += [] if disk is None else [f"disk={disk.directory!r}"]
+        return f"Memo({', '.join(said)}{', closed' * self._tiers.closed})"
 
     def __enter__(self) -> Memo:
         return self

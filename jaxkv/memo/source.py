@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from jaxkv.memo.call import Call
 from jaxkv.memo.disk import Disk
 from jaxkv.memo.entry import Entry
+from jaxkv.memo.hashing import Hash
 
 MISSING = ("raise", "none")
 
@@ -45,12 +46,12 @@ class Source:
         argument = part(self._examples[index], self._at)
         return jax.tree.map(lambda leaf: np.asarray(leaf)[None], argument)
 
-    def reading(self, memo: Any, entry: Entry, call: Call) -> Source:
+    def reading(self, tiers: Sequence[Any], hashing: Hash, entry: Entry, call: Call) -> Source:
         """Says where to read, and what the examples look like: as the one that the call was made with."""
-        self._tiers = memo.tiers
-        self._hash = memo.hash
+        self._tiers = tiers
+        self._hash = hashing
         self._entry = entry
-        self._namespace = entry.namespace_of(call, memo.hash)
+        self._namespace = entry.namespace_of(call, hashing)
         self._form = _form(self.batch(0))
         if len(self._form) != len(call.columns):
             raise ValueError("only the first argument can be of the example; the others must belong to all of them")
