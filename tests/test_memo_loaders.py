@@ -95,7 +95,7 @@ def test_what_is_only_in_memory_comes_along_in_a_fork():
     np.testing.assert_array_equal(at_once, RIGHT)
 
 
-# The libraries of others: not part of what CI installs.
+# The libraries of others; torch is not part of what the tests install.
 
 
 @pytest.fixture
