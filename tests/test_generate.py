@@ -186,12 +186,17 @@ def test_a_stream_that_was_left_can_be_gone_on_from_by_its_cache():
 
 
 def test_ctrl_c_between_steps_leaves_a_usable_result():
+    # Python has no handler if it was started with Ctrl-C ignored, as a shell starts what goes into the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     whole = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=12)
     steps = stream(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=12)
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        for i, _tokens in enumerate(steps):
-            if i == 3:
-                signal.raise_signal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            for i, _tokens in enumerate(steps):
+                if i == 3:
+                    signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     result = steps.result
     np.testing.assert_array_equal(result.tokens[:, :4], whole.tokens[:, :4])
     rest = generate(TOY, PARAMS, history(PROMPTS, result), result.cache, max_new_tokens=8)

@@ -294,10 +294,7 @@ def _take_apart(value: Any, leaves: list[Any], is_leaf: Callable[[Any], bool] | 
 def _equal(structure: Any, other: Any) -> bool:
     try:
         return bool(structure == other)
-    except (
-        TypeError,
-        ValueError,
-    ):  # arrays in the static part of somebody's pytree: nobody can say
+    except (TypeError, ValueError):  # arrays in the static part of somebody's pytree: nobody can say
         return False
 
 

@@ -25,9 +25,8 @@ from jaxkv.extras import need
 KEY_BYTES = 32
 NAMESPACE_BYTES = 16  # of a key, at its beginning: which function it is of
 _MAGIC = b"JKV\x01"
-_HEADER = struct.Struct(
-    "<4sIQQQ32sQ"
-)  # magic, crc of what follows, flags, stored bytes, raw bytes, key, xxh3 of payload
+# Magic, crc of what follows, flags, stored bytes, raw bytes, key, xxh3 of the payload.
+_HEADER = struct.Struct("<4sIQQQ32sQ")
 HEADER_BYTES = _HEADER.size
 ENTRY = np.dtype([("key", f"V{KEY_BYTES}"), ("offset", "<u8"), ("stored", "<u8"), ("check", "<u8")])
 _NAME = re.compile(r"(\d{12})-([0-9a-f]{16})\.seg")
