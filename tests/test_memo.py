@@ -393,6 +393,26 @@ def test_functions_whose_rows_depend_on_one_another_are_refused(memo, function):
     assert memo.stats().memory.items == 0
 
 
+def test_functions_that_depend_on_the_size_of_the_batch_are_refused_at_the_second_size(memo):
+    features = memo.wrap(lambda x: {"whole": x.astype(jnp.int32), "part": jnp.maximum(x, 0) / len(x)})
+    x = items(6)
+    features(x[:4])
+    with pytest.raises(ValueError, match=r"output\['part'\] of .* size of the batch.* batch of 4 than in one of 2"):
+        features(x)
+    assert memo.stats().memory.items == 4
+    assert memo.wrap(lambda x: x / len(x), check=False)(x[:4]).shape == (4, 6)
+
+
+def test_what_is_chosen_by_a_rounded_value_may_jump_with_the_size_of_the_batch(memo):
+    def nearest(table, x):  # the first row jumps in large batches, as rounding could make it do
+        index = jnp.argmin(jnp.abs(x[:, None] - table[None]).sum(-1), axis=-1)
+        return table[jnp.where(jnp.arange(len(x)) == 0, index + int(len(x) > 4), index)]
+
+    features = memo.wrap(nearest, jnp.asarray(items(64, seed=1)))
+    features(items(4))
+    assert features(items(12)).shape == (12, 6)
+
+
 def test_functions_that_only_round_are_not_refused(memo):
     weights = jnp.asarray(items(256, 1, 64))
     for dtype in (jnp.float32, jnp.bfloat16):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import itertools
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -620,6 +622,150 @@ def test_functions_are_followed_however_they_are_called(function, monkeypatch):
     assert features._traced_anew == 1
     features(X + 1)
     assert features._traced_anew == 1
+
+
+def settings(name: str) -> types.ModuleType:
+    """A module of the user's, with a value and a function that reads it."""
+    module = types.ModuleType(name)
+    exec("scale = 2.0\ndef apply(x): return x * scale\n", vars(module))
+    return module
+
+
+class Slots:
+    __slots__ = ("scale",)
+
+    def __init__(self):
+        self.scale = 2.0
+
+    def __call__(self, x):
+        return x * self.scale
+
+
+class OfClass:
+    scale = 2.0
+
+    def __call__(self, x):
+        return x * self.scale
+
+    def named(self, x):
+        return x * getattr(self, "scale")  # noqa: B009
+
+    @property
+    def doubled(self):
+        return self.scale
+
+
+class NnxOfClass(nnx.Module):
+    scale = 2.0
+
+    def __init__(self, settings=None):
+        self.settings = settings
+
+    def __call__(self, x):
+        return x * (self.scale if self.settings is None else self.settings.scale)
+
+
+def of_module():
+    module = settings("mine")
+    return module, lambda x: x * module.scale
+
+
+def of_a_helper_in_a_module():
+    module = settings("mine")
+    return module, lambda x: module.apply(x)
+
+
+def of_a_namespace():
+    space = types.SimpleNamespace(scale=2.0)
+    return space, lambda x: x * space.scale
+
+
+def of_options_that_a_module_holds():
+    space = argparse.Namespace(scale=2.0)
+    return space, NnxOfClass(space)
+
+
+def of_slots():
+    slots = Slots()
+    return slots, slots
+
+
+def of_slots_around():
+    slots = Slots()
+    return slots, lambda x: slots(x)
+
+
+def of_a_class():
+    class Local(OfClass):
+        scale = 2.0
+
+    return Local, lambda x: x * Local.scale
+
+
+def of_an_object_s_class():
+    class Local(OfClass):
+        scale = 2.0
+
+    return Local, Local()
+
+
+def of_a_name_in_a_string():
+    thing = OfClass()
+    return thing, thing.named
+
+
+def of_an_object_that_hides_its_class_s():
+    thing = OfClass()
+    return thing, lambda x: thing(x)
+
+
+def of_a_property():
+    thing = OfClass()
+    return thing, lambda x: x * thing.doubled
+
+
+def of_an_nnx_module_s_class():
+    class Local(NnxOfClass):
+        scale = 2.0
+
+    return Local, Local()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        of_module,
+        of_a_helper_in_a_module,
+        of_a_namespace,
+        of_options_that_a_module_holds,
+        of_slots,
+        of_slots_around,
+        of_a_class,
+        of_an_object_s_class,
+        of_a_name_in_a_string,
+        of_an_object_that_hides_its_class_s,
+        of_a_property,
+        of_an_nnx_module_s_class,
+    ],
+)
+def test_fields_of_modules_classes_and_objects_are_watched(make):
+    owner, function = make()
+    features = jaxkv.Memo(memory="1MiB").wrap(function)
+    for factor in (2.0, 2.0, 3.0, 3.0):
+        owner.scale = factor
+        np.testing.assert_array_equal(features(X), X * factor)
+    assert features._traced_anew <= 2  # a field of an object's own in place of its class's is one change more
+    assert len(features._function.watch()[0]) < 60  # before each call all of it is looked at
+
+
+def test_a_method_that_is_exchanged_is_noticed():
+    class Local(OfClass):
+        pass
+
+    features = jaxkv.Memo(memory="1MiB").wrap(Local())
+    np.testing.assert_array_equal(features(X), X * 2)
+    Local.__call__ = lambda self, x: x - 1
+    np.testing.assert_array_equal(features(X), X - 1)
 
 
 def test_a_method_of_a_class_is_traced_once():

@@ -1,4 +1,4 @@
-"""What a function takes from around it: closures, globals, bound arguments, the fields of its object."""
+"""What a function takes from around it: closures, globals, bound arguments, fields of objects, classes and modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 from flax import linen, nnx
 
-_LIBRARIES = {"jax", "jaxlib", "jaxkv", "flax", "numpy", "optax", *sys.stdlib_module_names}
+_ARRAYS = {"jax", "jaxlib", "jaxkv", "flax", "numpy", "optax"}
+_LIBRARIES = {*_ARRAYS, *sys.stdlib_module_names}
 _ALWAYS = ("__call__", "__init__", "setup")  # methods that are called without their name being written
 
 
@@ -19,7 +20,8 @@ def captured(target: Any, owners: Iterable[Any] = ()) -> list[Callable[[], Any]]
     """Returns readers of what a function takes from around it: closures, globals, bound arguments, its object's fields.
 
     Functions that it may call are followed, so that a helper that is defined anew is noticed as well: those that it
-    names, those in lists, defaults and bound arguments, and methods, by their names alone.
+    names, and those in lists, defaults and bound arguments. Of other objects, classes and modules everything is read
+    that has a name which occurs in the code, whatever the code does with that name.
 
     Args:
       target: the function.
@@ -38,8 +40,7 @@ class _Walk:
     def __init__(self) -> None:
         self.readers: list[Callable[[], Any]] = []
         self._seen: dict[int, Any] = {}  # the objects, too: so that no id is given to another one
-        self._classes: dict[type, None] = {}
-        self._objects: list[Any] = []
+        self._owners: dict[int, Any] = {}  # objects, classes and modules with fields
         self._read_fields: set[tuple[int, str]] = set()
         self._names = set(_ALWAYS)
 
@@ -55,7 +56,7 @@ class _Walk:
         elif inspect.ismethod(target):
             owner = target.__self__
             self._read(lambda: _fields(owner))
-            self.enter(owner if isinstance(owner, type) else type(owner))
+            self.enter(owner)
             if isinstance(owner, linen.Module):
                 self.search(list(vars(owner).values()))
             self.follow(target.__func__)
@@ -72,20 +73,22 @@ class _Walk:
             self.follow(target.__wrapped__)
         elif callable(target) and _is_plain(type(target)):
             self._read(lambda: _fields(target))
-            self.enter(type(target))
+            self.enter(target)
             if isinstance(target, linen.Module):
                 self.search(list(vars(target).values()))
 
     def _read(self, read: Callable[[], Any]) -> None:
         value = read()
-        if isinstance(value, types.ModuleType | types.BuiltinFunctionType):
+        if isinstance(value, types.BuiltinFunctionType) or (
+            isinstance(value, type | types.ModuleType) and not _is_plain(value)
+        ):
             return
-        if not isinstance(value, type) or _is_plain(value):
-            self.readers.append(read)
-            self.search(value)
+        self.readers.append(read)
+        self.search(value)
 
     def search(self, value: Any) -> None:
         """Follows the functions that lie in lists, tuples, dicts, and fields of objects that the code names."""
+        value = _function(value)
         if type(value) in (list, tuple, dict):
             if id(value) not in self._seen:
                 self._seen[id(value)] = value
@@ -93,43 +96,63 @@ class _Walk:
                     self.search(part)
         elif isinstance(value, nnx.Pytree):  # those are owners
             return
-        elif callable(value) and _is_plain(value):
-            self.follow(value)
-        elif hasattr(value, "__dict__") and _is_plain(type(value)) and id(value) not in self._seen:
-            self._seen[id(value)] = value
-            self._objects.append(value)
-            self.enter(type(value))
+        elif callable(value):
+            if _is_plain(value):
+                self.follow(value)
+        elif isinstance(value, types.ModuleType):
+            if _is_plain(value):
+                self.enter(value)
+        elif _root(type(value)) not in _ARRAYS and (hasattr(value, "__dict__") or _is_plain(type(value))):
+            self.enter(value)
 
-    def enter(self, owner: type) -> None:
-        """Counts a class among those whose methods may be called."""
-        self._classes |= dict.fromkeys(base for base in owner.__mro__ if _is_plain(base))
+    def enter(self, owner: Any) -> None:
+        """Counts an object, a class or a module among those whose fields may be read and whose methods be called."""
+        if isinstance(owner, types.ModuleType):
+            self._owners[id(owner)] = owner
+            return
+        kind = owner if isinstance(owner, type) else type(owner)
+        if kind is not owner:
+            self._owners[id(owner)] = owner
+        self._owners |= {id(base): base for base in kind.__mro__ if _is_plain(base)}
 
     def finish(self) -> None:
-        """Follows methods and reads fields, of which only the names are known, until nothing new turns up."""
+        """Reads fields and follows methods, of which only the names are known, until nothing new turns up."""
         before = (-1, -1)
         while before != (len(self._seen), len(self._read_fields)):
             before = len(self._seen), len(self._read_fields)
-            for owner in list(self._classes):
-                for name in self._names & vars(owner).keys():
-                    self.follow(_function(vars(owner)[name]))
-            for value in list(self._objects):
-                for name in self._names & vars(value).keys():
-                    if (id(value), name) not in self._read_fields:
-                        self._read_fields.add((id(value), name))
-                        self._read(functools.partial(_field, value, name))
+            for number, owner in list(self._owners.items()):
+                for name in sorted(self._names & _names_of(owner)):
+                    if (number, name) not in self._read_fields:
+                        self._read_fields.add((number, name))
+                        self._read(functools.partial(_field, owner, name))
 
 
 def _is_plain(value: Any) -> bool:
-    """Returns whether a function is somebody's own code: that of JAX, Flax, NumPy and Python itself doesn't change."""
-    module = getattr(value, "__module__", None) or type(value).__module__
-    return str(module).split(".")[0] not in _LIBRARIES
+    """Returns whether a function, class or module is somebody's own: those of JAX, Flax, Python itself don't change."""
+    return _root(value) not in _LIBRARIES
+
+
+def _root(value: Any) -> str:
+    module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+    return str(module or type(value).__module__).split(".")[0]
+
+
+def _names_of(owner: Any) -> set[str]:
+    """Returns the names of the fields that it has, or may get in place of those of its class and their bases."""
+    names = set(getattr(owner, "__dict__", ()))
+    if not isinstance(owner, types.ModuleType):
+        kind = owner if isinstance(owner, type) else type(owner)
+        names.update(*(vars(base) for base in kind.__mro__ if _is_plain(base)))
+    return names
 
 
 def _names_in(code: types.CodeType) -> Iterator[str]:
     yield from code.co_names
-    for constant in code.co_consts:  # functions defined within it
-        if isinstance(constant, types.CodeType):
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):  # a function defined within it
             yield from _names_in(constant)
+        elif isinstance(constant, str):  # what getattr is given
+            yield constant
 
 
 def _function(attribute: Any) -> Any:
@@ -149,7 +172,12 @@ def _cell(cell: Any) -> Any:
 
 
 def _field(owner: Any, name: str) -> Any:
-    return vars(owner).get(name)
+    """Returns what an object, class or module holds itself under a name, in its __dict__ or a slot; None if nothing."""
+    fields = getattr(owner, "__dict__", {})
+    if name in fields or isinstance(owner, type | types.ModuleType):
+        return fields.get(name)
+    slot = getattr(type(owner), name, None)
+    return getattr(owner, name, None) if isinstance(slot, types.MemberDescriptorType) else None
 
 
 def _fields(owner: Any) -> Any:

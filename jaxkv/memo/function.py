@@ -26,6 +26,7 @@ from jaxkv.memo.hashing import Hash
 from jaxkv.memo.program import digest_of, paths_of
 
 _LINEN_KEYWORDS = ("rngs", "method", "mutable", "capture_intermediates")  # of apply itself, not of the module
+_SIMPLE = (bool, int, float, complex, str, bytes)
 _APPLY = "<apply>"  # the name under which they go
 
 
@@ -185,15 +186,16 @@ class Snapshot:
 
     def holds(self, values: Sequence[Any], structure: Any) -> bool:
         """Returns whether these are the same values, unchanged. (Called before each lookup: is_ and map are quick.)"""
-        same = len(values) == len(self._values) and all(map(operator.is_, values, self._values))
-        same = same and _equal(structure, self._structure)
+        if len(values) != len(self._values) or not _equal(structure, self._structure):
+            return False
+        same = all(map(operator.is_, values, self._values)) or all(map(_is_same, values, self._values))
         return same and all(_content(values[i]) == content for i, content in self._arrays.items())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Snapshot) or len(self._values) != len(other._values):
             return False
         pairs = enumerate(zip(self._values, other._values, strict=True))
-        alike = all(mine is its or (i in self._arrays and i in other._arrays) for i, (mine, its) in pairs)
+        alike = all(_is_same(mine, its) or (i in self._arrays and i in other._arrays) for i, (mine, its) in pairs)
         return alike and self._arrays == other._arrays and _equal(self._structure, other._structure)
 
     __hash__ = None  # type: ignore[assignment]
@@ -247,6 +249,11 @@ class State:
         if known is None:
             known = self._digests[index] = digest_of(self._leaves[index], hashing)
         return known
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Returns whether these are one object, or equal numbers or strings that were set anew."""
+    return a is b or (type(a) is type(b) and type(a) in _SIMPLE and repr(a) == repr(b))  # repr: -0.0, NaN
 
 
 def _kind(leaf: Any) -> tuple[Any, ...]:

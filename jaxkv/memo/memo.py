@@ -106,7 +106,8 @@ class Memo:
             batch sizes do. "full" computes the call's whole batch if anything is missing: a call on an empty memo gives
             bitwise what the function gives.
           check: whether the first batch that is computed is computed twice more with its rows at other places among
-            others, to see that they depend neither on one another nor on their place.
+            others, to see that they depend neither on one another nor on their place; and the first batch of each
+            further size once more in a batch of a size before, to see that they don't depend on that.
 
         Raises:
           ValueError: for what can't be memoized, saying why.

@@ -143,16 +143,18 @@ class Runner:
             except BaseException:
                 self._staging.clear()
                 raise
-            if size not in self._sizes:  # JAX has traced it anew: is it still what the namespace says?
-                if self._trace(self.state, call.shared).text != self._program.text:
-                    raise ValueError(
-                        f"{self._name} is another function than when it was traced first: it reads something that has "
-                        "changed and that a memo doesn't watch (an object's fields, a file, a clock, random numbers of "
-                        "NumPy); give it that as an argument, and wrap it anew"
-                    )
-                self._sizes.add(size)
+            is_new = size not in self._sizes
+            if is_new and self._trace(self.state, call.shared).text != self._program.text:  # as JAX has, just now
+                raise ValueError(
+                    f"{self._name} is another function than when it was traced first: it reads something that has "
+                    "changed and that a memo doesn't watch (an object's fields, a file, a clock, random numbers of "
+                    "NumPy); give it that as an argument, and wrap it anew"
+                )
             if not self._checked and size > 1:
                 self._check_rows(columns, call.shared, arrays)
+            if is_new and self._sizes and self._settings.check:
+                self._check_size(columns, call.shared, arrays)
+            self._sizes.add(size)
         return arrays
 
     def _outputs(self, out: Any, size: int) -> list[Any]:
@@ -171,15 +173,15 @@ class Runner:
     def _check_rows(self, columns: Sequence[Any], shared: Sequence[Any], arrays: Sequence[np.ndarray]) -> None:
         """Raises if rows come out otherwise at other places among others: first one half of them, then the other."""
         size = len(columns[0])
-        halves = np.array_split(np.random.default_rng(0).permutation(size), 2)
-        for kept in halves:
+        for kept in np.array_split(np.random.default_rng(0).permutation(size), 2):
             index = np.resize(np.roll(kept, 1), size)
-            mixed = tuple(np.asarray(column)[index] for column in columns)
+            mixed = _rows(columns, index)
             if all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(mixed, columns, strict=True)):
                 return  # the rows are alike: another batch must tell
             again = jax.tree.leaves(self._run(self.state.arrays, mixed, shared))
             for output, array, other in zip(self.entry.outputs, arrays, again, strict=True):
-                if not _alike(array[index], np.asarray(other)):
+                some = 0 if jnp.issubdtype(array.dtype, jnp.inexact) else _FLIPPED
+                if np.any(unlike := _unlike(array[index], np.asarray(other))) and np.mean(unlike) > some:
                     raise ValueError(
                         f"output{output.path} of {self._name} depends on the other rows of the batch, or on its place "
                         f"among them, so it can't be kept per item. {size} items of {self.entry.form} were given: does "
@@ -188,19 +190,42 @@ class Runner:
                     )
         self._checked = True
 
+    def _check_size(self, columns: Sequence[Any], shared: Sequence[Any], arrays: Sequence[np.ndarray]) -> None:
+        """Raises if most values come out otherwise in a batch of a size that there was before.
+
+        Most, because other programs round otherwise, and what is chosen by a rounded value jumps.
+        """
+        size, before = len(columns[0]), max(self._sizes)
+        index = np.resize(np.arange(size), before)
+        again = jax.tree.leaves(self._run(self.state.arrays, _rows(columns, index), shared))
+        for output, array, other in zip(self.entry.outputs, arrays, map(np.asarray, again), strict=True):
+            if not jnp.issubdtype(array.dtype, jnp.inexact):
+                continue
+            present = (array[index] != 0) | (other != 0)
+            if 2 * np.count_nonzero(_unlike(array[index], other)) > np.count_nonzero(present):
+                raise ValueError(
+                    f"output{output.path} of {self._name} depends on the size of the batch, so it can't be kept per "
+                    f"item: it is another in a batch of {before} than in one of {size}. Divide by a constant in place "
+                    "of it; clear() of what wrap returned forgets what was kept"
+                )
+
+
+def _rows(columns: Sequence[Any], index: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(np.asarray(column)[index] for column in columns)
+
 
 def _cast(leaf: Any, dtype: Any) -> Any:
     return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
-def _alike(a: np.ndarray, b: np.ndarray) -> bool:
-    """Returns whether two arrays are the same but for rounding: accelerators may add in another order each time."""
-    if a.tobytes() == b.tobytes():
-        return True
+def _unlike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns where two arrays differ by more than rounding: accelerators may add in another order each time."""
     if not jnp.issubdtype(a.dtype, jnp.inexact):
-        return float(np.mean(a != b)) <= _FLIPPED
+        return a != b
+    if a.tobytes() == b.tobytes():
+        return np.zeros(a.shape, bool)
     tolerance = float(jnp.finfo(a.dtype).eps) ** 0.5
     wide = np.complex128 if jnp.issubdtype(a.dtype, jnp.complexfloating) else np.float64
     a, b = a.astype(wide), b.astype(wide)
     scale = float(np.max(np.abs(a), initial=0, where=np.isfinite(a)))
-    return np.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+    return ~np.isclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
