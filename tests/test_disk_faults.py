@@ -142,6 +142,30 @@ def test_any_bit_flipped_while_the_store_is_open_loses_only_that_record(store_of
         assert fill(reader, [2]) == 1 and found(reader, range(5)) == list(range(5))
 
 
+def test_any_bit_of_an_index_that_is_being_written_hides_only_its_record_until_the_writer_is_done(tmp_path):
+    for bit in range(0, 8 * ENTRY.itemsize, 7):
+        directory = tmp_path / str(bit)
+        writer = Disk(directory)
+        fill(writer, range(3))
+        flip(files(directory, ".idx")[0], 8 * ENTRY.itemsize + bit)
+        reader = Disk(directory)
+        assert found(reader, range(3)) == [0, 2] and reader.stats().corrupt == 1, bit
+        fill(writer, [3])
+        assert found(reader, range(4)) == [0, 2, 3] and reader.stats().corrupt == 1, "read once"
+        writer.close()
+        assert found(reader, range(4)) == list(range(4))
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_an_index_that_has_become_very_long_is_not_read_to_its_end(tmp_path, live):
+    writer = Disk(tmp_path)
+    fill(writer, range(5))
+    if not live:
+        writer.close()
+    os.truncate(files(tmp_path, ".idx")[0], 1 << 42)
+    assert found(Disk(tmp_path), range(5)) == list(range(5))
+
+
 @pytest.mark.parametrize("short", [-(1 << 20), -1, 0, 1, 2, 3, 4, HEADER_BYTES - 1, HEADER_BYTES])
 def test_the_record_after_a_large_damaged_one_is_found_without_an_index(tmp_path, short):
     """Files are searched a MiB at a time: the next header may begin just before the end of one."""

@@ -9,6 +9,7 @@ import pickle
 import random
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -358,6 +359,41 @@ def test_when_the_first_fails_the_next_one_computes():
     assert any(isinstance(problem, RuntimeError) for problem in problems)
 
 
+def test_of_many_that_waited_for_one_that_failed_one_computes():
+    from jaxkv.memo.once import Once
+
+    once, entered, go_on = Once(), threading.Event(), threading.Event()
+    computed, kept, got = [], {}, []
+
+    def compute(keys):
+        if keys:
+            computed.append(keys)
+            entered.set()
+            go_on.wait(60)
+            if len(computed) == 1:
+                raise RuntimeError("out of memory")
+            kept.update(dict.fromkeys(keys, 1))
+        return {key: kept[key] for key in keys}
+
+    def call():
+        try:
+            got.append(once.fill([b"a"], lambda keys: {key: kept[key] for key in keys if key in kept}, compute))
+        except RuntimeError:
+            got.append(None)
+
+    threads = [threading.Thread(target=call) for _ in range(6)]
+    threads[0].start()
+    entered.wait(60)
+    for thread in threads[1:]:
+        thread.start()
+    time.sleep(0.2)  # until they wait; if some don't yet, they find what is kept
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(computed) == 2
+    assert got.count({b"a": 1}) == 5 and got.count(None) == 1
+
+
 # What is refused
 
 
@@ -667,16 +703,6 @@ def test_a_child_that_is_forked_while_a_thread_traces_can_look_up(memo):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_an_index_of_any_length_is_read(tmp_path):
-    x = items(3)
-    with jaxkv.Memo(memory=None, disk=tmp_path / "store") as memo:
-        memo.wrap(double)(x)
-    (index,) = (tmp_path / "store").glob("*.idx")
-    os.truncate(index, 1 << 42)
-    with jaxkv.Memo(memory=None, disk=tmp_path / "store") as memo:
-        np.testing.assert_array_equal(memo.wrap(double).lookup(x), x * 2)
-
-
 # What people do
 
 
@@ -786,7 +812,7 @@ def test_memory_that_is_full_is_said_once(caplog):
         features(items(20, seed))
     (record,) = caplog.records
     assert record.message.startswith("memory=1.0 KiB of a memo is full after 4 outputs of ")
-    assert str(memo.stats()).endswith("of memory (full: 56 more had no place in 1.0 KiB)")
+    assert str(memo.stats()).endswith("of memory (full: 56 times an output had no place in 1.0 KiB)")
 
 
 def test_a_memo_says_what_it_is(tmp_path):

@@ -14,7 +14,16 @@ from collections.abc import Iterable
 
 from jaxkv.logs import log
 from jaxkv.memo.layout import is_ours
-from jaxkv.memo.record import ENTRY, HEADER_BYTES, pack_entries, read_at, read_contents, segment_seed, unpack_entries
+from jaxkv.memo.record import (
+    ENTRY,
+    HEADER_BYTES,
+    index_limit,
+    pack_entries,
+    read_at,
+    read_contents,
+    segment_seed,
+    unpack_entries,
+)
 from jaxkv.memo.segment import Handle, lock, write_whole
 
 _LIST_EVERY = 64  # looks
@@ -44,6 +53,7 @@ class Segment:
         self.keys: list[bytes] = []
         self.offsets, self.stored = array("Q"), array("Q")
         self.size = self.index_size = 0  # bytes of the files
+        self.followed = 0  # bytes of the index that have been read, while another process appends
         self.live = False  # somebody appends to it, maybe we
         self.handles: tuple[Handle, Handle] | None = None  # segment and index, while another process appends
 
@@ -156,15 +166,19 @@ class Catalog:
                 self._load(segment.stem)
                 return
             self.resize(segment, os.fstat(handle.fd).st_size, os.fstat(index.fd).st_size)
-            begin = len(segment.keys) * ENTRY.itemsize
-            whole = (segment.index_size - begin) // ENTRY.itemsize * ENTRY.itemsize
+            end = min(segment.index_size, index_limit(segment.size))
+            whole = (end - segment.followed) // ENTRY.itemsize * ENTRY.itemsize
             if whole <= 0:
                 return
-            entries, intact = unpack_entries(read_at(index.fd, whole, begin), segment.seed)
+            entries, intact = unpack_entries(read_at(index.fd, whole, segment.followed), segment.seed)
         except OSError:
             return
-        if not intact.all():  # half of it is there yet, or it is damaged: then the rest is found once it is sealed
-            entries = entries[: int(intact.argmin())]
+        # The last ones may be there by half, and are read again. Damage before them hides its records until they are
+        # searched for, once the segment is sealed.
+        count = len(intact) - int(intact[::-1].argmax()) if intact.any() else 0
+        segment.followed += count * ENTRY.itemsize
+        self._counts.corrupt += count - int(intact[:count].sum())
+        entries = entries[:count][intact[:count]]
         self.add(segment, entries["key"].tolist(), entries["offset"].tolist(), entries["stored"].tolist())
 
     def new(self, stem: str) -> Segment:
@@ -180,6 +194,7 @@ class Catalog:
             handles = (Handle(self.path(f"{stem}.{ending}"), os.O_RDONLY) for ending in ("seg", "idx"))
             if segment is not None:
                 segment.handles = next(handles), next(handles)
+                segment.followed = segment.index_size
         except OSError:
             self._counts.lost += self.drop(stem)
 

@@ -27,7 +27,7 @@ class MemoryStats:
       budget: what they may take at most.
       hits, misses: payloads asked for that were there, and that were not.
       evicted: payloads that gave way to others.
-      refused: payloads that were not taken: too large, or no place under "keep".
+      refused: how often a payload was not taken: too large, or no place under "keep".
     """
 
     items: int
@@ -76,9 +76,9 @@ class Memory:
         with self._lock:
             for key, payload in zip(keys, payloads, strict=True):
                 if key not in self._payloads:
-                    self._take(key, bytes(payload))  # a view would keep alive whatever it looks into
+                    self._take(key, payload)
 
-    def _take(self, key: bytes, payload: bytes) -> None:
+    def _take(self, key: bytes, payload: Any) -> None:
         size = _size(key, payload)
         if size > self._budget or (self._policy == "keep" and self._nbytes + size > self._budget):
             self._refused += 1
@@ -91,7 +91,7 @@ class Memory:
         while self._nbytes + size > self._budget:
             self._nbytes -= _size(*self._payloads.popitem(last=self._policy == "mru"))
             self._evicted += 1
-        self._payloads[key] = payload
+        self._payloads[key] = bytes(payload)  # a view would keep alive whatever it looks into
         self._nbytes += size
 
     def clear(self, namespace: bytes | None = None) -> None:
@@ -107,5 +107,5 @@ class Memory:
             return MemoryStats(len(self._payloads), self._nbytes, self._budget, *counts)
 
 
-def _size(key: bytes, payload: bytes) -> int:
-    return sys.getsizeof(key) + sys.getsizeof(payload) + _ENTRY
+def _size(key: bytes, payload: Any) -> int:
+    return sys.getsizeof(key) + sys.getsizeof(b"") + len(payload) + _ENTRY

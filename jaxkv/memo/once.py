@@ -25,7 +25,7 @@ class Once:
         """Returns the value of each key: found, computed here, or computed by a thread that came first.
 
         A thread computes its own before it waits for those of others, so two never wait for one another. If the other
-        one fails, what it left is computed here.
+        one fails, what it left is computed by one of those that waited.
         """
         mine, others = [], []
         with self._lock:
@@ -53,7 +53,7 @@ class Once:
                 values[key] = future.result()
             except CancelledError:
                 failed.append(key)
-        return values | compute(failed)
+        return values | (self.fill(failed, find, compute) if failed else {})
 
     def _forked(self) -> None:
         """Waits for nobody any more: in a forked child the threads that compute are not there."""

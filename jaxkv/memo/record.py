@@ -95,6 +95,11 @@ def unpack_entries(data: bytes, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return entries, entries["check"] == _entry_checks(entries, seed)
 
 
+def index_limit(size: int) -> int:
+    """Returns the most bytes that the index of a segment of this size has: a damaged file may be of any length."""
+    return size // HEADER_BYTES * ENTRY.itemsize
+
+
 def _entry_checks(entries: np.ndarray, seed: int) -> np.ndarray:
     """A word per entry. Each step can be undone, so a change within one word of the entry always shows."""
     words = entries.view("<u8").reshape(len(entries), ENTRY.itemsize // 8)
@@ -166,14 +171,14 @@ def read_contents(path: str, seed: int, *, search: bool = True) -> Contents:
     Raises:
       OSError: if the segment can't be read.
     """
-    try:
-        with open(os.path.splitext(path)[0] + ".idx", "rb", buffering=0) as file:
-            data = file.readall()
-    except (OSError, MemoryError):  # a damaged file may say any length
-        data = b""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(fd).st_size
+        try:
+            with open(os.path.splitext(path)[0] + ".idx", "rb") as file:
+                data = file.read(index_limit(size))
+        except OSError:
+            data = b""
         entries, intact = unpack_entries(data, seed)
         limit = np.uint64(max(size - HEADER_BYTES, 0))
         inside = (entries["offset"] <= limit) & (entries["stored"] <= limit)

@@ -46,7 +46,8 @@ class MemoStats:
             if tier is not None:
                 parts.append(f"{tier.items:,} in {format_bytes(tier.nbytes)} of {name}")
         if self.memory is not None and self.memory.refused:
-            parts[1] += f" (full: {self.memory.refused:,} more had no place in {format_bytes(self.memory.budget)})"
+            times = f"{self.memory.refused:,} time{'s' * (self.memory.refused > 1)}"
+            parts[1] += f" (full: {times} an output had no place in {format_bytes(self.memory.budget)})"
         return "; ".join(parts)
 
 
