@@ -369,7 +369,7 @@ def test_clear_removes_everything_or_one_namespace(tmp_path):
     store.describe(key(0, 0)[:16], lambda: {"function": "f"})
     store.describe(key(0, 1)[:16], lambda: {"function": "g"})
     fill(other, [100], namespace=1)
-    store.clear(key(0, 1)[:16])
+    store.clear([key(0, 1)[:16]])
     assert found(store, range(10), namespace=0) == [0, 2, 4, 6, 8]
     assert found(store, range(10), namespace=1) == [] and found(store, [100], namespace=1) == [100]
     assert found(other, range(10), namespace=0) == [0, 2, 4, 6, 8]

@@ -249,7 +249,7 @@ def test_random_programs_with_damage_get_right_values_or_none(tmp_path_factory, 
         elif deed == "reopen":
             stores[stores.index(store)] = fresh()
         elif deed == "clear":
-            store.clear(chance.choice([None, key(0)[:16]]))
+            store.clear(chance.choice([None, [key(0)[:16]]]))
             harmed = True
         else:
             paths = [path for path in directory.iterdir() if path.suffix in (".seg", ".idx")]

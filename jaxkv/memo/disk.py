@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from jaxkv.memo.catalog import Catalog, Counts, Segment
@@ -280,8 +280,8 @@ class Disk:
             except OSError as error:
                 self._troubles.failed("flushing", error)
 
-    def clear(self, namespace: bytes | None = None) -> None:
-        """Removes all records, or those of one namespace; segments that another process is writing to stay."""
+    def clear(self, namespaces: Collection[bytes] | None = None) -> None:
+        """Removes all records, or those of some namespaces; segments that another process is writing to stay."""
         with self._lock:
             self._seal()
             handle = self._room.hold()
@@ -290,10 +290,10 @@ class Disk:
                 return
             try:
                 with handle:
-                    if namespace is not None:
-                        remove(self.directory, namespaces=[namespace])
-                    else:
+                    if namespaces is None:
                         remove(self.directory, size=0)
+                    else:
+                        remove(self.directory, namespaces=namespaces)
             except (OSError, ValueError) as error:
                 self._troubles.failed("clearing", error)
             before = self._counts.lost

@@ -168,9 +168,13 @@ class Features:
         return source.reading(self._tiers.each, self._hash, runner.entry, call)
 
     def clear(self) -> None:
-        """Forgets the outputs of this function, as it is now, for the forms of items that this process has seen."""
-        for namespace in self._namespaces:
-            self._tiers.clear(namespace)
+        """Forgets what this process has asked of this function, whatever parameters it had.
+
+        What other processes have asked of it, `jaxkv memo prune DIR --namespace NAME` removes.
+        """
+        namespaces, self._namespaces = self._namespaces, set()
+        if namespaces:
+            self._tiers.clear(namespaces)
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[bytes], dict[bytes, Any]]:
         call, runner = self._prepare(args, kwargs)

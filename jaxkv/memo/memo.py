@@ -123,7 +123,7 @@ class Memo:
         return self._tiers.stats()
 
     def clear(self) -> None:
-        """Forgets everything, on disk too."""
+        """Forgets everything, on disk too, but for what another process is writing just now."""
         self._tiers.clear()
 
     def flush(self) -> None:

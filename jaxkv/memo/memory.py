@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from jaxkv.logs import log
 from jaxkv.memo.forking import Lock
+from jaxkv.memo.record import NAMESPACE_BYTES
 from jaxkv.sizes import format_bytes
 
 POLICIES = ("keep", "lru", "mru", "fifo")
@@ -94,10 +95,10 @@ class Memory:
         self._payloads[key] = bytes(payload)  # a view would keep alive whatever it looks into
         self._nbytes += size
 
-    def clear(self, namespace: bytes | None = None) -> None:
-        """Forgets everything, or all keys that begin with these bytes."""
+    def clear(self, namespaces: Collection[bytes] | None = None) -> None:
+        """Forgets everything, or all keys that begin with one of some namespaces."""
         with self._lock:
-            gone = [key for key in self._payloads if namespace is None or key.startswith(namespace)]
+            gone = [key for key in self._payloads if namespaces is None or key[:NAMESPACE_BYTES] in namespaces]
             for key in gone:
                 self._nbytes -= _size(key, self._payloads.pop(key))
 

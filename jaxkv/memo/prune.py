@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from jaxkv.errors import CacheError
@@ -39,7 +39,7 @@ def prune(
     directory: str,
     *,
     size: int | None = None,
-    namespaces: Sequence[bytes] = (),
+    namespaces: Collection[bytes] = (),
     damaged: bool = False,
     progress: Progress = no_progress,
 ) -> Removed:
@@ -72,7 +72,7 @@ def remove(
     directory: str,
     *,
     size: int | None = None,
-    namespaces: Sequence[bytes] = (),
+    namespaces: Collection[bytes] = (),
     damaged: bool = False,
     progress: Progress = no_progress,
 ) -> Removed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from jaxkv.errors import CacheError
@@ -120,10 +120,10 @@ class Tiers:
             calls, items, hits, misses, computed = self._counts
         return MemoStats(calls, items, hits, misses, computed, memory, None if self.disk is None else self.disk.stats())
 
-    def clear(self, namespace: bytes | None = None) -> None:
-        """Forgets everything, or all keys of one namespace."""
+    def clear(self, namespaces: Collection[bytes] | None = None) -> None:
+        """Forgets everything, or all keys of some namespaces."""
         for tier in self.each:
-            tier.clear(namespace)
+            tier.clear(namespaces)
 
     def close(self) -> None:
         """Frees the memory and ends the use of the directory."""
