@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export PYTHON PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test test-all lint type format hooks clean
+.PHONY: help demo chat test test-full test-all lint type format hooks clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ chat: $(VENV)/.run ## talk with it; what was said stays in the cache
 
 test: $(VENV)/.dev ## run all tests, the doctests and the code in README.md and docs/
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+test-full: ## run them with more random programs, every flipped bit and a million rows: half an hour
+	JAXKV_FULL=1 $(MAKE) test
 
 test-all: ## run the tests on every supported Python that is here
 	@for version in 3.11 3.12; do \

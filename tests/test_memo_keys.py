@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import functools
 import hashlib
 import itertools
@@ -192,6 +193,15 @@ def same_but_deeper(params, x, scale=1.0, mode="sum"):
     return f(params["inner"], x, scale, mode)
 
 
+def first_of(params, x, scale=1.0, mode="sum"):
+    return f(params, jax.tree.leaves(x)[0], scale, mode)
+
+
+class Mode(enum.Enum):
+    SUM = 1
+    MINUS = 2
+
+
 def changed_bit(array: jax.Array) -> jax.Array:
     words = np.array(array).view(np.uint32)
     words[-1, -1] ^= 1
@@ -208,7 +218,21 @@ CHANGES = {
     "a scalar argument's type": dict(kwargs={"scale": 1}),
     "a scalar that is an array": dict(kwargs={"scale": np.float32(1.0)}),
     "another scalar that is an array": dict(kwargs={"scale": np.float32(2.0)}),
+    "a scalar argument that is true": dict(kwargs={"scale": True}),
+    "a scalar argument that is complex": dict(kwargs={"scale": 1 + 0j}),
+    "a scalar argument with a sign": dict(kwargs={"scale": 0.0}),
+    "a scalar argument with another sign": dict(kwargs={"scale": -0.0}),
     "a string": dict(kwargs={"mode": "minus"}),
+    "bytes": dict(kwargs={"mode": b"minus"}),
+    "an enum": dict(kwargs={"mode": Mode.SUM}),
+    "another enum": dict(kwargs={"mode": Mode.MINUS}),
+    "a dtype": dict(kwargs={"mode": jnp.float32}),
+    "another dtype": dict(kwargs={"mode": np.dtype("float16")}),
+    "nothing for an argument": dict(kwargs={"mode": None}),
+    "a parameter's dtype": dict(params=({"w": W["w"].astype(jnp.bfloat16)},)),
+    "a parameter's shape": dict(params=({"w": W["w"][:, :2]},)),
+    "the items' path": dict(function=first_of, args=({"a": X},)),
+    "the items' other path": dict(function=first_of, args=({"b": X},)),
     "the items' dtype": dict(args=(X.view(np.int32),)),
     "the items' shape": dict(args=(X[:, None],)),
     "the output's dtype": dict(options={"output_dtype": "bfloat16"}),
@@ -219,7 +243,8 @@ CHANGES = {
 
 
 def test_every_part_of_the_key_changed_alone_gives_another_key():
-    names = {"nothing": name()} | {change: name(**what) for change, what in CHANGES.items()}
+    with jax.numpy_dtype_promotion("standard"):
+        names = {"nothing": name()} | {change: name(**what) for change, what in CHANGES.items()}
     assert len(set(names.values())) == len(names), names
 
 
