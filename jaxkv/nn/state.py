@@ -10,14 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.extend.core import get_opaque_trace_state
 
 from jaxkv import safetensors
 from jaxkv.errors import CacheError
 from jaxkv.logs import log
 from jaxkv.nn.leaves import Leaf, as_array, is_module, leaves, tied, tree_of
+from jaxkv.tracing import is_tracing
 
-_NOT_TRACING = get_opaque_trace_state()
 _MAKE_NNX = "nnx.update(module, jax.jit(lambda: nnx.state(make_module(), nnx.Not(nnx.Param)))())"
 _MAKE_LINEN = 'variables |= jax.jit(lambda: {"transient_buffers": model.init(key, x)["transient_buffers"]})()'
 
@@ -249,5 +248,5 @@ def _check_path(path: Any, call: str) -> None:
 
 
 def _check_not_tracing(call: str) -> None:
-    if get_opaque_trace_state() != _NOT_TRACING:
+    if is_tracing():
         raise CacheError(f"{call} is used under jit, grad or vmap, where arrays have no values; call it outside")

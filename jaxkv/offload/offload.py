@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax.extend.core import get_opaque_trace_state
 
 from jaxkv.errors import CacheError
 from jaxkv.extras import need
@@ -21,8 +20,8 @@ from jaxkv.offload.kept import Kept, Sources, Tally
 from jaxkv.offload.places import Folder, InNumPy, InPlace, choose, copied
 from jaxkv.offload.trees import Packed, pack, unpack
 from jaxkv.sizes import format_bytes, parse_bytes
+from jaxkv.tracing import is_tracing
 
-_NOT_TRACING = get_opaque_trace_state()
 Row = dict[str, Packed]  # never changed: a batch that changes gets a new one
 
 
@@ -290,7 +289,7 @@ class Offload:
     def _check(self) -> None:
         if self._closed:
             raise CacheError("this Offload is closed; make a new one")
-        if get_opaque_trace_state() != _NOT_TRACING:
+        if is_tracing():
             raise CacheError(
                 "an Offload is used under jit, grad or vmap, where a batch would become part of the program; "
                 "fetch before, and pass the arrays as arguments"

@@ -17,6 +17,7 @@ from jax.extend.core import get_opaque_trace_state
 
 from jaxkv.errors import CacheError
 from jaxkv.store.store import Store
+from jaxkv.tracing import NO_TRACE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class _Current:
     trace: Any
 
 
-_EMPTY = _Current(Store(), get_opaque_trace_state())  # where nothing is traced
+_EMPTY = _Current(Store(), NO_TRACE)
 _CURRENT: contextvars.ContextVar[_Current | None] = contextvars.ContextVar("jaxkv.store", default=None)
 
 
