@@ -204,23 +204,23 @@ def plot(data: dict[str, Any], path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     rows = {"memory hit": "found in memory", "disk hit": "found on disk", "miss, on disk": "computed and kept on disk"}
-    figure, axes = pyplot.subplots(1, len(rows), figsize=(11, 2.6), layout="constrained", sharey=True)
+    figure, axes = pyplot.subplots(1, len(rows), figsize=(11, 2.6), layout="constrained", sharex=True, sharey=True)
     names = list(data["ms"]["disk hit"])
     for panel, (row, title) in zip(axes, rows.items(), strict=True):
         ms = medians(data["ms"][row])
         for place, name in enumerate(names):
             color = "C3" if name == "jaxkv" else "0.65"
             panel.barh(place, ms.get(name, 0), color=color, height=0.7)
-            panel.text(ms.get(name, 0), place, f" {ms[name]:.1f}" if name in ms else " -", va="center", fontsize=9)
+            said = f" {ms[name]:.1f}" if name in ms else " keeps nothing there"
+            panel.text(ms.get(name, 0), place, said, va="center", fontsize=9)
         panel.set(title=title, xlabel="ms", yticks=range(len(names)), yticklabels=names)
         panel.title.set_fontsize(10)
-        panel.set_xlim(0, 1.2 * max(ms.values()))
-        panel.invert_yaxis()
         panel.spines[["top", "right"]].set_visible(False)
+    axes[0].set_xlim(0, 1.2 * max(max(medians(data["ms"][row]).values()) for row in rows))
+    axes[0].invert_yaxis()
     batch = f"{data['shape']['batch']} x {tuple(data['shape']['shape'])} float32"
-    figure.suptitle(
-        f"One call with a batch of {batch}, without the function's own time; {data['device']['cpu']}", fontsize=10
-    )
+    device = f"{data['device']['cores']} cores of {data['device']['cpu']}, {data['date']}"
+    figure.suptitle(f"One call with a batch of {batch}, without the function's own time ({device})", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
