@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 
 
@@ -36,7 +37,10 @@ def parse_bytes(size: int | str) -> int:
             else 0
         )
     else:
-        count = size if isinstance(size, int) and not isinstance(size, bool) else 0
+        try:
+            count = 0 if isinstance(size, bool) else operator.index(size)
+        except TypeError:
+            count = 0
     if count < 1:
         raise ValueError(f"{size!r} is no size; give one such as 8GB (powers of 1,000) or 8GiB (of 1,024), or bytes")
     return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from jaxkv.sizes import format_bytes, parse_bytes
@@ -18,6 +19,7 @@ from jaxkv.sizes import format_bytes, parse_bytes
         ("12", 12),
         ("3B", 3),
         (7, 7),
+        (np.int64(7), 7),
         (" 2TiB ", 2**41),
     ],
 )
@@ -25,7 +27,7 @@ def test_sizes_are_read(said, meant):
     assert parse_bytes(said) == meant
 
 
-@pytest.mark.parametrize("wrong", ["", "GiB", "-1GB", "1 GiB extra", "0", 0, -5, 1.5, True, None, "1e3"])
+@pytest.mark.parametrize("wrong", ["", "GiB", "-1GB", "1 GiB extra", "0", 0, -5, 1.5, True, None, "1e3", np.True_])
 def test_what_is_no_size_is_refused(wrong):
     with pytest.raises(ValueError, match="is no size; give one such as 8GB"):
         parse_bytes(wrong)
