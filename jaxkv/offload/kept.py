@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.errors import CacheError
-from jaxkv.offload.places import Data, File, InPlace, Place, copied, held
+from jaxkv.offload.copies import copied, moved
+from jaxkv.offload.places import Data, File, InPlace, Place, held
 
 # Devices whose memory is the host's: fetching is a copy by the same cores, there is nothing that could overlap.
 NEAR = {"cpu"}
 
 
 class Tally:
-    """Bytes per kind of memory. What is freed may be freed anywhere, by any thread, so it is put aside until asked."""
+    """Bytes per kind of memory. What is freed, by any thread and anywhere, is put aside until the next call."""
 
     def __init__(self) -> None:
         self._bytes: collections.Counter[str] = collections.Counter()
@@ -30,6 +31,7 @@ class Tally:
 
     def add(self, kind: str, nbytes: int) -> None:
         with self._lock:
+            self._settle()
             self._bytes[kind] += nbytes
 
     def free(self, kind: str, nbytes: int) -> None:
@@ -37,10 +39,13 @@ class Tally:
 
     def now(self) -> dict[str, int]:
         with self._lock:
-            while self._freed:
-                kind, nbytes = self._freed.popleft()
-                self._bytes[kind] -= nbytes
+            self._settle()
             return {kind: count for kind, count in sorted(self._bytes.items()) if count}
+
+    def _settle(self) -> None:
+        while self._freed:
+            kind, nbytes = self._freed.popleft()
+            self._bytes[kind] -= nbytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +71,14 @@ class Home:
 
     def bring(self, data: Data) -> jax.Array:
         """Returns the array with these data, where it was."""
-        data = data.read() if isinstance(data, File) else data
-        # A copy of JAX's own data: an alias would go with its original, and the other way round, when one is donated.
-        # NumPy data may be taken over, as JAX never donates memory that it was lent, and nobody writes into ours.
-        options = {"may_alias": False} if isinstance(data, jax.Array) else {}
+        if isinstance(data, File):
+            data = data.read()
+        elif isinstance(data, np.ndarray) and self.is_near:
+            data = copied(data)  # which device_put takes over: may_alias=False would not keep it from taking ours
         wide = jax.enable_x64(True) if data.dtype.itemsize >= 8 else contextlib.nullcontext()
         with wide:
-            x = jax.device_put(data, self.sharding, **options)
+            put: Any = moved if isinstance(data, jax.Array) else jax.device_put
+            x = put(data, self.sharding)
             if x.committed != self.committed or x.weak_type != self.aval.weak_type:
                 parts = [shard.data for shard in x.addressable_shards]
                 x = type(x)(self.aval, x.sharding, parts, committed=self.committed)

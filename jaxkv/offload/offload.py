@@ -16,8 +16,9 @@ from jaxkv.errors import CacheError
 from jaxkv.extras import need
 from jaxkv.logs import log
 from jaxkv.offload.ahead import iterate
+from jaxkv.offload.copies import copied
 from jaxkv.offload.kept import Kept, Sources, Tally
-from jaxkv.offload.places import Folder, InNumPy, InPlace, choose, copied
+from jaxkv.offload.places import Folder, InNumPy, InPlace, choose, copy_to
 from jaxkv.offload.trees import Packed, pack, unpack
 from jaxkv.sizes import format_bytes, parse_bytes
 from jaxkv.tracing import is_tracing
@@ -90,7 +91,7 @@ class Offload:
           loader: gives dicts from names to pytrees.
           to: as for Offload, and so are budget and spill.
           device: None, or the device or sharding that NumPy arrays are to come back on, as arrays of JAX.
-          progress: shows a bar.
+          progress: shows a bar, by tqdm (`pip install "jaxkv[memo]"`).
 
         Raises:
           ImportError: if `progress` needs tqdm and it is not installed.
@@ -371,7 +372,7 @@ class Offload:
         return keep
 
     def _keep_numpy(self, array: np.ndarray) -> Kept:
-        kept = Kept(self._room(array).copy(array), None, self._tally)
+        kept = Kept(copy_to(self._room(array), array), None, self._tally)
         self._overlaps |= kept.overlaps
         return kept
 

@@ -16,45 +16,12 @@ import jax
 import numpy as np
 
 from jaxkv import aligned
-from jaxkv.errors import CacheError
+from jaxkv.offload.copies import copied, gather, is_plain, moved
 from jaxkv.sizes import format_bytes
-
-
-def gather(x: jax.Array, copy: bool) -> np.ndarray:
-    """Returns the values of an array, from all devices; without `copy` it may be the array's own memory."""
-    if not x.is_fully_addressable:
-        raise CacheError(
-            f"{x.dtype}{x.shape} lies on devices of other processes too, so it can't go to NumPy or to a directory; "
-            'to="pinned_host" keeps each part with its process'
-        )
-    shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
-    if len(shards) == 1 and not copy:
-        return np.asarray(shards[0].data)
-    whole = aligned.empty(x.shape, x.dtype)
-    for shard in shards:
-        whole[shard.index] = np.asarray(shard.data)
-    return whole
-
-
-def copied(array: np.ndarray) -> np.ndarray:
-    """Returns a copy in memory of its own. Subclasses and arrays of objects copy themselves."""
-    if not is_plain(array):
-        return array.copy()
-    new = aligned.empty(array.shape, array.dtype)
-    new[...] = array
-    return new
-
-
-def is_plain(array: np.ndarray) -> bool:
-    """Whether dtype, shape and bytes are all there is to an array."""
-    return type(array) is np.ndarray and not array.dtype.hasobject and array.dtype.itemsize > 0
 
 
 class InPlace:
     """Where they are."""
-
-    def copy(self, array: np.ndarray) -> np.ndarray:
-        return copied(array)
 
 
 class Memory:
@@ -74,11 +41,7 @@ class Memory:
         return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize * len(sharding.addressable_devices)
 
     def put(self, x: jax.Array) -> jax.Array:
-        # Shared memory would go with the source when that one is donated.
-        return jax.device_put(x, self._sharding(x), may_alias=False)
-
-    def copy(self, array: np.ndarray) -> np.ndarray:
-        return copied(array)
+        return moved(x, self._sharding(x))
 
 
 class InNumPy:
@@ -92,9 +55,6 @@ class InNumPy:
     def put(self, x: jax.Array) -> np.ndarray:
         return gather(x, copy=True)
 
-    def copy(self, array: np.ndarray) -> np.ndarray:
-        return copied(array)
-
 
 class File:
     """The bytes of one array on disk; the file goes when this object does."""
@@ -102,7 +62,8 @@ class File:
     def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self.path, self.shape, self.dtype = path, shape, dtype
         self.nbytes = math.prod(shape) * dtype.itemsize
-        self._owner = os.getpid()
+        # At the end of the program the whole folder goes.
+        weakref.finalize(self, _unlink, path, os.getpid()).atexit = False
 
     def read(self) -> np.ndarray:
         array = aligned.empty(self.shape, self.dtype)
@@ -124,11 +85,6 @@ class File:
             except BlockingIOError:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
-    def __del__(self) -> None:
-        if os.getpid() == self._owner:  # a forked process has a copy of this object, but not the file
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
-
 
 class Folder:
     """A directory of its own in one that is given; removed by `close`, and at the latest when the program ends."""
@@ -149,12 +105,9 @@ class Folder:
         return x.nbytes
 
     def put(self, x: jax.Array) -> File:
-        return self._write(gather(x, copy=False))
+        return self.write(gather(x, copy=False))
 
-    def copy(self, array: np.ndarray) -> File | np.ndarray:
-        return self._write(np.asarray(array, order="C")) if is_plain(array) else copied(array)
-
-    def _write(self, array: np.ndarray) -> File:
+    def write(self, array: np.ndarray) -> File:
         new = File(os.path.join(self.path, str(next(self._numbers))), array.shape, array.dtype)  # goes if this fails
         try:
             with open(new.path, "xb") as file:
@@ -165,6 +118,12 @@ class Folder:
         return new
 
 
+def _unlink(path: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked process has copies of these objects, but not the files
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
 def _remove(path: str, owner: int) -> None:
     if os.getpid() == owner:
         shutil.rmtree(path, ignore_errors=True)
@@ -172,6 +131,13 @@ def _remove(path: str, owner: int) -> None:
 
 Place = InPlace | Memory | InNumPy | Folder
 Data = jax.Array | np.ndarray | File
+
+
+def copy_to(place: Place, array: np.ndarray) -> Data:
+    """Returns a copy of a NumPy array: a file if the place is a directory that can hold it, NumPy's memory if not."""
+    if isinstance(place, Folder) and is_plain(array):
+        return place.write(np.asarray(array, order="C"))
+    return copied(array)
 
 
 def held(data: Data) -> tuple[str, int]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from flax import nnx
+from flax.core import FrozenDict
 
 from jaxkv.offload.kept import Kept
+
+# Those whose names JAX sorts.
+_MAPPINGS = (dict, collections.defaultdict, FrozenDict, nnx.State)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +43,7 @@ class Opened:
 
 def pack(value: Any, keep: Callable[[Any], Any]) -> Packed:
     """Takes a value apart; `keep` turns an array into a Kept, and returns every other leaf as it is."""
-    leaves, treedef = jax.tree.flatten(value, is_leaf=lambda x: type(x) is dict)
+    leaves, treedef = jax.tree.flatten(value, is_leaf=lambda x: type(x) in _MAPPINGS)
     return Packed(treedef, tuple(_pack_leaf(leaf, keep) for leaf in leaves))
 
 
@@ -46,9 +53,8 @@ def unpack(packed: Packed, fetch: Callable[[Kept], Any]) -> Any:
 
 
 def _pack_leaf(leaf: Any, keep: Callable[[Any], Any]) -> Any:
-    if type(leaf) is dict:  # JAX sorts the names
-        names = tuple(leaf)
-        return Opened(lambda values: dict(zip(names, values, strict=True)), pack(list(leaf.values()), keep))
+    if type(leaf) in _MAPPINGS:
+        return _pack_mapping(leaf, keep)
     is_dataclass = dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
     if not is_dataclass and not isinstance(leaf, (dict, list, tuple)):
         return keep(leaf)
@@ -60,6 +66,15 @@ def _pack_leaf(leaf: Any, keep: Callable[[Any], Any]) -> Any:
     if not any(parts.kept()):
         return leaf
     return Opened(lambda given: _remake(make, *given), parts)
+
+
+def _pack_mapping(leaf: Any, keep: Callable[[Any], Any]) -> Opened:
+    mapping = leaf.raw_mapping if isinstance(leaf, nnx.State) else leaf  # what is in a State are plain dicts
+    names = tuple(mapping)
+    make: Callable[[Any], Any] = type(leaf)
+    if make is collections.defaultdict:
+        make = functools.partial(collections.defaultdict, leaf.default_factory)
+    return Opened(lambda values: make(zip(names, values, strict=True)), pack(list(mapping.values()), keep))
 
 
 def _unpack_leaf(leaf: Any, fetch: Callable[[Kept], Any]) -> Any:
