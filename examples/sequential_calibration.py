@@ -5,8 +5,8 @@
 
 Two passes over all batches per layer. The first gathers the ranges of what goes into every linear layer, per channel;
 by them the layer is rounded to int8. The second runs the rounded layer and replaces each batch by its output. Layers
-and batches lie in `jaxkv.Offload`; on the device there is one layer, the batch in use and the next one. Then everything
-is done again with all of it on the device, and both must agree to the last bit.
+and batches lie in `jaxkv.Offload`; on the device there is one layer, the batch in use and its output, and the next
+batch. Then everything is done again with all of it on the device, and both must agree to the last bit.
 """
 
 from __future__ import annotations
