@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import dataclasses
 import enum
 import functools
 import hashlib
@@ -10,6 +12,7 @@ import itertools
 import subprocess
 import sys
 import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -457,7 +460,7 @@ def test_an_nnx_module_is_watched():
 def test_functions_that_read_a_module_from_outside_are_refused():
     model = Nnx(nnx.Rngs(0))
     memo = jaxkv.Memo(memory="1MiB")
-    with pytest.raises(ValueError, match=r"reads the nnx module Nnx from outside.*wrap the module itself"):
+    with pytest.raises(ValueError, match=r"reads the nnx module \w+ from outside.*wrap the module itself"):
         memo.wrap(lambda x: model(x))
     with pytest.raises(ValueError, match="holds its own parameters"):
         memo.wrap(model, {"w": X})
@@ -756,9 +759,131 @@ def of_an_nnx_module_s_class():
     return Local, Local()
 
 
+class Settings(dict):
+    def __getattr__(self, name):
+        return self[name]
+
+    def __setattr__(self, name, value):
+        self[name] = value
+
+
+class Mean(linen.Module):
+    table: np.ndarray
+
+    def __call__(self, x):
+        return x * self.table[0]
+
+
+class Pair(typing.NamedTuple):
+    thing: object
+
+
+@dataclasses.dataclass
+class Ways:
+    """An owner whose scale is set in some way."""
+
+    set: typing.Callable[[float], None]
+
+    def __setattr__(self, name, value):
+        if name == "scale":
+            self.set(value)
+        else:
+            super().__setattr__(name, value)
+
+
+def of_a_dict_with_attributes():
+    table = Settings(scale=2.0)
+    return table, lambda x: x * table.scale
+
+
+def of_a_user_dict():
+    table = collections.UserDict(scale=2.0)
+    return Ways(lambda value: table.update(scale=value)), lambda x: x * table["scale"]
+
+
+def of_a_deque():
+    queue = collections.deque([2.0])
+    return Ways(lambda value: queue.__setitem__(0, value)), lambda x: x * queue[0]
+
+
+def of_bytes():
+    data = bytearray([2])
+    return Ways(lambda value: data.__setitem__(0, int(value))), lambda x: x * data[0]
+
+
+def of_a_function_s_own():
+    def function(x):
+        return x * function.scale
+
+    function.scale = 2.0
+    return function, lambda x: function(x)
+
+
+def of_a_named_tuple():
+    space = types.SimpleNamespace(scale=2.0)
+    pair = Pair(space)
+    return space, lambda x: x * pair.thing.scale
+
+
+def of_code_that_is_exchanged():
+    def function(x):
+        return x * 2.0
+
+    def exchange(value):
+        scope = {}
+        exec(f"def function(x): return x * {value}", scope)
+        function.__code__ = scope["function"].__code__
+
+    return Ways(exchange), lambda x: function(x)
+
+
+def of_an_array_in_a_linen_module():
+    table = np.array([2.0], np.float32)
+    return Ways(lambda value: table.fill(value)), Mean(table).apply
+
+
+def of_a_module_that_is_imported_within():
+    module = sys.modules["jaxkv_settings_of_a_test"] = settings("jaxkv_settings_of_a_test")
+
+    def function(x):
+        import jaxkv_settings_of_a_test
+
+        return x * jaxkv_settings_of_a_test.scale
+
+    return module, function
+
+
+def of_what_is_mapped():
+    space = types.SimpleNamespace(scale=2.0)
+    return space, jax.vmap(lambda row: row * space.scale)
+
+
+def of_what_is_mapped_within():
+    space = types.SimpleNamespace(scale=2.0)
+    mapped = {"f": jax.vmap(lambda row: row * space.scale)}
+    return space, lambda x: mapped["f"](x)
+
+
+def of_a_gradient():
+    space = types.SimpleNamespace(scale=2.0)
+    return space, jax.vmap(jax.grad(lambda row: (row * row).sum() * space.scale / 2))
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        of_a_dict_with_attributes,
+        of_a_user_dict,
+        of_a_deque,
+        of_bytes,
+        of_a_function_s_own,
+        of_a_named_tuple,
+        of_code_that_is_exchanged,
+        of_an_array_in_a_linen_module,
+        of_a_module_that_is_imported_within,
+        of_what_is_mapped,
+        of_what_is_mapped_within,
+        of_a_gradient,
         of_module,
         of_a_helper_in_a_module,
         of_a_namespace,
@@ -775,7 +900,8 @@ def of_an_nnx_module_s_class():
 )
 def test_fields_of_modules_classes_and_objects_are_watched(make):
     owner, function = make()
-    features = jaxkv.Memo(memory="1MiB").wrap(function)
+    memo = jaxkv.Memo(memory="1MiB")
+    features = memo.wrap(function, {}) if make is of_an_array_in_a_linen_module else memo.wrap(function)
     for factor in (2.0, 2.0, 3.0, 3.0):
         owner.scale = factor
         np.testing.assert_array_equal(features(X), X * factor)
@@ -843,8 +969,11 @@ def test_modules_that_are_reached_through_others_are_refused():
     for function in (
         lambda x, models={"a": [model]}: models["a"][0](x),
         functools.partial(lambda model, x: model(x), model),
+        jax.vmap(model),
+        nnx.vmap(model),
+        functools.partial(jax.vmap(lambda x: model(x))),
     ):
-        with pytest.raises(ValueError, match=r"reads the nnx module Nnx from outside.*wrap the module itself"):
+        with pytest.raises(ValueError, match=r"reads the nnx module \w+ from outside.*wrap the module itself"):
             memo.wrap(function)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import array
+import collections
 import functools
 import inspect
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -13,11 +16,17 @@ from flax import linen, nnx
 
 _ARRAYS = {"jax", "jaxlib", "jaxkv", "flax", "numpy", "optax"}
 _LIBRARIES = {*_ARRAYS, *sys.stdlib_module_names}
-_ALWAYS = ("__call__", "__init__", "setup")  # methods that are called without their name being written
+# Methods that are called without their name being written, and where Python's own containers keep what they hold.
+_ALWAYS = ("__call__", "__init__", "setup", "__getattr__", "__getitem__", "data")
+_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
+_HOLD = (dict, list, tuple, set, collections.deque)
+_BYTES = (bytearray, memoryview, array.array)
 
 
-def captured(target: Any, owners: Iterable[Any] = ()) -> list[Callable[[], Any]]:
-    """Returns readers of what a function takes from around it: closures, globals, bound arguments, its object's fields.
+def captured(target: Any, owners: Iterable[Any] = ()) -> tuple[list[Callable[[], Any]], list[nnx.Pytree]]:
+    """Returns readers of what a function takes from around it, and the nnx modules that it came across.
+
+    That is: closures, globals, bound arguments, code, and the fields of its object.
 
     Functions that it may call are followed, so that a helper that is defined anew is noticed as well: those that it
     names, and those in lists, defaults and bound arguments. Of other objects, classes and modules everything is read
@@ -27,18 +36,21 @@ def captured(target: Any, owners: Iterable[Any] = ()) -> list[Callable[[], Any]]
       target: the function.
       owners: objects whose methods it may call, and whose fields may hold functions.
     """
-    walk = _Walk()
+    owners = list(owners)
+    walk = _Walk({_root(target), *(_root(type(owner)) for owner in owners)})
     walk.follow(target)
     for owner in owners:
         walk.enter(type(owner))
         walk.search(list(vars(owner).values()))
     walk.finish()
-    return walk.readers
+    return walk.readers, walk.modules
 
 
 class _Walk:
-    def __init__(self) -> None:
+    def __init__(self, own: set[str]) -> None:
+        self._own = own  # packages that are followed although they are installed
         self.readers: list[Callable[[], Any]] = []
+        self.modules: list[nnx.Pytree] = []
         self._seen: dict[int, Any] = {}  # the objects, too: so that no id is given to another one
         self._owners: dict[int, Any] = {}  # objects, classes and modules with fields
         self._read_fields: set[tuple[int, str]] = set()
@@ -61,14 +73,7 @@ class _Walk:
                 self.search(list(vars(owner).values()))
             self.follow(target.__func__)
         elif isinstance(target, types.FunctionType):
-            code, scope = target.__code__, target.__globals__
-            names = set(_names_in(code))
-            self._names |= names
-            for cell in target.__closure__ or ():
-                self._read(functools.partial(_cell, cell))
-            for name in sorted(names & scope.keys()):
-                self._read(functools.partial(scope.get, name))
-            self._read(lambda: (target.__defaults__, target.__kwdefaults__))
+            self._follow_function(target)
         elif hasattr(target, "__wrapped__"):
             self.follow(target.__wrapped__)
         elif callable(target) and _is_plain(type(target)):
@@ -76,6 +81,25 @@ class _Walk:
             self.enter(target)
             if isinstance(target, linen.Module):
                 self.search(list(vars(target).values()))
+
+    def _follow_function(self, target: types.FunctionType) -> None:
+        scope = target.__globals__
+        root = str(scope.get("__name__")).split(".")[0]
+        if root in _LIBRARIES or (root not in self._own and _INSTALLED.search(str(scope.get("__file__")))):
+            # jax.vmap(f), say: what others have written changes only in what it is given to hold.
+            for cell in target.__closure__ or ():
+                self.search(_cell(cell))
+            return
+        names = set(_names_in(target.__code__))
+        self._names |= names
+        for cell in target.__closure__ or ():
+            self._read(functools.partial(_cell, cell))
+        for name in sorted(names & scope.keys()):
+            self._read(functools.partial(scope.get, name))
+        for name in sorted(names & sys.modules.keys() - scope.keys()):  # imported within the function
+            self.search(sys.modules[name])
+        self._read(lambda: (target.__code__, target.__defaults__, target.__kwdefaults__))
+        self._owners[id(target)] = target
 
     def _read(self, read: Callable[[], Any]) -> None:
         value = read()
@@ -89,15 +113,21 @@ class _Walk:
     def search(self, value: Any) -> None:
         """Follows the functions that lie in lists, tuples, dicts, and fields of objects that the code names."""
         value = _function(value)
-        if type(value) in (list, tuple, dict):
+        if isinstance(value, _HOLD):
             if id(value) not in self._seen:
                 self._seen[id(value)] = value
-                for part in list(value.values()) if type(value) is dict else value:
+                if type(value) not in (dict, list, tuple, set):  # JAX may not know what it holds
+                    self.readers.append(functools.partial(_contents, value))
+                for part in _contents(value):
                     self.search(part)
+            if type(value).__module__ != "builtins":
+                self.enter(value)
+        elif isinstance(value, _BYTES):
+            self.readers.append(functools.partial(bytes, value))
         elif isinstance(value, nnx.Pytree):  # those are owners
-            return
+            self.modules.append(value)
         elif callable(value):
-            if _is_plain(value):
+            if _is_plain(value) or isinstance(value, types.FunctionType) or hasattr(value, "__wrapped__"):
                 self.follow(value)
         elif isinstance(value, types.ModuleType):
             if _is_plain(value):
@@ -135,6 +165,13 @@ def _is_plain(value: Any) -> bool:
 def _root(value: Any) -> str:
     module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
     return str(module or type(value).__module__).split(".")[0]
+
+
+def _contents(value: Any) -> list[Any]:
+    """Returns what a container holds, whatever a class derived from it makes of that."""
+    if isinstance(value, dict):
+        return [*dict.keys(value), *dict.values(value)]
+    return list(value)
 
 
 def _names_of(owner: Any) -> set[str]:

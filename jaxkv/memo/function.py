@@ -12,6 +12,7 @@ import enum
 import functools
 import inspect
 import operator
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -76,11 +77,12 @@ class Function:
             raise ValueError(f"shared names {', '.join(unknown)}; the arguments of {self.name} are {', '.join(names)}")
         self._target = target
         self._captured: list[Callable[[], Any]] = []
+        self._reached: list[nnx.Pytree] = []
         self._variables: list[nnx.Variable[Any]] = []
         self._fields: list[dict[str, Any]] = []
         self._containers: list[Any] = []
         self.rewatch()
-        for value in self._flatten_captured(is_leaf=_is_module)[0] if self._module is None else ():
+        for value in [*self._flatten_captured(_is_module)[0], *self._reached] if self._module is None else ():
             if _is_module(value):
                 raise ValueError(
                     f"{self.name} reads the nnx module {type(value).__name__} from outside, whose changes it would not "
@@ -146,13 +148,13 @@ class Function:
     def rewatch(self) -> None:
         """Looks up again what is to be watched: a part that was put in or taken out has changed its owner's fields."""
         if self._module is None:
-            self._captured = captured(self._target)
+            self._captured, self._reached = captured(self._target)
         else:
             nodes = [node for _, node in nnx.iter_graph(self._module)]
             self._variables = [node for node in nodes if isinstance(node, nnx.Variable)]
             owners = [node for node in nodes if isinstance(node, nnx.Pytree)]
             self._fields = [vars(node) for node in owners]
-            self._captured = captured(self._call, owners)
+            self._captured, _ = captured(self._call, owners)
             held = [value for fields in self._fields for value in fields.values()]
             held += [variable.get_raw_value() for variable in self._variables]
             self._containers = [value for value in held if isinstance(value, list | tuple | dict | set)]
@@ -252,8 +254,10 @@ class State:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Returns whether these are one object, or equal numbers or strings that were set anew."""
-    return a is b or (type(a) is type(b) and type(a) in _SIMPLE and repr(a) == repr(b))  # repr: -0.0, NaN
+    """Returns whether these are one object, or equal numbers, strings or code that were set anew."""
+    if a is b or type(a) is not type(b):
+        return a is b
+    return repr(a) == repr(b) if type(a) in _SIMPLE else type(a) is types.CodeType and a == b  # repr: -0.0, NaN
 
 
 def _kind(leaf: Any) -> tuple[Any, ...]:
