@@ -11,6 +11,8 @@ import errno
 import json
 import math
 import os
+import reprlib
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-# The format's names of dtypes, and NumPy's (with those that JAX adds to it).
+from jaxkv.casting import unheld
+
+# The format's names of dtypes, and NumPy's (with those that JAX adds to it). The rest, F4, F6_E2M3 and F6_E3M2, have
+# items of less than a byte.
 DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -26,6 +31,10 @@ DTYPES = {
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
     "I64": "int64",
     "I32": "int32",
     "I16": "int16",
@@ -37,20 +46,23 @@ DTYPES = {
     "BOOL": "bool",
 }
 _CODES = {name: code for code, name in DTYPES.items()}
+_METADATA = "__metadata__"
 
 
 class File(Mapping[str, np.ndarray]):
     """A safetensors file: a mapping from names to read-only arrays, whose bytes are read when they are touched.
 
+    A tensor whose dtype isn't known here is an error when it is asked for.
+
     Args:
-      path: the file.
+      path: the file; "~" is the home directory.
 
     Attributes:
       metadata: the strings that were written beside the tensors.
 
     Raises:
       OSError: if it can't be opened.
-      ValueError: if it is no safetensors file, is cut short, or has a dtype that isn't known here.
+      ValueError: if it is no safetensors file, is cut short or damaged.
 
     >>> import os, tempfile
     >>> from jaxkv import safetensors
@@ -61,37 +73,32 @@ class File(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))
         size = self.path.stat().st_size
         with self.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > size - 8:
-                raise ValueError(f"{self.path} ({size:,} bytes) is no safetensors file, or is cut short")
+                raise ValueError(f"{self.path} ({size:,} bytes) is no safetensors file, or cut short")
             text = file.read(length)
         self._start = start = 8 + length
         self._bytes = np.memmap(self.path, np.uint8, "r", start) if size > start else np.zeros(0, np.uint8)
         try:
-            header = json.loads(text)
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
-            self._entries = {}
-            for name, entry in header.items():
-                begin, end = map(int, entry["data_offsets"])
-                self._entries[name] = entry["dtype"], tuple(map(int, entry["shape"])), begin, end
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is no safetensors file: its header can't be read") from error
-        for name, (code, shape, begin, end) in self._entries.items():
-            if code not in DTYPES:
-                raise ValueError(f"{self.path}: {name} has dtype {code}; known are {', '.join(DTYPES)}")
-            need = math.prod(shape) * jnp.dtype(DTYPES[code]).itemsize
-            if not 0 <= begin <= end <= len(self._bytes) or end - begin != need:
-                raise ValueError(
-                    f"{self.path}: {name} {shape} needs {need:,} bytes and has [{begin:,}, {end:,}) of "
-                    f"{len(self._bytes):,}; the file is damaged or cut short, fetch it again"
-                )
+            self.metadata, self._entries = _parsed(text, len(self._bytes))
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{self.path} is no safetensors file, or damaged or cut short, then fetch it again: {error}"
+            ) from error
 
     def __getitem__(self, name: str) -> np.ndarray:
-        code, shape, begin, end = self._entries[name]
-        return np.asarray(self._bytes[begin:end]).view(jnp.dtype(DTYPES[code])).reshape(shape)
+        _, shape, begin, end = self._entries[name]
+        return np.asarray(self._bytes[begin:end]).view(self.kind(name)).reshape(shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def is_known(self, name: str) -> bool:
+        """Returns whether the dtype of a tensor is known here, so that it can be read."""
+        return self._entries[name][0] in DTYPES
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor."""
@@ -99,7 +106,10 @@ class File(Mapping[str, np.ndarray]):
 
     def kind(self, name: str) -> Any:
         """Returns the dtype of a tensor."""
-        return jnp.dtype(DTYPES[self._entries[name][0]])
+        code = self._entries[name][0]
+        if code not in DTYPES:
+            raise ValueError(f"{self.path}: {name} has dtype {code}; known are {', '.join(DTYPES)}")
+        return jnp.dtype(DTYPES[code])
 
     def offset(self, name: str) -> int:
         """Returns where in the file the bytes of a tensor begin."""
@@ -116,23 +126,27 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], *, dtype: An
     """Writes arrays as safetensors: all of them or, if anything goes wrong, nothing.
 
     Args:
-      path: the file, replaced if it is there.
+      path: the file, replaced if it is there; "~" is the home directory, and links are followed.
       tensors: arrays by name, fetched from their device one by one.
       dtype: floating arrays are cast to it; None keeps their own.
       metadata: strings by name, put into the header.
 
     Raises:
-      ValueError: for a dtype that safetensors doesn't know, or that is not floating, and for metadata that is no text.
+      ValueError: for a dtype that safetensors doesn't know, or that is not floating, or can't hold the values; for
+        metadata that is no text, and for an array that is named "__metadata__".
       OSError: if there is no such folder, or the path is one.
     """
     dtype = None if dtype is None else _floating(dtype)
-    header: dict[str, Any] = {"__metadata__": _texts(metadata)} if metadata is not None and metadata != {} else {}
+    header: dict[str, Any] = {_METADATA: _texts(metadata)} if metadata is not None and metadata != {} else {}
+    if _METADATA in tensors:
+        raise ValueError(f"safetensors has the name {_METADATA} for itself; give that array another")
     dtypes = {}
     for name, tensor in tensors.items():
         cast = dtype is not None and jnp.issubdtype(tensor.dtype, jnp.floating)
-        dtypes[name] = jnp.dtype(dtype if cast else tensor.dtype)
-        if dtypes[name].name not in _CODES:
-            raise ValueError(f"{name} is {dtypes[name].name}; safetensors knows {', '.join(_CODES)}")
+        kind = jnp.dtype(dtype if cast else tensor.dtype).name
+        if kind not in _CODES:
+            raise ValueError(f"{name} is {kind}; safetensors knows {', '.join(_CODES)}")
+        dtypes[name] = jnp.dtype(kind)  # by its name: little-endian, as the format is
     # The largest items first, so that each lies at a multiple of its size.
     names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
     end = 0
@@ -142,20 +156,67 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], *, dtype: An
         header[name] = {"dtype": _CODES[dtypes[name].name], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if Path(path).is_dir():
+    target = Path(os.path.realpath(os.path.expanduser(path)))
+    if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "this is a folder; give the name of a file", os.fspath(path))
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no such folder to save into; make it first", str(folder))
-    partial = Path(f"{os.fspath(path)}.partial")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder to save into; make it first", str(target.parent))
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(8)}.partial")  # others may be saving there too
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                file.write(np.asarray(tensors[name]).astype(dtypes[name]).tobytes())
-        partial.replace(path)
+                array = np.asarray(tensors[name])
+                lost = unheld(array, dtypes[name])
+                if lost is not None:
+                    raise ValueError(
+                        f"{name} has {lost!s}, which {dtypes[name]} can't hold; give a wider dtype, or clip it"
+                    )
+                file.write(array.astype(dtypes[name]).tobytes())
+        partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _parsed(text: bytes, size: int) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], int, int]]]:
+    """Returns the metadata and {name: (dtype, shape, begin, end)} of a header that is followed by `size` bytes.
+
+    Raises:
+      ValueError: unless it is one, and each byte belongs to one tensor.
+    """
+    header = json.loads(text.decode(), object_pairs_hook=_without_repeats)
+    if not isinstance(header, dict):
+        raise ValueError("the header is no JSON object")
+    metadata = header.pop(_METADATA, None)
+    metadata = {} if metadata is None else _texts(metadata)
+    entries = {}
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]} if all(
+                type(number) is int and number >= 0 for number in (*shape, begin, end)
+            ):
+                entries[name] = code, tuple(shape), begin, end
+            case _:
+                raise ValueError(f"{name} is {reprlib.repr(entry)}")
+        if code in DTYPES:
+            need = np.broadcast_to(np.empty((), jnp.dtype(DTYPES[code])), shape).nbytes  # raises where NumPy can't
+            if need != end - begin:
+                raise ValueError(f"{name} {shape} needs {need:,} bytes and has [{begin:,}, {end:,})")
+    last = 0
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if not last == begin <= end:
+            raise ValueError(f"{name} has the bytes [{begin:,}, {end:,}), those before it end at {last:,}")
+        last = end
+    if last != size:
+        raise ValueError(f"its tensors have {last:,} bytes, and there are {size:,}")
+    return metadata, entries
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a name is given twice, of {reprlib.repr([name for name, _ in pairs])}")
+    return found
 
 
 def _floating(dtype: Any) -> Any:
