@@ -100,8 +100,9 @@ def test_of_linen_variables_all_collections_are_saved_but_the_transient_one():
     assert list(state_dict(optax.adam(0.1).init({"w": X}))) == ["0.count", "0.mu.w", "0.nu.w"]
     with pytest.raises(ValueError, match="LinenMasked is a linen module, which holds nothing; give its variables"):
         state_dict(LinenMasked())
-    with pytest.raises(ValueError, match=r"two leaves are named a\.b"):
-        state_dict({"a": {"b": X}, "a.b": X})
+    for call in (state_dict, lambda tree: load_state_dict(tree, {"a.b": X})):
+        with pytest.raises(ValueError, match=r"two leaves are named a\.b"):
+            call({"a": {"b": X}, "a.b": X})
 
 
 def test_a_transient_buffer_is_a_buffer_that_can_be_told_apart():
@@ -198,12 +199,26 @@ def test_the_dtype_is_that_of_the_module():
         ("uint32", [-1, 0]),
         ("bool", [0, 2]),
         ("int4", np.array([0, 9], np.uint8)),
+        ("float16", np.array([1, 70_000], np.int32)),
+        ("float8_e4m3fn", [1, 1000]),
+        ("float16", [np.nan, -1e6]),
+        ("bfloat16", np.array([3.4e38, np.inf], np.float32)),
+        ("float8_e5m2", np.array([1, -(2**16)]).astype("bfloat16")),
+        ("complex64", np.array([1, 1e300j])),
     ],
 )
 def test_values_that_the_dtype_cannot_hold_are_refused(here, given):
     tree = {"w": jnp.zeros(2, here), "b": jnp.zeros(2)}
     with pytest.raises(ValueError, match=f"dtype: w is .*, with values that {here} here can't hold"):
         load_state_dict(tree, {"w": given, "b": np.ones(2)})
+
+
+def test_a_value_that_is_lost_is_shown_with_a_cure():
+    text = (
+        "dtype: w is int32, with values that float16 here can't hold, such as 70000; give the module a wider dtype, or"
+    )
+    with pytest.raises(ValueError, match=text):
+        load_state_dict({"w": jnp.zeros(2, jnp.float16)}, {"w": np.array([70_000, 1], np.int32)})
 
 
 @pytest.mark.parametrize(
@@ -217,11 +232,30 @@ def test_values_that_the_dtype_cannot_hold_are_refused(here, given):
         ("uint8", np.array([0, 7], jnp.int4)),
         ("int8", [-128, 127]),
         ("int8", np.zeros((0, 2), np.int64)),
+        ("float16", [np.inf, -np.inf, 65_504.0]),
+        ("complex64", np.array([1, np.inf, 2**100], np.float64)),
+        ("float8_e5m2", np.array([np.inf, 4]).astype("bfloat16")),
     ],
 )
 def test_values_that_the_dtype_can_hold_are_cast(here, given):
     new = load_state_dict({"w": jnp.zeros(np.shape(given), here)}, {"w": given}).variables["w"]
     assert new.dtype == here and new.tolist() == np.asarray(given).tolist()
+
+
+@pytest.mark.parametrize("given", [np.int64(2**40 + 5), np.float64(1e300)])
+def test_leaves_of_eight_bytes_keep_dtype_and_value_outside_of_enable_x64(given):
+    with jax.enable_x64(True):
+        wide = jnp.zeros(1, given.dtype)
+    second = jax.device_put(wide, jax.devices()[1])
+    for here in (wide, second, jax.ShapeDtypeStruct((1,), given.dtype)):
+        new = load_state_dict({"w": here}, {"w": given[None]}).variables["w"]
+        assert new.dtype == given.dtype and np.asarray(new)[0] == given
+        if here is second:
+            assert new.devices() == second.devices()
+    model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    model.step = Buffer(wide)
+    load_state_dict(model, {"step": given[None]}, strict=False)
+    assert model.step.get_value().dtype == given.dtype and np.asarray(state_dict(model)["step"])[0] == given
 
 
 def test_python_numbers_keep_their_kind():
@@ -260,6 +294,30 @@ def test_nothing_is_shared_with_the_state():
     source[:] = 9
     given["array"].delete()
     assert (loaded["numpy"] == 1).all() and (loaded["array"] == 1).all()
+
+
+def test_variables_that_are_refs_are_read_and_written_as_others_are(path):
+    with nnx.var_defaults(ref=True):
+        model, new = Masked(), Masked(seed=1)
+    state = state_dict(model)
+    assert all(type(x) is type(X) for x in state.values()) and same(state, state_dict(Masked()))
+    save_state(path, model)
+    assert same(load_state(path), {name: np.asarray(x) for name, x in state.items()})
+    held = [x for x in jax.tree.leaves(nnx.state(new)) if isinstance(x, jax.Ref)]
+    before = nnx.state(new)
+    for load in (
+        lambda: load_state_dict(new, state),
+        lambda: load_state(path, new),
+        lambda: load_state_dict(new, {name: jax.new_ref(x) for name, x in state.items()}),
+        lambda: load_state_dict(new, {name: nnx.Param(x, ref=True) for name, x in state.items()}),
+    ):
+        new.mask[...] = jnp.zeros((3, 3))
+        load()
+        assert same(state_dict(new), state)
+        assert [x for x in jax.tree.leaves(nnx.state(new)) if isinstance(x, jax.Ref)] == held
+    old = state_dict(new)
+    other = load_state_dict(before, {"mask": np.full((3, 3), 5.0)}, strict=False).variables
+    assert (other["mask"].get_value() == 5).all() and same(state_dict(new), old)
 
 
 def test_several_modules_are_loaded_in_place():
@@ -369,6 +427,7 @@ def test_arguments_of_the_wrong_kind_are_said(path):
         (state | {"bias": "x"}, "value: bias is a str, which is no array"),
         (state | {"bias": [[1], 2]}, "value: bias is a list that NumPy can't read: "),
         (state | {"bias": jax.ShapeDtypeStruct((1,), "float32")}, "value: bias is a jax.ShapeDtypeStruct"),
+        (state | {"bias": np.ma.array([1.0], mask=[True])}, r"bias is a masked array, .* lost; give array\.filled\(\)"),
     ]:
         with pytest.raises(ValueError, match=text):
             load_state_dict(model, given)
@@ -392,6 +451,8 @@ def test_arguments_of_the_wrong_kind_are_said(path):
             call()
     with pytest.raises(ValueError, match=r"kernel is a jax\.ShapeDtypeStruct, which has no values to save"):
         save_state(path, {"kernel": jax.ShapeDtypeStruct((2,), "float32")})
+    with pytest.raises(ValueError, match=r"w is a masked array, whose mask would be lost; give array\.filled\(\)"):
+        save_state(path, {"w": np.ma.array([1.0], mask=[True])})
     assert not path.exists()
     load_state_dict(model, state_dict(nnx.state(model)))
     load_state_dict(model, dict(nnx.state(model)))  # flat, of Variables
@@ -549,6 +610,28 @@ def test_a_file_can_be_narrower_than_the_module_and_say_what_it_is(path):
     assert file.metadata == {"step": "3"} and {file.kind(name).name for name in file} == {"bfloat16"}
     load_state(path, model)
     assert {x.dtype.name for x in state_dict(model).values()} == {"float32"}
+
+
+def test_a_tensor_of_an_unknown_dtype_is_refused_only_if_it_is_asked_for(path):
+    safetensors.write(path, {"ok": np.ones(2, np.float32), "w": np.ones(2, np.uint8)})
+    path.write_bytes(path.read_bytes().replace(b'"U8"', b'"F4"'))
+    missing, unexpected = load_state(path, tree := {"ok": jnp.zeros(2)}, strict=False)
+    assert (missing, unexpected) == ([], ["w"])
+    assert load_state(path, tree, strict=False).variables["ok"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"unexpected: w \(2,\)"):
+        load_state(path, tree)
+    for ask in (lambda: load_state(path), lambda: load_state(path, {"ok": X[0], "w": X[0]}, strict=False)):
+        with pytest.raises(ValueError, match="w has dtype F4; known are"):
+            ask()
+
+
+def test_complex_tables_come_back(path):
+    tree = {"rotary": jnp.asarray(np.exp(1j * np.arange(4)), jnp.complex64), "wide": np.array([1 + 2j])}
+    with pytest.raises(ValueError, match=r"wide is complex128; safetensors knows .*complex64"):
+        save_state(path, tree)
+    del tree["wide"]
+    save_state(path, tree, dtype="bfloat16")  # floating arrays alone are cast
+    assert same(load_state(path, {"rotary": jnp.zeros(4, jnp.complex64)}).variables, tree)
 
 
 def test_a_file_can_be_saved_over_while_what_was_read_from_it_is_in_use(path):

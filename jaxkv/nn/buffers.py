@@ -31,7 +31,7 @@ class Buffer(nnx.Variable[A]):
 class TransientBuffer(Buffer[A]):
     """A Buffer that is not saved: what can be computed again, as `register_buffer(..., persistent=False)`.
 
-    It is a Buffer, so that `nnx.state(module, jaxkv.Buffer)` gives all that must move with the module. To part them,
-    name it first: `nnx.split(module, nnx.Param, jaxkv.TransientBuffer, jaxkv.Buffer)`. In linen the same is the
-    collection "transient_buffers".
+    It is a Buffer, so that `nnx.state(module, jaxkv.Buffer)` gives all that must move with the module. To separate the
+    two, name TransientBuffer first: `nnx.split(module, nnx.Param, jaxkv.TransientBuffer, jaxkv.Buffer)`. In linen the
+    same is the collection "transient_buffers".
     """

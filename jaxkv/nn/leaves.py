@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_leaves_with_path
 
+from jaxkv.casting import unheld
 from jaxkv.nn.buffers import TransientBuffer
 
 # Left by a forward pass, or made for the next one.
@@ -43,12 +45,13 @@ def name_of(path: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of a module; `saved` says whether a state has it."""
+    """One array of a module; `saved` says whether a state has it, `ref` is the Ref that holds it, if one does."""
 
     name: str
     value: Any
     saved: bool
     is_rng: bool
+    ref: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,6 +67,20 @@ class Leaf:
     def abstract(self) -> bool:
         return isinstance(self.value, jax.ShapeDtypeStruct)
 
+    @property
+    def node(self) -> Any:
+        """What stands in the tree."""
+        return self.value if self.ref is None else self.ref
+
+    def filled(self, value: Any, in_place: bool) -> Any:
+        """Returns what is to stand in the tree with a value; a Ref is written into, or stays and another one comes."""
+        if self.ref is None:
+            return value
+        if not in_place:
+            return jax.new_ref(value)
+        self.ref[...] = value
+        return self.ref
+
     def misfit(self, value: Any) -> str:
         """Returns why a value can't be put here, "" if it can."""
         try:
@@ -74,15 +91,22 @@ class Leaf:
             return f"value: {self.name} is a jax.ShapeDtypeStruct, which has no values"
         if array.shape != self.shape:
             return f"shape: {self.name} is {array.shape}, here {self.shape}"
-        if _loses(array, self.dtype):
-            return f"dtype: {self.name} is {array.dtype}, with values that {self.dtype} here can't hold"
-        return ""
+        lost = f"dtype: {self.name} is {array.dtype}, with values that {self.dtype} here can't hold"
+        if _kind(array.dtype) > max(_kind(self.dtype), 1):
+            return lost
+        value = unheld(array, self.dtype)
+        return "" if value is None else f"{lost}, such as {value!s}; give the module a wider dtype, or clip them"
 
     def like(self, value: Any) -> Any:
         """Returns a copy of an array with the dtype and the place of this one."""
         here = self.value
         if isinstance(here, np.ndarray):
             return np.array(value, here.dtype)
+        with jax.enable_x64(True) if self.dtype.itemsize >= 8 else contextlib.nullcontext():
+            return self._placed(value)
+
+    def _placed(self, value: Any) -> Any:
+        here = self.value
         if _is_key(here):
             value = jax.random.wrap_key_data(jnp.array(np.asarray(value)), impl=_impl(here))
         else:
@@ -104,7 +128,8 @@ def leaves(tree: Any) -> Iterator[Leaf]:
         else:
             saved = name_of(path[:1]) != _TRANSIENT_COLLECTION
         for rest, value in tree_leaves_with_path(node):
-            yield Leaf(name_of((*path, *rest)), value, saved, is_rng)
+            ref = value if isinstance(value, jax.Ref) else None
+            yield Leaf(name_of((*path, *rest)), value if ref is None else ref[...], saved, is_rng, ref)
 
 
 def tree_of(module: Any) -> Any:
@@ -161,8 +186,14 @@ def as_array(x: Any) -> Any:
     Raises:
       ValueError: if it is none, saying what it is.
     """
+    if isinstance(x, jax.Ref):
+        x = x[...]
+    elif _is_variable(x):
+        x = x.get_value()
     if _is_key(x):
         return _key_data(x)
+    if isinstance(x, np.ma.MaskedArray):
+        raise ValueError("a masked array, whose mask would be lost; give array.filled()")
     try:
         array = x if isinstance(getattr(x, "dtype", None), np.dtype) else np.asarray(x)
     except (TypeError, ValueError, RuntimeError) as error:  # such as PyTorch's, of bfloat16 and of gradients
@@ -172,16 +203,8 @@ def as_array(x: Any) -> Any:
     return array
 
 
-def _loses(array: Any, dtype: Any) -> bool:
-    """Whether values would be lost, other than digits of floating numbers."""
-    given, here = (max(i for i, kind in enumerate(_KINDS) if jnp.issubdtype(x, kind)) for x in (array.dtype, dtype))
-    if given >= 2 or here >= 2:
-        return given > here
-    if array.dtype == dtype or given == 0 or array.size == 0:
-        return False
-    low, high = (0, 1) if here == 0 else (jnp.iinfo(dtype).min, jnp.iinfo(dtype).max)
-    array = np.asarray(array)
-    return int(array.min()) < low or int(array.max()) > high
+def _kind(dtype: Any) -> int:
+    return max(i for i, kind in enumerate(_KINDS) if jnp.issubdtype(dtype, kind))
 
 
 def _is_variable(x: Any) -> bool:

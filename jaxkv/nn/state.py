@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,11 +36,11 @@ def state_dict(module: Any, *, rngs: bool = False) -> dict[str, Any]:
         where a run is, not what the model is, so they are left out as a rule.
 
     Returns:
-      The arrays themselves, not copies: `jax.Array`, or NumPy where the module holds NumPy.
+      The arrays themselves, not copies: `jax.Array`, or NumPy where the module holds NumPy. Of a Ref, what it holds.
 
     Raises:
-      ValueError: if two leaves have the same name, for a leaf that is no array, and for what holds none: a class, a
-        linen module without its variables.
+      ValueError: if two leaves have the same name, for a leaf that is no array or is masked, and for what holds none: a
+        class, a linen module without its variables.
 
     >>> from flax import nnx
     >>> {name: x.shape for name, x in jaxkv.state_dict(nnx.Linear(2, 3, rngs=nnx.Rngs(0))).items()}
@@ -48,14 +49,11 @@ def state_dict(module: Any, *, rngs: bool = False) -> dict[str, Any]:
     dict_keys(['buffers.steps.0', 'buffers.steps.1', 'params.scale'])
     """
     found: dict[str, Any] = {}
-    for leaf in leaves(tree_of(module)):
-        if leaf.saved or (rngs and leaf.is_rng):
-            if leaf.name in found:
-                raise ValueError(f"two leaves are named {leaf.name}; rename one, names are the paths joined by dots")
-            try:
-                found[leaf.name] = as_array(leaf.value)
-            except ValueError as error:
-                raise ValueError(f"{leaf.name} is {error}") from error
+    for leaf in _distinct(leaf for leaf in leaves(tree_of(module)) if leaf.saved or (rngs and leaf.is_rng)):
+        try:
+            found[leaf.name] = as_array(leaf.value)
+        except ValueError as error:
+            raise ValueError(f"{leaf.name} is {error}") from error
     return found
 
 
@@ -95,8 +93,9 @@ def load_state_dict(module: Any, state: Mapping[str, Any], *, strict: bool = Tru
       A Loaded: `.variables`, `.missing`, `.unexpected`; unpacks as `missing, unexpected`.
 
     Raises:
-      ValueError: naming all that does not fit: arrays of another shape, values that the dtype can't hold (only
-        floating numbers are rounded), abstract leaves that no state has and, if strict, what is missing or unexpected.
+      ValueError: naming all that does not fit: arrays of another shape, values that the dtype can't hold (it may round
+        them), abstract leaves that no state has and, if strict, what is missing or unexpected; and for two leaves of
+        one name.
       CacheError: while tracing.
 
     >>> from flax import nnx
@@ -110,7 +109,7 @@ def load_state_dict(module: Any, state: Mapping[str, Any], *, strict: bool = Tru
     _check_not_tracing("load_state_dict")
     tree = tree_of(module)
     _check_state(state)
-    all_leaves = list(leaves(tree))
+    all_leaves = _distinct(leaves(tree))
     known = {leaf.name: leaf for leaf in all_leaves if leaf.saved or leaf.is_rng}
     given, problems = _untied(state, tied(module, known))
     absent = [leaf for leaf in all_leaves if leaf.saved and leaf.name not in given]
@@ -128,9 +127,11 @@ def load_state_dict(module: Any, state: Mapping[str, Any], *, strict: bool = Tru
         names = next(iter(given)), next(iter(known))
         log.warning("nothing was loaded: the state has names such as %s, the module such as %s", *names)
 
-    new = [leaf.like(as_array(found[leaf.name])) if leaf.name in found else leaf.value for leaf in all_leaves]
+    values = {name: known[name].like(as_array(value)) for name, value in found.items()}
+    in_place = is_module(module)
+    new = [leaf.filled(values[leaf.name], in_place) if leaf.name in values else leaf.node for leaf in all_leaves]
     tree = jax.tree.unflatten(jax.tree.structure(tree), new)
-    if is_module(module):
+    if in_place:
         nnx.update(module, tree)
         tree = module
     return Loaded(tree, [leaf.name for leaf in absent], unexpected)
@@ -147,15 +148,15 @@ def save_state(
     """Writes the `state_dict` of a module as safetensors: whole, or not at all.
 
     Args:
-      path: the file, replaced if it is there.
+      path: the file, replaced if it is there; "~" is the home directory, and links are followed.
       module: as for `state_dict`.
       dtype: floating arrays are cast to it; None keeps their own.
       metadata: strings by name, put into the header.
       rngs: as for `state_dict`.
 
     Raises:
-      ValueError: as `state_dict`; for a dtype that is not floating or that safetensors doesn't know, metadata that is
-        no text, and abstract arrays.
+      ValueError: as `state_dict`; for a dtype that is not floating, that safetensors doesn't know or that can't hold
+        the values, metadata that is no text, a leaf named "__metadata__", and abstract arrays.
       OSError: if there is no such folder, or it can't be written.
       CacheError: while tracing.
 
@@ -178,7 +179,7 @@ def load_state(path: str | os.PathLike[str], module: Any = None, *, strict: bool
     """Reads a safetensors file into a module, or, without one, as arrays by name.
 
     Args:
-      path: the file.
+      path: the file; "~" is the home directory.
       module: as for `load_state_dict`; None returns what the file holds.
       strict: as for `load_state_dict`.
 
@@ -188,16 +189,37 @@ def load_state(path: str | os.PathLike[str], module: Any = None, *, strict: bool
 
     Raises:
       OSError: if the file can't be opened.
-      ValueError: if it is no safetensors file or is damaged; and as `load_state_dict`, naming the file.
+      ValueError: if it is no safetensors file or is damaged, or a tensor that is asked for has a dtype that isn't known
+        here; and as `load_state_dict`, naming the file.
     """
     _check_path(path, "load_state")
     file = safetensors.File(path)
     if module is None:
         return dict(file)
     try:
-        return load_state_dict(module, file, strict=strict)
+        state = {name: file[name] if file.is_known(name) else _Unknown(file, name) for name in file}
+        return load_state_dict(module, state, strict=strict)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
+
+
+class _Unknown:
+    """A tensor that can't be read, which nobody may have asked for."""
+
+    def __init__(self, file: safetensors.File, name: str) -> None:
+        self.shape = file.shape(name)
+        self._read = functools.partial(file.__getitem__, name)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return self._read()
+
+
+def _distinct(all_leaves: Iterable[Leaf]) -> list[Leaf]:
+    found: dict[str, Leaf] = {}
+    for leaf in all_leaves:
+        if found.setdefault(leaf.name, leaf) is not leaf:
+            raise ValueError(f"two leaves are named {leaf.name}; rename one, names are the paths joined by dots")
+    return list(found.values())
 
 
 def _untied(state: Mapping[str, Any], other_names: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
