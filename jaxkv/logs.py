@@ -18,6 +18,7 @@ log = logging.getLogger("jaxkv")
 
 _FMT = "[jaxkv] - %(asctime)s - %(name)s - %(levelname)s - %(message)s"
 _DATEFMT = "%Y-%m-%d %H:%M:%S"
+_ANY = log.makeRecord(log.name, logging.INFO, "", 0, "", (), None)
 
 
 def configure(environment: Mapping[str, str] = os.environ) -> None:
@@ -32,11 +33,15 @@ def configure(environment: Mapping[str, str] = os.environ) -> None:
             handler = logging.FileHandler(os.path.expanduser(said["FILE"]), mode="a", encoding="utf-8")
         except OSError as error:
             problems.append(f"JAXKV_LOG_FILE: {error}; logging to standard error")
-    try:
-        handler.setFormatter(logging.Formatter(said["FMT"] or _FMT, said["DATEFMT"] or _DATEFMT))
-    except ValueError as error:
-        handler.setFormatter(logging.Formatter(_FMT, said["DATEFMT"] or _DATEFMT))
-        problems.append(f"JAXKV_LOG_FMT: {error}; using the default")
+    chosen = {"FMT": _FMT, "DATEFMT": _DATEFMT}
+    for setting in chosen:
+        try:
+            tried = chosen | {setting: said[setting] or chosen[setting]}
+            logging.Formatter(tried["FMT"], tried["DATEFMT"]).format(_ANY)
+            chosen = tried
+        except (ValueError, TypeError) as error:
+            problems.append(f"JAXKV_LOG_{setting}: {error}; using the default")
+    handler.setFormatter(logging.Formatter(chosen["FMT"], chosen["DATEFMT"]))
     levels = logging.getLevelNamesMapping()
     name = (said["LEVEL"] or "WARNING").upper()
     if name not in levels:

@@ -39,6 +39,14 @@ def test_level_format_date_and_file(tmp_path):
     assert len(year) == 4 and (level, message) == ("INFO", "seen")
 
 
+def test_every_field_of_a_record_may_be_in_the_format(capsys):
+    logs.configure(
+        {"JAXKV_LOG_FMT": "%(levelno)d %(created)f %(lineno)d %(process)d %(thread)d %(funcName)s %(message)s"}
+    )
+    logs.log.warning("seen")
+    assert capsys.readouterr().err.endswith(" test_every_field_of_a_record_may_be_in_the_format seen\n")
+
+
 def test_the_default_format_names_the_library(capsys):
     logs.configure({"JAXKV_LOG_LEVEL": "WARNING"})
     logs.log.warning("careful")
@@ -46,9 +54,20 @@ def test_the_default_format_names_the_library(capsys):
     assert line.startswith("[jaxkv] - ") and line.endswith(" - jaxkv - WARNING - careful\n")
 
 
-@pytest.mark.parametrize(("name", "value"), [("LEVEL", "loud"), ("FMT", "%(nothing"), ("FILE", "/nowhere/at/all.log")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LEVEL", "loud"),
+        ("FMT", "%(nothing"),
+        ("FMT", "%(nope)s"),
+        ("FMT", "%(message)d"),
+        ("DATEFMT", "\0"),
+        ("FILE", "/nowhere/at/all.log"),
+    ],
+)
 def test_what_cannot_be_followed_is_said_and_the_rest_works(name, value, capsys):
     logs.configure({f"JAXKV_LOG_{name}": value})
     assert f"JAXKV_LOG_{name}: " in capsys.readouterr().err
-    logs.log.warning("still here")
-    assert "still here" in capsys.readouterr().err
+    logs.log.warning("still %s", "here")
+    line = capsys.readouterr().err
+    assert line.endswith("WARNING - still here\n") and line.count("\n") == 1
