@@ -154,6 +154,8 @@ def test_no_change_reaches_an_older_store():
     assert first.get("v") == [1, 2]
     with pytest.raises(ValueError, match="read-only"):
         first.pop("q")[0][0] = 5
+    with pytest.raises(ValueError, match="cannot set WRITEABLE flag"):
+        first.pop("q")[0].flags.writeable = True
     with pytest.raises(AttributeError):
         first._values = {}
     rest, _ = second.pop("q")[1], second.clear_all()
@@ -424,17 +426,38 @@ def test_a_ring_names_what_does_not_fit_it():
         ring.push({"x": jnp.zeros(2, jnp.int32)})
     with pytest.raises(ValueError, match="has the structure"):
         ring.push([jnp.zeros(2)])
-    for capacity in (0, True, 1.5):
+    assert Ring.init(np.int32(2), 0).capacity == 2 and type(Ring.init(np.int64(2), 0).capacity) is int
+    for capacity in (0, -1, True, 1.5, np.True_, "2", None):
         with pytest.raises(ValueError, match="at least 1"):
             Ring.init(capacity, 0)
 
 
 def test_a_python_number_that_a_ring_cannot_hold_is_refused():
-    for dtype, number in ((int, 1.5), (int, 2.0), (bool, 1.0), (float, 1j), (jnp.int8, 300), (jnp.uint8, -1)):
+    for dtype, number in ((int, 1.5), (int, 2.0), (bool, 1.0), (float, 1j), (int, 10**30)):
         ring = Ring.init(2, {"x": jnp.zeros((), dtype)})
         with pytest.raises(ValueError, match=rf"push: the value has {re.escape(repr(number))}, .* made for is \w+"):
             ring.push({"x": number})
-    for dtype, number in ((float, 2), (jnp.bfloat16, 1.5), (complex, 1.5), (int, True), (bool, True)):
+    for dtype, number in (
+        (jnp.float16, 1e9),
+        (jnp.float16, 70_000),
+        (jnp.float16, 10**30),
+        (float, 1e39),
+        (jnp.int8, 300),
+        (jnp.uint8, -1),
+        (int, np.int64(2**40)),
+        (float, np.float64(1e300)),
+        (complex, 1e300j),
+    ):
+        ring = Ring.init(2, {"x": jnp.zeros((), dtype)})
+        with pytest.raises(ValueError, match=r"push: the value has .*, which \w+ can't hold; take a wider dtype "):
+            ring.push({"x": number})
+    with pytest.raises(ValueError, match=r"StackedQueue\.of: value 1 has 1099511627776, which int32 can't hold"):
+        StackedQueue.of([np.int64(1), np.array(2**40)])
+    assert Ring.init(2, 0).push(np.int64(7))[0].peek()[0].item() == 7
+    with jax.enable_x64(True):
+        assert Ring.init(2, np.int64(0)).push(np.int64(2**40))[0].peek()[0].item() == 2**40
+    assert Ring.init(2, 0.0).push(float("inf"))[0].peek()[0].item() == float("inf")
+    for dtype, number in ((float, 2), (jnp.bfloat16, 1.5), (complex, 1.5), (int, True), (bool, True), (float, 2**100)):
         assert Ring.init(2, jnp.zeros((), dtype)).push(number)[0].peek()[0].item() == number
 
 
@@ -514,7 +537,9 @@ def test_imperative_layers_run_under_jit_with_the_store_as_argument_and_result()
     assert get_store().names == ()
 
 
-@pytest.mark.parametrize("transform", [jax.jit, jax.vmap, jax.grad, lambda f: lambda x: jax.lax.scan(f, 0.0, x)])
+@pytest.mark.parametrize(
+    "transform", [jax.jit, jax.vmap, jax.grad, jax.checkpoint, lambda f: lambda x: jax.lax.scan(f, 0.0, x)]
+)
 @pytest.mark.parametrize("scope", [False, True])
 def test_tracers_cannot_leak_through_it(transform, scope):
     def leak(x, *_):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxkv.store.stacked import check_fits
+from jaxkv.store.stacked import check_fits, taken
 
 
 @jax.tree_util.register_dataclass
@@ -42,15 +43,19 @@ class Ring:
         Raises:
           ValueError: for a capacity below 1.
         """
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+        try:
+            count = 0 if isinstance(capacity, bool) else operator.index(capacity)
+        except TypeError:
+            count = 0
+        if count < 1:
             raise ValueError(f"Ring.init(capacity={capacity!r}): give a number of values, at least 1")
 
         def empty(x: Any) -> Any:
             x = x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
-            return jnp.broadcast_to(jnp.zeros_like(x), (capacity, *x.shape))
+            return jnp.broadcast_to(jnp.zeros_like(x), (count, *x.shape))
 
         zero = jnp.zeros((), jnp.int32)
-        return cls(jax.tree.map(empty, like), zero, zero, capacity)
+        return cls(jax.tree.map(empty, like), zero, zero, count)
 
     @property
     def empty(self) -> Any:
@@ -69,7 +74,8 @@ class Ring:
           value: of the structure, shapes and dtypes of `like`; Python numbers take the dtype, if it can hold them.
 
         Raises:
-          ValueError: while tracing, for a value that differs from `like`, naming both.
+          ValueError: while tracing, for a value that differs from `like`, naming both, and for a number of Python or
+            NumPy that would not be the same in the ring.
         """
         like = jax.tree.map(lambda slots: jax.ShapeDtypeStruct(slots.shape[1:], slots.dtype), self.slots)
         structure: Any = jax.tree.structure(value)
@@ -106,10 +112,11 @@ class Ring:
 def _taken(x: Any, like: Any) -> Any:
     """Returns a value as an array; a Python number takes the dtype of `like`."""
     if hasattr(x, "dtype"):
-        return jnp.asarray(x)
+        return taken(x, "push: the value")
     if isinstance(x, (float, complex)) and not jnp.issubdtype(like.dtype, jnp.inexact):
         raise ValueError(f"push: the value has {x!r}, what the ring was made for is {like.dtype}; round it first")
     try:
-        return jnp.asarray(x, like.dtype)
+        x = float(x) if isinstance(x, int) and jnp.issubdtype(like.dtype, jnp.floating) else x
+        return taken(x, "push: the value", like.dtype)
     except (TypeError, OverflowError) as error:
         raise ValueError(f"push: the value has {x!r}, what the ring was made for is {like.dtype}") from error

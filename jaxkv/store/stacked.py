@@ -9,7 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
+
+from jaxkv.casting import unheld
 
 
 @jax.tree_util.register_dataclass
@@ -34,9 +37,13 @@ class StackedQueue:
           values: at least one pytree; all of the same structure, shapes and dtypes.
 
         Raises:
-          ValueError: naming the first value that differs from value 0, and where.
+          ValueError: naming the first value that differs from value 0, and where; and for a number of Python or NumPy
+            that would not be the same as an array of JAX.
         """
-        values = [jax.tree.map(jnp.asarray, value) for value in values]
+        values = [
+            jax.tree.map(lambda x, i=i: taken(x, f"StackedQueue.of: value {i}"), value)
+            for i, value in enumerate(values)
+        ]
         if not values:
             raise ValueError("StackedQueue.of: there is no value; give one per layer")
         for i, value in enumerate(values[1:], 1):
@@ -76,6 +83,20 @@ class StackedQueue:
 
         carry, pushed = jax.lax.scan(body, carry, (self.stacked, xs), length=self.size, unroll=unroll)
         return carry, StackedQueue(pushed, self.size)
+
+
+def taken(x: Any, what: str, dtype: Any = None) -> jax.Array:
+    """Returns a value as an array of JAX, which may have four bytes where NumPy has eight.
+
+    Raises:
+      ValueError: if it can't hold a number of Python or NumPy.
+    """
+    if not isinstance(x, jax.Array) and jnp.issubdtype(np.asarray(x).dtype, jnp.number):
+        kind = jnp.result_type(x) if dtype is None else dtype
+        lost = unheld(np.asarray(x), kind)
+        if lost is not None:
+            raise ValueError(f"{what} has {lost!s}, which {kind} can't hold; take a wider dtype (jax.enable_x64)")
+    return jnp.asarray(x, dtype)
 
 
 def check_fits(value: Any, like: Any, what: str, other: str) -> None:

@@ -173,6 +173,8 @@ def _frozen(name: str, value: Any) -> Any:
 
 def _thawed(value: Any) -> Any:
     def one(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray):
+            return leaf.view()  # of what can't be made writable through it
         return leaf.value if isinstance(leaf, _Static) else leaf
 
     return jax.tree.map(one, value, is_leaf=lambda leaf: isinstance(leaf, _Static))
