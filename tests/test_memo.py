@@ -429,6 +429,20 @@ def test_functions_whose_rows_depend_on_one_another_are_refused(memo, function):
     assert memo.stats().memory.items == 0
 
 
+def test_a_large_constant_or_rare_flags_do_not_hide_that_rows_depend_on_one_another(memo):
+    def masked(x):
+        normed = (x - x.mean(axis=0, keepdims=True)) / x.std(axis=0, keepdims=True)
+        return jnp.concatenate([normed, jnp.full((len(x), 1), -1e9, x.dtype)], axis=1)
+
+    for function in (masked, lambda x: x[:, 0] == x[:, 0].max()):
+        features = memo.wrap(function)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="depends on the other rows"):
+                features(items(256))
+        with pytest.raises(ValueError, match="depends on the other rows"):  # whatever is asked from then on
+            features.lookup(items(2))
+
+
 def test_functions_that_depend_on_the_size_of_the_batch_are_refused_at_the_second_size(memo):
     features = memo.wrap(lambda x: {"whole": x.astype(jnp.int32), "part": jnp.maximum(x, 0) / len(x)})
     x = items(6)
@@ -821,6 +835,89 @@ def test_a_memo_says_what_it_is(tmp_path):
     assert repr(memo).endswith(", closed)")
     with pytest.raises(jaxkv.CacheError, match="this memo is closed"):
         memo.wrap(double)
+
+
+def test_examples_in_another_byte_order_are_found(memo):
+    examples = np.array([[1, 0], [256, 0]], ">u2")
+    features = memo.wrap(lambda x: x.astype(jnp.float32) * 2)
+    features.warm([examples], progress=False)
+    source = features.source(examples)
+    np.testing.assert_array_equal(source[0], [2, 0])
+    np.testing.assert_array_equal(source[1], [512, 0])
+
+
+@jax.tree_util.register_pytree_node_class
+class Sized:
+    """A pytree that looks at what it holds."""
+
+    def __init__(self, array):
+        self.array, self.size = array, array.shape[0]
+
+    def tree_flatten(self):
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_classes_that_look_at_what_they_hold_come_in_and_go_out(memo):
+    x = items(5)
+    got = memo.wrap(lambda sized: Sized(sized.array * 2))(Sized(x))
+    assert got.size == 5
+    np.testing.assert_array_equal(got.array, x * 2)
+
+
+def test_mapped_functions_keep_their_defaults(memo):
+    def single(row, scale=2.0, *, shift=1.0):
+        return row * scale + shift
+
+    x = items(4)
+    np.testing.assert_array_equal(memo.wrap(jax.vmap(single))(x), jax.vmap(single)(x))
+    np.testing.assert_array_equal(memo.wrap(single)(x, 3.0), x * 3 + 1)
+    single.__defaults__ = (4.0,)
+    np.testing.assert_array_equal(memo.wrap(single)(x), x * 4 + 1)
+
+
+class Noise(linen.Module):
+    @linen.compact
+    def __call__(self, x, **scales):
+        return (x + jax.random.normal(self.make_rng("noise"), x.shape[1:])[None]) * scales["scale"][None]
+
+
+@pytest.mark.parametrize("key", [jax.random.key(1), jax.random.PRNGKey(1)])
+def test_keys_and_named_arguments_that_are_shared_belong_to_all_items(memo, key):
+    x, scale = items(2), np.arange(6, dtype=np.float32)
+    features = memo.wrap(Noise().apply, {}, shared=["scale"])
+    want = Noise().apply({}, x, scale=scale, rngs={"noise": key})
+    np.testing.assert_allclose(features(x, scale=scale, rngs={"noise": key}), want, rtol=1e-6)
+    assert memo.stats().items == 2
+
+
+def test_scalars_of_numpy_are_scalars(memo):
+    features = memo.wrap(lambda x, train, mode: x * 2 if train and mode == "a" else x)
+    x = items(2)
+    np.testing.assert_array_equal(features(x, np.bool_(True), np.str_("a")), x * 2)
+    np.testing.assert_array_equal(features(x, True, "a"), x * 2)
+    assert memo.stats().computed == 2
+
+
+def test_a_call_that_is_under_way_when_the_memo_is_closed_keeps_nothing(tmp_path):
+    memo = jaxkv.Memo(memory="1MiB", disk=tmp_path / "store")
+
+    def closes(x):
+        memo.close()
+        return np.asarray(x)
+
+    features = memo.wrap(
+        lambda x: jax.pure_callback(closes, jax.ShapeDtypeStruct(x.shape, x.dtype), x), version="1", check=False
+    )
+    x = items(3)
+    np.testing.assert_array_equal(features(x), x)
+    assert memo.stats().memory.items == 0
+    assert not list((tmp_path / "store").glob("*.seg"))
+    with pytest.raises(jaxkv.CacheError, match="this memo is closed"):
+        memo.clear()
 
 
 def test_wrapping_twice_and_coroutines_are_refused(memo):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxkv
 from jaxkv.memo.hashing import HASHES, Hash
@@ -498,6 +499,42 @@ with jaxkv.Memo(memory="1MiB", disk={directory!r}) as memo:
     print(np.asarray(features(x)["out"]).tobytes().hex())
     print(features.namespace(x), memo.stats().computed)
 """
+
+
+class Flags(enum.IntFlag):
+    A, B = 1, 2
+
+
+def test_enums_count_by_class_name_and_value():
+    features = jaxkv.Memo(memory="1MiB").wrap(lambda x, mode: x * int(mode.value))
+    for value in (2, 3):  # as when a cell of a notebook runs again
+        scope = {"__name__": "__main__"}
+        exec(f"import enum\nclass Mode(enum.Enum):\n  A = {value}", scope)
+        np.testing.assert_array_equal(features(X, scope["Mode"].A), X * value)
+    for value in (0, 4, 8, 1):
+        np.testing.assert_array_equal(features(X, Flags(value)), X * value)
+
+
+def test_a_parameter_s_place_is_no_part_of_the_key():
+    memo = jaxkv.Memo(memory="1MiB")
+    mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2])
+    places = [
+        W["w"],
+        np.asarray(W["w"]),
+        *(jax.device_put(W["w"], device) for device in jax.devices()[:2]),
+        *(jax.device_put(W["w"], NamedSharding(mesh, spec)) for spec in (PartitionSpec(), PartitionSpec("d"))),
+    ]
+    names = {memo.wrap(lambda w, x: x @ w, w).namespace(X) for w in places}
+    assert len(names) == 1
+
+
+def test_names_of_jitted_helpers_are_no_part_of_the_key():
+    names = set()
+    for helper_name in ("first", "second"):
+        scope = {"jax": jax}
+        exec(f"@jax.jit\ndef {helper_name}(x): return x * 2\ndef f(x): return {helper_name}(x) + x", scope)
+        names.add(jaxkv.Memo(memory="1MiB").wrap(scope["f"]).namespace(X))
+    assert len(names) == 1
 
 
 def test_a_restart_finds_what_was_computed(tmp_path):

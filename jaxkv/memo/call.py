@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,9 @@ class Form:
     leaves: tuple[tuple[Any, ...], ...]
 
     def __str__(self) -> str:
-        named = jax.tree.unflatten(self.treedef, range(len(self.leaves)))
+        # With shapes, because classes may look at those of what they hold.
+        shapes = [jax.ShapeDtypeStruct(leaf[2] if len(leaf) > 2 else (), np.float32) for leaf in self.leaves]
+        named = jax.tree.unflatten(self.treedef, shapes)
         paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in _with_paths(named)]
         return ", ".join(f"{path}: {_said(leaf)}" for path, leaf in zip(paths, self.leaves, strict=True))
 
@@ -57,12 +59,13 @@ class Call:
     statics: tuple[Any, ...]
 
     @classmethod
-    def read(cls, named: dict[str, Any], shared: Collection[str]) -> Call:
+    def read(cls, named: dict[str, Any], shared: Collection[str], groups: Collection[str]) -> Call:
         """Returns the call with these arguments by name.
 
         Args:
           named: pytrees by the name of the argument.
           shared: names of arguments whose arrays belong to all items.
+          groups: names under which there are several arguments by their own names.
 
         Raises:
           NotSupportedError: while JAX traces.
@@ -71,7 +74,7 @@ class Call:
         leaves, treedef = jax.tree.flatten(named)
         parts: dict[str, list[Any]] = {"item": [], "shared": [], "static": []}
         kinds: list[tuple[Any, ...]] = []
-        names = [name for name in sorted(named) for _ in jax.tree.leaves(named[name])] if shared else ()
+        names = list(_names(named, groups)) if shared else ()
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, jax.core.Tracer):
                 raise NotSupportedError(
@@ -87,6 +90,9 @@ class Call:
                 else:
                     kinds.append(("item", array.dtype.name, array.shape[1:]))
                     parts["item"].append(array)
+            elif isinstance(leaf, np.bool_ | np.character):
+                kinds.append(("static", say_static(leaf.item())))
+                parts["static"].append(leaf.item())
             elif isinstance(leaf, np.generic):
                 kinds.append(("shared", leaf.dtype.name, ()))
                 parts["shared"].append(np.asarray(leaf))
@@ -117,6 +123,14 @@ def arguments(form: Form, columns: Sequence[Any], shared: Sequence[Any], statics
     return jax.tree.unflatten(form.treedef, [next(parts[leaf[0]]) for leaf in form.leaves])
 
 
+def _names(named: dict[str, Any], groups: Collection[str]) -> Iterator[str]:
+    """Yields for each leaf the name of the argument it belongs to. (JAX sorts what is in a dict.)"""
+    for group in sorted(named):
+        values = named[group] if group in groups else {group: named[group]}
+        for name in sorted(values):
+            yield from [name] * len(jax.tree.leaves(values[name]))
+
+
 def _checked(array: Any, named: Any, index: int) -> Any:
     if isinstance(array, jax.Array):
         if not array.is_fully_addressable:
@@ -130,6 +144,11 @@ def _checked(array: Any, named: Any, index: int) -> Any:
         raise ValueError(f"{_path(named, index)} is a masked array, which JAX can't compute with; give array.filled()")
     if array.dtype.kind in "OSUMm" or array.dtype.names:
         raise ValueError(f"{_path(named, index)} is an array of {array.dtype}, which JAX can't compute with")
+    return native(array)
+
+
+def native(array: np.ndarray) -> np.ndarray:
+    """Returns an array in this machine's byte order, in which items are hashed."""
     return np.asarray(array, array.dtype.newbyteorder("="))
 
 

@@ -42,7 +42,7 @@ class Entry:
     Attributes:
       form: of the calls.
       namespace: 16 bytes that stand for the function and everything but the items.
-      template: a pytree of the output's structure, its leaves the indices of `outputs`.
+      template: the output with shapes in place of arrays. (Unlike its structure alone, it can be pickled.)
       outputs: the arrays that come out.
     """
 
@@ -85,7 +85,7 @@ class Entry:
             begin += output.nbytes
             column = part if len(self.outputs) == 1 else np.array(part)
             arrays.append(column.reshape(-1).view(output.dtype).reshape(size, *output.shape))
-        return jax.tree.map(lambda index: arrays[index], self.template)
+        return jax.tree.unflatten(jax.tree.structure(self.template), arrays)
 
     def about(self, name: str, version: str | None) -> dict[str, Any]:
         """Returns what the table of a store says about the namespace."""

@@ -63,8 +63,7 @@ class Features:
         if settings.batch not in BATCHES:
             raise ValueError(f"batch is {settings.batch!r}, must be one of {', '.join(BATCHES)}")
         self._tiers, self._hash, self._staging = tiers, hashing, staging
-        self._shared = frozenset([shared] if isinstance(shared, str) else shared)
-        self._function = Function(function, params, self._shared)
+        self._function = Function(function, params, [shared] if isinstance(shared, str) else shared)
         self._settings = settings
         self._lock = threading.RLock()
         self._pid = os.getpid()
@@ -210,14 +209,15 @@ class Features:
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Runner]:
         """Returns the call, and what computes it: made anew where the function has changed since the last call."""
-        call = Call.read(self._function.bind(args, kwargs), self._shared)
+        call = Call.read(self._function.bind(args, kwargs), self._function.shared, self._function.groups)
         with self._lock:
             if not self._state.seen.holds(*self._function.watch()):
                 old, self._state = self._state, State(self._function, self._state)
                 if not self._state.one_program(old):
                     self._runners.clear()
                     self._count_trace()
-            form = call.form, *(getattr(jax.config, name, None) for name in _CONFIG)
+            # Types, because the class of an enum may be defined anew.
+            form = call.form, *map(type, call.statics), *(getattr(jax.config, name, None) for name in _CONFIG)
             runner = self._runners.get(form)
             if runner is None or runner.state is not self._state:
                 self._same_process(call)
@@ -229,6 +229,7 @@ class Features:
                 self._runners[form] = runner
                 if len(self._runners) > _MOST:
                     del self._runners[next(iter(self._runners))]
+        runner.check()
         return call, runner
 
     def _count_trace(self) -> None:

@@ -47,6 +47,8 @@ class Function:
 
     Attributes:
       name: what people call it.
+      shared: names of arguments whose arrays belong to all items.
+      groups: names under which `bind` puts several arguments: those of `**kwargs`, and of linen's apply itself.
 
     Raises:
       ValueError: for what can't be memoized, saying why.
@@ -75,6 +77,8 @@ class Function:
         unknown = [name for name in shared if name not in names and name not in _LINEN_KEYWORDS]
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in names.values()):
             raise ValueError(f"shared names {', '.join(unknown)}; the arguments of {self.name} are {', '.join(names)}")
+        self.shared = frozenset([*shared, *(["rngs"] if self._linen else [])])
+        self.groups = frozenset([_APPLY, *(p.name for p in names.values() if p.kind is p.VAR_KEYWORD)])
         self._target = target
         self._captured: list[Callable[[], Any]] = []
         self._reached: list[nnx.Pytree] = []
@@ -108,8 +112,15 @@ class Function:
         return simple | bound.arguments | ({_APPLY: own} if own else {})
 
     def call(self, static: Any, arrays: Any, named: dict[str, Any]) -> Any:
-        """Returns the function's output, from what `read` returned and arguments as `bind` named them."""
-        bound = inspect.BoundArguments(self._signature_of(named.get(_APPLY, {})), OrderedDict(named))
+        """Returns the function's output, from what `read` returned and arguments as `bind` named them.
+
+        A default isn't handed over: jax.vmap would take it for an array.
+        """
+        signature = self._signature_of(named.get(_APPLY, {}))
+        if not any(named.get(p.name) for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL):
+            defaults = {p.name: p.default for p in signature.parameters.values() if p.kind is not p.POSITIONAL_ONLY}
+            named = {name: value for name, value in named.items() if value is not defaults.get(name, _anything)}
+        bound = inspect.BoundArguments(signature, OrderedDict(named))
         args, kwargs = bound.args, bound.kwargs | named.get(_APPLY, {})
         if self._module is None:
             return self._call(*arrays, *args, **kwargs)
@@ -338,7 +349,8 @@ def say_static(value: Any) -> str:
     if isinstance(value, np.dtype | type(jnp.float32) | type):
         return f"dtype:{jnp.dtype(value).name}"
     if isinstance(value, enum.Enum):
-        return f"{type(value).__module__}.{type(value).__qualname__}:{value.name}"
+        of = f"={value.value!r}" if is_static(value.value) and not isinstance(value.value, enum.Enum) else ""
+        return f"{type(value).__module__}.{type(value).__qualname__}:{value.name}{of}"
     return f"{type(value).__name__}:{value!r}"
 
 

@@ -27,25 +27,26 @@ class Once:
         A thread computes its own before it waits for those of others, so two never wait for one another. If the other
         one fails, what it left is computed by one of those that waited.
         """
-        mine, others = [], []
-        with self._lock:
-            for key in keys:
-                if key in self._futures:
-                    others.append((key, self._futures[key]))
-                else:
-                    self._futures[key] = Future()
-                    mine.append(key)
+        mine: list[bytes] = []
+        others: list[tuple[bytes, Future[Any]]] = []
         values: dict[bytes, Any] = {}
         try:
+            with self._lock:
+                for key in keys:
+                    if key in self._futures:
+                        others.append((key, self._futures[key]))
+                    else:
+                        mine.append(key)  # before the others can see it: an interrupt may come anywhere
+                        self._futures[key] = Future()
             values = find(mine)  # whoever computed it may have finished since this thread looked
             values |= compute([key for key in mine if key not in values])
         finally:
             with self._lock:
-                futures = [(key, self._futures.pop(key)) for key in mine]
-            for key, future in futures:
-                if key in values:
+                futures = {key: self._futures.pop(key, None) for key in mine}
+            for key, future in futures.items():
+                if future is not None and key in values:
                     future.set_result(values[key])
-                else:
+                elif future is not None:
                     future.cancel()
         failed = []
         for key, future in others:

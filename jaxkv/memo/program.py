@@ -16,6 +16,8 @@ from jaxkv.errors import NotSupportedError
 from jaxkv.memo.hashing import Hash
 
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
+_DEFINED = re.compile(r'func\.func (?:\w+ )?@([\w$.-]+|"[^"]*")')
+_SYMBOL = re.compile(r'@([\w$.-]+|"[^"]*")')
 
 
 class Program:
@@ -42,7 +44,7 @@ class Program:
         def memoized(*args: Any) -> Any:  # the name stands in the program: it must not be the user's
             return function(*args)
 
-        traced = jax.jit(memoized).trace(params, *arguments)
+        traced = jax.jit(memoized).trace(*jax.tree.map(_unplaced, (params, *arguments)))
         self.out = traced.out_info
         primitives = {eqn.primitive.name for eqn in _equations(traced.jaxpr.jaxpr)}
         callbacks = sorted(name for name in primitives if "callback" in name or name == "debug_print")
@@ -53,7 +55,7 @@ class Program:
             )
         digest = hashlib.blake2b(digest_size=16)
         # Lowered, a callback is a number of this process; before that, it is a name, an address and what it is given.
-        text = _ADDRESS.sub("", str(traced.jaxpr)) if callbacks else traced.lower().as_text()
+        text = _ADDRESS.sub("", str(traced.jaxpr)) if callbacks else _unnamed(traced.lower().as_text())
         digest.update(text.encode())
         hashing = Hash("blake2b")
         for constant in _constants(traced.jaxpr):
@@ -62,6 +64,19 @@ class Program:
         jaxpr = traced.jaxpr.jaxpr
         read = {id(var) for eqn in jaxpr.eqns for var in eqn.invars} | {id(var) for var in jaxpr.outvars}
         self.used = [id(var) in read for var in jaxpr.invars[: len(jax.tree.leaves(params))]]
+
+
+def _unplaced(leaf: Any) -> Any:
+    """Returns an array without its place: the program is the same wherever the parameters lie."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+
+
+def _unnamed(text: str) -> str:
+    """Returns a lowered program with numbers for the names of its functions, which are those of jitted helpers."""
+    numbers = {name: f"@{number}" for number, name in enumerate(dict.fromkeys(_DEFINED.findall(text)))}
+    return _SYMBOL.sub(lambda symbol: numbers.get(symbol[1], symbol[0]), text)
 
 
 def digest_of(array: Any, hashing: Hash) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxkv.memo.program import Program, paths_of
 from jaxkv.memo.staging import Staging
 
 BATCHES = ("bucket", "full")
-_FLIPPED = 0.01  # part of whole numbers that may differ, because what was rounded to them lay on an edge
+_FEW = 0.01  # part of the values that may differ by more than rounding does as a rule
 _TRACED = 2  # items in the trace that names the function: with 1, an output that has lost its batch axis would not show
 
 
@@ -88,13 +88,22 @@ class Runner:
         )
         if not outputs:
             raise ValueError(f"{self._name} gives no arrays, so there is nothing to keep")
-        treedef = jax.tree.structure(self._program.out)
-        template = jax.tree.unflatten(treedef, range(len(outputs)))
+        template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._program.out)
+        self._refusals: list[str] = []  # why it can't be memoized after all
         self._largest = 0
         self._sizes: set[int] = set()
         self._checked = not settings.check
         self.state = state
         self.entry = Entry(form, self._namespace(state, form), template, outputs)
+
+    def check(self) -> None:
+        """Raises what was found to be wrong with the function: from then on, what is kept of it isn't given either."""
+        if self._refusals:
+            raise ValueError(self._refusals[0])
+
+    def _refuse(self, why: str) -> NoReturn:
+        self._refusals.append(why)
+        raise ValueError(why)
 
     def updated(self, state: State) -> Runner:
         """Returns one for other parameters of the same shapes, which needn't be traced or compiled again."""
@@ -145,7 +154,7 @@ class Runner:
                 raise
             is_new = size not in self._sizes
             if is_new and self._trace(self.state, call.shared).text != self._program.text:  # as JAX has, just now
-                raise ValueError(
+                self._refuse(
                     f"{self._name} is another function than when it was traced first: it reads something that has "
                     "changed and that a memo doesn't watch (an object's fields, a file, a clock, random numbers of "
                     "NumPy); give it that as an argument, and wrap it anew"
@@ -180,9 +189,8 @@ class Runner:
                 return  # the rows are alike: another batch must tell
             again = jax.tree.leaves(self._run(self.state.arrays, mixed, shared))
             for output, array, other in zip(self.entry.outputs, arrays, again, strict=True):
-                some = 0 if jnp.issubdtype(array.dtype, jnp.inexact) else _FLIPPED
-                if np.any(unlike := _unlike(array[index], np.asarray(other))) and np.mean(unlike) > some:
-                    raise ValueError(
+                if not _alike(array[index], np.asarray(other)):
+                    self._refuse(
                         f"output{output.path} of {self._name} depends on the other rows of the batch, or on its place "
                         f"among them, so it can't be kept per item. {size} items of {self.entry.form} were given: does "
                         'an array belong to all items (shared=("mask",)), or have no batch axis? Is BatchNorm or '
@@ -202,8 +210,8 @@ class Runner:
             if not jnp.issubdtype(array.dtype, jnp.inexact):
                 continue
             present = (array[index] != 0) | (other != 0)
-            if 2 * np.count_nonzero(_unlike(array[index], other)) > np.count_nonzero(present):
-                raise ValueError(
+            if 2 * np.count_nonzero(_unlike(array[index], other, per_value=True)) > np.count_nonzero(present):
+                self._refuse(
                     f"output{output.path} of {self._name} depends on the size of the batch, so it can't be kept per "
                     f"item: it is another in a batch of {before} than in one of {size}. Divide by a constant in place "
                     "of it; clear() of what wrap returned forgets what was kept"
@@ -218,14 +226,31 @@ def _cast(leaf: Any, dtype: Any) -> Any:
     return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
-def _unlike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns where two arrays differ by more than rounding: accelerators may add in another order each time."""
-    if not jnp.issubdtype(a.dtype, jnp.inexact):
-        return a != b
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    """Returns whether two arrays [B, ...] are the same but for rounding: a program may add rows in another order.
+
+    Rounding shows in nothing that is large among all values, and in few that are large among their like: a constant of
+    -1e9 in one place of each row must not hide what differs in the others.
+    """
     if a.tobytes() == b.tobytes():
-        return np.zeros(a.shape, bool)
+        return True
+    if a.dtype == bool:
+        return False
+    if not jnp.issubdtype(a.dtype, jnp.inexact):  # what was rounded to whole numbers may have lain on an edge
+        return float(np.mean(a != b)) <= _FEW and bool(np.all((a == b) | (a == b + 1) | (a + 1 == b)))
+    return not np.any(_unlike(a, b)) and float(np.mean(_unlike(a, b, per_value=True))) <= _FEW
+
+
+def _unlike(a: np.ndarray, b: np.ndarray, *, per_value: bool = False) -> np.ndarray:
+    """Returns where two floating arrays [B, ...] differ by more than rounding.
+
+    Args:
+      a, b: the arrays.
+      per_value: whether the measure is the largest of each value over the rows, and not the largest of all values.
+    """
     tolerance = float(jnp.finfo(a.dtype).eps) ** 0.5
     wide = np.complex128 if jnp.issubdtype(a.dtype, jnp.complexfloating) else np.float64
     a, b = a.astype(wide), b.astype(wide)
-    scale = float(np.max(np.abs(a), initial=0, where=np.isfinite(a)))
+    axis = 0 if per_value else None
+    scale = np.max(np.abs(a), axis=axis, keepdims=True, initial=0, where=np.isfinite(a))
     return ~np.isclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

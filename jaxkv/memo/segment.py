@@ -189,7 +189,7 @@ def write_whole(path: str, data: bytes) -> None:
         if problem is not None:
             raise problem
         os.rename(temporary, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxkv.memo.call import Call
+from jaxkv.memo.call import Call, native
 from jaxkv.memo.disk import Disk
 from jaxkv.memo.entry import Entry
 from jaxkv.memo.hashing import Hash
@@ -42,9 +42,9 @@ class Source:
         self._missing = missing
 
     def batch(self, index: int) -> Any:
-        """Returns the function's argument for one example, as a batch of one."""
+        """Returns the function's argument for one example, as a batch of one, in the byte order that calls hash."""
         argument = part(self._examples[index], self._at)
-        return jax.tree.map(lambda leaf: np.asarray(leaf)[None], argument)
+        return jax.tree.map(lambda leaf: native(np.asarray(leaf))[None], argument)
 
     def reading(self, tiers: Sequence[Any], hashing: Hash, entry: Entry, call: Call) -> Source:
         """Says where to read, and what the examples look like: as the one that the call was made with."""

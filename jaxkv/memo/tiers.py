@@ -62,7 +62,7 @@ class Tiers:
     def __init__(self, memory: Memory | None, disk: Disk | None, once: bool) -> None:
         self.memory, self.disk = memory, disk
         self._once = Once() if once else None
-        self._lock = Lock()
+        self._lock, self._keeping = Lock(), Lock()
         self._counts = [0, 0, 0, 0, 0]
         self.closed = False
 
@@ -100,8 +100,9 @@ class Tiers:
 
         def kept(keys: Sequence[bytes]) -> dict[bytes, Any]:
             payloads = compute(keys) if keys else {}
-            for tier in self.each if payloads else ():
-                tier.write(list(payloads), list(payloads.values()))
+            with self._keeping:
+                for tier in self.each if payloads and not self.closed else ():
+                    tier.write(list(payloads), list(payloads.values()))
             return payloads
 
         if self._once is None:
@@ -122,13 +123,15 @@ class Tiers:
 
     def clear(self, namespaces: Collection[bytes] | None = None) -> None:
         """Forgets everything, or all keys of some namespaces."""
+        self.check_open()
         for tier in self.each:
             tier.clear(namespaces)
 
     def close(self) -> None:
         """Frees the memory and ends the use of the directory."""
-        self.closed = True
-        if self.memory is not None:
-            self.memory.clear()
-        if self.disk is not None:
-            self.disk.close()
+        with self._keeping:  # a call that is under way keeps what it computes before, or not at all
+            self.closed = True
+            if self.memory is not None:
+                self.memory.clear()
+            if self.disk is not None:
+                self.disk.close()
