@@ -74,11 +74,11 @@ def causal_mask(length: int) -> jax.Array:
     return jnp.triu(jnp.ones((length, length)), k=1)
 
 
-def attend(queries, keys, values, hidden):
-    """Attention [B, T, d_out] of words that don't see where hidden [T, T] is True."""
+def attend(queries, keys, values, hidden, dropout):
+    """Attention [B, T, d_out] of words that don't see where hidden [T, T] is True; dropout takes the weights."""
     scores = queries @ keys.swapaxes(1, 2)
     scores = jnp.where(hidden[None], -jnp.inf, scores)
-    return jax.nn.softmax(scores / keys.shape[-1] ** 0.5, axis=-1) @ values
+    return dropout(jax.nn.softmax(scores / keys.shape[-1] ** 0.5, axis=-1)) @ values
 
 
 # ---------------------------------------------------------------- nnx
@@ -94,7 +94,7 @@ class Projections(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def attend(self, x, hidden):
-        return self.dropout(attend(self.W_query(x), self.W_key(x), self.W_value(x), hidden))
+        return attend(self.W_query(x), self.W_key(x), self.W_value(x), hidden, self.dropout)
 
 
 class WithoutBuffer(Projections):
@@ -127,35 +127,41 @@ class Computed(Projections):
 # ---------------------------------------------------------------- linen
 
 
+def projected(module, x, hidden, train: bool):
+    """What the three models have in common."""
+    q, k, v = (nn.Dense(module.d_out, use_bias=False, name=f"W_{name}")(x) for name in ("query", "key", "value"))
+    return attend(q, k, v, hidden, nn.Dropout(module.dropout, deterministic=not train))
+
+
 class LinenWithoutBuffer(nn.Module):
     d_out: int
     mask: jax.Array  # a field: linen modules have no state of their own
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x):
-        q, k, v = (nn.Dense(self.d_out, use_bias=False, name=f"W_{name}")(x) for name in ("query", "key", "value"))
-        return attend(q, k, v, self.mask[: x.shape[1], : x.shape[1]] > 0)
+    def __call__(self, x, train=False):
+        return projected(self, x, self.mask[: x.shape[1], : x.shape[1]] > 0, train)
 
 
 class LinenWithBuffer(nn.Module):
     d_out: int
     length: int
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, train=False):
         mask = self.variable("buffers", "mask", causal_mask, self.length)
-        q, k, v = (nn.Dense(self.d_out, use_bias=False, name=f"W_{name}")(x) for name in ("query", "key", "value"))
-        return attend(q, k, v, mask.value[: x.shape[1], : x.shape[1]] > 0)
+        return projected(self, x, mask.value[: x.shape[1], : x.shape[1]] > 0, train)
 
 
 class LinenComputed(nn.Module):
     d_out: int
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, train=False):
         place = jnp.arange(x.shape[1])
-        q, k, v = (nn.Dense(self.d_out, use_bias=False, name=f"W_{name}")(x) for name in ("query", "key", "value"))
-        return attend(q, k, v, place[None, :] > place[:, None])
+        return projected(self, x, place[None, :] > place[:, None], train)
 
 
 # ---------------------------------------------------------------- the steps
@@ -252,6 +258,8 @@ def moving(x) -> None:
     model.mask = jax.device_put(model.mask, first)
     ran = attempt("call, mask placed on device 0", lambda: model(there))
     sure(not ran)
+    model.mask = jax.device_put(model.mask, second)  # the notebook's cure: by hand, for each mask of each module
+    sure(attempt("call, mask placed on device 1 by hand", lambda: model(there)))
 
     model = WithBuffer(3, 2, length, rngs=nnx.Rngs(0))
     nnx.update(model, jax.device_put(nnx.state(model), second))
