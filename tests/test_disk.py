@@ -284,6 +284,19 @@ def test_a_full_budget_is_said_once_where_what_is_there_is_kept(tmp_path, caplog
     assert not caplog.messages, "room was made"
 
 
+def test_labels_of_what_was_evicted_go_when_they_take_a_good_part_of_the_budget(tmp_path):
+    store = Disk(tmp_path, budget=100_000, policy="lru", segment_bytes=10_000)
+    for namespace in range(1, 200):
+        store.describe(key(0, namespace)[:16], lambda: {"function": "f", "about": "x" * 300})
+        fill(store, [0], namespace=namespace)
+    fill(store, range(500))
+    labels = files(tmp_path, ".json")
+    kept = {n for n in range(1, 200) if found(store, [0], namespace=n)}
+    assert len(found(store, range(500))) >= 300
+    assert len(labels) < 100 and len(kept) < 100
+    assert store.stats().nbytes <= 100_000
+
+
 def rows(store: Disk, policy_use=()) -> list[int]:
     """Ten segments of two records each, some used again, then one more; what is left."""
     for first in range(0, 20, 2):

@@ -920,6 +920,15 @@ def test_a_call_that_is_under_way_when_the_memo_is_closed_keeps_nothing(tmp_path
         memo.clear()
 
 
+def test_what_always_changes_does_not_fill_the_directory_with_descriptions(tmp_path):
+    with jaxkv.Memo(memory=None, disk=tmp_path / "store") as memo:
+        features = memo.wrap(lambda x, scale: x * scale)
+        for i in range(80):
+            features(items(1), np.float32(i))
+        assert memo.stats().disk.items == 80
+    assert len(list((tmp_path / "store").glob("*.json"))) == 64
+
+
 def test_wrapping_twice_and_coroutines_are_refused(memo):
     async def later(x):
         return x

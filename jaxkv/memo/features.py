@@ -23,7 +23,8 @@ from jaxkv.memo.staging import Staging
 from jaxkv.memo.tiers import Tiers
 
 _MANY = 8
-_MOST = 64  # programs kept: a scalar argument that always changes would keep one for each of its values
+# Programs kept, and namespaces described on disk: an argument that always changes makes one for each of its values.
+_MOST = 64
 # What else a program depends on: settings of JAX that may be changed between two calls.
 _CONFIG = (
     "jax_enable_x64",
@@ -70,6 +71,7 @@ class Features:
         self._state = State(self._function)
         self._runners: dict[tuple[Any, ...], Runner] = {}
         self._namespaces: set[bytes] = set()
+        self._described: set[bytes] = set()  # of these, on disk
         self._traced_anew = 0
         _all.add(self)
 
@@ -193,7 +195,8 @@ class Features:
         def compute(keys: Sequence[bytes]) -> dict[bytes, bytes]:
             nonlocal computed
             computed += len(keys)
-            if tiers.disk is not None:
+            if tiers.disk is not None and len(self._described | {keys[0][:SIZE]}) <= _MOST:
+                self._described.add(keys[0][:SIZE])
                 tiers.disk.describe(keys[0][:SIZE], lambda: entry.about(self._function.name, self._settings.version))
             return dict(zip(keys, runner(call, [row_of[key] for key in keys]), strict=True))
 

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxkv.memo.catalog import Catalog, Counts, record_bytes
-from jaxkv.memo.layout import hold
+from jaxkv.memo.layout import hold, is_label
 from jaxkv.memo.memory import BY_USE
-from jaxkv.memo.record import Header
+from jaxkv.memo.record import NAMESPACE_BYTES, Header
 from jaxkv.memo.segment import Handle
 from jaxkv.memo.trouble import Troubles
 from jaxkv.sizes import format_bytes
+
+_LABELS_SHARE = 8
 
 
 class Room:
@@ -79,6 +81,7 @@ class Room:
             return
         with handle:
             self._catalog.refresh(force=True)
+            self._remove_labels()
             order = {}
             for stem, segment in self._catalog.segments.items():
                 if not segment.live:
@@ -89,6 +92,19 @@ class Room:
                 if stem == own:
                     give_up()
                 self._counts.evicted += self.remove(stem)
+
+    def _remove_labels(self) -> None:
+        """Removes what is said of namespaces without records, once that takes a good part of the budget."""
+        if self._budget is None or self._catalog.small_bytes * _LABELS_SHARE <= self._budget:
+            return
+        kept = {key[:NAMESPACE_BYTES].hex() for key in self._catalog.places}
+        try:
+            for name in os.listdir(self._catalog.directory):
+                if is_label(name) and name.endswith(".json") and name.removesuffix(".json") not in kept:
+                    os.unlink(self._catalog.path(name))
+        except OSError as error:
+            self._troubles.failed("removing", error)
+        self._catalog.refresh(force=True)
 
     def remove(self, stem: str) -> int:
         """Removes a segment's files, and returns how many records are no longer known."""
