@@ -12,7 +12,6 @@ import json
 import math
 import os
 import reprlib
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv import whole
 from jaxkv.casting import unheld
 
 # The format's names of dtypes, and NumPy's (with those that JAX adds to it). The rest, F4, F6_E2M3 and F6_E3M2, have
@@ -161,21 +161,16 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], *, dtype: An
         raise IsADirectoryError(errno.EISDIR, "this is a folder; give the name of a file", os.fspath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder to save into; make it first", str(target.parent))
-    partial = target.with_name(f"{target.name}.{secrets.token_hex(8)}.partial")  # others may be saving there too
-    try:
-        with partial.open("xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                array = np.asarray(tensors[name])
-                lost = unheld(array, dtypes[name])
-                if lost is not None:
-                    raise ValueError(
-                        f"{name} has {lost!s}, which {dtypes[name]} can't hold; give a wider dtype, or clip it"
-                    )
-                file.write(array.astype(dtypes[name]).tobytes())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole.written(target) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            array = np.asarray(tensors[name])
+            lost = unheld(array, dtypes[name])
+            if lost is not None:
+                raise ValueError(
+                    f"{name} has {lost!s}, which {dtypes[name]} can't hold; give a wider dtype, or clip it"
+                )
+            file.write(array.astype(dtypes[name]).tobytes())
 
 
 def _parsed(text: bytes, size: int) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], int, int]]]:

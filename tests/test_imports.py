@@ -12,7 +12,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LINE = ("cache", "nn", "models", "generate", "cli")  # each imports only from its left
 ASIDE = ("memo", "offload", "store")  # import none of the line, nor one another
-COMMON = {"aligned", "casting", "errors", "extras", "logs", "safetensors", "sizes", "tracing"}  # import none of them
+COMMON = {
+    "aligned",
+    "casting",
+    "errors",
+    "extras",
+    "logs",
+    "safetensors",
+    "sizes",
+    "tracing",
+    "whole",
+}  # import none of them
 MAY = {
     **{name: {*LINE[:i], name} for i, name in enumerate(LINE)},
     **{name: {name} for name in ASIDE},

@@ -929,6 +929,22 @@ def test_what_always_changes_does_not_fill_the_directory_with_descriptions(tmp_p
     assert len(list((tmp_path / "store").glob("*.json"))) == 64
 
 
+def test_what_was_wrapped_is_named_and_methods_are_wrapped_with_their_object(memo):
+    class Encoder:
+        def encode(self, x):
+            """Twice."""
+            return x * 2
+
+    features = memo.wrap(Encoder().encode)
+    assert features.__name__.endswith("Encoder.encode") and features.__doc__ == "Twice."
+    with pytest.raises(ValueError, match=r"Encoder\.encode is a method without its object; wrap it where that is"):
+        memo(Encoder.encode)
+    with pytest.raises(ValueError, match="version is 2; give a text"):
+        memo.wrap(double, version=2)
+    with pytest.raises(ValueError, match=r"x is a Tensor; .*; give np\.asarray of it"):
+        memo.wrap(double)(type("Tensor", (), {"__array__": lambda self: items(2)})())
+
+
 def test_wrapping_twice_and_coroutines_are_refused(memo):
     async def later(x):
         return x

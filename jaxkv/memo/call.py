@@ -102,8 +102,12 @@ class Call:
             else:
                 raise ValueError(
                     f"{_path(named, i)} is a {type(leaf).__name__}; arguments are arrays of NumPy or JAX with the "
-                    "items along the first axis, scalars, strings, enums and dtypes; bind anything else before "
-                    "wrapping: functools.partial(f, setting=...)"
+                    "items along the first axis, scalars, strings, enums and dtypes; "
+                    + (
+                        "give np.asarray of it"
+                        if hasattr(leaf, "__array__")
+                        else "bind anything else before wrapping: functools.partial(f, setting=...)"
+                    )
                 )
         sizes = {len(column) for column in parts["item"]}
         if len(sizes) != 1:

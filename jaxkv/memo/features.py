@@ -65,6 +65,7 @@ class Features:
             raise ValueError(f"batch is {settings.batch!r}, must be one of {', '.join(BATCHES)}")
         self._tiers, self._hash, self._staging = tiers, hashing, staging
         self._function = Function(function, params, [shared] if isinstance(shared, str) else shared)
+        self.__name__, self.__doc__ = self._function.name, getattr(function, "__doc__", None)
         self._settings = settings
         self._lock = threading.RLock()
         self._pid = os.getpid()
@@ -140,7 +141,7 @@ class Features:
             raise ValueError(f"batches is an array {batches.shape}; give a list of batches, or a loader")
         computed = 0
         if progress:
-            batches = need("tqdm", "progress=True", "memo").tqdm(batches, desc=self._function.name, unit="batch")
+            batches = need("tqdm.auto", "progress=True", "memo").tqdm(batches, desc=self._function.name, unit="batch")
         for batch in batches:
             call, runner = self._prepare((part(batch, at),), kwargs)
             computed += self._payloads(runner, call)[1]

@@ -65,6 +65,10 @@ class Function:
         if self._module is None and (not callable(target) or inspect.iscoroutinefunction(target)):
             kind = "coroutine" if callable(target) else type(target).__name__
             raise ValueError(f"a {kind} can't be called by JAX; wrap a function or a Flax module")
+        if inspect.isfunction(target) and next(iter(inspect.signature(target).parameters), None) == "self":
+            raise ValueError(
+                f"{target.__qualname__} is a method without its object; wrap it where that is: memo.wrap(it.method)"
+            )
         if isinstance(target, linen.Module):
             raise ValueError(
                 f"{type(target).__name__} is a linen module without parameters: memo.wrap(module.apply, variables)"

@@ -115,6 +115,8 @@ class Memo:
         self._tiers.check_open()
         if isinstance(function, Features):
             raise ValueError(f"{function!r} is memoized already; wrap what it was made of")
+        if not isinstance(version, str | None):
+            raise ValueError(f'version is {version!r}; give a text, such as version="2"')
         settings = Settings(version, _floating(output_dtype), batch, check)
         return Features(self._tiers, self._hash, self._staging, function, params, shared, settings)
 

@@ -66,7 +66,7 @@ def load(
     result = jaxkv.generate(model.forward, model.params, [prompt], cache, stop_tokens=model.generation.stop_tokens)
     ```
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     name, config, source = read_config(directory, context=context)
     generation = GenerationConfig.read(directory)
     files = Files(directory)
@@ -140,7 +140,7 @@ def save(
     Raises:
       ValueError: for a model that did not come from a config.json, or is fused, or a dtype that would quantize it.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     if not model.source:
         raise ValueError("this model did not come from a config.json; make it by jaxkv.models.init(config, rngs=...)")
     name, _, _ = read_config(model.source)

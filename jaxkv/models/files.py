@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv import safetensors
+from jaxkv import safetensors, whole
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -42,9 +42,8 @@ def read_json(path: Path, *, needed: bool = True) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes an object into a file, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole.written(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 class Files(Mapping[str, np.ndarray]):
