@@ -11,10 +11,8 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
-import operator
-import types
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -25,9 +23,9 @@ from flax import linen, nnx
 from jaxkv.memo.captured import captured
 from jaxkv.memo.hashing import Hash
 from jaxkv.memo.program import digest_of, paths_of
+from jaxkv.memo.snapshot import Snapshot, flatten
 
 _LINEN_KEYWORDS = ("rngs", "method", "mutable", "capture_intermediates")  # of apply itself, not of the module
-_SIMPLE = (bool, int, float, complex, str, bytes)
 _APPLY = "<apply>"  # the name under which they go
 
 
@@ -150,7 +148,7 @@ class Function:
     def watch(self) -> tuple[list[Any], Any]:
         """Returns (values, their structure), of which something is another if anything has changed."""
         if self._module is None:
-            return _flatten((self._params, [read() for read in self._captured]))
+            return flatten((self._params, [read() for read in self._captured]))
         values, structure = self._flatten_captured()
         values += [variable.get_raw_value() for variable in self._variables]
         for fields in self._fields:
@@ -158,7 +156,7 @@ class Function:
         return values, structure
 
     def _flatten_captured(self, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
-        return _flatten((self._containers, [read() for read in self._captured]), is_leaf)
+        return flatten((self._containers, [read() for read in self._captured]), is_leaf)
 
     def rewatch(self) -> None:
         """Looks up again what is to be watched: a part that was put in or taken out has changed its owner's fields."""
@@ -186,36 +184,6 @@ class Function:
         if not isinstance(method, str):  # None, or what is refused later
             return self._signature
         return _signature(getattr(type(self._call.__self__), method, None), 1)  # type: ignore[attr-defined]
-
-
-class Snapshot:
-    """Values that are the same while they are identical, and those that change in place (NumPy's, sets) of one content.
-
-    Args:
-      values: the leaves of a pytree.
-      structure: of it.
-    """
-
-    def __init__(self, values: Sequence[Any], structure: Any) -> None:
-        self._values = values
-        self._structure = structure
-        self._arrays = {i: _content(value) for i, value in enumerate(values) if isinstance(value, np.ndarray | set)}
-
-    def holds(self, values: Sequence[Any], structure: Any) -> bool:
-        """Returns whether these are the same values, unchanged. (Called before each lookup: is_ and map are quick.)"""
-        if len(values) != len(self._values) or not _equal(structure, self._structure):
-            return False
-        same = all(map(operator.is_, values, self._values)) or all(map(_is_same, values, self._values))
-        return same and all(_content(values[i]) == content for i, content in self._arrays.items())
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Snapshot) or len(self._values) != len(other._values):
-            return False
-        pairs = enumerate(zip(self._values, other._values, strict=True))
-        alike = all(_is_same(mine, its) or (i in self._arrays and i in other._arrays) for i, (mine, its) in pairs)
-        return alike and self._arrays == other._arrays and _equal(self._structure, other._structure)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 class State:
@@ -268,60 +236,9 @@ class State:
         return known
 
 
-def _is_same(a: Any, b: Any) -> bool:
-    """Returns whether these are one object, or equal numbers, strings or code that were set anew."""
-    if a is b or type(a) is not type(b):
-        return a is b
-    return repr(a) == repr(b) if type(a) in _SIMPLE else type(a) is types.CodeType and a == b  # repr: -0.0, NaN
-
-
 def _kind(leaf: Any) -> tuple[Any, ...]:
     python = type(leaf) if isinstance(leaf, bool | int | float | complex) else None
     return python, np.shape(leaf), jnp.result_type(leaf), getattr(leaf, "weak_type", False)
-
-
-def _content(array: np.ndarray | set[Any]) -> Any:
-    if isinstance(array, set):
-        return frozenset(array)
-    kind = f"{array.dtype.name}{array.shape}".encode()
-    return kind + (array.tobytes() if array.dtype.hasobject else _hash().rows([array[None]])[0])
-
-
-@functools.cache
-def _hash() -> Hash:
-    try:
-        return Hash("xxh3_128")
-    except ImportError:
-        return Hash("blake2b")
-
-
-def _flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
-    """Returns the leaves of a pytree, and a structure that can be compared."""
-    try:
-        return jax.tree.flatten(tree, is_leaf)
-    except (TypeError, ValueError):  # dicts whose keys can't be sorted
-        leaves: list[Any] = []
-        return leaves, _take_apart(tree, leaves, is_leaf)
-
-
-def _take_apart(value: Any, leaves: list[Any], is_leaf: Callable[[Any], bool] | None) -> Any:
-    if type(value) in (list, tuple):
-        return type(value), [_take_apart(part, leaves, is_leaf) for part in value]
-    if type(value) is dict:
-        return list(value), [_take_apart(part, leaves, is_leaf) for part in value.values()]
-    try:
-        parts, structure = jax.tree.flatten(value, is_leaf)
-    except (TypeError, ValueError):
-        parts, structure = [value], None
-    leaves += parts
-    return structure
-
-
-def _equal(structure: Any, other: Any) -> bool:
-    try:
-        return bool(structure == other)
-    except (TypeError, ValueError):  # arrays in the static part of somebody's pytree: nobody can say
-        return False
 
 
 def _is_module(value: Any) -> bool:
