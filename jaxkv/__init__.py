@@ -29,8 +29,6 @@ from .memo.tiers import MemoStats as MemoStats
 from .nn import linen as linen
 from .nn import nnx as nnx
 from .nn.attend import attend as attend
-from .nn.attend import cross_attend as cross_attend
-from .nn.attend import self_attend as self_attend
 from .nn.buffers import Buffer as Buffer
 from .nn.buffers import TransientBuffer as TransientBuffer
 from .nn.rotary import LinearScaling as LinearScaling
@@ -43,6 +41,8 @@ from .nn.state import load_state as load_state
 from .nn.state import load_state_dict as load_state_dict
 from .nn.state import save_state as save_state
 from .nn.state import state_dict as state_dict
+from .nn.uncached import cross_attend as cross_attend
+from .nn.uncached import self_attend as self_attend
 from .offload.offload import Offload as Offload
 from .store.current import get_store as get_store
 from .store.current import set_store as set_store

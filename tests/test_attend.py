@@ -160,7 +160,7 @@ def test_rows_visited_one_after_the_other_give_the_same(monkeypatch):
     first = read_block(cache, *block_of([np.arange(20)] * 3))[0]
     far = read_block(first, *block_of([[EMPTY], [2100], [1300]]))[0]
     want = read_block(far, *block_of([[20], [EMPTY], [1301]]))[1]
-    monkeypatch.setattr("jaxkv.nn.attend._pays_by_row", lambda spec: True)
+    monkeypatch.setattr("jaxkv.nn.plan.pays_by_row", lambda spec: True)
     by_row = jax.jit(read_block.__wrapped__)
     got = by_row(far, *block_of([[20], [EMPTY], [1301]]))[1]
     alone = by_row(first, *block_of([[20], [2100], [EMPTY]]))[1]

@@ -14,7 +14,8 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.layer import Layer
 from jaxkv.cache.spec import LayerSpec, Reach
 from jaxkv.cache.storage import Dense
-from jaxkv.nn.attend import attend, cross_attend, self_attend
+from jaxkv.nn.attend import attend
+from jaxkv.nn.uncached import cross_attend, self_attend
 
 PROJECTIONS = ("query", "key", "value", "out")
 

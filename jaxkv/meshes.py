@@ -1,0 +1,74 @@
+"""What the types of arrays say of meshes: the axes they vary over inside `shard_map`, and which axes are Explicit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+
+
+def vary_alike(tree: Any) -> Any:
+    """Returns the tree with all arrays varying over the mesh axes that one of them varies over.
+
+    Inside `jax.shard_map` a loop's carry keeps its type: what starts replicated may not become different from device to
+    device. Elsewhere nothing changes.
+    """
+    axes = frozenset[str]().union(*(_varying(x) for x in jax.tree.leaves(tree)))
+    return _vary(tree, axes)
+
+
+def vary_like(x: Any, tree: Any) -> Any:
+    """Returns the tree with its arrays varying over the mesh axes that x varies over."""
+    return _vary(tree, _varying(x))
+
+
+def _vary(tree: Any, axes: frozenset[str]) -> Any:
+    def one(x: Any) -> Any:
+        missing = tuple(sorted(axes - _varying(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
+
+
+def _varying(x: Any) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def explicit_mesh(tree: Any) -> Any:
+    """Returns the mesh with Explicit axes that an array of the tree lies on, or None."""
+    for x in jax.tree.leaves(tree):
+        mesh = jax.typeof(x).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def spec_of(x: Any) -> tuple[Any, ...]:
+    """Returns the Explicit mesh axes of each of an array's axes, None where there are none."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (jax.typeof(x).ndim - len(spec))
+
+
+def automatic(function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
+    """Returns the function run as on Auto axes, where XLA chooses the shardings in between.
+
+    Call it while tracing. Where no argument lies on a mesh with Explicit axes the function runs as it is.
+
+    Args:
+      function: of arrays and pytrees of arrays.
+      specs: of its results, a tree of PartitionSpecs.
+    """
+
+    def call(*args: Any) -> Any:
+        mesh = explicit_mesh(args)
+        if mesh is None:
+            return function(*args)
+        places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        axes = tuple(
+            name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+        )
+        return jax.sharding.auto_axes(function, axes=axes, out_sharding=places)(*args)
+
+    return call
