@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def vary_alike(tree: Any) -> Any:
@@ -72,3 +72,31 @@ def automatic(function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
         return jax.sharding.auto_axes(function, axes=axes, out_sharding=places)(*args)
 
     return call
+
+
+def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, *, out_sharding: Any = None, **options: Any) -> Any:
+    """Returns `jax.lax.dot_general`, also where an axis that is summed over is split over Explicit mesh axes.
+
+    JAX then asks for the sharding of the result: it is that of the axes that are left. To be given to Flax's layers.
+    """
+
+    def product(lhs: Any, rhs: Any, out_sharding: Any = None) -> Any:
+        return jax.lax.dot_general(lhs, rhs, dimension_numbers, out_sharding=out_sharding, **options)
+
+    if out_sharding is not None:
+        return product(lhs, rhs, out_sharding)
+    (summed, others_summed), (batch, others_batch) = dimension_numbers
+    gone = {*summed, *batch}, {*others_summed, *others_batch}
+    left, right = ([n for i, n in enumerate(spec_of(x)) if i not in g] for x, g in zip((lhs, rhs), gone, strict=True))
+    return automatic(product, PartitionSpec(*(spec_of(lhs)[i] for i in batch), *left, *right))(lhs, rhs)
+
+
+def forward(function: Callable[..., Any], params: Any, tokens: Any, positions: Any, cache: Any) -> Any:
+    """Returns function(params, tokens, positions, cache), a model's (logits, cache), also on a mesh with Explicit axes.
+
+    There the logits are sharded over rows as the tokens are, and the cache stays as it is.
+    """
+    if explicit_mesh((params, tokens, positions, cache)) is None:
+        return function(params, tokens, positions, cache)
+    kept = jax.tree.map(lambda x: PartitionSpec(*spec_of(x)), cache)
+    return automatic(function, (PartitionSpec(*spec_of(tokens)[:1]), kept))(params, tokens, positions, cache)
