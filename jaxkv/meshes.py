@@ -51,14 +51,19 @@ def spec_of(x: Any) -> tuple[Any, ...]:
     return spec + (None,) * (jax.typeof(x).ndim - len(spec))
 
 
+def like(tree: Any) -> Any:
+    """Returns the PartitionSpecs of a tree's arrays, in their place."""
+    return jax.tree.map(lambda x: PartitionSpec(*spec_of(x)), tree)
+
+
 def automatic(function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
     """Returns the function run as on Auto axes, where XLA chooses the shardings in between.
 
-    Call it while tracing. Where no argument lies on a mesh with Explicit axes the function runs as it is.
+    Where no argument lies on a mesh with Explicit axes the function runs as it is.
 
     Args:
       function: of arrays and pytrees of arrays.
-      specs: of its results, a tree of PartitionSpecs.
+      specs: of its results, a tree of PartitionSpecs, or the beginning of one.
     """
 
     def call(*args: Any) -> Any:
@@ -69,7 +74,9 @@ def automatic(function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
         axes = tuple(
             name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
         )
-        return jax.sharding.auto_axes(function, axes=axes, out_sharding=places)(*args)
+        run = jax.sharding.auto_axes(function, axes=axes, out_sharding=places)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
+        return run(*args) if traced else jax.jit(run)(*args)
 
     return call
 
