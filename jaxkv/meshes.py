@@ -56,6 +56,18 @@ def like(tree: Any) -> Any:
     return jax.tree.map(lambda x: PartitionSpec(*spec_of(x)), tree)
 
 
+def rows_of(x: Any) -> PartitionSpec:
+    """Returns the PartitionSpec of an array with x's first axis, whose other axes are not sharded."""
+    return PartitionSpec(*spec_of(x)[:1])
+
+
+def constrain(x: Any, place: NamedSharding) -> Any:
+    """Returns x where `place` says, while tracing, whatever the kind of the mesh's axes."""
+    if AxisType.Explicit in place.mesh.axis_types:
+        return jax.sharding.reshard(x, place)
+    return jax.lax.with_sharding_constraint(x, place)
+
+
 def automatic(function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
     """Returns the function run as on Auto axes, where XLA chooses the shardings in between.
 
@@ -105,5 +117,4 @@ def forward(function: Callable[..., Any], params: Any, tokens: Any, positions: A
     """
     if explicit_mesh((params, tokens, positions, cache)) is None:
         return function(params, tokens, positions, cache)
-    kept = jax.tree.map(lambda x: PartitionSpec(*spec_of(x)), cache)
-    return automatic(function, (PartitionSpec(*spec_of(tokens)[:1]), kept))(params, tokens, positions, cache)
+    return automatic(function, (rows_of(tokens), like(cache)))(params, tokens, positions, cache)
