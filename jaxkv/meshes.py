@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,15 @@ def spec_of(x: Any) -> tuple[Any, ...]:
 def like(tree: Any) -> Any:
     """Returns the PartitionSpecs of a tree's arrays, in their place."""
     return jax.tree.map(lambda x: PartitionSpec(*spec_of(x)), tree)
+
+
+def resized(x: Any, axis: int, size: int) -> PartitionSpec:
+    """Returns the PartitionSpec of an array if one axis had another size: mesh axes that don't divide it drop out."""
+    spec, mesh = list(spec_of(x)), jax.typeof(x).sharding.mesh
+    names = spec[axis] if isinstance(spec[axis], tuple) else [spec[axis]] if spec[axis] else []
+    if size % math.prod(mesh.shape[name] for name in names):
+        spec[axis] = None
+    return PartitionSpec(*spec)
 
 
 def automatic(function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
