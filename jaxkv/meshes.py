@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +67,15 @@ def constrain(x: Any, place: NamedSharding) -> Any:
     if AxisType.Explicit in place.mesh.axis_types:
         return jax.sharding.reshard(x, place)
     return jax.lax.with_sharding_constraint(x, place)
+
+
+def resized(x: Any, axis: int, size: int) -> PartitionSpec:
+    """Returns the PartitionSpec of an array if one axis had another size: mesh axes that don't divide it drop out."""
+    spec, mesh = list(spec_of(x)), jax.typeof(x).sharding.mesh
+    names = spec[axis] if isinstance(spec[axis], tuple) else [spec[axis]] if spec[axis] else []
+    if size % math.prod(mesh.shape[name] for name in names):
+        spec[axis] = None
+    return PartitionSpec(*spec)
 
 
 def automatic(function: Callable[..., Any], specs: Any) -> Callable[..., Any]:

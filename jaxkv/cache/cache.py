@@ -24,7 +24,7 @@ from jaxkv.cache.show import describe, headline
 from jaxkv.cache.spec import Cross, LayerSpec
 from jaxkv.cache.step import Step
 from jaxkv.errors import CacheError, CacheFullError, NotSupportedError
-from jaxkv.meshes import automatic, like
+from jaxkv.meshes import automatic, like, resized
 
 
 @jax.tree_util.register_dataclass
@@ -345,7 +345,11 @@ class Cache:
         rows = integers("rows", rows)
         if rows.ndim != 1:
             raise ValueError(f"take: rows has shape {rows.shape}; give a list of row numbers, int [R2]")
-        return automatic(edit.take, like(jax.eval_shape(edit.take, self, rows)))(self, rows)
+        places = like(self)
+        if rows.shape[0] != self.num_rows:
+            buffers = jax.tree.map(lambda x: resized(x, x.ndim - 4, rows.shape[0]), self.layers)
+            places = dataclasses.replace(places, layers=buffers)
+        return automatic(edit.take, places)(self, rows)
 
     def check(self) -> None:
         """Raises CacheFullError on the host if a sequence did not fit; names it, what it holds and the cure."""

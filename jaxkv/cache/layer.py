@@ -90,9 +90,6 @@ class Layer:
             want = (b, t, self.spec.num_kv_heads, size)
             if x.shape != want:
                 raise ValueError(f"put: {name} has shape {x.shape}, this layer and step want [B, T, K, H] = {want}")
-        if isinstance(reach, Cross):
-            missing = step.positions[:, t : reach.size] != EMPTY
-            k, v = (_fill_up(x, missing) for x in (k, v))
         return automatic(_put, like(self))(self, step, k, v)
 
     def read(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
@@ -152,7 +149,11 @@ class Layer:
 
 
 def _put(layer: Layer, step: Step, k: Any, v: Any) -> Layer:
-    slots = step.groups[layer.group].slots[:, : k.shape[1]]
+    slots = step.groups[layer.group].slots
+    if step.cross and k.shape[1] < layer.spec.reach.size:
+        missing = step.positions[:, k.shape[1] : layer.spec.reach.size] != EMPTY
+        k, v = (_fill_up(x, missing) for x in (k, v))
+    slots = slots[:, : k.shape[1]]
 
     def write(buffers: Any, storage: Any, x: Any) -> Any:
         return jax.tree.map(
@@ -186,8 +187,6 @@ def _fill_up(x: Any, missing: Any) -> Any:
     What was not given must not be read as if it were. Where nothing is missing no NaN is made, which
     `jax_debug_nans` would take for a fault.
     """
-    if not missing.shape[1]:
-        return x
     fill = jnp.zeros(missing.shape, x.dtype)
     if jnp.issubdtype(x.dtype, jnp.floating):
         fill = fill / (~missing).astype(x.dtype)

@@ -17,6 +17,7 @@ from jaxkv.meshes import dot_general, forward
 from jaxkv.nn.arguments import check_call
 from jaxkv.nn.heads import PROJECTIONS, Heads, biased, rms_norm
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
+from jaxkv.nn.porting import attention_params as attention_params
 
 
 class Attention(AttentionModule, nn.Module):

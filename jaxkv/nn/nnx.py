@@ -19,6 +19,7 @@ from jaxkv.nn.fuse import Joined, Transposed
 from jaxkv.nn.fuse import fuse as fuse
 from jaxkv.nn.heads import Heads, biased, rms_norm
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
+from jaxkv.nn.porting import attention_params as attention_params
 
 
 class Attention(AttentionModule, nnx.Module):
