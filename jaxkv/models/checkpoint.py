@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from jaxkv import safetensors
-from jaxkv.models.config import context_of, read_config, text_fields
+from jaxkv.models.config import check_layers, context_of, read_config, text_fields
 from jaxkv.models.families import FAMILIES
 from jaxkv.models.families.table import Family, Tensor
 from jaxkv.models.files import INDEX, SINGLE, Files, is_floating, write_json
@@ -70,6 +70,7 @@ def load(
     name, config, source = read_config(directory, context=context)
     generation = GenerationConfig.read(directory)
     files = Files(directory)
+    check_layers(source, files)
     config = _with_dtype(config, dtype if dtype is not None else files.dtype)
     family = FAMILIES[name]
     module = abstract(family.module, config)
@@ -271,12 +272,7 @@ def _entries(family: Family, names: Iterable[str]) -> Iterator[tuple[Tensor, str
 
 def _places(family: Family, params: Mapping[str, Any], files: Files) -> dict[str, _Place]:
     """Returns where each param lies, or raises with all that doesn't fit."""
-    there: dict[str, str] = {}  # the names that the family knows, and those in the files
-    for name in files:
-        known = name
-        for pattern, replacement in family.renames:
-            known = re.sub(pattern, replacement, known)
-        there[known] = name
+    there = {family.known_as(name): name for name in files}
     places: dict[str, _Place] = {}
     expected = set()
     problems = []

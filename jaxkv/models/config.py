@@ -1,16 +1,21 @@
-"""config.json: which family a checkpoint is of, and the config of its module; read before any weight is."""
+"""config.json: which family a checkpoint is of, and the config of its module, checked before any weight is read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxkv.errors import NotSupportedError
 from jaxkv.models.families import FAMILIES
-from jaxkv.models.families.table import Fields
+from jaxkv.models.families.fields import Field, Fields, Object
+from jaxkv.models.families.table import Family
 from jaxkv.models.files import read_json
+
+# What files of all families may have.
+_OF_ALL = {name: Field(Object(), None) for name in ("text_config", "quantization_config", "per_layer_config")}
 
 
 def read_config(
@@ -25,47 +30,78 @@ def read_config(
     Raises:
       OSError: if there is no such file.
       NotSupportedError: for an unknown family or a feature that is not computed here, naming the field.
-      ValueError: for a field that is missing or makes no sense.
+      ValueError: naming every field that is missing or has a value that it can't have.
 
     >>> name, config, _ = read_config({"model_type": "gpt2", "vocab_size": 8, "n_embd": 4, "n_layer": 1, "n_head": 2})
     >>> name, config.norm, config.max_positions
     ('gpt2', 'layer', 1024)
     """
+    where = "config.json"
     if not isinstance(source, Mapping):
         path = Path(source)
-        source = read_json(path / "config.json" if path.is_dir() or path.suffix != ".json" else path)
-    source = dict(source)
-    name = source.get("model_type")
-    if name not in FAMILIES:
-        raise NotSupportedError(
-            f'config.json has "model_type": {name!r}, which is not known here; known are {", ".join(FAMILIES)}. '
-            "docs/families.md says how to add one"
-        )
-    if source.get("quantization_config") is not None:
-        method = source["quantization_config"].get("quant_method")
-        raise NotSupportedError(
-            f'config.json has "quantization_config" ({method}): weights that are quantized can\'t be read; fetch the '
-            "model in bfloat16 or float16, or save it dequantized"
-        )
-    family = FAMILIES[name]
-    try:
-        config = family.config(Fields(text_fields(source), family, context))
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"config.json has a field of a wrong kind: {error}") from error
-    return name, config, source
+        path = path / "config.json" if path.is_dir() or path.suffix != ".json" else path
+        where, source = str(path), read_json(path)
+    family, fields = _fields(source, context, where)
+    return source["model_type"], family.config(fields), dict(source)
 
 
-def context_of(source: Mapping[str, Any]) -> int | None:
-    """Returns how long the sequences are that a model was made for, by its parsed config.json; None if it is silent."""
-    fields = text_fields(source)
-    names = ("max_position_embeddings", "n_positions", "max_target_positions")
-    return next((int(fields[name]) for name in names if fields.get(name) is not None), None)
+def context_of(source: Mapping[str, Any]) -> int:
+    """Returns how long the sequences are that a model was made for, by its parsed config.json."""
+    family, fields = _fields(source)
+    return family.context(fields)
+
+
+def check_layers(source: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Checks that the files have as many layers as config.json says, before those are made.
+
+    Args:
+      source: the parsed config.json.
+      names: of the tensors in the files.
+
+    Raises:
+      ValueError: naming the field, if the files have fewer layers.
+    """
+    family, fields = _fields(source)
+    known = [family.known_as(name) for name in names]
+    for name, field in family.fields.items():
+        if not field.counts:
+            continue
+        pattern = re.compile(re.escape(field.counts).replace(r"\{\}", r"(\d+)"))
+        numbers = {int(found[1]) for found in map(pattern.match, known) if found}
+        if fields[name] > len(numbers):
+            raise fields.wrong(name, f"the weights have {len(numbers)} layers")
 
 
 def text_fields(source: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the config.json of the text part of a model that sees images too, or of the whole if that is all."""
-    text = source.get("text_config")
-    if not isinstance(text, Mapping):
+    family = FAMILIES[source["model_type"]]
+    part = source.get(family.part) if family.part else None
+    if part is None:
         return source
     shared = {key: source[key] for key in ("tie_word_embeddings", "eos_token_id") if key in source}
-    return {**shared, **text, "model_type": text.get("model_type", f"{source.get('model_type')}_text")}
+    return {**shared, **part, "model_type": part.get("model_type", f"{source['model_type']}_text")}
+
+
+def _fields(source: Mapping[str, Any], context: int | None = None, where: str = "config.json") -> tuple[Family, Fields]:
+    """Returns the family of a parsed config.json and its fields, all of them checked."""
+    name = source.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise NotSupportedError(
+            f'{where} has "model_type": {name!r}, which is not known here; known are {", ".join(FAMILIES)}. '
+            "docs/families.md says how to add one"
+        )
+    family = FAMILIES[name]
+    Fields(source, _OF_ALL, where=where)
+    text = text_fields(source)
+    part = where if text is source else f'{where}, "{family.part}",'
+    fields = Fields(text, {**_OF_ALL, **family.fields}, context, part)
+    quantization = source.get("quantization_config") or text.get("quantization_config")
+    if quantization and (method := quantization.get("quant_method")) not in family.quantized:
+        can = f"only {' or '.join(family.quantized)} can; " if family.quantized else ""
+        raise NotSupportedError(
+            f'{where} has "quantization_config" ({method!r}): weights that are quantized so can\'t be read; {can}'
+            "fetch the model in bfloat16 or float16, or save it dequantized"
+        )
+    if text.get("per_layer_config"):
+        raise fields.unsupported("per_layer_config", "only layer_types may set layers apart")
+    return family, fields
