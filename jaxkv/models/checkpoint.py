@@ -70,7 +70,7 @@ def load(
     name, config, source = read_config(directory, context=context)
     generation = GenerationConfig.read(directory)
     files = Files(directory)
-    check_layers(source, files)
+    check_layers(source, files, directory / "config.json")
     config = _with_dtype(config, dtype if dtype is not None else files.dtype)
     family = FAMILIES[name]
     module = abstract(family.module, config)
