@@ -158,10 +158,11 @@ def _rotary(fields: Fields, name: str, given: Mapping[str, Any], head_dim: int, 
     if dim != head_dim and not partial:
         raise fields.unsupported(name, 'this family rotates whole heads: remove "partial_rotary_factor"')
     if dim % 2 or not dim:
+        part = given["partial_rotary_factor"]
         raise fields.unsupported(
             "head_dim" if dim == head_dim else name,
-            f'dimensions are rotated in pairs, and "partial_rotary_factor" {given["partial_rotary_factor"]} makes {dim} '
-            f'of the {head_dim} of a head ("head_dim")',
+            f'dimensions are rotated in pairs, and "partial_rotary_factor" {part} makes {dim} of the {head_dim} of a '
+            'head ("head_dim")',
         )
     try:
         scaling = None if kind == "default" else _scaling(fields, kind, given)
