@@ -28,7 +28,7 @@ from jaxkv.models import (
     read_config,
     tiny,
 )
-from jaxkv.models.checkpoint import context_of
+from jaxkv.models.config import context_of
 from jaxkv.models.model import abstract
 from jaxkv.nn.nnx import functional, fuse
 

@@ -21,10 +21,10 @@ import numpy as np
 from flax import nnx
 
 from jaxkv import safetensors
-from jaxkv.errors import NotSupportedError
+from jaxkv.models.config import check_layers, context_of, read_config, text_fields
 from jaxkv.models.families import FAMILIES
-from jaxkv.models.families.table import Family, Fields, Tensor
-from jaxkv.models.files import INDEX, SINGLE, Files, is_floating, read_json, write_json
+from jaxkv.models.families.table import Family, Tensor
+from jaxkv.models.files import INDEX, SINGLE, Files, is_floating, write_json
 from jaxkv.models.generation import GenerationConfig
 from jaxkv.models.model import Model, abstract
 from jaxkv.models.tokenizer import Tokenizer
@@ -70,6 +70,7 @@ def load(
     name, config, source = read_config(directory, context=context)
     generation = GenerationConfig.read(directory)
     files = Files(directory)
+    check_layers(source, files, directory / "config.json")
     config = _with_dtype(config, dtype if dtype is not None else files.dtype)
     family = FAMILIES[name]
     module = abstract(family.module, config)
@@ -173,50 +174,8 @@ def save(
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     else:
         (directory / INDEX).unlink(missing_ok=True)
-    source = {key: value for key, value in _text_fields(model.source).items() if key != "torch_dtype"}
+    source = {key: value for key, value in text_fields(model.source).items() if key != "torch_dtype"}
     write_json(directory / "config.json", {**source, "dtype": dtype.name})
-
-
-def read_config(
-    source: Mapping[str, Any] | str | os.PathLike[str], *, context: int | None = None
-) -> tuple[str, Any, dict[str, Any]]:
-    """Returns (family, config, parsed config.json), and reads no weights.
-
-    Args:
-      source: a checkpoint directory, a path of config.json, or what was parsed from it.
-      context: as for `load`.
-
-    Raises:
-      OSError: if there is no such file.
-      NotSupportedError: for an unknown family or a feature that is not computed here, naming the field.
-      ValueError: for a field that is missing or makes no sense.
-
-    >>> name, config, _ = read_config({"model_type": "gpt2", "vocab_size": 8, "n_embd": 4, "n_layer": 1, "n_head": 2})
-    >>> name, config.norm, config.max_positions
-    ('gpt2', 'layer', 1024)
-    """
-    if not isinstance(source, Mapping):
-        path = Path(source)
-        source = read_json(path / "config.json" if path.is_dir() or path.suffix != ".json" else path)
-    source = dict(source)
-    name = source.get("model_type")
-    if name not in FAMILIES:
-        raise NotSupportedError(
-            f'config.json has "model_type": {name!r}, which is not known here; known are {", ".join(FAMILIES)}. '
-            "docs/families.md says how to add one"
-        )
-    if source.get("quantization_config") is not None:
-        method = source["quantization_config"].get("quant_method")
-        raise NotSupportedError(
-            f'config.json has "quantization_config" ({method}): weights that are quantized can\'t be read; fetch the '
-            "model in bfloat16 or float16, or save it dequantized"
-        )
-    family = FAMILIES[name]
-    try:
-        config = family.config(Fields(_text_fields(source), family, context))
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"config.json has a field of a wrong kind: {error}") from error
-    return name, config, source
 
 
 def tensor_parallel(mesh: jax.sharding.Mesh, axis: str | None = None) -> Callable[[str, tuple[int, ...]], Any]:
@@ -313,12 +272,7 @@ def _entries(family: Family, names: Iterable[str]) -> Iterator[tuple[Tensor, str
 
 def _places(family: Family, params: Mapping[str, Any], files: Files) -> dict[str, _Place]:
     """Returns where each param lies, or raises with all that doesn't fit."""
-    there: dict[str, str] = {}  # the names that the family knows, and those in the files
-    for name in files:
-        known = name
-        for pattern, replacement in family.renames:
-            known = re.sub(pattern, replacement, known)
-        there[known] = name
+    there = {family.known_as(name): name for name in files}
     places: dict[str, _Place] = {}
     expected = set()
     problems = []
@@ -347,15 +301,6 @@ def _places(family: Family, params: Mapping[str, Any], files: Files) -> dict[str
     return places
 
 
-def _text_fields(source: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the config.json of the text part of a model that sees images too, or of the whole if that is all."""
-    text = source.get("text_config")
-    if not isinstance(text, Mapping):
-        return source
-    shared = {key: source[key] for key in ("tie_word_embeddings", "eos_token_id") if key in source}
-    return {**shared, **text, "model_type": text.get("model_type", f"{source.get('model_type')}_text")}
-
-
 def _shards(tensors: Mapping[str, Any], itemsize: int, most: int) -> list[list[str]]:
     """Returns names in groups of at most so many bytes, but for tensors that are larger alone."""
     shards: list[list[str]] = [[]]
@@ -372,13 +317,6 @@ def _shards(tensors: Mapping[str, Any], itemsize: int, most: int) -> list[list[s
 
 def _with_dtype(config: Any, dtype: Any) -> Any:
     return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-
-
-def context_of(source: Mapping[str, Any]) -> int | None:
-    """Returns how long the sequences are that a model was made for, by its parsed config.json; None if it is silent."""
-    fields = _text_fields(source)
-    names = ("max_position_embeddings", "n_positions", "max_target_positions")
-    return next((int(fields[name]) for name in names if fields.get(name) is not None), None)
 
 
 def _sharding_of(sharding: Any, name: str, like: Any) -> Any:
