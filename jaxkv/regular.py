@@ -46,7 +46,8 @@ def read(path: str | os.PathLike[str], most: int) -> bytes:
     with file:
         if size > most:
             raise ValueError(
-                f"{path} has {size:,} bytes, and such a file at most {most:,}; it is another one or damaged, fetch it again"
+                f"{path} has {size:,} bytes, and such a file has at most {most:,}; it is damaged or another one, fetch "
+                "it again"
             )
         return file.read(most)
 

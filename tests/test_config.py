@@ -6,7 +6,6 @@ tests/golden/rope_configs.json is what transformers makes of it (tests/golden/ma
 import json
 import logging
 import math
-import time
 from pathlib import Path
 
 import jax
@@ -23,6 +22,7 @@ from jaxkv.models.model import abstract
 
 GOLDEN = Path(__file__).parent / "golden"
 ROPE = json.loads((GOLDEN / "rope_configs.json").read_text())["cases"]
+CHECKPOINTS = [json.loads((path / "config.json").read_text()) for path in sorted((GOLDEN / "families").iterdir())]
 
 # What Hugging Face has under these names, as config.json was written at the time; the number of parameters is what the
 # cards say.
@@ -402,7 +402,7 @@ def test_a_null_and_a_missing_field_mean_what_they_mean_in_transformers():
     assert read_config(mistral)[1].num_kv_heads == 8
     assert read_config({**mistral, "num_key_value_heads": None})[1].num_kv_heads == 32
     assert config_of("gemma-2-2b", attn_logit_softcapping=None).attention_softcap is None
-    with pytest.raises(ValueError, match=r'"num_key_value_heads" is .*it must divide the 14'):  # 32 by default
+    with pytest.raises(ValueError, match='"num_key_value_heads" is 32 by default; it must divide the 14'):
         read_config({k: v for k, v in PUBLISHED["Qwen2.5-0.5B"][0].items() if k != "num_key_value_heads"})
 
 
@@ -470,8 +470,7 @@ def test_context_of_every_kind_of_file():
     assert context_of(PUBLISHED["Phi-3-mini-128k"][0]) == 131_072
     assert context_of(PUBLISHED["gpt2"][0]) == 1024
     assert context_of({**PUBLISHED["gpt2"][0], "n_positions": None, "max_position_embeddings": 64}) == 64
-    for path in sorted((GOLDEN / "families").iterdir()):
-        assert context_of(json.loads((path / "config.json").read_text())) in (80, 96, 128), path
+    assert {context_of(source) for source in CHECKPOINTS} == {80, 96, 128}
 
 
 @pytest.mark.parametrize(
@@ -509,10 +508,8 @@ HOSTILE = [
     {"full_attention": 1}, {"full_attention": {"rope_type": "yarn", "factor": -1}},
     {"rope_theta": 1, "rope_type": "yarn"}, {"rope_theta": -1}, {"quant_method": []}, {"quant_method": "gptq"},
 ]  # fmt: skip
-MINIMAL = {
-    path.name: json.loads((path / "config.json").read_text()) for path in sorted((GOLDEN / "families").iterdir())
-}
-MINIMAL["gemma3 with eyes"] = {"model_type": "gemma3", "text_config": MINIMAL["gemma3"]}
+MINIMAL = {source["model_type"]: source for source in CHECKPOINTS}
+MINIMAL["gemma3"] = {"model_type": "gemma3", "text_config": MINIMAL["gemma3_text"]}
 
 
 def _inner(kind):
@@ -537,7 +534,6 @@ def test_no_value_of_any_field_gives_anything_but_an_error_that_names_it(model):
     source = MINIMAL[model]
     family = FAMILIES[source["model_type"]]
     part = source.get("text_config")
-    began = time.monotonic()
     small = set()
     for name, field in {**family.fields, "text_config": None, "quantization_config": None, "model_type": None}.items():
         for value in HOSTILE:
@@ -550,7 +546,6 @@ def test_no_value_of_any_field_gives_anything_but_an_error_that_names_it(model):
             for value in HOSTILE:
                 for kind in ("yarn", "linear", "longrope", "llama3", "default"):
                     outcome({**source, name: {"rope_type": kind, key: value}}, name)
-    assert time.monotonic() - began < 60  # nothing huge was made
     for name, config in small:
         if all(size < 5000 for size in vars(config).values() if type(size) is int):
             abstract(FAMILIES[name].module, config)

@@ -76,7 +76,7 @@ def load(
     directory = Path(directory).expanduser()
     generation = GenerationConfig.read(directory)
     files = Files(directory)
-    check_layers(source, files)
+    check_layers(source, files, directory / "config.json")
     family = FAMILIES[name]
     contents = Contents(family, files)
     config = _with_dtype(config, _computed(files.dtype if dtype is None else dtype, given=dtype is not None))

@@ -51,17 +51,18 @@ def context_of(source: Mapping[str, Any]) -> int:
     return family.context(fields)
 
 
-def check_layers(source: Mapping[str, Any], names: Iterable[str]) -> None:
+def check_layers(source: Mapping[str, Any], names: Iterable[str], where: Any = "config.json") -> None:
     """Checks that the files have as many layers as config.json says, before those are made.
 
     Args:
       source: the parsed config.json.
       names: of the tensors in the files.
+      where: the path of config.json, for the error.
 
     Raises:
       ValueError: naming the field, if the files have fewer layers.
     """
-    family, fields = _fields(source)
+    family, fields = _fields(source, where=str(where))
     known = [family.known_as(name) for name in names]
     for name, field in family.fields.items():
         if not field.counts:

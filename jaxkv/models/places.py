@@ -55,7 +55,7 @@ class Place:
             param = param if param.dtype == dtype else _cast(param, dtype)
         return param + 1 if self.tensor.form == "minus_one" else param
 
-    def _part(self, files: Files, shape: tuple[int, ...], dtype: Any, index: tuple[slice, ...]) -> np.ndarray:
+    def _part(self, files: Files, shape: tuple[int, ...], dtype: Any, index: Any) -> np.ndarray:
         """Returns a part of the param; unless it is packed, a view of the file."""
         if len(self.names) > 1:
             experts, *rest = index

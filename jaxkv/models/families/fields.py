@@ -26,9 +26,9 @@ class Problems:
         self._wrong: list[str] = []
         self._unsupported: list[str] = []
 
-    def wrong(self, name: str, value: Any, must: str) -> None:
-        """Notes a value that the field can't have; `must` says what it can be."""
-        self._wrong.append(f'"{name}" is {_shown(value)}; {must}')
+    def wrong(self, name: str, value: Any, must: str, how: str = "") -> None:
+        """Notes a value that the field can't have; `must` says what it can be, `how` how the field came by it."""
+        self._wrong.append(f'"{name}" is {_shown(value)}{how}; {must}')
 
     def missing(self, name: str) -> None:
         """Notes a field without which there is no model."""
@@ -60,11 +60,12 @@ class Kind(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A number from `least` to `most`; a whole one may be written as 4096.0."""
+    """A number from `least` to `most`; a whole one may be written as 4096.0. `what` says so, if it can be put better."""
 
     least: float
     most: float
     whole: bool = False
+    what: str = ""
 
     def read(self, name: str, value: Any, problems: Problems) -> Any:
         # NaN and the infinities fail the comparison; integers of any length pass it without becoming floats.
@@ -73,7 +74,7 @@ class Number:
             if number == value or not self.whole:
                 return number
         kind = "a whole number" if self.whole else "a number"
-        problems.wrong(name, value, f"it must be {kind} from {self.least} to {self.most}")
+        problems.wrong(name, value, f"it must be {self.what or f'{kind} from {self.least} to {self.most}'}")
         return None
 
 
@@ -144,7 +145,7 @@ WIDTH = Number(1, 2**20, whole=True)
 VOCABULARY = Number(1, 2**24, whole=True)
 LENGTH = Number(1, 2**30, whole=True)
 TABLE = Number(1, 2**24, whole=True)  # positions that are learned
-POSITIVE = Number(1e-30, 1e30)  # and so is its square root, in float32
+POSITIVE = Number(1e-30, 1e30, what="a number above 0")  # in float32, and so is its root
 EPSILON = Number(0, 1)
 FLAG = Flag()
 # transformers' names of activations, and those of DecoderConfig.
@@ -243,7 +244,9 @@ class Fields(Mapping[str, Any]):
     def wrong(self, name: str, must: str) -> Exception:
         """Returns the error for a field that does not go with the others; `must` says what does."""
         problems = Problems(self.where, self._model)
-        problems.wrong(name, self._source.get(name), must)
+        given = self._source.get(name)
+        by_default = given is None and self._values.get(name) is not None
+        problems.wrong(name, self._values[name] if by_default else given, must, " by default" if by_default else "")
         return problems.error()
 
     def unsupported(self, name: str, but: str) -> Exception:

@@ -14,7 +14,8 @@ from jaxkv.models.families.fields import FLAG, LENGTH, POSITIVE, Choice, Field, 
 from jaxkv.models.families.reach import FULL, SLIDING
 from jaxkv.nn.rotary import LinearScaling, Llama3Scaling, LongRopeScaling, Rotary, Scaling, YarnScaling
 
-_PART, _FACTORS, _NOT_NEGATIVE = Number(1e-30, 1), List(POSITIVE, 2**13), Number(0, 1e30)
+_PART = Number(1e-30, 1, what="a number above 0, at most 1")
+_FACTORS, _NOT_NEGATIVE = List(POSITIVE, 2**13), Number(0, 1e30, what="a number of at least 0")
 
 
 def _parameters(**names: str) -> dict[str, Kind]:
