@@ -39,7 +39,7 @@ def read_config(
     where = "config.json"
     if not isinstance(source, Mapping):
         path = Path(source)
-        path = config_path(path) if path.is_dir() or path.suffix != ".json" else path
+        path = config_path(path) if path.suffix != ".json" or (path / "config.json").exists() else path
         where, source = str(path), read_json(path)
     family, fields = _fields(source, context, where)
     return source["model_type"], family.config(fields), dict(source)

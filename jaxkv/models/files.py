@@ -204,6 +204,7 @@ def _shards(index: Path) -> list[str]:
                 "directory; fetch the index again"
             )
         names.append(name)
+    names.sort()
     missing = [name for name in names if not (index.parent / name).exists()]
     if missing:
         raise FileNotFoundError(
