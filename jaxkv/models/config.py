@@ -12,7 +12,7 @@ from jaxkv.errors import NotSupportedError
 from jaxkv.models.families import FAMILIES
 from jaxkv.models.families.fields import Field, Fields, Object
 from jaxkv.models.families.table import Family
-from jaxkv.models.files import read_json
+from jaxkv.models.files import config_path, read_json
 
 # What files of all families may have.
 _OF_ALL = {name: Field(Object(), None) for name in ("text_config", "quantization_config", "per_layer_config")}
@@ -39,7 +39,7 @@ def read_config(
     where = "config.json"
     if not isinstance(source, Mapping):
         path = Path(source)
-        path = path / "config.json" if path.is_dir() or path.suffix != ".json" else path
+        path = config_path(path) if path.suffix != ".json" or (path / "config.json").exists() else path
         where, source = str(path), read_json(path)
     family, fields = _fields(source, context, where)
     return source["model_type"], family.config(fields), dict(source)

@@ -21,7 +21,7 @@ from jaxkv.models.families.fields import (
     Fields,
 )
 from jaxkv.models.families.reach import FULL, LAYER_TYPES, SLIDING, reaches
-from jaxkv.models.families.table import Family, norm
+from jaxkv.models.families.table import Family, Ignored, norm
 
 _LAYER, _OURS = "model.layers.{}", "layers.{}"
 _TENSORS = (
@@ -112,6 +112,9 @@ GEMMA3_TEXT = Family(
         (r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model."),
         (r"^language_model\.lm_head\.", "lm_head."),
     ),
-    ignored=(*llama.IGNORED, r"(model\.)?vision_tower\..*", r"(model\.)?multi_modal_projector\..*"),
+    ignored=(
+        *llama.IGNORED,
+        Ignored(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\..*", "not read, it is for images; text is"),
+    ),
 )
 GEMMA3 = dataclasses.replace(GEMMA3_TEXT, part="text_config")

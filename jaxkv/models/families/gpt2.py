@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 
+import numpy as np
+
 from jaxkv.models.decoder import DecoderConfig
 from jaxkv.models.families.fields import (
     ACTIVATION,
@@ -17,7 +19,7 @@ from jaxkv.models.families.fields import (
     Field,
     Fields,
 )
-from jaxkv.models.families.table import Family, Tensor, linear, norm
+from jaxkv.models.families.table import Family, Ignored, Tensor, linear, norm
 
 _LAYER, _OURS = "transformer.h.{}", "layers.{}"
 _QKV = tuple(f"{_OURS}.attention.{name}" for name in ("query", "key", "value"))
@@ -33,6 +35,11 @@ _TENSORS = (
     *norm("transformer.ln_f", "norm"),
     Tensor("lm_head.weight", ("head.kernel",), "out_in", 1),
 )
+
+
+def _is_causal(config: DecoderConfig, layer: int, mask: np.ndarray) -> bool:
+    size = config.max_positions or 0
+    return mask.shape == (1, 1, size, size) and np.array_equal(mask[0, 0] != 0, np.tri(size, dtype=bool))
 
 
 def _gpt2(fields: Fields) -> DecoderConfig:
@@ -77,7 +84,15 @@ GPT2 = Family(
     context=operator.itemgetter("n_positions"),
     renames=((r"^(?!transformer\.|lm_head\.)", "transformer."),),  # the first checkpoints have no such prefix
     ignored=(
-        r"lm_head\.weight",  # the tied table once more
-        r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",  # the causal mask
+        Ignored(
+            r"transformer\.h\.\d+\.attn\.bias",
+            "not the causal mask, which is used, as in transformers",
+            _is_causal,
+        ),
+        Ignored(
+            r"transformer\.h\.\d+\.attn\.masked_bias",
+            "not the score of what is masked; such tokens are not seen at all, as in transformers",
+            lambda config, layer, score: score.size == 1 and bool(np.all(score.astype(np.float64) <= -1e4)),
+        ),
     ),
 )

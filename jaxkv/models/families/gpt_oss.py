@@ -1,4 +1,4 @@
-"""gpt-oss: learned sinks, every second layer with a window, YaRN, and experts. Not its four-bit weights."""
+"""gpt-oss: learned sinks, every second layer with a window, YaRN, and experts, whose weights may come in four bits."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _TENSORS = (
     *llama.ATTENTION,
     Tensor("model.layers.{}.self_attn.sinks", ("layers.{}.attention.sink_logits",)),
     *linear(f"{_MLP}.router", f"{_OURS}.router"),
-    Tensor(f"{_MLP}.experts.gate_up_proj", (f"{_OURS}.gate_up",)),
+    Tensor(f"{_MLP}.experts.gate_up_proj", (f"{_OURS}.gate_up",), packed=True),
     Tensor(f"{_MLP}.experts.gate_up_proj_bias", (f"{_OURS}.gate_up_bias",)),
-    Tensor(f"{_MLP}.experts.down_proj", (f"{_OURS}.down",)),
+    Tensor(f"{_MLP}.experts.down_proj", (f"{_OURS}.down",), packed=True),
     Tensor(f"{_MLP}.experts.down_proj_bias", (f"{_OURS}.down_bias",)),
     *llama.NORMS,
     llama.HEAD,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
+
+import numpy as np
 
 from jaxkv.cache.spec import Full, Window
 from jaxkv.models.decoder import DecoderConfig
@@ -23,14 +26,29 @@ from jaxkv.models.families.fields import (
     Number,
 )
 from jaxkv.models.families.reach import FULL, LAYER_TYPES, SLIDING, reaches
-from jaxkv.models.families.table import Family, Tensor, linear, norm
+from jaxkv.models.families.table import Family, Ignored, Tensor, linear, norm
 
 _LAYER, _OURS = "model.layers.{}", "layers.{}"
 EMBEDDING = Tensor("model.embed_tokens.weight", ("embed.embedding",))
 HEAD = Tensor("lm_head.weight", ("head.kernel",), "out_in", 1)
+
+
+def _turns_so(config: DecoderConfig, layer: int, frequencies: np.ndarray) -> bool:
+    """Returns whether a file's rotary frequencies are the config's, scaled or not: both have been written."""
+    rotary = config.layer_rotary(layer)
+    if rotary is None:
+        return False
+    wanted = (one.frequencies(config.head_dim) for one in (rotary, dataclasses.replace(rotary, scaling=None)))
+    given = frequencies.astype(np.float64)
+    return any(given.shape == want.shape and np.allclose(given, want, rtol=1e-2, atol=1e-6) for want in wanted)
+
+
 IGNORED = (
-    r"lm_head\.weight",  # a tied table once more; one of its own is in the table below
-    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",  # older versions of transformers wrote it along
+    Ignored(  # older versions of transformers wrote it along
+        r"model\.(?:layers\.(\d+)\.self_attn\.)?rotary_emb\.inv_freq",
+        "not the frequencies that config.json asks for, which are used, as in transformers",
+        _turns_so,
+    ),
 )
 
 ATTENTION = (

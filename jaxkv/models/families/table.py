@@ -28,6 +28,7 @@ class Tensor:
         the other way round (convolutions); "in_out" and "out_in": all axes of the input as one and all of the output as
         one, in this order (ours have an axis for heads).
       num_inner: for the last two, how many leading axes of our param are input; none for a bias.
+      packed: whether it may lie in the file in MXFP4, as `file` + "_blocks" and `file` + "_scales".
 
     >>> kernel = Tensor("q_proj.weight", ("query.kernel",), "out_in", num_inner=1)
     >>> kernel.file_shape((24, 4, 8)), kernel.decode(np.ones((32, 24)), (24, 4, 8)).shape
@@ -38,6 +39,7 @@ class Tensor:
     params: tuple[str, ...]
     form: str = "same"
     num_inner: int = 0
+    packed: bool = False
 
     def __post_init__(self) -> None:
         if self.form not in FORMS or (len(self.params) > 1 and self.form not in FORMS[3:]):
@@ -109,6 +111,22 @@ def norm(file: str, params: str, form: str = "same") -> tuple[Tensor, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ignored:
+    """Tensors of a file of which no param is made.
+
+    Args:
+      pattern: of their names; its group, if there is one, is the number of the layer.
+      note: what users are told where such a tensor doesn't agree.
+      agrees: (config, number of the layer or 0, array) -> whether it holds what is computed in its place. None: nothing
+        is, for it belongs to another part of the model.
+    """
+
+    pattern: str
+    note: str
+    agrees: Callable[[Any, int, np.ndarray], bool] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A family of models.
 
@@ -120,7 +138,7 @@ class Family:
       part: the field that holds the fields, in files that describe several models.
       quantized: the methods of quantization whose weights can be read, as "quant_method" names them.
       renames: (pattern, replacement) pairs, applied to the names in a file before `tensors` is asked.
-      ignored: patterns of names in a file that hold nothing the model needs.
+      ignored: tensors of a file that hold nothing the model needs.
       module: the class that is made from the config.
     """
 
@@ -131,7 +149,7 @@ class Family:
     part: str | None = None
     quantized: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
-    ignored: tuple[str, ...] = ()
+    ignored: tuple[Ignored, ...] = ()
     module: Any = Decoder
 
     def known_as(self, name: str) -> str:

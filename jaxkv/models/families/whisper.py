@@ -98,6 +98,5 @@ WHISPER = Family(
     _TENSORS,
     context=operator.itemgetter("max_target_positions"),
     renames=((r"^(?!model\.|proj_out\.)", "model."),),  # as WhisperModel saves it, without the head
-    ignored=(r"proj_out\.weight",),  # the table once more
     module=EncoderDecoder,
 )
