@@ -1,0 +1,168 @@
+"""Chat templates are run here, under a limit of time and memory: in a process of its own, kept from turn to turn.
+
+Limits within a process leak: one multiplication of a text, one filter with a wide indent, and it hangs or is killed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxkv.extras import need
+from jaxkv.models import sandbox
+
+
+class Refusal(ValueError):
+    """A template refuses what it was given; in another form it may take it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """How much a chat template may take.
+
+    Attributes:
+      seconds: longest time for one text; None runs templates in this process, without any limit.
+      megabytes: most memory, on Linux; a fourth of it is the longest text, everywhere.
+    """
+
+    seconds: float | None = 10.0
+    megabytes: int = 512
+
+
+def render(template: str, where: str, variables: Mapping[str, Any], given: Iterable[str], limit: Limit) -> str:
+    """Returns the text of a template.
+
+    Args:
+      template: the template.
+      where: what it is called in errors.
+      variables: what it may read; JSON.
+      given: the names of those that it must read.
+      limit: what it may take.
+
+    Raises:
+      ImportError: without the extra `jaxkv[models]`.
+      Refusal: if it refuses the variables.
+      ValueError: if it can't be read, never reads a variable that was given, or takes too much.
+    """
+    if importlib.util.find_spec("jinja2") is None:
+        need("jinja2", "a chat template", "models")
+    given = list(given)
+    most_bytes = limit.megabytes << 20
+    if limit.seconds is None:
+        answer = sandbox.render(template, json.loads(json.dumps(variables)), given, most_bytes // 4)
+    else:
+        request = {"render": (template, variables, given), "seconds": limit.seconds, "most_bytes": most_bytes}
+        answer = _process.ask(json.dumps(request).encode(), limit.seconds)
+    match answer:
+        case {"text": text}:
+            return str(text)
+        case {"syntax": why}:
+            raise ValueError(f"{where} can't be read: {why}")
+        case {"refused": why}:
+            raise Refusal(f"{where} refuses these messages: {why}")
+        case {"unread": reads}:
+            unread = ", ".join(name for name in given if name not in reads)
+            known = ", ".join(name for name in reads if name not in ("messages", "add_generation_prompt"))
+            raise ValueError(f"{where} never reads {unread}; it reads {known or 'messages only'}")
+        case {"size": what}:
+            raise ValueError(
+                f"{where} takes more {what} than its limit, {limit.megabytes} MB of memory; if you trust it, give it "
+                f"more: tokenizer.limit = Limit(megabytes={4 * limit.megabytes})"
+            )
+        case {"late": _}:
+            raise ValueError(
+                f"{where} takes longer than its limit, {limit.seconds:g} s; if you trust it, give it more: "
+                f"tokenizer.limit = Limit(seconds={6 * limit.seconds:g})"
+            )
+        case {"no_process": why}:
+            raise ValueError(
+                f"{where} can't run in a process of its own ({why}); if you trust it, run it in this one, without a "
+                "limit: tokenizer.limit = Limit(seconds=None)"
+            )
+    raise ValueError(f"{where} ended the process that ran it ({answer.get('died')}); does it nest too deeply?")
+
+
+class _Process:
+    """The process that runs templates: started when it is first asked, anew when it had to be ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: subprocess.Popen[bytes] | None = None
+        self._owner = 0  # a fork of this process has the pipes too, and must not use them
+
+    def ask(self, request: bytes, seconds: float) -> dict[str, Any]:
+        with self._lock:
+            if self._running is None or self._owner != os.getpid() or self._running.poll() is not None:
+                try:
+                    self._running, self._owner = _start(), os.getpid()
+                except OSError as error:
+                    return {"no_process": error.strerror or str(error)}
+            return self._ask(self._running, request, seconds)
+
+    def _ask(self, running: subprocess.Popen[bytes], request: bytes, seconds: float) -> dict[str, Any]:
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            running.kill()
+
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
+        line = b""
+        try:
+            running.stdin.write(request + b"\n")  # type: ignore[union-attr]
+            running.stdin.flush()  # type: ignore[union-attr]
+            line = running.stdout.readline()  # type: ignore[union-attr]
+        except OSError:
+            pass  # it has ended, by the timer or by itself
+        finally:
+            timer.cancel()
+            if not line.endswith(b"\n"):
+                self.end()
+        if line.endswith(b"\n"):
+            return dict(json.loads(line))
+        return {"late": True} if late.is_set() else {"died": f"exit status {running.returncode}"}
+
+    def end(self) -> None:
+        running, self._running = self._running, None
+        if running is not None and self._owner == os.getpid():
+            running.kill()
+            running.communicate()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    """Starts Python with as little as can be: its path is told, so that `site` need not find it."""
+    if not sys.executable:
+        raise OSError("there is no sys.executable")
+    running = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(Path(sandbox.__file__))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+    )
+    try:
+        running.stdin.write(json.dumps([path for path in sys.path if path]).encode() + b"\n")  # type: ignore[union-attr]
+        running.stdin.flush()  # type: ignore[union-attr]
+        ready = bool(running.stdout.readline())  # type: ignore[union-attr]
+    except OSError:
+        ready = False
+    if not ready:
+        running.communicate()
+        raise OSError(f"{sys.executable} ended with exit status {running.returncode}")
+    return running
+
+
+_process = _Process()
+atexit.register(_process.end)
