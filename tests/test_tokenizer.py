@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -205,12 +207,125 @@ def test_a_missing_tokenizer_says_what_is_there_and_what_to_do(tmp_path):
 
 def test_damaged_files_are_named(tmp_path):
     golden.build("qwen", tmp_path)
+    whole = (tmp_path / "tokenizer.json").read_text()
+    for text in ("{}", "[]", "\0", whole[:-2], '{"added_tokens": [{"id": 1}]}', "[" * 100_000):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match=r"tokenizer\.json: tokenizers .* can't read it: "):
+            Tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
         Tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json can't be read by tokenizers"):
+
+
+def edited(tmp_path, **fields) -> Tokenizer:
+    """Returns the tokenizer of Qwen's kind with other fields in tokenizer.json."""
+    content = json.loads((golden.build("qwen", tmp_path) / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | fields))
+    return Tokenizer(tmp_path)
+
+
+def test_where_the_library_panics_there_is_one_error(tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: tokenizers .* can't read it: Precompiled"):
+        edited(tmp_path, normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+    tokenizer = edited(tmp_path, pre_tokenizer={"type": "FixedLength", "length": 0})
+    with pytest.raises(ValueError, match="can't encode this text: chunk size must be non-zero"):
+        tokenizer.encode("a")
+    tokenizer = edited(tmp_path, decoder={"type": "Strip", "content": "b", "start": 0, "stop": 9})
+    for decode in (tokenizer.decode, tokenizer.stream().take):
+        with pytest.raises(ValueError, match="can't decode these tokens: index out of bounds"):
+            decode(tokenizer.encode("b", special=False))
+
+
+def test_merges_that_would_end_the_process_are_refused(tmp_path):
+    # tokenizers 0.23 cuts "é" in two, and the whole process ends while it says so.
+    model = {"type": "BPE", "vocab": {"é": 0, "éé": 1}, "merges": ["é é"], "continuing_subword_prefix": "#"}
+    with pytest.raises(ValueError, match=r"the merge \['é', 'é'\] does not go on with continuing_subword_prefix, '#'"):
+        edited(tmp_path, model=model)
+
+
+def test_tokens_that_cant_have_their_numbers_are_named(tmp_path):
+    token = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False) | {"content": "<x>"}
+    with pytest.raises(ValueError, match=r"tokenizer\.json: added_tokens has '<x>' as token 999, but it becomes 265"):
+        edited(tmp_path, added_tokens=[{"id": 999, **token}])
+    golden.build("llama2", tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<x>": 999}')
+    with pytest.raises(ValueError, match=r"added_tokens\.json: '<x>' is token 999, but it would become \d+: added tokens"):
         Tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"999": {"content": "<x>"}}}')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: '<x>' is token 999"):
+        Tokenizer(tmp_path)
+
+
+WRONG = [True, 5, -1, 1.5, "", "x", "\ud800", [], [5], [None], ["x", []], {}, {"a": 5}, {"5": {}}, {"content": 5}]
+WRONG += [{"5": "x"}, {"x": {"content": "x"}}, {"content": "x", "lstrip": "false"}, [{"name": 5, "template": "x"}]]
+WRONG += [{"-1": {"content": "x"}}, {"9" * 30: {"content": "x"}}, [[["x"]]], {"default": 5}, {"__type": "AddedToken"}]
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        (
+            "tokenizer_config.json",
+            "bos_token eos_token unk_token pad_token image_token add_bos_token extra_special_tokens chat_template "
+            "additional_special_tokens added_tokens_decoder tokenizer_class legacy add_prefix_space model_max_length",
+        ),
+        ("special_tokens_map.json", "bos_token eos_token x_token extra_special_tokens additional_special_tokens"),
+        ("added_tokens.json", "x <|end|>"),
+        ("config.json", "tokenizer_class model_type"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_named_or_does_no_harm(tmp_path, file, fields):
+    golden.build("llama_class", tmp_path)
+    refused = set()
+    base = {"tokenizer_class": "LlamaTokenizer"} if file == "tokenizer_config.json" else {}
+    for field in fields.split():
+        for value in WRONG:
+            (tmp_path / file).write_text(json.dumps(base | {field: value}))
+            try:
+                tokenizer = Tokenizer(tmp_path)
+                assert tokenizer.decode(tokenizer.encode("ab a")) == "ab a"
+                assert all(isinstance(token, int) for token in tokenizer.stop_tokens)
+            except ValueError as error:
+                assert str(tmp_path / file) in str(error) or "can't" in str(error), (field, value, str(error))
+                refused.add(field)
+    harmless = {"model_type", "x", "x_token", "image_token", "add_bos_token", "model_max_length"}
+    assert refused >= set(fields.split()) - harmless
+
+
+def test_text_files_may_begin_with_a_mark_and_must_be_utf_8(tmp_path):
+    golden.build("gemma", tmp_path)
+    names = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+    plain = Tokenizer(tmp_path).chat(golden.MESSAGES["one"])
+    contents = {name: (tmp_path / name).read_bytes() for name in names}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert Tokenizer(tmp_path).chat(golden.MESSAGES["one"]) == plain
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(b"\xff\xfe" + content)
+        with pytest.raises(ValueError, match=rf"{name} is not .*UTF-8"):
+            Tokenizer(tmp_path)
+        (tmp_path / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"])
+def test_what_is_no_file_is_not_opened(tmp_path, name):
+    golden.build("gemma", tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"{name} is a directory"):
+        Tokenizer(tmp_path)
+    (tmp_path / name).rmdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name} is a named pipe"):
+            Tokenizer(tmp_path)
+
+
+def test_texts_are_text(tokenizers):
+    with pytest.raises(ValueError, match="text is a list, must be a str; chat takes messages"):
+        tokenizers["qwen"].encode(golden.MESSAGES["one"])
+    with pytest.raises(ValueError, match=r"text\[1\] is '\\ud800', half of a character"):
+        tokenizers["qwen"].encode("a\ud800")
 
 
 def test_a_missing_library_names_the_extra(tmp_path, monkeypatch, tokenizers):

@@ -118,7 +118,7 @@ def _texts(content: Any) -> list[str]:
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
     """Yields the messages as they are, then in other forms that say the same; the arguments of calls as objects first."""
     seen: list[Any] = []
-    for content in (lambda value: value, _other_content):
+    for content in (lambda value: value, _as_words, _as_parts):
         for arguments in (_as_object, lambda value: value, _as_text):
             form = [_in_form(message, content, arguments) for message in messages]
             if form not in seen:
@@ -158,11 +158,13 @@ def _as_text(arguments: Any) -> Any:
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
-def _other_content(content: Any) -> Any:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
+def _as_words(content: Any) -> Any:
     texts = _texts(content)
     return "".join(texts) if isinstance(content, list) and len(texts) == len(content) else content
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def continued(messages: list[Message], field: str, template: str) -> tuple[list[Message], str]:

@@ -74,9 +74,10 @@ def render(template: str, where: str, variables: Mapping[str, Any], given: Itera
             known = ", ".join(name for name in reads if name not in ("messages", "add_generation_prompt"))
             raise ValueError(f"{where} never reads {unread}; it reads {known or 'messages only'}")
         case {"size": what}:
+            most = f"{limit.megabytes} MB of memory" if what == "memory" else f"{most_bytes // 4:,} characters"
             raise ValueError(
-                f"{where} takes more {what} than its limit, {limit.megabytes} MB of memory; if you trust it, give it "
-                f"more: tokenizer.limit = Limit(megabytes={4 * limit.megabytes})"
+                f"{where} takes more than its limit, {most}; if you trust it, give it more: "
+                f"tokenizer.limit = Limit(megabytes={4 * limit.megabytes})"
             )
         case {"late": _}:
             raise ValueError(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import operator
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _OTHER_FORMATS = (
     "tekken.json",
 )
 _LONGEST_TEMPLATE = 1 << 22  # bytes; the longest that are published have 2**15
+_NUMBERS = 1 << 32  # that tokens can have in the library
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders give for bytes that are no text, or not yet
 
@@ -75,25 +77,29 @@ class Tokenizer:
         kind = pipelines.kind_of(self.directory, config, lambda: '"ByteLevel"' in text)
         tokens = special.read(self.directory, config, pipelines.names_of(kind))
         self.special_tokens = tokens.texts
+        self._library = f"{path}: tokenizers {tokenizers.__version__}"
+        _check_merges(path, text)
+        self._tokenizer = self._ask("read it", tokenizers.Tokenizer.from_str, text)
+        # A file may ask for both; they are meant for training.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._ask("read it", pipelines.apply, self._tokenizer, kind, config, self.special_tokens, where)
+        self._ask("add tokens", special.add, self._tokenizer, tokens, tokenizers.AddedToken)
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        _check_numbers(path, text, self._tokenizer)
+        # Such decoders read bytes by the run: whether one is text is known when its run has ended.
+        decoder = self._tokenizer.decoder
+        self._byte_fallback = decoder is not None and self._ask("decode", decoder.decode, ["a", "<0x41>"]) == "aA"
+        self._special = frozenset(token for token, added in self._added.items() if added.special)
+
+    def _ask(self, doing: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Returns what the library answers; what it raises is of no kind, and where its Rust panics, no Exception."""
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-            # A file may ask for both; they are meant for training.
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
-            pipelines.apply(self._tokenizer, kind, config, self.special_tokens, where)
-            special.add(self._tokenizer, tokens, tokenizers.AddedToken)
-            self._added = self._tokenizer.get_added_tokens_decoder()
-            decoder = self._tokenizer.decoder
-            # Such decoders read bytes by the run: whether one is text is known when its run has ended.
-            self._byte_fallback = decoder is not None and decoder.decode(["a", "<0x41>"]) == "aA"
-        except ValueError:
+            return function(*args, **options)
+        except (ValueError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            # The library raises no kind of its own, and where its Rust panics something that is no Exception.
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise ValueError(f"{path} can't be read by tokenizers {tokenizers.__version__}: {error}") from error
-        self._special = frozenset(token for token, added in self._added.items() if added.special)
+            raise ValueError(f"{self._library} can't {doing}: {error}") from error
 
     def __repr__(self) -> str:
         return f"Tokenizer({os.fspath(self.directory)!r}, vocab_size={self.vocab_size})"
@@ -128,9 +134,9 @@ class Tokenizer:
         for said in (messages[:2], messages):
             try:
                 text = self.render(said, add_generation_prompt=False)
+                behind = self.encode(text.rpartition(texts[1])[2].partition(texts[2])[0], special=False)
             except ValueError:
                 continue  # templates may refuse what they don't know: then they name no token
-            behind = self.encode(text.rpartition(texts[1])[2].partition(texts[2])[0], special=False)
             known = [token for token in behind if token in self._added and not self._added[token].content.isspace()]
             if known:
                 return min(known, key=lambda token: token not in self._special)  # the first special one, if any is
@@ -143,8 +149,18 @@ class Tokenizer:
           text: special tokens in it, such as "<|im_start|>", are read as such.
           special: whether the tokens that frame a text are added, such as the one that begins it. Which, says the
             post-processor of tokenizer.json alone, as in transformers 5; add_bos_token is of no account beside it.
+
+        Raises:
+          ValueError: for what is no text, has no UTF-8 (half of a surrogate pair), or the tokenizer has no tokens for.
         """
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        if not isinstance(text, str):
+            raise ValueError(f"text is a {type(text).__name__}, must be a str; chat takes messages")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            cure = "text.encode(errors='replace').decode() replaces it"
+            raise ValueError(f"text[{error.start}] is {text[error.start]!r}, half of a character; {cure}") from None
+        return self._ask("encode this text", self._tokenizer.encode, text, add_special_tokens=special).ids
 
     def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
         """Returns the text of tokens.
@@ -157,7 +173,8 @@ class Tokenizer:
         Raises:
           TypeError: if tokens are not integers.
         """
-        return self._tokenizer.decode([t for t in map(operator.index, tokens) if t >= 0], skip_special_tokens=not special)
+        known = [token for token in map(operator.index, tokens) if 0 <= token < _NUMBERS]
+        return self._ask("decode these tokens", self._tokenizer.decode, known, skip_special_tokens=not special)
 
     def stream(self) -> TokenizerStream:
         """Returns a decoder for tokens as they come."""
@@ -223,7 +240,7 @@ class Tokenizer:
             **self.special_tokens,
             **chat.plain(variables),
         }
-        given = [name for name, value in variables.items() if value is not None]
+        given = [name for name, value in variables.items() if value is not None and value != []]
 
         def run(form: list[dict[str, Any]]) -> str:
             return render(source, where, {**told, "messages": form}, given, self.limit)
@@ -244,33 +261,31 @@ class TokenizerStream:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._owner, self._tokenizer = tokenizer, tokenizer._tokenizer
+        self._owner = tokenizer
+        self._name = tokenizer._tokenizer.id_to_token
         self._window: list[int] = []  # what was last given, as context, and what was not given yet
         self._given = 0  # characters of the window's text
 
     def take(self, tokens: Iterable[int]) -> str:
         """Returns the text that these tokens complete. A character waits for its last byte."""
-        new = [token for token in map(operator.index, tokens) if token >= 0 and token not in self._owner._special]
-        texts = [self._tokenizer.id_to_token(token) for token in new]
-        self._window += [token for token, text in zip(new, texts, strict=True) if text is not None]
-        if not self._window or (
-            self._owner._byte_fallback and _BYTE.fullmatch(self._tokenizer.id_to_token(self._window[-1]))
-        ):
+        new = [token for token in map(operator.index, tokens) if 0 <= token < _NUMBERS]
+        self._window += [token for token in new if token not in self._owner._special and self._name(token) is not None]
+        if not self._window or (self._owner._byte_fallback and _BYTE.fullmatch(self._name(self._window[-1]))):
             return ""
-        text = self._tokenizer.decode(self._window)
+        text = self._owner.decode(self._window)
         sure = text.removesuffix(_REPLACEMENT)
         found = sure[self._given :]
         if sure == text:
             # Decoders treat the first token of a text in their own way: the last one stays, to be the first.
             del self._window[:-1]
-            self._given = len(self._tokenizer.decode(self._window))
+            self._given = len(self._owner.decode(self._window))
         else:
             self._given += len(found)
         return found
 
     def end(self) -> str:
         """Returns the rest: what stands for a character that was never finished."""
-        rest = self._tokenizer.decode(self._window)[self._given :]
+        rest = self._owner.decode(self._window)[self._given :]
         self._given += len(rest)
         return rest
 
@@ -288,6 +303,33 @@ def _missing(directory: Path) -> str:
         f"{directory} has no tokenizer.json; fetch it from where the checkpoint comes from, or save it there with "
         "transformers: tokenizer.save_pretrained(DIR)"
     )
+
+
+def _check_merges(path: Path, text: str) -> None:
+    """Raises ValueError for what makes tokenizers 0.23 cut a character in two, which ends this process."""
+    if not re.search(r'"continuing_subword_prefix"\s*:\s*"(?!")', text) or '"merges"' not in text:
+        return
+    try:
+        model = json.loads(text)["model"]
+        prefix, merges = model["continuing_subword_prefix"], model["merges"]
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        wrong = next((pair for pair in pairs if not pair[1].startswith(prefix)), None)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return  # the library says what is wrong
+    if wrong is not None:
+        raise ValueError(f"{path}: the merge {wrong!r} does not go on with continuing_subword_prefix, {prefix!r}")
+
+
+def _check_numbers(path: Path, text: str, tokenizer: Any) -> None:
+    """Raises ValueError if a token of tokenizer.json has not the number there: the library counts by itself."""
+    begin = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
+    for token in json.JSONDecoder().raw_decode(text, begin.end())[0] if begin else ():
+        got = tokenizer.token_to_id(token["content"])
+        if got != token["id"] and token["content"]:
+            raise ValueError(
+                f"{path}: added_tokens has {token['content']!r} as token {token['id']}, but it becomes {got}: the "
+                "numbers of added tokens follow one another; save it anew with transformers: save_pretrained(DIR)"
+            )
 
 
 def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
