@@ -404,7 +404,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said_on_one_line(checkpoint, capsys,
 def test_what_is_wrong_with_many_tensors_is_a_short_list(checkpoint, capsys):
     directory = checkpoint()
     path = Path(directory) / "model.safetensors"
-    safetensors.write(path, {f"strange.{i}": array for i, array in enumerate(dict(safetensors.File(path)).values())})
+    safetensors.write(path, {f"{name}.strange": array for name, array in safetensors.File(path).items()})
     assert main(["generate", "-m", directory, "t5"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].endswith("does not fit its config.json:") and lines[1].startswith("  missing: ")

@@ -18,6 +18,7 @@ COMMON = {
     "errors",
     "extras",
     "logs",
+    "regular",
     "safetensors",
     "sizes",
     "tracing",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +27,8 @@ from jaxkv.models import (
     read_config,
     tiny,
 )
-from jaxkv.models.checkpoint import context_of
+from jaxkv.models.config import context_of
+from jaxkv.models.files import config_path
 from jaxkv.models.model import abstract
 from jaxkv.nn.nnx import functional, fuse
 
@@ -132,12 +132,12 @@ def find(given: str | None, *, text: bool = True) -> Source:
         model = tiny.load()
         return Source(_SHIPPED, "bytes", model.config, model.context, model.generation, None, model)
     directory = Path(given).expanduser()
-    if not directory.is_dir():
-        raise UsageError(_no_directory(given, directory))
-    if not (directory / "config.json").is_file():
-        raise Failure(_no_checkpoint(given, directory))
     with told():
-        family, config, parsed = read_config(directory)
+        try:
+            path = config_path(given)
+        except FileNotFoundError as error:
+            raise (Failure if directory.is_dir() else UsageError)(error) from error
+        family, config, parsed = read_config(path)
         if text and not isinstance(config, DecoderConfig):
             raise UsageError(
                 f"{given} is a {family} model: it reads audio, and the command text; in Python "
@@ -154,24 +154,3 @@ def told() -> Iterator[None]:
         yield
     except (ValueError, ImportError) as error:
         raise Failure(error) from error
-
-
-def _no_directory(given: str, directory: Path) -> str:
-    if directory.exists():
-        return f"{given} is a file; give the directory that holds it, with its config.json"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", given):
-        name = given.split("/")[1]
-        return (
-            f"{given} is no directory here; if it is a model of the Hugging Face hub, fetch it first: "
-            f"hf download {given} --local-dir {name}; then give {name} instead"
-        )
-    return f"{given} is no directory; give one that holds a checkpoint: config.json, model.safetensors, tokenizer.json"
-
-
-def _no_checkpoint(given: str, directory: Path) -> str:
-    snapshots = sorted((directory / "snapshots").glob("*/config.json"))
-    if snapshots:
-        return f"{given} is a folder of the hub's cache; the checkpoint lies in {snapshots[-1].parent}"
-    return (
-        f"{given} has no config.json; give a directory as Hugging Face publishes them: hf download NAME --local-dir DIR"
-    )

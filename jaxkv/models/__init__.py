@@ -4,9 +4,9 @@ from . import tiny as tiny
 from .bytes import ByteTokenizer as ByteTokenizer
 from .checkpoint import init as init
 from .checkpoint import load as load
-from .checkpoint import read_config as read_config
 from .checkpoint import save as save
 from .checkpoint import tensor_parallel as tensor_parallel
+from .config import read_config as read_config
 from .decoder import Decoder as Decoder
 from .decoder import DecoderConfig as DecoderConfig
 from .encoder_decoder import EncoderDecoder as EncoderDecoder

@@ -42,6 +42,7 @@ class Model:
       context: tokens of the longest sequence it was made for; None if nobody says.
       generation: stop tokens, and how its makers want it to be sampled.
       source: the parsed config.json of its checkpoint, empty if there is none.
+      notes: what was decided in loading where its files don't agree, a line each.
     """
 
     forward: Forward
@@ -51,6 +52,7 @@ class Model:
     context: int | None = None
     generation: GenerationConfig = GenerationConfig()
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = dataclasses.field(default=(), repr=False)
     make_tokenizer: Callable[[], Any] | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
