@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +15,14 @@ import pytest
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
+from golden import make_chats as golden_chats
 from golden import make_tokenizers as golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxkv.models import ByteTokenizer, Tokenizer
+from jaxkv.models import ByteTokenizer, Limit, Tokenizer, template, tools
 
+CHATS = json.loads(golden_chats.PATH.read_text())
 FACTS = json.loads(golden.PATH.read_text())
 
 
@@ -121,6 +125,210 @@ def chat(tmp_path, template: str, **config) -> Tokenizer:
     config = {"bos_token": "<|begin|>", "chat_template": template, **config}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     return Tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    directory = golden.build("llama3", tmp_path_factory.mktemp("checkpoint"))
+    templates = [{"name": name, "template": text} for name, text in golden_chats.TEMPLATES.items()]
+    config = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "chat_template": templates}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer(directory)
+
+
+@pytest.mark.parametrize("template", golden_chats.TEMPLATES)
+def test_messages_are_rendered_and_continued_as_by_transformers(template, chats):
+    for chat in golden_chats.CHATS:
+        for option, values in golden_chats.OPTIONS.items():
+            wanted = CHATS["texts"][f"{template}/{chat}/{option}"]
+            if chat == "parts" and (wanted is None or "[{" in wanted):
+                # A template that knows no parts: transformers fails, or shows a list as Python writes it.
+                wanted = CHATS["texts"][f"{template}/joined/{option}"]
+            if wanted is None:
+                with pytest.raises(ValueError, match="continue_final_message: the "):
+                    chats.render(golden_chats.CHATS[chat], template=template, **values)
+            else:
+                assert chats.render(golden_chats.CHATS[chat], template=template, **values) == wanted, (chat, option)
+
+
+def test_an_answer_is_begun_or_continued_not_both(chats):
+    messages = golden_chats.CHATS["plain"]
+    continued = chats.render(messages, template="chatml", continue_final_message=True)
+    assert continued.endswith("<|im_start|>assistant\nIt is")
+    assert chats.chat(messages, template="chatml", continue_final_message=True) == chats.encode(
+        continued, special=False
+    )
+    with pytest.raises(ValueError, match="begins a new answer and continue_final_message goes on.*give one of them"):
+        chats.render(messages, template="chatml", continue_final_message=True, add_generation_prompt=True)
+    with pytest.raises(ValueError, match=r"the last message has no 'thinking' to continue, only role, content"):
+        chats.render(messages, template="chatml", continue_final_message="thinking")
+    with pytest.raises(ValueError, match="leaves out a part of the last message"):
+        chat_of = [{"role": "system", "content": "Say little."}]
+        chats.render(chat_of, template="llama2", continue_final_message=True)
+
+
+def test_arguments_of_calls_and_contents_are_given_in_the_form_that_a_template_reads(chats, tmp_path):
+    messages = golden_chats.CHATS["calls"]
+    text = json.loads(json.dumps(messages))
+    call = text[1]["tool_calls"][0]["function"]
+    call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+    for template in ("qwen3", "oss"):
+        assert chats.render(text, template=template) == chats.render(messages, template=template)
+    # DeepSeek's templates put the arguments together with texts, SmolVLM's know a content in parts only.
+    joins = chat(tmp_path, "{% for m in messages %}{{ '<' + m.tool_calls[0].function.arguments + '>' }}{% endfor %}")
+    assert joins.render(messages[1:]) == joins.render(text[1:]) == '<{"a": 1, "b": "zwö"}>'
+    parts = (
+        "{% for m in messages %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+    )
+    assert chat(tmp_path, parts + "{% endfor %}").render([{"role": "user", "content": "Hello"}]) == "Hello"
+    # A call that comes without a content, as the clients of OpenAI give it.
+    messages[1:] = [{**messages[1], "content": None}]
+    assert "add" in chats.render(messages, template="qwen3")
+
+
+def test_messages_may_be_objects_and_hold_what_json_has_not(chats):
+    @dataclasses.dataclass
+    class Message:
+        role: str
+        content: Any
+
+    class Model:
+        def model_dump(self):
+            return {"role": "assistant", "content": np.str_("b"), "tool_calls": None}
+
+    text = chats.render(
+        [Message("user", [{"type": "text", "text": "a"}, {"type": "image", "image": object()}]), Model()],
+        template="qwen3",
+        add_generation_prompt=False,
+    )
+    assert text == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("Hello", r"messages is a str, must be a list such as \[\{"),
+        ({"role": "user", "content": "x"}, "messages is a dict, must be a list"),
+        ([], "messages is empty; give at least one"),
+        (["Hello"], r"messages\[0\] is 'Hello', must be a mapping"),
+        ([{"role": "user"}, {"content": "x"}], r"messages\[1\] has no role but content"),
+        ([{"role": 5}], r"messages\[0\] has no role but role|is 5"),
+    ],
+)
+def test_wrong_messages_are_named(messages, message, tokenizers):
+    for call in (tokenizers["qwen"].render, tokenizers["qwen"].chat):
+        with pytest.raises(ValueError, match=message):
+            call(messages)
+
+
+def test_a_variable_that_the_template_never_reads_is_named(tokenizers, chats):
+    said = golden.MESSAGES["one"]
+    assert chats.render(said, template="qwen3", enable_thinking=True) != chats.render(said, template="qwen3")
+    with pytest.raises(ValueError, match="'qwen3' of .* never reads enable_thinkin; it reads enable_thinking, tools$"):
+        chats.chat(said, template="qwen3", enable_thinkin=False)
+    with pytest.raises(
+        ValueError, match="never reads enable_thinking; it reads bos_token, date_string, system_message$"
+    ):
+        tokenizers["llama3"].render(said, enable_thinking=True, date_string="today")
+    assert tokenizers["llama3"].render(said, enable_thinking=None, tools=[]) == tokenizers["llama3"].render(said)
+
+
+# --- tools -----------------------------------------------------------------------------------------------------------
+
+
+def test_functions_become_the_schemas_that_transformers_makes(chats):
+    functions = golden_chats.functions()
+    assert [tools.schema(function) for function in functions] == CHATS["schemas"]
+    said = golden.MESSAGES["one"]
+    text = chats.render(said, template="qwen3", tools=[*functions, *golden.TOOLS])
+    assert text == chats.render(said, template="qwen3", tools=[*CHATS["schemas"], *golden.TOOLS])
+
+
+def test_functions_without_a_schema_say_what_they_lack(chats):
+    messages = (
+        "the tool no_doc has no docstring",
+        "argument a of the tool no_hint has no annotation",
+        "does not describe b; add a line",
+        "has the annotation <class 'pathlib.Path'>, which has no JSON schema",
+        "one of any length",
+        "one of any length",
+        "whose values .* are not all texts or numbers",
+    )
+    for function, message in zip(golden_chats.wrong_functions(), messages, strict=True):
+        with pytest.raises(ValueError, match=message):
+            chats.render(golden.MESSAGES["one"], template="qwen3", tools=[function])
+    for wrong in ("add", {"name": "add"}, [5], ["add"], 5):
+        with pytest.raises(ValueError, match=r"must be a (list of functions|function) or"):
+            chats.render(golden.MESSAGES["one"], template="qwen3", tools=wrong)
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+LONG = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_takes_too_long_is_ended_and_the_next_one_runs(tmp_path):
+    tokenizer = chat(tmp_path, LONG)
+    tokenizer.limit = Limit(seconds=0.2)
+    with pytest.raises(
+        ValueError, match=r"takes longer than its limit, 0.2 s; .*tokenizer.limit = Limit\(seconds=1.2\)"
+    ):
+        tokenizer.render(golden.MESSAGES["one"])
+    assert chat(tmp_path, "{{ 1 + 1 }}").render(golden.MESSAGES["one"]) == "2"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
+@pytest.mark.parametrize("template", ["{{ messages[0].content * 10**9 }}", "{{ 'x' | center(10**9) | length }}"])
+def test_a_template_that_takes_too_much_memory_is_named(tmp_path, template):
+    tokenizer = chat(tmp_path, template)
+    with pytest.raises(ValueError, match=r"its limit, 512 MB of memory; if you trust it.*Limit\(megabytes=2048\)"):
+        tokenizer.render([{"role": "user", "content": "x"}])
+
+
+def test_a_text_that_is_too_long_is_named_wherever_it_is_made(tmp_path):
+    tokenizer = chat(tmp_path, "{{ messages[0].content * 300000 }}")
+    for seconds in (10, None):
+        tokenizer.limit = Limit(seconds, megabytes=1)
+        with pytest.raises(ValueError, match="its limit, 262,144 characters"):
+            tokenizer.render([{"role": "user", "content": "x"}])
+
+
+def test_templates_run_in_this_process_if_asked(chats, monkeypatch, tmp_path):
+    said = golden_chats.CHATS["reasoning"]
+    there = chats.render(said, template="qwen3")
+    here = Tokenizer(chats.directory)
+    here.limit = Limit(seconds=None)
+    assert here.render(said, template="qwen3") == there
+    with pytest.raises(ValueError, match="refuses these messages: .*unsafe"):
+        chat(tmp_path, "{{ ''.__class__.__mro__ }}").render(said)
+    # Where no process can be started, the error says so.
+    template._process.end()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"can't run in a process of its own \(No such.*Limit\(seconds=None\)"):
+        chats.render(said, template="qwen3")
+
+
+def test_a_process_that_was_ended_from_outside_is_replaced(chats):
+    said = golden_chats.CHATS["plain"]
+    first = chats.render(said, template="qwen3")
+    template._process._running.kill()
+    template._process._running.wait()
+    assert chats.render(said, template="qwen3") == first
+
+
+def test_threads_may_render_at_once(chats):
+    texts = {}
+
+    def work(index: int) -> None:
+        for turn in range(20):
+            texts[index, turn] = chats.render([{"role": "user", "content": f"{index} {turn}"}], template="trimmed")
+
+    threads = [threading.Thread(target=work, args=[index]) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(f">{i} {turn}<" in text for (i, turn), text in texts.items()) and len(texts) == 80
 
 
 def test_a_template_gets_what_the_caller_gives(tmp_path):
@@ -249,7 +457,9 @@ def test_tokens_that_cant_have_their_numbers_are_named(tmp_path):
         edited(tmp_path, added_tokens=[{"id": 999, **token}])
     golden.build("llama2", tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<x>": 999}')
-    with pytest.raises(ValueError, match=r"added_tokens\.json: '<x>' is token 999, but it would become \d+: added tokens"):
+    with pytest.raises(
+        ValueError, match=r"added_tokens\.json: '<x>' is token 999, but it would become \d+: added tokens"
+    ):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"999": {"content": "<x>"}}}')
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: '<x>' is token 999"):
@@ -307,7 +517,9 @@ def test_text_files_may_begin_with_a_mark_and_must_be_utf_8(tmp_path):
         (tmp_path / name).write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"]
+)
 def test_what_is_no_file_is_not_opened(tmp_path, name):
     golden.build("gemma", tmp_path)
     (tmp_path / name).unlink(missing_ok=True)

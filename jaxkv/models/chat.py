@@ -64,7 +64,9 @@ def check(messages: Any) -> list[Message]:
             raise ValueError(f"messages[{index}] is {message!r}, must be a mapping: {example} is a list of one")
         said = {name: value for name, value in message.items() if value is not None}
         if not isinstance(said.get("role"), str):
-            raise ValueError(f"messages[{index}] has no role but {', '.join(said) or 'nothing'}; give one as in {example}")
+            raise ValueError(
+                f"messages[{index}] has no role but {', '.join(said) or 'nothing'}; give one as in {example}"
+            )
         reasoning = next((said[name] for name in _REASONING if name in said), None)
         if reasoning is not None:
             said = {"thinking": reasoning, **said, "reasoning_content": reasoning}
@@ -182,7 +184,9 @@ def continued(messages: list[Message], field: str, template: str) -> tuple[list[
     value = last.get(field)
     names = [name for name in _REASONING if last.get(name) == value] if field in _REASONING else [field]
     if value is None:
-        raise ValueError(f"continue_final_message: the last message has no {field!r} to continue, only {', '.join(last)}")
+        raise ValueError(
+            f"continue_final_message: the last message has no {field!r} to continue, only {', '.join(last)}"
+        )
     if not any(name in template for name in names):
         raise ValueError(f"continue_final_message: the template never reads {field!r}")
     if isinstance(value, str):

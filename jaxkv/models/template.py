@@ -104,6 +104,7 @@ class _Process:
         with self._lock:
             if self._running is None or self._owner != os.getpid() or self._running.poll() is not None:
                 try:
+                    self.end()
                     self._running, self._owner = _start(), os.getpid()
                 except OSError as error:
                     return {"no_process": error.strerror or str(error)}

@@ -13,9 +13,8 @@ from typing import Any
 
 from jaxkv.extras import need
 from jaxkv.models import chat, pipelines, special
-from jaxkv.models.files import read_json
+from jaxkv.models.files import MOST_LISTED, read_json, read_text
 from jaxkv.models.template import Limit, render
-from jaxkv.models.texts import read_text
 from jaxkv.models.tools import schemas
 
 _OTHER_FORMATS = (
@@ -70,7 +69,7 @@ class Tokenizer:
         path = self.directory / "tokenizer.json"
         if not path.exists():
             raise FileNotFoundError(_missing(self.directory))
-        text = read_text(path)
+        text = read_text(path, most=MOST_LISTED)
         where = self.directory / "tokenizer_config.json"
         config = read_json(where, needed=False)
         self.templates = _templates(self.directory, config)
@@ -236,7 +235,9 @@ class Tokenizer:
         told = {
             "tools": None,
             "documents": None,
-            "add_generation_prompt": not continue_final_message if add_generation_prompt is None else add_generation_prompt,
+            "add_generation_prompt": not continue_final_message
+            if add_generation_prompt is None
+            else add_generation_prompt,
             **self.special_tokens,
             **chat.plain(variables),
         }
@@ -337,12 +338,14 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     places = {"default": directory / "chat_template.jinja"}
     for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
         places[path.stem] = path
-    found = {name: read_text(path, _LONGEST_TEMPLATE) for name, path in places.items() if path.exists()}
+    found = {name: read_text(path, most=_LONGEST_TEMPLATE) for name, path in places.items() if path.exists()}
     given = config.get("chat_template")
     if found or given is None:
         return found
     named = {"default": given} if isinstance(given, str) else given
-    if isinstance(given, list) and all(isinstance(entry, dict) and {"name", "template"} <= set(entry) for entry in given):
+    if isinstance(given, list) and all(
+        isinstance(entry, dict) and {"name", "template"} <= set(entry) for entry in given
+    ):
         named = {entry["name"]: entry["template"] for entry in given}
     if not isinstance(named, dict) or not all(isinstance(text, str) for pair in named.items() for text in pair):
         raise ValueError(

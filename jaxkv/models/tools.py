@@ -92,7 +92,9 @@ def schema(function: Callable[..., Any]) -> dict[str, Any]:
             except ValueError:
                 values = None
             if not isinstance(values, list):
-                raise ValueError(f'the choices of {argument} of the tool {name} are {choices[1]}, must be as ["a", "b"]')
+                raise ValueError(
+                    f'the choices of {argument} of the tool {name} are {choices[1]}, must be as ["a", "b"]'
+                )
             said["enum"] = [value.strip() if isinstance(value, str) else value for value in values]
             text = text[: choices.start()].strip()
         properties[argument] = {**said, "description": text}

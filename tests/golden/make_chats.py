@@ -14,7 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
-from make_tokenizers import CHATML, GEMMA, LLAMA2, LLAMA3, build
+try:
+    from .make_tokenizers import CHATML, GEMMA, LLAMA2, LLAMA3, build
+except ImportError:  # run as a script
+    from make_tokenizers import CHATML, GEMMA, LLAMA2, LLAMA3, build
 
 PATH = Path(__file__).with_name("chats.json")
 
@@ -60,7 +63,10 @@ CHATS: dict[str, list[dict[str, Any]]] = {
     "reasoning": [USER, {"role": "assistant", "content": "4", "reasoning": "2 and 2"}],
     "thinking": [USER, {"role": "assistant", "content": "4", "thinking": "2 and 2", "reasoning_content": None}],
     "both": [USER, {"role": "assistant", "content": "4", "thinking": "a", "reasoning_content": "b"}],
-    "parts": [USER, {"role": "assistant", "content": [{"type": "text", "text": "It "}, {"type": "text", "text": "is "}]}],
+    "parts": [
+        USER,
+        {"role": "assistant", "content": [{"type": "text", "text": "It "}, {"type": "text", "text": "is "}]},
+    ],
     "joined": [USER, {"role": "assistant", "content": "It is "}],  # what parts say, as one text
     "calls": [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
     "twice": [{"role": "user", "content": "It is"}, {"role": "assistant", "content": "It is"}],

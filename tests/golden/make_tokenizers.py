@@ -158,7 +158,14 @@ def pieces() -> Tokenizer:
     """BPE with spaces as U+2581 and bytes for what is unknown, as files of Llama 2 made by transformers 4 have it."""
     letters = ["▁", *"abcdefghijklmnopqrstuvwxyzHTS,.!<>|/_"]
     merges = [("▁", "a"), ("a", "b"), ("▁a", "b"), ("▁", "▁"), ("▁", "ab"), ("l", "l"), ("▁", "<")]
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *letters, *("".join(pair) for pair in merges)]
+    names = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        *letters,
+        *("".join(pair) for pair in merges),
+    ]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(names))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -174,7 +181,9 @@ def numbered(make: Any, *tokens: dict[str, Any] | str, config: dict[str, Any] | 
     """Returns a tokenizer_config.json whose added_tokens_decoder has further tokens behind those of tokenizer.json."""
     tokenizer = make()
     kinds = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    known = {i: {kind: getattr(token, kind) for kind in kinds} for i, token in tokenizer.get_added_tokens_decoder().items()}
+    known = {
+        i: {kind: getattr(token, kind) for kind in kinds} for i, token in tokenizer.get_added_tokens_decoder().items()
+    }
     for i, token in enumerate(tokens, tokenizer.get_vocab_size()):
         known[i] = {"content": token, "special": True} if isinstance(token, str) else token
     return {"added_tokens_decoder": {str(i): token for i, token in known.items()}, **(config or {})}
