@@ -158,13 +158,12 @@ def test_an_answer_is_begun_or_continued_not_both(chats):
     assert chats.chat(messages, template="chatml", continue_final_message=True) == chats.encode(
         continued, special=False
     )
-    with pytest.raises(ValueError, match="begins a new answer and continue_final_message goes on.*give one of them"):
+    with pytest.raises(ValueError, match=r"begins a new answer and continue_final_message goes on.*give one of them"):
         chats.render(messages, template="chatml", continue_final_message=True, add_generation_prompt=True)
     with pytest.raises(ValueError, match=r"the last message has no 'thinking' to continue, only role, content"):
         chats.render(messages, template="chatml", continue_final_message="thinking")
     with pytest.raises(ValueError, match="leaves out a part of the last message"):
-        chat_of = [{"role": "system", "content": "Say little."}]
-        chats.render(chat_of, template="llama2", continue_final_message=True)
+        chats.render(golden.MESSAGES["system"][:1], template="llama2", continue_final_message=True)
 
 
 def test_arguments_of_calls_and_contents_are_given_in_the_form_that_a_template_reads(chats, tmp_path):
@@ -172,8 +171,8 @@ def test_arguments_of_calls_and_contents_are_given_in_the_form_that_a_template_r
     text = json.loads(json.dumps(messages))
     call = text[1]["tool_calls"][0]["function"]
     call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
-    for template in ("qwen3", "oss"):
-        assert chats.render(text, template=template) == chats.render(messages, template=template)
+    for name in ("qwen3", "oss"):
+        assert chats.render(text, template=name) == chats.render(messages, template=name)
     # DeepSeek's templates put the arguments together with texts, SmolVLM's know a content in parts only.
     joins = chat(tmp_path, "{% for m in messages %}{{ '<' + m.tool_calls[0].function.arguments + '>' }}{% endfor %}")
     assert joins.render(messages[1:]) == joins.render(text[1:]) == '<{"a": 1, "b": "zwö"}>'
@@ -224,10 +223,10 @@ def test_wrong_messages_are_named(messages, message, tokenizers):
 def test_a_variable_that_the_template_never_reads_is_named(tokenizers, chats):
     said = golden.MESSAGES["one"]
     assert chats.render(said, template="qwen3", enable_thinking=True) != chats.render(said, template="qwen3")
-    with pytest.raises(ValueError, match="'qwen3' of .* never reads enable_thinkin; it reads enable_thinking, tools$"):
+    with pytest.raises(ValueError, match=r"'qwen3' of .* never reads enable_thinkin; it reads enable_thinking, tools$"):
         chats.chat(said, template="qwen3", enable_thinkin=False)
     with pytest.raises(
-        ValueError, match="never reads enable_thinking; it reads bos_token, date_string, system_message$"
+        ValueError, match=r"never reads enable_thinking; it reads bos_token, date_string, system_message$"
     ):
         tokenizers["llama3"].render(said, enable_thinking=True, date_string="today")
     assert tokenizers["llama3"].render(said, enable_thinking=None, tools=[]) == tokenizers["llama3"].render(said)
@@ -299,7 +298,7 @@ def test_templates_run_in_this_process_if_asked(chats, monkeypatch, tmp_path):
     here = Tokenizer(chats.directory)
     here.limit = Limit(seconds=None)
     assert here.render(said, template="qwen3") == there
-    with pytest.raises(ValueError, match="refuses these messages: .*unsafe"):
+    with pytest.raises(ValueError, match=r"refuses these messages: .*unsafe"):
         chat(tmp_path, "{{ ''.__class__.__mro__ }}").render(said)
     # Where no process can be started, the error says so.
     template._process.end()
@@ -493,11 +492,14 @@ def test_a_field_of_the_wrong_kind_is_named_or_does_no_harm(tmp_path, file, fiel
             (tmp_path / file).write_text(json.dumps(base | {field: value}))
             try:
                 tokenizer = Tokenizer(tmp_path)
+            except ValueError as error:
+                said = str(error)
+                refused.add(field)
+            else:
+                said = str(tmp_path / file)
                 assert tokenizer.decode(tokenizer.encode("ab a")) == "ab a"
                 assert all(isinstance(token, int) for token in tokenizer.stop_tokens)
-            except ValueError as error:
-                assert str(tmp_path / file) in str(error) or "can't" in str(error), (field, value, str(error))
-                refused.add(field)
+            assert str(tmp_path / file) in said, (field, value, said)
     harmless = {"model_type", "x", "x_token", "image_token", "add_bos_token", "model_max_length"}
     assert refused >= set(fields.split()) - harmless
 

@@ -118,7 +118,7 @@ def _texts(content: Any) -> list[str]:
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yields the messages as they are, then in other forms that say the same; the arguments of calls as objects first."""
+    """Yields the messages as they are, then in other forms that say the same; arguments of calls as objects first."""
     seen: list[Any] = []
     for content in (lambda value: value, _as_words, _as_parts):
         for arguments in (_as_object, lambda value: value, _as_text):

@@ -22,7 +22,7 @@ _NAMES: dict[str, dict[str, str]] = {
         "pad_token": "<pad>",
         "mask_token": "<mask>",
     },
-    "Qwen2Tokenizer": {name: "<|endoftext|>" for name in ("unk_token", "eos_token", "pad_token")},
+    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
     "GPT2Tokenizer": _END,
     "WhisperTokenizer": _END,
 }
@@ -106,7 +106,7 @@ def apply(tokenizer: Any, kind: str | None, config: Mapping[str, Any], texts: Ma
         tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(content=" ", left=1)] * space)
     elif kind == "GemmaTokenizer":
         model.fuse_unk = model.byte_fallback = True
-        model.unk_token = texts["unk_token"] if "unk_token" in texts else None
+        model.unk_token = texts.get("unk_token")
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])

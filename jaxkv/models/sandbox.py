@@ -130,7 +130,7 @@ def _serve() -> None:
         _limit(request["most_bytes"])
         alarm(math.ceil(request["seconds"]) + 1)  # if nobody is left who would end this process
         try:
-            answer = json.dumps(render(*request["render"], request["most_bytes"] // 4)).encode()
+            answer = json.dumps(render(**request["render"])).encode()
         except MemoryError:
             answer = b'{"size": "memory"}'
         alarm(0)

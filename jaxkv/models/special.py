@@ -6,6 +6,7 @@ Their order, numbers and flags are those of Hugging Face transformers 5.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from jaxkv.models.files import read_json
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_HALF = re.compile("[\ud800-\udfff]")  # of a character: JSON can have it, UTF-8 can't
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -56,8 +58,8 @@ def read(directory: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
     if numbered is None:  # checkpoints of old keep their tokens in files of their own
         path = directory / "special_tokens_map.json"
         for name, value in read_json(path, needed=False).items():
-            both = [given[name], value] if name == "extra_special_tokens" and name in given else [value]
-            given[name] = sum(both, []) if all(isinstance(part, list) for part in both) else value
+            before = given.get(name) if name == "extra_special_tokens" else None
+            given[name] = [*before, *value] if isinstance(before, list) and isinstance(value, list) else value
             where[name] = path
         source = directory / "added_tokens.json"
         numbered = {}
@@ -86,8 +88,8 @@ def read(directory: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
         marked = {token["content"] for token in (*named.values(), *extra)}
         for text, number in read_json(source, needed=False).items():
             special = text in marked
-            number = _number(number, source, text)
-            added[number] = {"content": text, "special": special, "normalized": not special}
+            token = {"content": text, "special": special, "normalized": not special}
+            added[_number(number, source, text)] = _token(token, source, number)
     by_text = {token["content"]: token for token in added.values()}
     named = {name: by_text.get(token["content"], token) if name in _NAMED else token for name, token in named.items()}
     return Special(added, named, tuple(extra), source)
@@ -105,7 +107,6 @@ def add(tokenizer: Any, special: Special, kind: Any) -> None:
       ValueError: if a token can't get the number that its file gives it.
     """
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    named = set(special.texts.values())
     new: dict[str, Any] = {}
     for _, token in sorted(special.added.items()):
         made = kind(**token)
@@ -126,21 +127,21 @@ def add(tokenizer: Any, special: Special, kind: Any) -> None:
         if got != number and token["content"]:
             raise ValueError(
                 f"{special.source}: {token['content']!r} is token {number}, but it would become {got}: added tokens are "
-                f"numbered on from the {tokenizer.get_vocab_size(with_added_tokens=False)} of tokenizer.json; save the "
-                "tokenizer anew with transformers: tokenizer.save_pretrained(DIR)"
+                f"numbered on from the {tokenizer.get_vocab_size(with_added_tokens=False)} of tokenizer.json; save it "
+                "anew with transformers: tokenizer.save_pretrained(DIR)"
             )
 
 
 def _token(value: Any, path: Path, name: Any) -> dict[str, Any]:
-    if isinstance(value, str):
-        return {"content": value}
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+    given = value if isinstance(value, dict) else {"content": value}
+    content = given.get("content")
+    if not isinstance(content, str) or _HALF.search(content):
         raise ValueError(f"{path}: {name} is {_shown(value)}, must be a text or an object with a content")
-    flags = {flag: value[flag] for flag in _FLAGS if value.get(flag) is not None}
+    flags = {flag: given[flag] for flag in _FLAGS if given.get(flag) is not None}
     for flag, on in flags.items():
         if not isinstance(on, bool):
             raise ValueError(f"{path}: {flag} of {name} is {_shown(on)}, must be true or false")
-    return {"content": value["content"], **flags}
+    return {"content": content, **flags}
 
 
 def _number(value: Any, path: Path, name: Any = None) -> int:

@@ -56,12 +56,12 @@ def render(template: str, where: str, variables: Mapping[str, Any], given: Itera
     if importlib.util.find_spec("jinja2") is None:
         need("jinja2", "a chat template", "models")
     given = list(given)
-    most_bytes = limit.megabytes << 20
+    most = limit.megabytes << 18  # characters
+    asked = json.dumps({"template": template, "variables": dict(variables), "given": given, "most": most})
     if limit.seconds is None:
-        answer = sandbox.render(template, json.loads(json.dumps(variables)), given, most_bytes // 4)
+        answer = sandbox.render(**json.loads(asked))
     else:
-        request = {"render": (template, variables, given), "seconds": limit.seconds, "most_bytes": most_bytes}
-        answer = _process.ask(json.dumps(request).encode(), limit.seconds)
+        answer = _process.ask(asked.encode(), limit.seconds, limit.megabytes << 20)
     match answer:
         case {"text": text}:
             return str(text)
@@ -74,15 +74,15 @@ def render(template: str, where: str, variables: Mapping[str, Any], given: Itera
             known = ", ".join(name for name in reads if name not in ("messages", "add_generation_prompt"))
             raise ValueError(f"{where} never reads {unread}; it reads {known or 'messages only'}")
         case {"size": what}:
-            most = f"{limit.megabytes} MB of memory" if what == "memory" else f"{most_bytes // 4:,} characters"
+            limited = f"{limit.megabytes} MB of memory" if what == "memory" else f"{most:,} characters"
             raise ValueError(
-                f"{where} takes more than its limit, {most}; if you trust it, give it more: "
+                f"{where} takes more than its limit, {limited}; if you trust it, give it more: "
                 f"tokenizer.limit = Limit(megabytes={4 * limit.megabytes})"
             )
-        case {"late": _}:
+        case {"late": seconds}:
             raise ValueError(
-                f"{where} takes longer than its limit, {limit.seconds:g} s; if you trust it, give it more: "
-                f"tokenizer.limit = Limit(seconds={6 * limit.seconds:g})"
+                f"{where} takes longer than its limit, {seconds:g} s; if you trust it, give it more: "
+                f"tokenizer.limit = Limit(seconds={6 * seconds:g})"
             )
         case {"no_process": why}:
             raise ValueError(
@@ -100,7 +100,8 @@ class _Process:
         self._running: subprocess.Popen[bytes] | None = None
         self._owner = 0  # a fork of this process has the pipes too, and must not use them
 
-    def ask(self, request: bytes, seconds: float) -> dict[str, Any]:
+    def ask(self, asked: bytes, seconds: float, most_bytes: int) -> dict[str, Any]:
+        request = b'{"seconds": %f, "most_bytes": %d, "render": %b}\n' % (seconds, most_bytes, asked)
         with self._lock:
             if self._running is None or self._owner != os.getpid() or self._running.poll() is not None:
                 try:
@@ -122,7 +123,7 @@ class _Process:
         timer.start()
         line = b""
         try:
-            running.stdin.write(request + b"\n")  # type: ignore[union-attr]
+            running.stdin.write(request)  # type: ignore[union-attr]
             running.stdin.flush()  # type: ignore[union-attr]
             line = running.stdout.readline()  # type: ignore[union-attr]
         except OSError:
@@ -133,7 +134,7 @@ class _Process:
                 self.end()
         if line.endswith(b"\n"):
             return dict(json.loads(line))
-        return {"late": True} if late.is_set() else {"died": f"exit status {running.returncode}"}
+        return {"late": seconds} if late.is_set() else {"died": f"exit status {running.returncode}"}
 
     def end(self) -> None:
         running, self._running = self._running, None

@@ -349,7 +349,7 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
         named = {entry["name"]: entry["template"] for entry in given}
     if not isinstance(named, dict) or not all(isinstance(text, str) for pair in named.items() for text in pair):
         raise ValueError(
-            f"{directory / 'tokenizer_config.json'}: chat_template is a {type(given).__name__}, must be a text, or a list "
-            'of {"name": ..., "template": ...} with texts'
+            f"{directory / 'tokenizer_config.json'}: chat_template is a {type(given).__name__}, must be a text, or a "
+            'list of {"name": ..., "template": ...} with texts'
         )
     return named

@@ -5,6 +5,7 @@ The schemas are those of Hugging Face transformers 5. https://huggingface.co/doc
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import inspect
 import json
@@ -82,7 +83,8 @@ def schema(function: Callable[..., Any]) -> dict[str, Any]:
             raise ValueError(f"argument {argument} of the tool {name} has no annotation; give one, as {argument}: int")
         if argument not in described:
             raise ValueError(
-                f'the docstring of the tool {name} does not describe {argument}; add a line "{argument}: ..." under Args:'
+                f"the docstring of the tool {name} does not describe {argument}; add a line "
+                f'"{argument}: ..." under Args:'
             )
         said = _of(hints[argument], f"argument {argument} of the tool {name}")
         text = described[argument]
@@ -92,9 +94,7 @@ def schema(function: Callable[..., Any]) -> dict[str, Any]:
             except ValueError:
                 values = None
             if not isinstance(values, list):
-                raise ValueError(
-                    f'the choices of {argument} of the tool {name} are {choices[1]}, must be as ["a", "b"]'
-                )
+                raise ValueError(f'the choices of {argument} of the tool {name} are {choices[1]}, must be ["a", ...]')
             said["enum"] = [value.strip() if isinstance(value, str) else value for value in values]
             text = text[: choices.start()].strip()
         properties[argument] = {**said, "description": text}
@@ -105,10 +105,8 @@ def schema(function: Callable[..., Any]) -> dict[str, Any]:
         "parameters": {"type": "object", "properties": properties, **({"required": needed} if needed else {})},
     }
     if "return" in hints:
-        try:  # no model writes what comes back
+        with contextlib.suppress(ValueError):  # no model writes what comes back: it may be anything
             found["return"] = _of(hints["return"], "") | ({} if returned is None else {"description": returned})
-        except ValueError:
-            pass
     return {"type": "function", "function": found}
 
 

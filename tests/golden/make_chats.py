@@ -35,7 +35,9 @@ QWEN3 = """\
     {{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if tools %}{{ tools | tojson }}{% endif %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' + ('' if enable_thinking else '<think></think>') }}{% endif %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' + ('' if enable_thinking else '<think></think>') }}
+{%- endif %}
 """
 TRIMMED = """\
 {% for message in messages %}<|start|>{{ message['role'] }}<|sep|>{{ message['content'] | trim }}<|end|>
@@ -155,7 +157,7 @@ def functions() -> list[Any]:
             e: Five
         """
 
-    def late(a: "int", b: "list[str]" = ()) -> "str":  # type: ignore[assignment]
+    def late(a: "int", b: "list[str]" = ()) -> "str":  # noqa: UP037
         """Has annotations as text.
 
         Args:
