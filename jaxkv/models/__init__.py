@@ -15,5 +15,5 @@ from .families import FAMILIES as FAMILIES
 from .files import Files as Files
 from .generation import GenerationConfig as GenerationConfig
 from .model import Model as Model
-from .template import Limit as Limit
+from .template import TemplateLimit as TemplateLimit
 from .tokenizer import Tokenizer as Tokenizer

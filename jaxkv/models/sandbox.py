@@ -121,7 +121,7 @@ def _serve() -> None:
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.path[:] = json.loads(requests.readline())
     _environment()  # before memory is limited
-    answers.write(b"{}\n")
+    answers.write(b'{"ready": true}\n')
     answers.flush()
 
     alarm: Callable[[int], object] = getattr(signal, "alarm", lambda seconds: None)

@@ -20,13 +20,15 @@ from typing import Any
 from jaxkv.extras import need
 from jaxkv.models import sandbox
 
+_START = 60.0  # seconds that Python may take to start
+
 
 class Refusal(ValueError):
     """A template refuses what it was given; in another form it may take it."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Limit:
+class TemplateLimit:
     """How much a chat template may take.
 
     Attributes:
@@ -37,8 +39,14 @@ class Limit:
     seconds: float | None = 10.0
     megabytes: int = 512
 
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not 0 < self.seconds < 1e6:
+            raise ValueError(f"seconds is {self.seconds!r}, must be above 0 and below a million, or None for no limit")
+        if not 0 < self.megabytes < 1 << 20:
+            raise ValueError(f"megabytes is {self.megabytes!r}, must be above 0 and below a million")
 
-def render(template: str, where: str, variables: Mapping[str, Any], given: Iterable[str], limit: Limit) -> str:
+
+def render(template: str, where: str, variables: Mapping[str, Any], given: Iterable[str], limit: TemplateLimit) -> str:
     """Returns the text of a template.
 
     Args:
@@ -77,17 +85,17 @@ def render(template: str, where: str, variables: Mapping[str, Any], given: Itera
             limited = f"{limit.megabytes} MB of memory" if what == "memory" else f"{most:,} characters"
             raise ValueError(
                 f"{where} takes more than its limit, {limited}; if you trust it, give it more: "
-                f"tokenizer.limit = Limit(megabytes={4 * limit.megabytes})"
+                f"tokenizer.template_limit = TemplateLimit(megabytes={4 * limit.megabytes})"
             )
         case {"late": seconds}:
             raise ValueError(
                 f"{where} takes longer than its limit, {seconds:g} s; if you trust it, give it more: "
-                f"tokenizer.limit = Limit(seconds={6 * seconds:g})"
+                f"tokenizer.template_limit = TemplateLimit(seconds={6 * seconds:g})"
             )
         case {"no_process": why}:
             raise ValueError(
                 f"{where} can't run in a process of its own ({why}); if you trust it, run it in this one, without a "
-                "limit: tokenizer.limit = Limit(seconds=None)"
+                "limit: tokenizer.template_limit = TemplateLimit(seconds=None)"
             )
     raise ValueError(f"{where} ended the process that ran it ({answer.get('died')}); does it nest too deeply?")
 
@@ -97,21 +105,27 @@ class _Process:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._running: subprocess.Popen[bytes] | None = None
+        self._running: Any = None  # subprocess.Popen[bytes] | None
         self._owner = 0  # a fork of this process has the pipes too, and must not use them
 
     def ask(self, asked: bytes, seconds: float, most_bytes: int) -> dict[str, Any]:
         request = b'{"seconds": %f, "most_bytes": %d, "render": %b}\n' % (seconds, most_bytes, asked)
         with self._lock:
             if self._running is None or self._owner != os.getpid() or self._running.poll() is not None:
+                self.end()
                 try:
-                    self.end()
                     self._running, self._owner = _start(), os.getpid()
+                    # Its path is told, so that it needs no `site`.
+                    ready = self._exchange(json.dumps([path for path in sys.path if path]).encode() + b"\n", _START)
                 except OSError as error:
                     return {"no_process": error.strerror or str(error)}
-            return self._ask(self._running, request, seconds)
+                if "ready" not in ready:
+                    return {"no_process": f"{sys.executable}: {ready}"}
+            return self._exchange(request, seconds)
 
-    def _ask(self, running: subprocess.Popen[bytes], request: bytes, seconds: float) -> dict[str, Any]:
+    def _exchange(self, line: bytes, seconds: float) -> dict[str, Any]:
+        """Returns the answer to a line; without one the process is ended."""
+        running = self._running
         late = threading.Event()
 
         def end() -> None:
@@ -121,19 +135,19 @@ class _Process:
         timer = threading.Timer(seconds, end)
         timer.daemon = True
         timer.start()
-        line = b""
+        answer = b""
         try:
-            running.stdin.write(request)  # type: ignore[union-attr]
-            running.stdin.flush()  # type: ignore[union-attr]
-            line = running.stdout.readline()  # type: ignore[union-attr]
+            running.stdin.write(line)
+            running.stdin.flush()
+            answer = running.stdout.readline()
         except OSError:
             pass  # it has ended, by the timer or by itself
         finally:
             timer.cancel()
-            if not line.endswith(b"\n"):
+            if not answer.endswith(b"\n"):
                 self.end()
-        if line.endswith(b"\n"):
-            return dict(json.loads(line))
+        if answer.endswith(b"\n"):
+            return dict(json.loads(answer))
         return {"late": seconds} if late.is_set() else {"died": f"exit status {running.returncode}"}
 
     def end(self) -> None:
@@ -144,27 +158,16 @@ class _Process:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    """Starts Python with as little as can be: its path is told, so that `site` need not find it."""
-    if not sys.executable:
-        raise OSError("there is no sys.executable")
-    running = subprocess.Popen(
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise OSError("this program is not run by a Python that could be started again")
+    return subprocess.Popen(
         [sys.executable, "-I", "-S", str(Path(sandbox.__file__))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        start_new_session=True,  # Ctrl-C is not for it
         creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
     )
-    try:
-        running.stdin.write(json.dumps([path for path in sys.path if path]).encode() + b"\n")  # type: ignore[union-attr]
-        running.stdin.flush()  # type: ignore[union-attr]
-        ready = bool(running.stdout.readline())  # type: ignore[union-attr]
-    except OSError:
-        ready = False
-    if not ready:
-        running.communicate()
-        raise OSError(f"{sys.executable} ended with exit status {running.returncode}")
-    return running
 
 
 _process = _Process()

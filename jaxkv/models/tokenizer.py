@@ -14,7 +14,7 @@ from typing import Any
 from jaxkv.extras import need
 from jaxkv.models import chat, pipelines, special
 from jaxkv.models.files import MOST_LISTED, read_json, read_text
-from jaxkv.models.template import Limit, render
+from jaxkv.models.template import TemplateLimit, render
 from jaxkv.models.tools import schemas
 
 _OTHER_FORMATS = (
@@ -40,7 +40,7 @@ class Tokenizer:
 
     Attributes:
       directory: where it was read.
-      limit: how much a chat template may take; set another one, as `tokenizer.limit = Limit(seconds=60)`.
+      template_limit: how much a chat template may take; `tokenizer.template_limit = TemplateLimit(seconds=60)` is more.
       special_tokens: the texts that chat templates know by name, {"bos_token": "<s>", ...}.
       templates: chat templates by name; the usual one is "default". Empty if there is none.
 
@@ -61,7 +61,7 @@ class Tokenizer:
     'one two'
     """
 
-    limit = Limit()
+    template_limit = TemplateLimit()
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
@@ -206,7 +206,7 @@ class Tokenizer:
         Raises:
           ImportError: without the extra `jaxkv[models]`.
           ValueError: if there is no such template, it refuses the messages, never reads a variable that is given, or
-            takes more time or memory than `limit`.
+            takes more time or memory than `template_limit`.
         """
         if continue_final_message and add_generation_prompt:
             raise ValueError(
@@ -244,7 +244,7 @@ class Tokenizer:
         given = [name for name, value in variables.items() if value is not None and value != []]
 
         def run(form: list[dict[str, Any]]) -> str:
-            return render(source, where, {**told, "messages": form}, given, self.limit)
+            return render(source, where, {**told, "messages": form}, given, self.template_limit)
 
         text = chat.render(run, messages)
         return chat.cut(text, said, where) if continue_final_message else text

@@ -231,7 +231,8 @@ def wrong_functions() -> list[Any]:
     return [no_doc, no_hint, not_described, custom, single, any_length, bad_literal]
 
 
-def main() -> None:
+def expected() -> dict[str, Any]:
+    """Returns what transformers says."""
     from transformers import AutoTokenizer
     from transformers.utils import get_json_schema
 
@@ -253,7 +254,11 @@ def main() -> None:
         except Exception:  # noqa: BLE001  (of several kinds)
             continue
         raise SystemExit(f"{function.__name__} has a schema")
-    facts = {"texts": texts, "schemas": [get_json_schema(function) for function in functions()]}
+    return {"texts": texts, "schemas": [get_json_schema(function) for function in functions()]}
+
+
+def main() -> None:
+    facts = expected()
     PATH.write_text(json.dumps(facts, ensure_ascii=False, separators=(",", ":")) + "\n")
     print(f"{PATH}: {PATH.stat().st_size:,} bytes", file=sys.stderr)
 
