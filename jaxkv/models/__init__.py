@@ -1,6 +1,7 @@
 """Models that decode with a cache: a decoder driven by a config, weights in files, and a small trained one."""
 
 from . import tiny as tiny
+from .bytes import ByteTokenizer as ByteTokenizer
 from .checkpoint import init as init
 from .checkpoint import load as load
 from .checkpoint import save as save
@@ -14,5 +15,5 @@ from .families import FAMILIES as FAMILIES
 from .files import Files as Files
 from .generation import GenerationConfig as GenerationConfig
 from .model import Model as Model
-from .tokenizer import ByteTokenizer as ByteTokenizer
+from .template import TemplateLimit as TemplateLimit
 from .tokenizer import Tokenizer as Tokenizer
