@@ -536,7 +536,10 @@ OTHER = Toy((Full(),))
         ({"max_new_tokens": [1, 0, 2]}, "max_new_tokens is [1, 0, 2]; it must be 1 or more"),
         ({"max_new_tokens": [1, 2]}, "max_new_tokens has 2 numbers for a cache of 3 rows; give one, or one per row"),
         ({"stop_tokens": [1, [2, V]]}, f"stop_tokens has token {V}, outside the model's vocabulary"),
-        ({"stop_tokens": [1, []]}, "stop_tokens is [1, []]; give whole token numbers, for instance stop_tokens=[0], or"),
+        (
+            {"stop_tokens": [1, []]},
+            "stop_tokens is [1, []]; give whole token numbers, for instance stop_tokens=[0], or",
+        ),
         ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0; give a whole number, 1 or more"),
         ({"stop_tokens": [V]}, f"stop_tokens has token {V}, outside the model's vocabulary of {V} (0 to {V - 1})"),
         ({"stop_tokens": -1}, "stop_tokens has token -1, outside"),

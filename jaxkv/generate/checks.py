@@ -58,7 +58,8 @@ def failures_told(doing: str) -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         raise CacheError(
-            f"{doing} failed: {cause_of(error)}. The cache was donated to it and is lost: make a new one with Cache.init"
+            f"{doing} failed: {cause_of(error)}. The cache was donated to it and is lost: make a new one with "
+            "Cache.init"
         ) from error
 
 
@@ -187,7 +188,9 @@ def check_max_new_tokens(value: Any, num_rows: int) -> np.ndarray:
     """Returns int32 [B], most new tokens of each row."""
     most = np.asarray(value)
     if most.ndim == 1 and most.size != num_rows:
-        raise ValueError(f"max_new_tokens has {most.size} numbers for a cache of {num_rows} rows; give one, or one per row")
+        raise ValueError(
+            f"max_new_tokens has {most.size} numbers for a cache of {num_rows} rows; give one, or one per row"
+        )
     if most.ndim > 1 or not np.issubdtype(most.dtype, np.integer):
         raise ValueError(f"max_new_tokens is {value!r}; give a whole number, 1 or more, or one per row")
     if (most < 1).any():
@@ -269,7 +272,7 @@ def _works_without_key(sampler: Any, vocab_size: int) -> bool:
         args.append(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, History.of([0], vocab_size))))
     try:
         _answer.eval_shape(sampler, None, *args)
-    except Exception:
+    except Exception:  # noqa: BLE001  (a sampler may fail in any way)
         _answer.eval_shape(sampler, jax.random.key(0), *args)  # if it fails with a key too, it says why itself
         return False
     return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,7 +40,7 @@ class History:
     @classmethod
     def of(
         cls,
-        tokens: Sequence[int],
+        tokens: Any,
         vocab_size: int,
         *,
         prompt_length: int | None = None,
@@ -51,7 +50,7 @@ class History:
         """Returns the history of one row, in NumPy.
 
         Args:
-          tokens: prompt and generated.
+          tokens: prompt and generated, a sequence of ints.
           vocab_size: V.
           prompt_length: how many of them are the prompt; None: all.
           size: room for so many tokens (N); None: as many as there are.

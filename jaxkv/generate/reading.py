@@ -1,4 +1,4 @@
-"""Prompts are read into the cache in blocks of a few sizes: `prefill`, `score`, and the beginning of every `generate`."""
+"""Prompts are read into the cache in blocks of a few sizes: `prefill`, `score`, and the beginning of `generate`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from jaxkv.generate.programs import Fixed, Form
 _SMALLEST_BLOCK = 32  # every block reads all weights of the model, so a smaller one costs about as much
 
 
-def prefill(
-    forward: Callable[..., Any], params: Any, prompts: Sequence[Any], cache: Cache
-) -> tuple[jax.Array, Cache]:
+def prefill(forward: Callable[..., Any], params: Any, prompts: Sequence[Any], cache: Cache) -> tuple[jax.Array, Cache]:
     """Reads prompts, and returns what the model says comes next.
 
     In the blocks of `generate`, the last token of each row by itself: the logits are those that `generate` chooses its
@@ -58,9 +56,7 @@ def prefill(
     return logits, cache
 
 
-def score(
-    forward: Callable[..., Any], params: Any, prompts: Sequence[Any], cache: Cache
-) -> tuple[np.ndarray, Cache]:
+def score(forward: Callable[..., Any], params: Any, prompts: Sequence[Any], cache: Cache) -> tuple[np.ndarray, Cache]:
     """Returns how likely the model finds given texts, token by token.
 
     In the blocks of `generate`: no array of the whole text's logits exists, on the host or on the device.
@@ -117,7 +113,7 @@ def last_positions(prompts: Sequence[np.ndarray]) -> np.ndarray:
 def blocks(
     prompts: Sequence[np.ndarray], begin: np.ndarray, end: np.ndarray, max_block: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields (tokens [B, T], positions [B, T], how many of each row [B]) until each prompt is read from begin to end."""
+    """Yields (tokens [B, T], positions [B, T], how many of each row [B]) until prompts are read from begin to end."""
     for size, taken in schedule(end - begin, 1 << (max_block.bit_length() - 1)):
         tokens = np.zeros((taken.size, size), np.int32)
         positions = np.full((taken.size, size), EMPTY, np.int32)
@@ -161,9 +157,7 @@ def _read_last(fixed: Any, params: Any, tokens: Any, positions: Any, cache: Any)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _score_block(
-    fixed: Any, params: Any, tokens: Any, positions: Any, targets: Any, cache: Any
-) -> tuple[Any, Any]:
+def _score_block(fixed: Any, params: Any, tokens: Any, positions: Any, targets: Any, cache: Any) -> tuple[Any, Any]:
     logits, after = fixed.forward(params, tokens, positions, fixed.cache.build(cache))
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[:, :, None], 2)[:, :, 0]

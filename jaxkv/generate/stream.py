@@ -145,6 +145,11 @@ class Stream:
             self._lock.release()
         return _generation(tokens, log_probs, tuple(REASONS[i] for i in reason), cache)
 
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why each row has ended, "running" if it hasn't: `result.reasons`, without a look at the device."""
+        return tuple(REASONS[i] for i in self._look()[2])
+
     def stop(self, rows: Any) -> None:
         """Ends some rows after the tokens that they have, for the reason "stop".
 
@@ -236,7 +241,7 @@ class Stream:
         leaves = (*self._cache, *self._state)
         try:
             return not any(leaf.is_deleted() for leaf in leaves) and bool(jax.block_until_ready(leaves))
-        except Exception:
+        except Exception:  # noqa: BLE001  (what the failed program left behind raises what failed in it)
             return False
 
     def _what_happened(self, error: Exception) -> str:
@@ -247,8 +252,8 @@ class Stream:
             else "No token had come out of it yet"
         )
         return (
-            f"the compiled loop failed: {checks.cause_of(error)}. {kept}; the cache was donated to it and is lost: make "
-            "a new one with Cache.init"
+            f"the compiled loop failed: {checks.cause_of(error)}. {kept}; the cache was donated to it and is lost: "
+            "make a new one with Cache.init"
         )
 
     def _rest(self) -> Generation:

@@ -39,9 +39,13 @@ class LogitBias(Sampler):
         for _, value in pairs:
             real = isinstance(value, numbers.Real) and not isinstance(value, bool)
             if not real or math.isnan(value) or value == math.inf:
-                raise ValueError(f"LogitBias: a bias is {value!r}, must be a finite number, or -inf to rule a token out")
+                raise ValueError(
+                    f"LogitBias: a bias is {value!r}, must be a finite number, or -inf to rule a token out"
+                )
         if not pairs:
-            raise ValueError(f"LogitBias: bias is {self.bias!r}, must be {{token or tuple of tokens: number}}, not empty")
+            raise ValueError(
+                f"LogitBias: bias is {self.bias!r}, must be {{token or tuple of tokens: number}}, not empty"
+            )
         object.__setattr__(self, "bias", tuple((sequence, float(value)) for sequence, value in pairs))
 
     @property
