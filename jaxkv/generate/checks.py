@@ -203,26 +203,33 @@ def check_stop_tokens(stop_tokens: Any, vocab_size: int) -> np.ndarray:
 
     Padded to powers of two, so that few shapes are compiled.
     """
-    try:
-        given = [stop_tokens] if np.ndim(stop_tokens) == 0 else list(stop_tokens)
-    except ValueError:  # sequences of several lengths
-        given = list(stop_tokens)
-    lines = []
-    for stop in given:
-        line = np.atleast_1d(np.asarray(stop))
-        if line.ndim != 1 or not line.size or not np.issubdtype(line.dtype, np.integer):
-            raise ValueError(
-                f"stop_tokens is {stop_tokens!r}; give whole token numbers, for instance stop_tokens=[0], or sequences "
-                "of them, stop_tokens=[0, [13, 10]]"
-            )
+    lines = stop_sequences(stop_tokens)
+    for line in lines:
         _check_tokens("stop_tokens", line, vocab_size)
-        lines.append(line)
     longest = max((line.size for line in lines), default=1)
     shape = max(8, _power_of_two(len(lines))), _power_of_two(longest)
     table = np.full(shape, _NOWHERE, np.int32)
     for i, line in enumerate(lines):
         table[i] = np.pad(line, (shape[1] - line.size, 0), constant_values=EMPTY)
     return table
+
+
+def stop_sequences(stop_tokens: Any) -> list[np.ndarray]:
+    """Returns stop tokens, one or several, and sequences among them, as sequences.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    try:
+        lines = [np.atleast_1d(np.asarray(stop)) for stop in stop_tokens]
+    except (TypeError, ValueError):  # one number; or a sequence of sequences
+        lines = [np.asarray([stop_tokens])]
+    if not all(line.ndim == 1 and line.size and np.issubdtype(line.dtype, np.integer) for line in lines):
+        raise ValueError(
+            f"stop_tokens is {stop_tokens!r}; give whole token numbers, for instance stop_tokens=[0], or sequences of "
+            "them, stop_tokens=[0, [13, 10]]"
+        )
+    return lines
 
 
 def _power_of_two(n: int) -> int:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxkv.cache.cache import Cache
 from jaxkv.generate import stream
-from jaxkv.generate.checks import check_max_new_tokens
+from jaxkv.generate.checks import check_max_new_tokens, stop_sequences
 from jaxkv.models.completion import Completion, TextStream
 from jaxkv.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxkv.models.prompts import is_one, tokens_of
@@ -47,8 +47,8 @@ def start(
     rows = [tokens_of(prompt, lambda: model.tokenizer, chat) for prompt in given]
     limits = _limits(model, max_new_tokens, rows)
     tokenizer = _tokenizer(model)
-    stops: Any = _stop_tokens(model, tokenizer) if stop_tokens is None else stop_tokens
-    single = tuple(int(stop) for stop in ([stops] if np.ndim(stops) == 0 else stops) if np.ndim(stop) == 0)
+    stops = _stop_tokens(model, tokenizer) if stop_tokens is None else stop_tokens
+    single = tuple(int(stop[0]) for stop in stop_sequences(stops) if stop.size == 1)
     if sampler is None:
         sampler = dataclasses.replace(model.generation, stop_tokens=single).sampler(**numbers)
     elif numbers:
