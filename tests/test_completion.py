@@ -72,7 +72,7 @@ def test_texts_are_continued_one_or_many():
     assert result.prompts[1] == () and result.history[0] == (*RETURN.encode(), *want.tokens[0].tolist())
     one = model().generate(RETURN, **GREEDY)
     assert one.texts == (one.text,) == result.texts[:1]
-    with pytest.raises(ValueError, match="there are 3 texts; take one of texts"):
+    with pytest.raises(ValueError, match=r"there are 3 texts; take one of texts"):
         _ = result.text
 
 
@@ -214,7 +214,7 @@ def test_a_row_that_was_full_goes_on_with_a_shorter_prompt():
 def test_limits_are_those_of_the_checkpoint_and_of_what_it_was_made_for():
     short = dataclasses.replace(model(), context=20, generation=GenerationConfig())
     assert short.generate([RETURN, "A"]).lengths.tolist() == [9, 19]
-    with pytest.raises(ValueError, match="a prompt of 11 tokens and 10 new ones are more than the 20.*=9 or less"):
+    with pytest.raises(ValueError, match=r"a prompt of 11 tokens and 10 new ones are more than the 20.*=9 or less"):
         short.generate(RETURN, max_new_tokens=10)
     with pytest.raises(ValueError, match="a prompt has 20 tokens, and the model was made for texts of 20"):
         short.generate("a" * 20)
@@ -230,11 +230,11 @@ def test_a_model_without_a_tokenizer_takes_and_gives_tokens():
     mine = Model.of(Decoder(config, rngs=nnx.Rngs(0)))
     result = mine.generate([1, 2, 3], max_new_tokens=4)
     assert result.texts is None and result.lengths.tolist() == [4] and result.cache.capacity == 1024
-    with pytest.raises(FileNotFoundError, match="came without a tokenizer"):
+    with pytest.raises(FileNotFoundError, match=r"came without a tokenizer"):
         mine.generate("abc")
-    with pytest.raises(ValueError, match="iterate over jaxkv.stream"):
+    with pytest.raises(ValueError, match=r"iterate over jaxkv.stream"):
         next(mine.stream([1, 2, 3]))
-    with pytest.raises(ValueError, match="give capacity=, in tokens"):
+    with pytest.raises(ValueError, match=r"give capacity=, in tokens"):
         mine.init_cache()
 
 
@@ -274,10 +274,10 @@ def test_the_result_of_a_run_that_failed_is_refused():
         return jax.pure_callback(break_down, jax.ShapeDtypeStruct((), "int32"), logits[0], vmap_method="sequential")
 
     steps = model().stream("a", sampler=sampler)
-    with pytest.raises(CacheError, match="KeyError: 'sensor'"):
+    with pytest.raises(CacheError, match=r"KeyError: 'sensor'"):
         next(steps)
     assert steps.result.texts == ("",) and steps.result.cache is None
-    with pytest.raises(ValueError, match="its cache is lost, leave it out|its cache is lost: leave it out"):
+    with pytest.raises(ValueError, match=r"its cache is lost, leave it out|its cache is lost: leave it out"):
         model().generate("a", cache=steps.result)
 
 
