@@ -19,10 +19,12 @@ from .errors import CacheError as CacheError
 from .errors import CacheFullError as CacheFullError
 from .errors import NotSupportedError as NotSupportedError
 from .generate import sampling as sampling
-from .generate.loop import Generation as Generation
-from .generate.loop import Stream as Stream
-from .generate.loop import generate as generate
-from .generate.loop import stream as stream
+from .generate.generation import Generation as Generation
+from .generate.reading import prefill as prefill
+from .generate.reading import score as score
+from .generate.stream import Stream as Stream
+from .generate.stream import generate as generate
+from .generate.stream import stream as stream
 from .memo.memo import Memo as Memo
 from .memo.tiers import MemoStats as MemoStats
 from .nn import linen as linen

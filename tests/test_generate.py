@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import re
 import signal
 import sys
@@ -17,11 +18,13 @@ from flax import linen, nnx
 import jaxkv
 from jaxkv.cache.spec import EMPTY, Chunk, Full, LayerSpec, Window
 from jaxkv.errors import CacheError
-from jaxkv.generate import generate, loop, stream
+from jaxkv.generate import checks, generate, loop, reading, stream
+from jaxkv.generate.history import History
 from jaxkv.generate.sampling import Greedy, MinP, RepetitionPenalty, Temperature, TopK, TopP
 from jaxkv.nn.attend import attend
 from jaxkv.nn.rotary import Rotary
 
+stream_file = importlib.import_module("jaxkv.generate.stream")  # the package has a function of that name
 V, D, N, K, H = 29, 16, 2, 1, 8  # vocabulary, width, query heads, kv heads, head size
 B, CAPACITY, MAX_BLOCK = 3, 48, 16
 ROTARY = Rotary()
@@ -130,11 +133,11 @@ def test_random_sampling_is_the_uncached_loop_with_the_documented_keys():
     result = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=12, sampler=RANDOM, key=KEY)
 
     @jax.jit
-    def sample(row, position, logits, seen):
-        return RANDOM(jax.random.fold_in(jax.random.fold_in(KEY, row), position), logits, seen)
+    def sample(row, position, logits, history):
+        return RANDOM(jax.random.fold_in(jax.random.fold_in(KEY, row), position), logits, history)
 
     def choose(i, row, x):
-        return int(sample(i, len(row), x, np.isin(np.arange(V), row)))
+        return int(sample(i, len(row), x, History.of(row, V, prompt_length=len(PROMPTS[i]), size=CAPACITY)))
 
     tokens, log_probs = uncached_loop(TOY, PROMPTS, 12, choose)
     np.testing.assert_array_equal(result.tokens, tokens)
@@ -237,8 +240,8 @@ def test_the_next_turn_goes_on_from_the_cache_and_gives_the_text_of_one_run():
 
 def test_only_what_the_cache_lacks_is_read(monkeypatch):
     read = []
-    prefill = loop._prefill
-    monkeypatch.setattr(loop, "_prefill", lambda *args: (read.append(args[3]), prefill(*args))[1])
+    read_block = reading.read_block
+    monkeypatch.setattr(stream_file, "read_block", lambda *args: (read.append(args[3]), read_block(*args))[1])
     first = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=4)
     assert sum((positions != EMPTY).sum() for positions in read) == sum(len(p) - 1 for p in PROMPTS)
     read.clear()
@@ -327,7 +330,7 @@ def test_many_prompts_compile_a_handful_of_times():
     def forward(params, tokens, positions, cache):  # its own, to count from zero
         return TOY(params, tokens, positions, cache)
 
-    before = loop._decode._cache_size(), loop._prefill._cache_size()
+    before = loop.decode._cache_size(), reading.read_block._cache_size()
     random = np.random.default_rng(0)
     for i in range(100):
         prompts = [random.integers(0, V, n) if n else None for n in random.integers(0, 40, B)]
@@ -335,7 +338,7 @@ def test_many_prompts_compile_a_handful_of_times():
         generate(forward, PARAMS, prompts, TOY.cache(), max_new_tokens=1 + i % 3, stop_tokens=stops)
     for _tokens in stream(forward, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=4):
         pass
-    after = loop._decode._cache_size(), loop._prefill._cache_size()
+    after = loop.decode._cache_size(), reading.read_block._cache_size()
     assert after[0] - before[0] == 1
     assert after[1] - before[1] == 1  # blocks of 16
 
@@ -357,19 +360,19 @@ def test_a_prefix_read_on_the_same_grid_gives_bitwise_the_same_cache_and_text():
 @pytest.mark.parametrize("block", [1, 4, 16, 512])
 def test_prompts_are_cut_row_by_row(block):
     left = np.array([0, 1, 7, 8, 100, 1023])
-    schedule = list(loop._schedule(left, block))
+    schedule = list(reading.schedule(left, block))
     np.testing.assert_array_equal(sum(taken for _, taken in schedule), left)
     assert all(size & (size - 1) == 0 and size <= block for size, _ in schedule)
     assert all((taken <= size).all() for size, taken in schedule)
     assert len({size for size, _ in schedule}) <= max(1, block.bit_length() - 5)
     for row, n in enumerate(left):
-        alone = [(size, taken[0]) for size, taken in loop._schedule(np.array([n]), block)]
+        alone = [(size, taken[0]) for size, taken in reading.schedule(np.array([n]), block)]
         assert [(size, taken[row]) for size, taken in schedule if taken[row]] == alone
 
 
 def test_the_end_of_a_prompt_is_padded_where_that_spares_blocks():
     for n, sizes in ((1023, [512, 512]), (300, [256, 32, 32]), (385, [512]), (384, [256, 128]), (5, [32])):
-        assert [size for size, _ in loop._schedule(np.array([n]), 512)] == sizes
+        assert [size for size, _ in reading.schedule(np.array([n]), 512)] == sizes
 
 
 def test_a_cache_that_takes_one_token_at_a_time_reads_prompts_too():
@@ -434,7 +437,7 @@ def test_a_forward_that_drops_what_begin_returned_under_its_own_jit_is_found_out
 
 def test_only_the_first_token_of_a_stream_waits_for_the_lengths(monkeypatch):
     calls = []
-    monkeypatch.setattr(loop.checks, "check_lengths", lambda *args: calls.append(args))
+    monkeypatch.setattr(checks, "check_lengths", lambda *args: calls.append(args))
     assert len(list(stream(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=3))) == 3
     assert len(calls) == 1
 
@@ -472,7 +475,7 @@ def test_the_decode_loop_makes_no_copy_and_no_temporary_of_cache_size():
     toy, rows, capacity = TOY, 2, 1 << 14  # 0.5 MB per buffer of a Full layer stands out from everything else
     cache = toy.cache(num_rows=rows, capacity=capacity)
     steps = stream(toy, PARAMS, [[1], [2]], cache, max_new_tokens=4)
-    compiled = loop._decode.lower(*steps._decode.args, steps._cache, steps._state, np.int32(4)).compile()
+    compiled = loop.decode.lower(*steps._decode.args, steps._cache, steps._state, np.int32(4)).compile()
     buffer = rows * K * capacity * H * 4
     copies = re.findall(rf"f32\[{rows},{K},{capacity},{H}\]\S* copy\(", compiled.as_text())
     assert not copies
@@ -495,7 +498,7 @@ def test_a_sharded_cache_gives_the_same_tokens_and_compiles_once():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("row"))
     prompts = [PROMPTS[1], None, [4, 2]]
     want = generate(TOY, PARAMS, prompts, TOY.cache(), max_new_tokens=6)
-    before = loop._decode._cache_size()
+    before = loop.decode._cache_size()
     steps = stream(TOY, PARAMS, prompts, TOY.cache(sharding=sharding), max_new_tokens=6)
     for _tokens in steps:
         pass
@@ -503,7 +506,7 @@ def test_a_sharded_cache_gives_the_same_tokens_and_compiles_once():
     cache = steps.result.cache
     assert cache.layers[0].k.sharding.is_equivalent_to(sharding, 4)
     assert cache.lengths.sharding.is_fully_replicated
-    assert loop._decode._cache_size() - before == 1
+    assert loop.decode._cache_size() - before == 1
 
 
 GOOD = {"forward": TOY, "prompts": PROMPTS, "max_new_tokens": 2}
@@ -530,6 +533,13 @@ OTHER = Toy((Full(),))
         ({"held": True, "prompts": [[5], None, None]}, "has 1 tokens, but the row holds 2 already; give the whole"),
         ({"held": True, "prompts": [[5, 5], None, None]}, "with at least one new token, or cache.reset the row"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 or more"),
+        ({"max_new_tokens": [1, 0, 2]}, "max_new_tokens is [1, 0, 2]; it must be 1 or more"),
+        ({"max_new_tokens": [1, 2]}, "max_new_tokens has 2 numbers for a cache of 3 rows; give one, or one per row"),
+        ({"stop_tokens": [1, [2, V]]}, f"stop_tokens has token {V}, outside the model's vocabulary"),
+        (
+            {"stop_tokens": [1, []]},
+            "stop_tokens is [1, []]; give whole token numbers, for instance stop_tokens=[0], or",
+        ),
         ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0; give a whole number, 1 or more"),
         ({"stop_tokens": [V]}, f"stop_tokens has token {V}, outside the model's vocabulary of {V} (0 to {V - 1})"),
         ({"stop_tokens": -1}, "stop_tokens has token -1, outside"),
@@ -584,7 +594,7 @@ def test_an_unhashable_forward_is_refused_with_the_cure():
 
 
 def test_generate_under_jit_is_refused():
-    with pytest.raises(ValueError, match="run on the host; call them outside jit"):
+    with pytest.raises(ValueError, match="run on the host: they compile their own programs"):
         jax.jit(lambda cache: generate(TOY, PARAMS, PROMPTS, cache, max_new_tokens=1).tokens)(TOY.cache())
 
 

@@ -35,7 +35,8 @@ def test_a_penalty_counts_when_greedy_too(tmp_path):
 
 
 def test_what_changes_nothing_is_not_said(tmp_path):
-    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
+    neutral: dict = {"num_beams": 1, "min_length": 0, "bad_words_ids": None, "suppress_tokens": [-1]}
+    neutral |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
     assert read(tmp_path, {"do_sample": True, **neutral}) == GenerationConfig(greedy=False)
 
 
@@ -59,12 +60,53 @@ def test_stop_tokens_are_found_where_they_are(tmp_path, generation, config, stop
     [
         ("{", r"generation_config\.json is not valid JSON"),
         ("[]", "holds a list, must be an object"),
-        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', must be a token number or a list of them"),
-        ({"top_p": "high"}, "top_p is 'high', must be a number"),
+        ({"eos_token_id": "</s>"}, 'eos_token_id is "</s>", must be a token number or a list of them'),
+        ({"top_p": "high"}, r'top_p is "high", must be a number above 0 and at most 1'),
+        ({"do_sample": "false"}, 'do_sample is "false", must be true or false'),
+        ({"top_p": 1.5}, "top_p is 1.5, must be a number above 0 and at most 1"),
+        ({"temperature": -1}, "temperature is -1, must be a number: 0, or 1e-6 and above"),
+        ({"temperature": float("nan")}, "temperature is NaN, must be"),
+        ({"bad_words_ids": [3]}, r"bad_words_ids is \[3\], must be a list of lists of token numbers"),
+        ({"sequence_bias": [[[1], "a"]]}, "sequence_bias is .*, must be a list of"),
+        ({"sequence_bias": [[1]]}, "sequence_bias is .*, must be a list of"),
+        ({"suppress_tokens": ["a"]}, "suppress_tokens is .*, must be a token number or a list of them"),
+        ({"forced_decoder_ids": {"1": 2}}, "forced_decoder_ids is .*, must be a list of"),
+        ({"stop_strings": [""]}, "stop_strings is .*, must be a string or a list of them"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1, must be a whole number, 0 or more"),
         ({"top_k": 2.5}, "top_k is 2.5, must be a whole number"),
-        ({"max_new_tokens": True}, "max_new_tokens is True, must be a number"),
+        ({"max_new_tokens": True}, "max_new_tokens is true, must be a whole number, 1 or more"),
     ],
 )
 def test_what_can_not_be_read_is_named(tmp_path, generation, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, generation)
+
+
+def test_whispers_tokens_are_read(tmp_path):
+    given = {"begin_suppress_tokens": [220, 50256], "suppress_tokens": [1, 2], "decoder_start_token_id": 50257}
+    given |= {"forced_decoder_ids": [[1, 50362]], "max_length": 448, "no_timestamps_token_id": 50362}
+    config = read(tmp_path, {**given, "eos_token_id": 50256, "alignment_heads": [[1, 0]], "is_multilingual": False})
+    assert config.start_tokens == (50257, 50362) and config.max_length == 448 and config.ignored == ()
+    assert config.sampler() == sampler(temperature=0, suppress_tokens=(1, 2), begin_suppress_tokens=(220, 50256))
+    multilingual = {"forced_decoder_ids": [[1, None], [2, 50359]], "no_timestamps_token_id": 50363}
+    assert read(tmp_path, given | multilingual).start_tokens == (50257, None, 50359, 50363)
+
+
+def test_what_is_not_obeyed_is_said_in_one_line(tmp_path, caplog):
+    given = {"num_beams": 4, "typical_p": 0.9, "chat_format": "chatml", "top_h": None, "pad_token_id": 0}
+    assert read(tmp_path, given).ignored == ("num_beams 4", "typical_p 0.9", 'chat_format "chatml"')
+    (line,) = caplog.messages
+    assert line.endswith('generation_config.json: not obeyed: num_beams 4, typical_p 0.9, chat_format "chatml"')
+
+
+def test_what_is_given_takes_the_place_of_what_the_makers_say():
+    config = GenerationConfig(stop_tokens=(2,), temperature=0.6, suppress_tokens=(5,))
+    assert config.sampler() == sampler(temperature=0, suppress_tokens=(5,))
+    assert config.sampler(top_p=0.9) == sampler(temperature=0.6, top_p=0.9, suppress_tokens=(5,))
+    assert config.sampler(suppress_tokens=None, min_new_tokens=3) == sampler(
+        temperature=0, min_new_tokens=3, stop_tokens=[2]
+    )
+    drawing = GenerationConfig(greedy=False, temperature=0.6, top_k=9)
+    assert drawing.sampler(temperature=0).greedy
+    with pytest.raises(TypeError, match="heat"):
+        config.sampler(heat=3)

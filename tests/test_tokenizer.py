@@ -149,6 +149,30 @@ def test_templates_that_fail_are_named(tmp_path, template, message):
         tokenizer.render([{"role": "user", "content": "x"}])
 
 
+@pytest.mark.parametrize(
+    ("template", "stops"),
+    [
+        (golden.CHATML, ["<|end|>", "<|im_end|>"]),
+        (golden.LLAMA3, ["<|end|>", "<|eot|>"]),
+        (golden.GEMMA, ["<|end|>"]),  # its tokens are not in this vocabulary
+        ("{{ messages[-1].content[0].text }}{{ '<|im_end|>' }}", ["<|end|>", "<|im_end|>"]),  # content in parts
+        # Behind the last message another token than behind the others, as gpt-oss has it: only that one ends the turn.
+        (
+            "{% for m in messages %}{{ m.content }}{{ '<|eot|>' if loop.last else '<|im_end|>' }}{% endfor %}",
+            ["<|end|>", "<|eot|>"],
+        ),
+        ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}", ["<|end|>", "<|user|>"]),  # GLM
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", ["<|end|>"]),
+        ("{{ messages[5].content }}", ["<|end|>"]),
+        (None, ["<|end|>"]),
+    ],
+)
+def test_stop_tokens_are_the_ends_of_a_text_and_of_a_turn(tmp_path, template, stops):
+    tokenizer = chat(tmp_path, template, eos_token="<|end|>")
+    assert tokenizer.decode(tokenizer.stop_tokens, special=True) == "".join(stops)
+    assert len(tokenizer.stop_tokens) == len(stops)
+
+
 def test_a_conversation_has_a_message(tokenizers):
     with pytest.raises(ValueError, match="messages is empty"):
         tokenizers["qwen"].chat([])
@@ -204,6 +228,7 @@ def test_cut_bytes_are_replaced():
 
 
 def test_bytes_know_no_chat():
+    assert ByteTokenizer([2, 0]).stop_tokens == (0, 2)
     assert ByteTokenizer().chat_template is None
     with pytest.raises(ValueError, match="no chat template; encode plain text"):
         ByteTokenizer().chat([{"role": "user", "content": "x"}])

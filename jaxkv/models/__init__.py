@@ -6,6 +6,8 @@ from .checkpoint import load as load
 from .checkpoint import read_config as read_config
 from .checkpoint import save as save
 from .checkpoint import tensor_parallel as tensor_parallel
+from .completion import Completion as Completion
+from .completion import TextStream as TextStream
 from .decoder import Decoder as Decoder
 from .decoder import DecoderConfig as DecoderConfig
 from .encoder_decoder import EncoderDecoder as EncoderDecoder

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxkv.generate.sampling import Chain
+from jaxkv.generate.sampling import sampler as make_sampler
+from jaxkv.logs import log
 from jaxkv.models.files import read_json
 
-# Values of the file that change nothing.
-_NEUTRAL = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+_DRAWING = ("temperature", "top_k", "top_p", "min_p")
+_RULES = (
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "logit_bias",
+    "bad_words_ids",
+    "forced_tokens",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "min_length",
+    "min_new_tokens",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,71 +35,297 @@ class GenerationConfig:
 
     Attributes:
       stop_tokens: a text ends after one of these.
+      stop_strings: a text ends where one of these stands in it.
       max_new_tokens: most tokens of a text.
+      max_length: the same, with the prompt counted.
       greedy: whether the most likely token is taken each time; else one is drawn.
       temperature, top_k, top_p, min_p: how it is drawn, see `jaxkv.sampling`.
-      repetition_penalty: see `jaxkv.sampling.RepetitionPenalty`.
+      repetition_penalty, no_repeat_ngram_size, logit_bias, bad_words_ids, forced_tokens, suppress_tokens,
+        begin_suppress_tokens, min_length, min_new_tokens: what changes logits before, see `jaxkv.sampling.sampler`.
+      start_tokens: how the text of an encoder-decoder begins (Whisper: language and task); None stands for a token that
+        is up to the user.
+      ignored: what the file asks for and is not obeyed, such as "num_beams 4".
 
     >>> config = GenerationConfig(stop_tokens=(2,), greedy=False, temperature=0.6, top_p=0.9)
-    >>> jaxkv.sampling.sampler(**config.sampling)
+    >>> config.sampler()
     Chain(parts=(Temperature(t=0.6), TopP(p=0.9)))
+    >>> config.sampler(temperature=1, top_p=None, frequency_penalty=0.5)
+    Chain(parts=(FrequencyPenalty(f=0.5), Temperature(t=1.0)))
     """
 
     stop_tokens: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
     max_new_tokens: int | None = None
+    max_length: int | None = None
     greedy: bool = True
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    logit_bias: tuple[tuple[tuple[int, ...], float], ...] | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    forced_tokens: tuple[tuple[int, tuple[int, ...]], ...] | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    begin_suppress_tokens: tuple[int, ...] | None = None
+    min_length: int | None = None
+    min_new_tokens: int | None = None
+    start_tokens: tuple[int | None, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The arguments for `jaxkv.sampling.sampler`."""
+        """The arguments for `jaxkv.sampling.sampler`, as far as there are any."""
+        names = _RULES if self.greedy else (*_DRAWING, *_RULES)
+        told = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.greedy:
-            return {"temperature": 0, "repetition_penalty": self.repetition_penalty}
-        return {name: getattr(self, name) for name in _NEUTRAL}
+            told["temperature"] = 0
+        if self.stop_tokens and told.keys() & {"bad_words_ids", "min_length", "min_new_tokens"}:
+            told["stop_tokens"] = self.stop_tokens
+        return told
+
+    def sampler(self, **given: Any) -> Chain:
+        """Returns the sampler that its makers want, with what is given in place of what they say.
+
+        Args:
+          **given: arguments of `jaxkv.sampling.sampler`; None leaves out what they say. One of temperature, top_k,
+            top_p and min_p lets a model draw that would be greedy.
+
+        Raises:
+          ValueError: for a number out of range.
+          TypeError: for a name that is not one of its arguments.
+        """
+        draws = any(given.get(name) is not None for name in _DRAWING)
+        told = dataclasses.replace(self, greedy=self.greedy and not draws).sampling
+        if given.keys() & {"bad_words_ids", "min_length", "min_new_tokens"}:
+            told["stop_tokens"] = self.stop_tokens
+        return make_sampler(**told | given)
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> GenerationConfig:
         """Returns what a checkpoint directory says.
 
         Greedy unless generation_config.json has `"do_sample": true`, as in transformers. (Which draws from the 50 most
-        likely tokens where the file has no `top_k`; here no number is limit.)
+        likely tokens where the file has no `top_k`; here no number is limit.) What is not obeyed is in `ignored`, and
+        the logger `jaxkv` warns of it in one line.
 
         Args:
           directory: with generation_config.json; what that lacks of stop tokens is taken from config.json.
 
         Raises:
-          ValueError: for a file that is no JSON object, or values of the wrong kind.
+          ValueError: for a file that is not a JSON object, or a field of the wrong kind or out of range.
         """
         path = Path(directory) / "generation_config.json"
         given, config = (read_json(file, needed=False) for file in (path, path.with_name("config.json")))
-        for source, where in (
-            (given, path),
-            (config, path.with_name("config.json")),
-            (config.get("text_config") or {}, path.with_name("config.json")),
-        ):
-            stops = source.get("eos_token_id")
-            if stops is not None:
-                stop_tokens = tuple(stops) if isinstance(stops, list) else (stops,)
-                if not all(type(token) is int for token in stop_tokens):
-                    raise ValueError(f"{where}: eos_token_id is {stops!r}, must be a token number or a list of them")
-                break
-        else:
-            stop_tokens = ()
-        fields: dict[str, Any] = {}
-        for name in (*_NEUTRAL, "max_new_tokens"):
-            value = given.get(name)
-            if value is None or value == _NEUTRAL.get(name):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{path}: {name} is {value!r}, must be a number")
-            whole = name in ("top_k", "max_new_tokens")
-            if whole and value != int(value):
-                raise ValueError(f"{path}: {name} is {value!r}, must be a whole number")
-            fields[name] = int(value) if whole else value
-        # -1 is the token that no tokenizer has: some files give it for "none".
-        stop_tokens = tuple(token for token in stop_tokens if token >= 0)
-        return cls(stop_tokens=stop_tokens, greedy=not given.get("do_sample"), **fields)
+        told = {name: _read(path, given, name) for name in _FIELDS}
+        for source in (config, config.get("text_config") or {}):
+            if told["eos_token_id"] is None and isinstance(source, Mapping):
+                told["eos_token_id"] = _read(path.with_name("config.json"), source, "eos_token_id")
+        forced: dict[int, tuple[int, ...]] = {}
+        if told["forced_bos_token_id"]:
+            forced[1] = told["forced_bos_token_id"]
+        if told["forced_eos_token_id"]:
+            forced[-1] = told["forced_eos_token_id"]
+        ignored = tuple(
+            f"{name} {json.dumps(value)[:40]}"
+            for name, value in given.items()
+            if value is not None and name not in _FIELDS and name not in _NO_MATTER and value != _NEUTRAL.get(name)
+        )
+        if ignored:
+            log.warning("%s: not obeyed: %s", path, ", ".join(ignored))
+        return cls(
+            stop_tokens=told["eos_token_id"] or (),
+            stop_strings=told["stop_strings"] or (),
+            greedy=not told["do_sample"],
+            logit_bias=told["sequence_bias"],
+            forced_tokens=tuple(forced.items()) or None,
+            start_tokens=_start_tokens(told),
+            ignored=ignored,
+            **{field.name: told[field.name] for field in dataclasses.fields(cls) if field.name in _SAME},
+        )
+
+
+def _start_tokens(told: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Returns how the text of an encoder-decoder begins: as transformers begins Whisper's."""
+    if not told["decoder_start_token_id"]:
+        return ()
+    tokens: list[int | None] = [told["decoder_start_token_id"][0]]
+    for at, token in told["forced_decoder_ids"] or ():
+        if at != len(tokens):
+            break
+        tokens.append(token)
+    if (untimed := told["no_timestamps_token_id"]) and untimed[0] not in tokens and len(tokens) > 1:
+        tokens.append(untimed[0])
+    return tuple(tokens)
+
+
+def _read(path: Path, given: Mapping[str, Any], name: str) -> Any:
+    """Returns a field as GenerationConfig has it, None for what is not there or changes nothing."""
+    value = given.get(name)
+    if value is None:
+        return None
+    read, possible = _FIELDS[name]
+    try:
+        value = read(value)
+    except (TypeError, ValueError):
+        shown = json.dumps(value)
+        raise ValueError(f"{path}: {name} is {shown[:60]}, must be {possible}") from None
+    return None if value == _NEUTRAL.get(name, ()) else value
+
+
+def _number(good: Callable[[float], bool], whole: bool = False) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not real or not good(value) or (whole and value != int(value)):
+            raise ValueError
+        return int(value) if whole else value
+
+    return read
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _token(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError
+    return value
+
+
+def _tokens(value: Any) -> tuple[int, ...]:
+    # A negative one is the token that no tokenizer has: some files give it for "none".
+    tokens = map(_token, value if isinstance(value, list) else [value])
+    return tuple(token for token in tokens if token >= 0)
+
+
+def _words(value: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(_word(word) for word in _list(value))
+
+
+def _word(value: Any) -> tuple[int, ...]:
+    tokens = tuple(map(_token, _list(value)))
+    if not tokens or min(tokens) < 0:
+        raise ValueError
+    return tokens
+
+
+def _biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
+    return tuple((_word(word), float(_number(lambda x: True)(bias))) for word, bias in map(_list, _list(value)))
+
+
+def _places(value: Any) -> tuple[tuple[int, int | None], ...]:
+    return tuple((_token(at), None if token is None else _token(token)) for at, token in map(_list, _list(value)))
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    strings = [value] if isinstance(value, str) else _list(value)
+    if not all(isinstance(text, str) and text for text in strings):
+        raise ValueError
+    return tuple(strings)
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError
+    return value
+
+
+_ONE_OR_SEVERAL = (_tokens, "a token number or a list of them")
+_COUNT = (_number(lambda n: n >= 0, whole=True), "a whole number, 0 or more")
+# What is obeyed: how it is read, and what it may be.
+_FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "eos_token_id": _ONE_OR_SEVERAL,
+    "stop_strings": (_strings, "a string or a list of them"),
+    "max_new_tokens": (_number(lambda n: n >= 1, whole=True), "a whole number, 1 or more"),
+    "max_length": (_number(lambda n: n >= 1, whole=True), "a whole number, 1 or more"),
+    "min_new_tokens": _COUNT,
+    "min_length": _COUNT,
+    "do_sample": (_flag, "true or false"),
+    "temperature": (_number(lambda t: t == 0 or t >= 1e-6), "a number: 0, or 1e-6 and above"),
+    "top_k": _COUNT,
+    "top_p": (_number(lambda p: 0 < p <= 1), "a number above 0 and at most 1"),
+    "min_p": (_number(lambda p: 0 <= p <= 1), "a number from 0 to 1"),
+    "repetition_penalty": (_number(lambda r: r > 0), "a number above 0"),
+    "no_repeat_ngram_size": _COUNT,
+    "sequence_bias": (_biases, "a list of [[token numbers], number]"),
+    "bad_words_ids": (_words, "a list of lists of token numbers"),
+    "suppress_tokens": _ONE_OR_SEVERAL,
+    "begin_suppress_tokens": _ONE_OR_SEVERAL,
+    "forced_bos_token_id": _ONE_OR_SEVERAL,
+    "forced_eos_token_id": _ONE_OR_SEVERAL,
+    "forced_decoder_ids": (_places, "a list of [position, token number]"),
+    "decoder_start_token_id": _ONE_OR_SEVERAL,
+    "no_timestamps_token_id": _ONE_OR_SEVERAL,
+}
+_SAME = _FIELDS.keys() - {"eos_token_id", "stop_strings"}  # those of one name in the file and in GenerationConfig
+# Values that change nothing, of what is obeyed and of what is not.
+_NEUTRAL: dict[str, Any] = {
+    "min_new_tokens": 0,
+    "min_length": 0,
+    "temperature": 1,
+    "top_k": 0,
+    "top_p": 1,
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "diversity_penalty": 0,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0,
+    "guidance_scale": 1,
+    "penalty_alpha": 0,
+    "renormalize_logits": False,
+    "remove_invalid_values": False,
+    "token_healing": False,
+    "return_timestamps": False,
+}
+# Fields that are about other things than which tokens come, or about beams only.
+_NO_MATTER = {
+    "pad_token_id",
+    "bos_token_id",
+    "transformers_version",
+    "_from_model_config",
+    "_name_or_path",
+    "use_cache",
+    "cache_implementation",
+    "cache_config",
+    "early_stopping",
+    "length_penalty",
+    "low_memory",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+    "return_dict_in_generate",
+    "is_assistant",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
+    "assistant_early_exit",
+    "assistant_lookbehind",
+    "target_lookbehind",
+    "assistant_ensemble_weight",
+    "speculation_type",
+    "compile_config",
+    "disable_compile",
+    "continuous_batching_config",
+    "prefill_chunk_size",
+    "use_mtp",
+    "alignment_heads",
+    "is_multilingual",
+    "lang_to_id",
+    "task_to_id",
+    "max_initial_timestamp_index",
+    "prev_sot_token_id",
+}

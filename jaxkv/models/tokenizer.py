@@ -112,6 +112,36 @@ class Tokenizer:
         """The chat template in use, None if there is none."""
         return self.templates.get("default")
 
+    @functools.cached_property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a text or a turn, by the tokenizer's own files; empty if they name none.
+
+        They are its eos_token and eot_token, and what the chat template writes after an assistant's last message. If it
+        writes nothing there, it is what stands between that message and the next one.
+        """
+        found = [self._tokenizer.token_to_id(self.special_tokens.get(name, "")) for name in ("eos_token", "eot_token")]
+        return tuple(dict.fromkeys(token for token in [*found, self._end_of_turn()] if token is not None))
+
+    def _end_of_turn(self) -> int | None:
+        if self.chat_template is None:
+            return None
+        added = self._tokenizer.get_added_tokens_decoder()
+        texts = "the-question", "the-answer", "the-next-question"
+        for shape in (lambda text: text, lambda text: [{"type": "text", "text": text}]):
+            turns = zip(("user", "assistant", "user"), texts, strict=True)
+            messages = [{"role": role, "content": shape(text)} for role, text in turns]
+            # gpt-oss ends a part of a turn by one token, and the turn by another, which stands only behind the last.
+            for told in (messages[:2], messages):
+                try:
+                    text = self.render(told, add_generation_prompt=False)
+                except ValueError:
+                    continue  # templates may refuse what they don't know: then they name no token
+                behind = self.encode(text.rpartition(texts[1])[2].partition(texts[2])[0], special=False)
+                known = [token for token in behind if token in added and not added[token].content.isspace()]
+                if known:
+                    return min(known, key=lambda token: not added[token].special)  # the first special one, if any is
+        return None
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Returns the tokens of a text.
 
@@ -252,6 +282,11 @@ class ByteTokenizer:
 
     def __repr__(self) -> str:
         return f"ByteTokenizer({sorted(self._special)})"
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a text: those that stand for none."""
+        return tuple(sorted(self._special))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Returns the bytes of a text; `special` makes no difference: nothing frames it."""
