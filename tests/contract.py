@@ -416,7 +416,7 @@ def a_compiled_decode_loop_copies_no_buffer(case: Case) -> None:
 
 @law
 def a_compiled_loop_that_reorders_and_copies_rows_copies_no_buffer(case: Case) -> None:
-    cache = jax.eval_shape(lambda: enlarged(case))
+    cache = jax.eval_shape(lambda: enlarged(case, head_dim=128))  # the bookkeeping is copied
 
     def body(cache: Cache) -> Cache:
         rows = jnp.arange(ROWS, dtype=jnp.int32)[::-1]
@@ -717,7 +717,8 @@ def remove_closes_the_gap(case: Case) -> None:
         np.testing.assert_array_equal(v_now[1, :6], np.r_[v[1, :5], v[1, 7:8]])
         np.testing.assert_array_equal(k_now[1, :5], k[1, :5])
         turned = layer.rotary.shift(jnp.asarray(k[1, 7], jnp.float32), jnp.full((2, 1), -2, jnp.int32))
-        assert_close(k_now[1, 5], turned, 0.02 if layer.k_storage.dtype != jnp.float32 else 1e-5)
+        rounding = float(jnp.finfo(layer.k_storage.dtype).eps)
+        assert_close(k_now[1, 5], turned, 1e-5 if rounding < 1e-5 else max(rounding, 0.02))
 
 
 @law

@@ -422,14 +422,9 @@ def test_the_largest_capacity_keeps_its_rows_apart():
         with pytest.raises(ValueError) as caught:
             make(Full(), **sizes)
         assert says in str(caught.value)
-    for reach in (
-        lambda: Window(2**31),
-        lambda: Chunk(2**31),
-        lambda: Window(1, sinks=2**40),
-        lambda: jaxkv.Cross(2**31),
-    ):
+    for reach, sizes in ((Window, [2**31]), (Window, [1, 2**40]), (Chunk, [2**31]), (jaxkv.Cross, [2**31])):
         with pytest.raises(ValueError, match=r"at most 2\*\*30"):
-            reach()
+            reach(*sizes)
 
 
 def test_empty_batches_change_nothing_and_give_empty_results():
@@ -505,9 +500,8 @@ def test_a_model_in_the_place_of_its_specs_is_refused_with_the_cure(given, cure)
 def test_take_and_copy_prefix_move_all_that_is_held_over_several_blocks(reach, stacked):
     cache = fill(make(reach, rows=3, capacity=200, max_block=50, stacked=stacked), 150)
     (layer,) = cache.layers
-    mark = jnp.broadcast_to(jnp.arange(3, dtype=jnp.float32)[:, None, None, None], layer.k.shape[-4:]).reshape(
-        layer.k.shape
-    )
+    mark = jnp.arange(3, dtype=jnp.float32)[:, None, None, None]
+    mark = jnp.broadcast_to(mark, layer.k.shape[-4:]).reshape(layer.k.shape)
     cache = cache.with_layers([dataclasses.replace(layer, k=layer.k + mark, v=layer.v + mark)])
     held = np.asarray(cache.groups[0].positions[0]) >= 0
 

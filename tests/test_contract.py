@@ -34,7 +34,7 @@ MODES = {
         [
             "rows_by_name_equal_rows_in_order",
             "copies_go_on_independently",
-            "rewind_falls_back_to_where_decoding_is_right",
+            "remove_closes_the_gap",
         ],
         ["mixture-stacked-bfloat16", "encoder-decoder", "small-floats"],
     ),
