@@ -57,6 +57,18 @@ def like(tree: Any) -> Any:
     return jax.tree.map(lambda x: PartitionSpec(*spec_of(x)), tree)
 
 
+def rows_of(x: Any) -> PartitionSpec:
+    """Returns the PartitionSpec of an array with x's first axis, whose other axes are not sharded."""
+    return PartitionSpec(*spec_of(x)[:1])
+
+
+def constrain(x: Any, place: NamedSharding) -> Any:
+    """Returns x where `place` says, while tracing, whatever the kind of the mesh's axes."""
+    if AxisType.Explicit in place.mesh.axis_types:
+        return jax.sharding.reshard(x, place)
+    return jax.lax.with_sharding_constraint(x, place)
+
+
 def resized(x: Any, axis: int, size: int) -> PartitionSpec:
     """Returns the PartitionSpec of an array if one axis had another size: mesh axes that don't divide it drop out."""
     spec, mesh = list(spec_of(x)), jax.typeof(x).sharding.mesh
@@ -89,3 +101,30 @@ def automatic(function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
         return run(*args) if traced else jax.jit(run)(*args)
 
     return call
+
+
+def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, *, out_sharding: Any = None, **options: Any) -> Any:
+    """Returns `jax.lax.dot_general`, also where an axis that is summed over is split over Explicit mesh axes.
+
+    JAX then asks for the sharding of the result: it is that of the axes that are left. To be given to Flax's layers.
+    """
+
+    def product(lhs: Any, rhs: Any, out_sharding: Any = None) -> Any:
+        return jax.lax.dot_general(lhs, rhs, dimension_numbers, out_sharding=out_sharding, **options)
+
+    if out_sharding is not None:
+        return product(lhs, rhs, out_sharding)
+    (summed, others_summed), (batch, others_batch) = dimension_numbers
+    gone = {*summed, *batch}, {*others_summed, *others_batch}
+    left, right = ([n for i, n in enumerate(spec_of(x)) if i not in g] for x, g in zip((lhs, rhs), gone, strict=True))
+    return automatic(product, PartitionSpec(*(spec_of(lhs)[i] for i in batch), *left, *right))(lhs, rhs)
+
+
+def forward(function: Callable[..., Any], params: Any, tokens: Any, positions: Any, cache: Any) -> Any:
+    """Returns function(params, tokens, positions, cache), a model's (logits, cache), also on a mesh with Explicit axes.
+
+    There the logits are sharded over rows as the tokens are, and the cache stays as it is.
+    """
+    if explicit_mesh((params, tokens, positions, cache)) is None:
+        return function(params, tokens, positions, cache)
+    return automatic(function, (rows_of(tokens), like(cache)))(params, tokens, positions, cache)

@@ -6,6 +6,7 @@ Laws that hold for every cache stand in contract.py.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -308,6 +309,51 @@ def test_a_sharded_cache_keeps_its_sharding_and_its_bookkeeping_is_replicated():
     after = put(cache)
     assert after.layers[0].k.sharding.is_equivalent_to(sharding, 4)
     assert "all-gather" not in put.lower(cache).compile().as_text()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_rows_divided_by_shard_map_are_each_as_one_device_has_them(stacked):
+    specs = [LayerSpec(Full(), 1, 2, rotary=Count()), LayerSpec(Window(3), 1, 2, rotary=Count())]
+    positions, k = jnp.tile(jnp.arange(3), (2, 1)).astype(jnp.int32), jnp.ones((2, 3, 1, 2))
+
+    def put(cache, positions, k, rows=None):
+        cache, step = cache.begin(positions, rows)
+        layers = [layer if layer.num_stacked is None else layer.at(0) for layer in cache.layers]
+        return cache.with_layers([layer.put(step, k, k + 1) for layer in layers])
+
+    def edit(_, cache):
+        cache = cache.take(jnp.array([1, 0])).copy_prefix(0, 1, 2).remove(0, 1, 2).rewind(jnp.array([9, 1]))
+        return cache.reset(jnp.array([False, True])).retry(jnp.array([True, True]))
+
+    def run(cache, positions, k):
+        cache = put(cache, positions, k)
+        cache = put(cache, jnp.array([[3]]), 2 * k[:1, :1], rows=jnp.array([1]))
+        return jax.lax.fori_loop(0, 2, edit, cache)
+
+    both = Cache.init(specs, 4, 12, max_block=4, stacked=stacked)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("rows",))
+    rows = jax.sharding.PartitionSpec("rows")
+    places = jax.tree.map(
+        lambda x: jax.sharding.PartitionSpec(None, "rows") if x.ndim == 5 else rows, both
+    )  # a stack's layers come first
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(places, rows, rows), out_specs=places)
+    k = jnp.concatenate([k, 3 * k])
+    got = jax.jit(sharded)(both, jnp.tile(positions, (2, 1)), k)
+    one = Cache.init(specs, 2, 12, max_block=4, stacked=stacked)
+    alone = [jax.jit(run)(one, positions, k[i : i + 2]) for i in (0, 2)]
+    jax.tree.map(
+        lambda x, *parts: np.testing.assert_array_equal(x, np.concatenate(parts, int(x.ndim == 5))), got, *alone
+    )
+
+
+def test_reordering_rows_on_several_devices_gathers_a_block_at_a_time():
+    mesh = jax.make_mesh((2, 2), ("rows", "heads"))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows", "heads"))
+    cache = Cache.init([LayerSpec(Full(), 2, 4)], 4, 4096, sharding=sharding)
+    for change in (lambda c: c.take(jnp.array([1, 0, 3, 2])), lambda c: c.copy_prefix(0, 3, 9)):
+        text = jax.jit(change, donate_argnums=0).lower(cache).compile().as_text()
+        moved = re.findall(r"f32\[([\d,]+)\]\S* (?:all-gather|all-reduce|all-to-all)\(", text)
+        assert all(np.prod([int(n) for n in shape.split(",")]) <= 4 * 2 * 64 * 4 for shape in moved)
 
 
 P = jnp.zeros((2, 1), jnp.int32)

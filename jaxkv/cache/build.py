@@ -97,7 +97,7 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
     behind = max(sizes.max_block, sizes.slack)
     groups = tuple(Group.init(reach, sizes.num_rows, sizes.capacity, behind) for reach in reaches)
     encoded = Encoded.init(crosses[0], sizes.num_rows) if crosses else None
-    books = [*groups, encoded]
+    books: list[Any] = [*groups, encoded]
 
     def layer(spec: LayerSpec, num_stacked: int | None) -> Layer:
         group = [*reaches, *crosses].index(spec.reach)

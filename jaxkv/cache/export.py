@@ -68,8 +68,8 @@ def _plain(x: Any) -> Any:
             f"jax.export can't write {x!r}, which this cache's layers have: declare its class, a frozen dataclass, "
             "with @jaxkv.exportable"
         )
-    fields = [field.name for field in dataclasses.fields(x) if field.init]
-    return {_KIND: _name(type(x)), **{name: _plain(getattr(x, name)) for name in fields}}
+    fields = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(type(x)) if f.init}
+    return {_KIND: _name(type(x)), **fields}
 
 
 def _object(x: Any) -> Any:

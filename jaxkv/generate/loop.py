@@ -38,6 +38,7 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY
 from jaxkv.generate import checks
 from jaxkv.generate.sampling import Greedy
+from jaxkv.meshes import constrain
 
 _REASONS = ("running", "stop", "full", "nan", "idle")  # by number, as the loop keeps them; "length" is told on the host
 _RUNNING, _STOP, _FULL, _NAN, _IDLE = range(5)
@@ -104,7 +105,7 @@ class _Form(NamedTuple):
         if self.places is None:
             return leaves
         # Left alone, XLA shards what was replicated, and the next call is compiled anew.
-        return tuple(map(jax.lax.with_sharding_constraint, leaves, self.places))
+        return tuple(map(constrain, leaves, self.places))
 
 
 @functools.lru_cache(maxsize=None)  # jit keeps a program for each of them as well

@@ -15,11 +15,13 @@ from flax import nnx
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Full, LayerSpec, Reach
+from jaxkv.meshes import like, rows_of
 from jaxkv.models.experts import Experts
 from jaxkv.nn.fuse import Joined, Transposed
 from jaxkv.nn.heads import PROJECTIONS, rms_norm
 from jaxkv.nn.nnx import Attention
 from jaxkv.nn.rotary import Rotary
+from jaxkv.nn.spread import spread
 
 NORMS = ("rms", "layer")
 ACTIVATIONS = {
@@ -300,6 +302,10 @@ class Decoder(nnx.Module):
             don't fit tokens, or, as far as sizes tell, the learned table; for a cache made for other layers.
         """
         self._check(tokens, positions, cache)
+        specs = rows_of(tokens) if cache is None else (rows_of(tokens), like(cache))
+        return spread(Decoder._run, specs, self, tokens, positions, cache)
+
+    def _run(self, tokens: Any, positions: Any, cache: Cache | None) -> Any:
         layers: Any = (None,) * len(self.layers)
         step = None
         if cache is not None:

@@ -32,5 +32,6 @@ def reference(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step, bits: Any)
     if sinks is not None:
         total = total + jnp.exp(sinks[None, :, :, None, None] - top)
     if bits is not None:
-        p = dropout.scale(p, dropout.kept(*bits, plan.dropout_rate), plan.dropout_rate)
+        queries, slots = bits
+        p = dropout.scale(p, dropout.kept(queries, slots, plan.dropout_rate), plan.dropout_rate)
     return jnp.einsum("bkgts,bksh->bkgth", p, v) / jnp.where(total == 0, 1, total)
