@@ -70,8 +70,11 @@ def attention_params(weights: Mapping[str, Any], num_heads: int) -> dict[str, An
             f"attention_params: not known: {', '.join(unknown)}. Known are {', '.join(sum(_NAMES.values(), ()))} with "
             f".weight and .bias, and {', '.join(_OTHERS)}; leave other names and prefixes out"
         )
-    if "qkv" in found:
-        found |= _apart(found.pop("qkv"), found.get("out", {}))
+    joined = found.pop("qkv", {})  # PyTorch joins the biases even where it keeps the weights apart
+    inner = found["out"]["weight"].shape[1] if "weight" in found.get("out", {}) else 0  # as wide as the queries
+    for kind, x in joined.items():
+        for which, part in zip(PROJECTIONS, np.split(x, (inner, (x.shape[0] + inner) // 2)), strict=False):
+            found.setdefault(which, {})[kind] = part
     missing = [which for which in PROJECTIONS if "weight" not in found.get(which, {})]
     if missing:
         raise ValueError(f"attention_params: no weight for {', '.join(missing)}; got {', '.join(weights)}")
@@ -80,15 +83,6 @@ def attention_params(weights: Mapping[str, Any], num_heads: int) -> dict[str, An
         shapes = {which: found[which]["weight"].shape for which in PROJECTIONS}
         raise ValueError(f"attention_params: num_heads={num_heads} does not divide the projections [out, in] {shapes}")
     return {which: _projection(found[which], which, inner // num_heads) for which in PROJECTIONS} | params
-
-
-def _apart(joined: Mapping[str, Any], out: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns query, key and value of one projection; the output's input is as wide as the queries."""
-    total = joined["weight"].shape[0]
-    inner = out["weight"].shape[1] if "weight" in out else total // 3
-    ends = inner, (total + inner) // 2
-    parts = {kind: np.split(x, ends) for kind, x in joined.items()}
-    return {which: {kind: part[i] for kind, part in parts.items()} for i, which in enumerate(("query", "key", "value"))}
 
 
 def _projection(found: Mapping[str, Any], which: str, head_dim: int) -> dict[str, Any]:
