@@ -558,7 +558,7 @@ class Watched:
     ("reach", "at", "most"),
     [
         (Window(128, sinks=4), (1000, 20, 643 + 64), (256, 64, 256)),  # the last one lies around the end of its ring
-        (Chunk(256), (1000, 1023, 1024), (256, 256, 64)),
+        (Chunk(256), (1000, 1023, 1024), (256, 320, 64)),
     ],
     ids=repr,
 )

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxkv.cache.spec import Cross, LayerSpec, Reach
 from jaxkv.cache.step import GroupStep
@@ -65,7 +66,7 @@ class Plan:
 
     def cap(self, scores: Any) -> Any:
         """Returns the scores within the soft cap."""
-        return scores if self.softcap is None else self.softcap * jax.numpy.tanh(scores / self.softcap)
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
 
 def pays_by_row(spec: LayerSpec) -> bool:
