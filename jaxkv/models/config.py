@@ -70,7 +70,7 @@ def check_layers(source: Mapping[str, Any], names: Iterable[str], where: Any = "
         pattern = re.compile(re.escape(field.counts).replace(r"\{\}", r"(\d+)"))
         numbers = {int(found[1]) for found in map(pattern.match, known) if found}
         if fields[name] > len(numbers):
-            raise fields.wrong(name, f"the weights have {len(numbers)} layers")
+            raise fields.wrong(name, f'the weights have {len(numbers)} layers, by the names "{field.counts}"')
 
 
 def text_fields(source: Mapping[str, Any]) -> Mapping[str, Any]:

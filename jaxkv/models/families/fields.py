@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from jaxkv.errors import NotSupportedError
@@ -60,7 +60,7 @@ class Kind(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A number from `least` to `most`; a whole one may be written as 4096.0. `what` says so, if it can be put better."""
+    """A number from `least` to `most`; a whole one may be written as 4096.0. `what` says it better, for errors."""
 
     least: float
     most: float
@@ -143,7 +143,8 @@ LAYERS = Number(1, MAX_LAYERS, whole=True)
 HEADS = Number(1, 2**14, whole=True)
 WIDTH = Number(1, 2**20, whole=True)
 VOCABULARY = Number(1, 2**24, whole=True)
-LENGTH = Number(1, 2**30, whole=True)
+MAX_LENGTH = 2**30
+LENGTH = Number(1, MAX_LENGTH, whole=True)
 TABLE = Number(1, 2**24, whole=True)  # positions that are learned
 POSITIVE = Number(1e-30, 1e30, what="a number above 0")  # in float32, and so is its root
 EPSILON = Number(0, 1)
@@ -235,7 +236,7 @@ class Fields(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ from jaxkv.models.families.fields import (
     HEADS,
     LAYERS,
     LENGTH,
+    MAX_LENGTH,
     VOCABULARY,
     WIDTH,
     Field,
@@ -183,7 +184,7 @@ _QWEN_FIELDS = {
     "max_position_embeddings": Field(LENGTH, 32_768),
     "use_sliding_window": Field(FLAG, False),
     "sliding_window": Field(LENGTH, 4096, null=None),
-    "max_window_layers": Field(Number(0, 2**30, whole=True), 28),
+    "max_window_layers": Field(Number(0, MAX_LENGTH, whole=True), 28),
     "layer_types": LAYER_TYPES,
 }
 QWEN2 = Family(_qwen2, _QWEN_FIELDS, TENSORS, ignored=IGNORED)

@@ -10,10 +10,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.logs import log
-from jaxkv.models.families.fields import FLAG, LENGTH, POSITIVE, Choice, Field, Fields, Kind, List, Number, Object
+from jaxkv.models.families.fields import (
+    FLAG,
+    LENGTH,
+    MAX_LENGTH,
+    POSITIVE,
+    Choice,
+    Field,
+    Fields,
+    Kind,
+    List,
+    Number,
+    Object,
+)
 from jaxkv.models.families.reach import FULL, SLIDING
 from jaxkv.nn.rotary import LinearScaling, Llama3Scaling, LongRopeScaling, Rotary, Scaling, YarnScaling
 
+_ORIGINAL = "original_max_position_embeddings"
 _PART = Number(1e-30, 1, what="a number above 0, at most 1")
 _FACTORS, _NOT_NEGATIVE = List(POSITIVE, 2**13), Number(0, 1e30, what="a number of at least 0")
 
@@ -28,7 +41,7 @@ def _parameters(**names: str) -> dict[str, Kind]:
         **dict.fromkeys(("short_factor", "long_factor"), _FACTORS),
         "partial_rotary_factor": _PART,
         "factor": Number(1, 2**20),
-        "original_max_position_embeddings": LENGTH,
+        _ORIGINAL: LENGTH,
         "truncate": FLAG,
     }
 
@@ -48,7 +61,7 @@ def declared(original: int | None = None, default: Mapping[str, Any] | None = No
         "rope_scaling": Field(dictionary, None),
         "rope_theta": Field(POSITIVE, None),
         "partial_rotary_factor": Field(_PART, None),
-        "original_max_position_embeddings": Field(LENGTH, original),
+        _ORIGINAL: Field(LENGTH, original),
     }
 
 
@@ -61,18 +74,17 @@ def rotary(fields: Fields, head_dim: int, *, theta: float = 10_000.0, partial: b
       theta: where the file says nothing.
       partial: whether the family can rotate a part of a head alone.
     """
-    name, given = _for_all(fields)
-    new = fields["rope_parameters"] or {}
-    if name == "rope_scaling" and "rope_theta" in new and "rope_theta" not in given and not fields["rope_theta"]:
+    name, given = _for_all(fields, theta)
+    unused = (fields["rope_parameters"] or {}).get("rope_theta")
+    if name == "rope_scaling" and unused not in (None, given["rope_theta"]):
         log.warning(
-            '%s: "rope_scaling" replaces all of "rope_parameters", so its "rope_theta" of %g is not used, as in '
-            'transformers; to keep it, write "rope_theta" into "rope_scaling" too',
+            '%s: "rope_scaling" replaces all of "rope_parameters", as in transformers: rope_theta is %g, not %g. '
+            'To keep that, write "rope_theta" into "rope_scaling" too',
             fields.where,
-            new["rope_theta"],
+            given["rope_theta"],
+            unused,
         )
-    theta = given.get("rope_theta") or fields["rope_theta"] or theta
-    original = fields["original_max_position_embeddings"]
-    return _rotary(fields, name, given, head_dim, theta, original, partial)
+    return _rotary(fields, name, given, head_dim, partial)
 
 
 def rotary_of(fields: Fields, kind: str, head_dim: int, *, theta: float) -> Rotary:
@@ -83,85 +95,86 @@ def rotary_of(fields: Fields, kind: str, head_dim: int, *, theta: float) -> Rota
       kind: the layer type. `rope_scaling` is for "full_attention" alone.
       theta: where the dictionaries say nothing.
     """
-    name, given = _for_kind(fields, kind)
-    return _rotary(fields, name, given, head_dim, given.get("rope_theta") or theta, None, False)
+    return _rotary(fields, *_for_kind(fields, kind, theta), head_dim, False)
 
 
 def context(fields: Fields) -> int:
     """Returns how long sequences may be: with YaRN at least as long as its factor makes them."""
-    return _stretched(fields, _for_all(fields)[1], fields["original_max_position_embeddings"])
+    return _stretched(fields, _for_all(fields)[1])
 
 
 def context_of_full(fields: Fields) -> int:
     """Returns the same in families where layer types have their own ways."""
-    return _stretched(fields, _for_kind(fields, FULL)[1], None)
+    return _stretched(fields, _for_kind(fields, FULL)[1])
 
 
-def _stretched(fields: Fields, given: Mapping[str, Any], original: int | None) -> int:
+def _stretched(fields: Fields, given: Mapping[str, Any]) -> int:
     longest = fields["max_position_embeddings"]
     if _kind(given) != "yarn":
         return longest
     # Model cards say to add the scaling and leave max_position_embeddings alone; other files have it multiplied.
-    original = original or given.get("original_max_position_embeddings", longest)
-    return min(max(longest, int(original * given.get("factor", 1))), LENGTH.most)
+    return min(max(longest, int(given[_ORIGINAL] * given.get("factor", 1))), MAX_LENGTH)
 
 
 def _kind(given: Mapping[str, Any]) -> str:
     return given.get("rope_type") or given.get("type", "default")
 
 
-def _for_all(fields: Fields) -> tuple[str, Mapping[str, Any]]:
-    """Returns the dictionary that counts, and its name."""
+def _for_all(fields: Fields, theta: float = 1.0) -> tuple[str, dict[str, Any]]:
+    """Returns the name of the dictionary that counts, and the dictionary with what stands beside it."""
     name = "rope_scaling" if fields["rope_scaling"] else "rope_parameters"
     given = fields[name] or {}
     if FULL in given or SLIDING in given:
         raise fields.unsupported(name, "layer types of this family can't differ: write one dictionary for all of them")
-    return name, given
+    beside = {
+        "rope_theta": fields["rope_theta"] or theta,
+        "partial_rotary_factor": fields["partial_rotary_factor"] or 1.0,
+    }
+    # Of the original lengths the one at the top counts.
+    original = fields[_ORIGINAL] or given.get(_ORIGINAL)
+    return name, {**beside, **given, _ORIGINAL: original or fields["max_position_embeddings"]}
 
 
-def _for_kind(fields: Fields, kind: str) -> tuple[str, Mapping[str, Any]]:
+def _for_kind(fields: Fields, kind: str, theta: float = 1.0) -> tuple[str, dict[str, Any]]:
+    """Returns the same for one layer type."""
     scaling, given = fields["rope_scaling"] or {}, fields["rope_parameters"] or {}
     if set(given) - {FULL, SLIDING}:
         raise fields.wrong("rope_parameters", f'it must have a dictionary for "{FULL}" and one for "{SLIDING}"')
     if FULL in scaling or SLIDING in scaling:
         raise fields.wrong("rope_scaling", f'it is for "{FULL}" alone; write both layer types into "rope_parameters"')
-    own = given.get(kind, {})
-    if not scaling or kind != FULL:
-        return "rope_parameters", own
-    return "rope_scaling", {**own, **scaling}
+    name = "rope_scaling" if scaling and kind == FULL else "rope_parameters"
+    beside = {
+        "rope_theta": theta,
+        "partial_rotary_factor": fields["partial_rotary_factor"] or 1.0,
+        _ORIGINAL: fields["max_position_embeddings"],
+    }
+    return name, {**beside, **given.get(kind, {}), **(scaling if kind == FULL else {})}
 
 
-def _rotary(
-    fields: Fields,
-    name: str,
-    given: Mapping[str, Any],
-    head_dim: int,
-    theta: float,
-    original: int | None,
-    partial: bool,
-) -> Rotary:
+def _rotary(fields: Fields, name: str, given: Mapping[str, Any], head_dim: int, partial: bool) -> Rotary:
     kind, dim = _kind(given), head_dim
     if partial or kind != "default":  # the default of families that can't is to rotate all, whatever the file says
-        dim = int(head_dim * (given.get("partial_rotary_factor") or fields["partial_rotary_factor"] or 1.0))
+        dim = int(head_dim * given["partial_rotary_factor"])
     if dim != head_dim and not partial:
         raise fields.unsupported(name, 'this family rotates whole heads: remove "partial_rotary_factor"')
     if dim % 2 or not dim:
-        cause = name if "partial_rotary_factor" in given else "partial_rotary_factor" if dim != head_dim else "head_dim"
+        part = given["partial_rotary_factor"]
         raise fields.unsupported(
-            cause, f'dimensions are rotated in pairs, and these would be {dim} of the {head_dim} of a head ("head_dim")'
+            "head_dim" if dim == head_dim else name,
+            f'dimensions are rotated in pairs, and "partial_rotary_factor" {part} makes {dim} of the {head_dim} of a '
+            'head ("head_dim")',
         )
     try:
-        scaling = None if kind == "default" else _scaling(fields, kind, given, original)
-        found = Rotary(theta, dim=None if dim == head_dim else dim, scaling=scaling)
+        scaling = None if kind == "default" else _scaling(fields, kind, given)
+        found = Rotary(given["rope_theta"], dim=None if dim == head_dim else dim, scaling=scaling)
         found.frequencies(head_dim)  # refuses lists of another length
     except ValueError as error:
         raise fields.wrong(name, str(error)) from error
     return found
 
 
-def _scaling(fields: Fields, kind: str, given: Mapping[str, Any], original: int | None) -> Scaling:
-    longest = fields["max_position_embeddings"]
-    original = original or given.get("original_max_position_embeddings", longest)
+def _scaling(fields: Fields, kind: str, given: Mapping[str, Any]) -> Scaling:
+    longest, original = fields["max_position_embeddings"], given[_ORIGINAL]
 
     def needed(key: str) -> Any:
         if key not in given:
