@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.models import mxfp4
-from jaxkv.models.families.table import Family, Ignored, Tensor
+from jaxkv.models.families.table import POSITIONS, Family, Ignored, Tensor
 from jaxkv.models.files import SINGLE, Files, is_floating
 
 _TABLE, _HEAD = ("embed.embedding",), ("head.kernel",)
@@ -103,6 +103,7 @@ class Contents:
                     "tensor by its name; delete one"
                 )
             self._names[known] = name
+        self._ignored = (*family.ignored, POSITIONS)
         ends = {tensor.params: tensor.file for tensor in family.tensors if tensor.params in (_TABLE, _HEAD)}
         self._table, self._head = ends.get(_TABLE), ends.get(_HEAD)
 
@@ -145,7 +146,7 @@ class Contents:
                 found[name] = Place(tensor, own, None if len(names) == 1 else slice(begin, end), nbytes)
                 begin = end
         for known, name in self._names.items():
-            if known not in expected and not any(re.fullmatch(ignored.pattern, known) for ignored in family.ignored):
+            if known not in expected and not any(re.fullmatch(ignored.pattern, known) for ignored in self._ignored):
                 problems.append(f"unknown: {_shown(name)} {files.shape(name)!s:.200}")
         if problems:
             left = len(problems) - _MOST_LINES
@@ -183,7 +184,7 @@ class Contents:
 
     def notes(self, config: Any) -> Iterator[str]:
         """Yields a line for whatever is passed over and holds something else than what is computed in its place."""
-        for ignored in self.family.ignored:
+        for ignored in self._ignored:
             found = {known: match for known in self._names if (match := re.fullmatch(ignored.pattern, known))}
             odd = [known for known, match in found.items() if not self._agrees(ignored, config, known, match)]
             if odd:
