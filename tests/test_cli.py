@@ -548,7 +548,7 @@ def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
         (["generate", "x" * 512], "the prompt has 512 tokens, and the model was made for texts of 512 in all"),
         (["generate", "x", "--capacity", "1024"], "--capacity 1024 is beyond the 512 tokens"),
         (["generate", "x", "--model", "openai/gpt-2"], "hf download openai/gpt-2 --local-dir gpt-2; then give gpt-2"),
-        (["info", "nowhere"], "nowhere is no directory; give one that holds a checkpoint"),
+        (["info", "nowhere"], "nowhere is not a directory; give one that holds a checkpoint"),
         (["info", "pyproject.toml"], "pyproject.toml is a file; give the directory that holds it"),
         (["info", "--memory", "8 bits"], "'8 bits' is no size; give one such as 8GB"),
         (["write"], "invalid choice: 'write'"),

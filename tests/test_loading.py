@@ -178,6 +178,13 @@ def test_masks_of_gpt2_are_passed_over_and_others_told(changed):
         assert len(model.notes) == 1 and "in transformers" in model.notes[0]
 
 
+def test_positions_are_passed_over_and_others_told(changed):
+    for ids, told in ((np.arange(96)[None], 0), (np.arange(1, 97), 1), (np.ones(3, np.float32), 1)):
+        model = jaxkv.models.load(changed("gpt2", lambda t: t.update({"position_ids": ids})), dtype="float32")  # noqa: B023
+        assert_same_params(model, model_of("gpt2"))
+        assert len(model.notes) == told
+
+
 def test_two_tensors_of_one_name_are_refused(changed):
     directory = changed("gpt2", lambda t: t.update({"wte.weight": t["transformer.wte.weight"]}))
     with pytest.raises(ValueError, match=r"holds transformer\.wte\.weight and wte\.weight, which are the same tensor"):

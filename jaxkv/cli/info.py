@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     specs = source.specs()
     facts = {
         "model": f"{source.name} ({source.family})" if source.directory else source.name,
-        "parameters": _parameters(counts),
+        "parameters": _parameters(source.num_params, counts),
         "layers": _layers(specs),
         "attention": _heads(source),
         "context": "not said" if source.context is None else f"made for texts of up to {source.context:,} tokens",
@@ -42,13 +42,13 @@ def run(args: argparse.Namespace) -> int:
     for name, fact in facts.items():
         write(f"{name:<12} {fact}\n")
     memory, where = free_memory() if args.memory is None else (args.memory, "given")
-    write(f"\n{_table(source, specs, sum(counts.values()), memory)}")
+    write(f"\n{_table(source, specs, memory)}")
     write(f"\nlongest: tokens of one text beside the parameters in {format_bytes(memory)} ({where})\n")
     return 0
 
 
 def _counts(source: Source) -> dict[str, int]:
-    """Returns how many parameters there are of each dtype, by the headers of the files."""
+    """Returns how many numbers of each dtype there are in the files, by their headers."""
     if source.directory is not None:
         return Files(source.directory).dtypes
     counts: dict[str, int] = {}
@@ -59,9 +59,9 @@ def _counts(source: Source) -> dict[str, int]:
     return counts
 
 
-def _parameters(counts: dict[str, int]) -> str:
+def _parameters(number: int, counts: dict[str, int]) -> str:
     parts = [f"{format_bytes(count * jnp.dtype(name).itemsize)} of {name}" for name, count in counts.items()]
-    return f"{sum(counts.values()):,}, {' and '.join(parts)}"
+    return f"{number:,}, {' and '.join(parts)}"
 
 
 def _layers(specs: Sequence[Any]) -> str:
@@ -93,12 +93,12 @@ def _tokenizer(source: Source) -> str:
     return f"{tokenizer.vocab_size:,} tokens, {chat}"
 
 
-def _table(source: Source, specs: Sequence[Any], num_params: int, memory: int) -> str:
+def _table(source: Source, specs: Sequence[Any], memory: int) -> str:
     example = source.context or 4096
     rows: list[tuple[str, ...]] = [("dtype", "parameters", "cache per token", f"at {example:,} tokens", "longest")]
     for dtype in DTYPES:
         specs = [dataclasses.replace(spec, k_storage=Dense(dtype), v_storage=Dense(dtype)) for spec in specs]
-        nbytes = num_params * jnp.dtype(dtype).itemsize
+        nbytes = source.num_params * jnp.dtype(dtype).itemsize
         plan = plan_memory(specs, 1, example)
         left = memory - nbytes
         if left < 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jaxkv.cli.options import Failure, UsageError
 from jaxkv.cli.run import keep_compiled_programs
@@ -77,11 +79,19 @@ class Source:
         """Tokens that end a text, as far as the model knows them."""
         return tuple(token for token in self.generation.stop_tokens if token < self.config.vocab_size)
 
+    @functools.cached_property
+    def module(self) -> Any:
+        """The module of the model; no weights are read."""
+        return self.shipped.module if self.shipped else abstract(FAMILIES[self.family].module, self.config)
+
+    @property
+    def num_params(self) -> int:
+        """How many parameters it has."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(self.module)))
+
     def specs(self) -> list[Any]:
-        """Returns what a cache must keep, layer by layer; no weights are read."""
-        if self.shipped is not None:
-            return list(self.shipped.specs)
-        return abstract(FAMILIES[self.family].module, self.config).specs()
+        """Returns what a cache must keep, layer by layer."""
+        return list(self.module.specs())
 
     def load(self, dtype: str | None, num_tokens: int, *, quiet: bool) -> Model:
         """Returns the model, its weights laid out for decoding where that is faster.
@@ -125,7 +135,7 @@ def find(given: str | None, *, text: bool = True) -> Source:
       text: whether only a model that continues text will do.
 
     Raises:
-      UsageError: if it is no directory, or a model that will not do.
+      UsageError: if it is not a directory, or a model that will not do.
       Failure: if something in it is missing, can't be read, or is not computed here.
     """
     if given is None:

@@ -149,7 +149,8 @@ def save(
     written; copy them.
 
     Args:
-      directory: made if it isn't there. Files of the same names are replaced.
+      directory: made if it isn't there. Files of the same names are replaced; a single file or an index that would be
+        read in place of what is written is removed.
       model: from `load` or `init`, not fused.
       dtype: of the tensors in the file; None: that of the model's computation.
       max_shard_bytes: about the largest size of a file, in bytes; with more than one there is an index.

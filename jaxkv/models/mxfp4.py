@@ -6,11 +6,13 @@ powers of two (E8M0). https://www.opencompute.org/documents/ocp-microscaling-for
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 
 BLOCK = 32  # numbers that share a scale
+_AT_ONCE = 1 << 16  # numbers that are unpacked at once: as float32 they stay near the processor
 _HALVES = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float32)  # twice the magnitude of each number: 0 to 6
 _DOUBLED = np.concatenate([_HALVES, -_HALVES])
 # The two numbers of each byte, the low nibble first, as one item: they are looked up together.
@@ -21,16 +23,14 @@ _SCALES = np.ldexp(np.float32(1), np.arange(256) - 128)
 
 
 def packed_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shapes of the blocks and of the scales of a tensor [E, D, N], whose second axis is packed."""
+    """Returns the shapes of the blocks and of the scales of a tensor [E, D, N], D a multiple of 32."""
     experts, inner, outer = shape
-    groups = -(-inner // BLOCK)
-    return (experts, outer, groups, BLOCK // 2), (experts, outer, groups)
+    scales = (experts, outer, inner // BLOCK)
+    return (*scales, BLOCK // 2), scales
 
 
 def unpack(blocks: np.ndarray, scales: np.ndarray, dtype: Any) -> np.ndarray:
-    """Returns the numbers [E, G * 32, N] of a tensor, a view of the memory in the order [E, N, G * 32].
-
-    Every number is exact in float32 and bfloat16.
+    """Returns the numbers [E, G * 32, N] of a tensor. Every number is exact in float32 and bfloat16.
 
     Args:
       blocks: uint8 [E, N, G, 16], two numbers a byte.
@@ -41,10 +41,12 @@ def unpack(blocks: np.ndarray, scales: np.ndarray, dtype: Any) -> np.ndarray:
     array([1., 2., 1.], dtype=float32)
     """
     experts, outer, groups, _ = blocks.shape
-    numbers = np.empty((experts, outer, groups * BLOCK), dtype)
+    numbers = np.empty((experts, groups * BLOCK, outer), dtype)
+    step = max(1, _AT_ONCE // max(1, groups * BLOCK))
     with np.errstate(over="ignore"):  # what a dtype can't hold becomes inf, as everywhere in loading
-        for expert in range(experts):  # one by one, for what is computed is four bytes a number
-            part = _PAIRS.take(blocks[expert]).view(np.float32)  # [N, G, 32]
-            part *= _SCALES.take(scales[expert])[..., None]
-            numbers[expert] = part.reshape(outer, groups * BLOCK)
-    return numbers.transpose(0, 2, 1)
+        for expert, begin in itertools.product(range(experts), range(0, outer, step)):
+            rows = expert, slice(begin, begin + step)
+            part = _PAIRS.take(blocks[rows]).view(np.float32)  # [n, G, 32]
+            part *= _SCALES.take(scales[rows])[..., None]
+            numbers[expert, :, rows[1]] = part.reshape(-1, groups * BLOCK).T
+    return numbers

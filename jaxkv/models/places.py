@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.models import mxfp4
-from jaxkv.models.families.table import Family, Ignored, Tensor
+from jaxkv.models.families.table import POSITIONS, Family, Ignored, Tensor
 from jaxkv.models.files import SINGLE, Files, is_floating
 
 _TABLE, _HEAD = ("embed.embedding",), ("head.kernel",)
@@ -50,7 +50,7 @@ class Place:
             x = self._part(files, like.shape, dtype, (slice(None),))
             # Turned round on the way, then cast, by XLA, which is faster than NumPy at both. What needs neither would
             # stay part of the file, and change with it.
-            as_it_is = x.dtype == dtype and x.flags.c_contiguous
+            as_it_is = x.dtype == dtype and x.flags.c_contiguous and not x.flags.writeable
             param = jax.device_put(np.array(x) if as_it_is else x)
             param = param if param.dtype == dtype else _cast(param, dtype)
         return param + 1 if self.tensor.form == "minus_one" else param
@@ -103,6 +103,7 @@ class Contents:
                     "tensor by its name; delete one"
                 )
             self._names[known] = name
+        self._ignored = (*family.ignored, POSITIONS)
         ends = {tensor.params: tensor.file for tensor in family.tensors if tensor.params in (_TABLE, _HEAD)}
         self._table, self._head = ends.get(_TABLE), ends.get(_HEAD)
 
@@ -129,17 +130,12 @@ class Contents:
         expected: set[str | None] = {self._head} if is_tied else set()
         problems: list[str] = []
         for tensor, file, names in entries(family, params):
-            if is_tied and file == self._table and file not in self._names and self._head in self._names:
-                file = self._head  # the same, under its other name
             joined = tensor.joined_shape([params[name].shape for name in names])
-            want = {file: joined}
-            is_packed = tensor.packed and file not in self._names and f"{file}_blocks" in self._names
-            if is_packed:
-                want = dict(zip((f"{file}_blocks", f"{file}_scales"), mxfp4.packed_shapes(joined), strict=True))
+            want = self._wanted(tensor, file, joined, is_tied)
             expected.update(want)
-            wrong = [self._wrong(*item, is_packed) for item in want.items()]
-            if any(wrong):
-                problems += filter(None, wrong)
+            wrong = [line for item in want.items() if (line := self._wrong(*item, is_packed=len(want) > 1))]
+            if wrong:
+                problems += wrong
                 continue
             own = tuple(self._names[name] for name in want)
             begin = 0
@@ -150,8 +146,8 @@ class Contents:
                 found[name] = Place(tensor, own, None if len(names) == 1 else slice(begin, end), nbytes)
                 begin = end
         for known, name in self._names.items():
-            if known not in expected and not any(re.fullmatch(ignored.pattern, known) for ignored in family.ignored):
-                problems.append(f"unknown: {_shown(name)} {files.shape(name)}")
+            if known not in expected and not any(re.fullmatch(ignored.pattern, known) for ignored in self._ignored):
+                problems.append(f"unknown: {_shown(name)} {files.shape(name)!s:.200}")
         if problems:
             left = len(problems) - _MOST_LINES
             lines = problems[:_MOST_LINES] + ([f"and {left:,} more"] if left > 0 else [])
@@ -160,6 +156,16 @@ class Contents:
         if lost := set(params) - set(found):
             raise ValueError(f"the family's table has no tensor for {', '.join(sorted(lost))}")
         return found
+
+    def _wanted(self, tensor: Tensor, file: str, shape: tuple[int, ...], is_tied: bool) -> dict[str, tuple[int, ...]]:
+        """Returns which tensors hold one of the table, and their shapes."""
+        if file not in self._names:
+            if tensor.packed and f"{file}_blocks" in self._names and shape[1] % mxfp4.BLOCK == 0:
+                blocks, scales = mxfp4.packed_shapes(shape)
+                return {f"{file}_blocks": blocks, f"{file}_scales": scales}
+            if is_tied and file == self._table and self._head in self._names:
+                return {self._head: shape}
+        return {file: shape}
 
     def _wrong(self, file: str, want: tuple[int, ...], is_packed: bool) -> str | None:
         if file not in self._names:
@@ -178,7 +184,7 @@ class Contents:
 
     def notes(self, config: Any) -> Iterator[str]:
         """Yields a line for whatever is passed over and holds something else than what is computed in its place."""
-        for ignored in self.family.ignored:
+        for ignored in self._ignored:
             found = {known: match for known in self._names if (match := re.fullmatch(ignored.pattern, known))}
             odd = [known for known, match in found.items() if not self._agrees(ignored, config, known, match)]
             if odd:

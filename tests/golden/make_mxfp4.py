@@ -6,8 +6,8 @@
 The layout is that of openai/gpt-oss-20b: "..._blocks" and "..._scales" in uint8 beside tensors in bfloat16, in two
 files, with the blocks of a tensor in one of them and its scales in the other. Scales go down to 2**-127.
 expected.safetensors has
-what transformers makes of it in float32: `tokens` [24], `logits` [24, V], and `unpacked`, bfloat16 [D, 2 I] of the first
-expert.
+what transformers makes of it in float32: `tokens` [24], `logits` [24, V], and of the first expert `unpacked`, bfloat16
+[D, 2 I].
 """
 
 from __future__ import annotations

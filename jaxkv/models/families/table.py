@@ -126,6 +126,14 @@ class Ignored:
     agrees: Callable[[Any, int, np.ndarray], bool] | None = None
 
 
+# What models of any family had among their buffers once.
+POSITIONS = Ignored(
+    r"(?:.*\.)?position_ids",
+    "not 0, 1, 2 and so on, which is what positions are",
+    lambda config, layer, x: x.dtype.kind in "iu" and np.array_equal(x.reshape(-1), np.arange(x.size)),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A family of models.
