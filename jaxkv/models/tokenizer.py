@@ -83,7 +83,8 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._ask("read it", pipelines.apply, self._tokenizer, kind, config, self.special_tokens, where)
-        self._ask("add tokens", special.add, self._tokenizer, tokens, tokenizers.AddedToken)
+        resets = kind == "Qwen2Tokenizer"
+        self._ask("add tokens", special.add, self._tokenizer, tokens, tokenizers.AddedToken, resets=resets)
         self._added = self._tokenizer.get_added_tokens_decoder()
         _check_numbers(path, text, self._tokenizer)
         # Such decoders read bytes by the run: whether one is text is known when its run has ended.
