@@ -54,13 +54,12 @@ def read(directory: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
     path = directory / "tokenizer_config.json"
     given: dict[str, Any] = {name: value for name, value in defaults.items() if name not in config} | dict(config)
     where = dict.fromkeys(given, path)
-    if not given.get("extra_special_tokens") and given.get("additional_special_tokens") is not None:
-        given["extra_special_tokens"] = given.pop("additional_special_tokens")
-        where["extra_special_tokens"] = path
     source, numbered = path, given.get("added_tokens_decoder")
     if numbered is None:  # checkpoints of old keep their tokens in files of their own
         path = directory / "special_tokens_map.json"
         for name, value in read_json(path, needed=False).items():
+            if name == "additional_special_tokens" and given.get(name) is not None:
+                continue
             before = given.get(name) if name == "extra_special_tokens" else None
             given[name] = [*before, *value] if isinstance(before, list) and isinstance(value, list) else value
             where[name] = path
@@ -81,10 +80,9 @@ def read(directory: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
         group = given.get(name)
         if isinstance(group, dict):
             named |= {key: _token(value, where[name], f"{name}[{key!r}]") for key, value in group.items()}
-        elif isinstance(group, list):
+        elif isinstance(group, list) and not extra:  # the newer name counts
             extra = [_token(value, where[name], f"{name}[{index}]") for index, value in enumerate(group)]
-            break  # the newer name counts
-        elif group is not None:
+        elif not isinstance(group, list | None):
             raise ValueError(f"{where[name]}: {name} is {_shown(group)}, must be a list of tokens or an object of them")
 
     if source.name == "added_tokens.json":
@@ -94,7 +92,8 @@ def read(directory: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
             for name in _NAMED
             if name in named and (isinstance(given[name], str) or where[name] != directory / "tokenizer_config.json")
         }
-        marked.update(text for text in given.get("extra_special_tokens") or () if isinstance(text, str))
+        group = given.get("extra_special_tokens") or config.get("additional_special_tokens")
+        marked.update(text for text in group or () if isinstance(text, str))
         for text, number in read_json(source, needed=False).items():
             special = text in marked
             token = {"content": text, "special": special, "normalized": not special}
