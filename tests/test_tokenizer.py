@@ -120,6 +120,7 @@ def test_characters_wait_until_they_are_whole_and_spaces_stay(tokenizers):
 def test_results_of_generate_are_read_as_they_are(tokenizers):
     tokens = np.array([*tokenizers["gemma"].encode("Hello"), -1, -1], np.int32)
     assert tokenizers["gemma"].decode(tokens) == "Hello"
+    assert tokenizers["gemma"].decode([*tokens, 2**31, 2**40]) == "Hello"
 
 
 # --- chat templates --------------------------------------------------------------------------------------------------
@@ -416,7 +417,7 @@ def test_a_missing_tokenizer_says_what_is_there_and_what_to_do(tmp_path):
     (tmp_path / "tokenizer.model").touch()
     with pytest.raises(FileNotFoundError, match=r"only tokenizer\.model, which is another format; make it with"):
         Tokenizer(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no directory"):
+    with pytest.raises(FileNotFoundError, match="is not a directory"):
         Tokenizer(tmp_path / "nowhere")
 
 

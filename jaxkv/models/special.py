@@ -58,6 +58,8 @@ def read(directory: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
     if numbered is None:  # checkpoints of old keep their tokens in files of their own
         path = directory / "special_tokens_map.json"
         for name, value in read_json(path, needed=False).items():
+            if name == "additional_special_tokens" and given.get(name) is not None:
+                continue
             before = given.get(name) if name == "extra_special_tokens" else None
             given[name] = [*before, *value] if isinstance(before, list) and isinstance(value, list) else value
             where[name] = path
@@ -67,7 +69,6 @@ def read(directory: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
         raise ValueError(f"{path}: added_tokens_decoder is {_shown(numbered)}, must be an object {{number: token}}")
 
     added = {_number(number, path): _token(token, path, number) for number, token in numbered.items()}
-    groups = [(name, given.get(name)) for name in ("extra_special_tokens", "additional_special_tokens")]
     extra: list[dict[str, Any]] = []
     named: dict[str, dict[str, Any]] = {}
     for name in (*_NAMED, *(name for name in given if name.endswith("_token") and name not in _NAMED)):
@@ -75,17 +76,24 @@ def read(directory: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
         # Other fields end so as well: add_bos_token is true or false.
         if value is not None and (name in _NAMED or isinstance(value, str | dict)):
             named[name] = _token(value, where[name], name)
-    for name, group in groups:
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        group = given.get(name)
         if isinstance(group, dict):
             named |= {key: _token(value, where[name], f"{name}[{key!r}]") for key, value in group.items()}
-        elif isinstance(group, list):
-            if not extra:
-                extra = [_token(value, where[name], f"{name}[{index}]") for index, value in enumerate(group)]
-        elif group is not None:
+        elif isinstance(group, list) and not extra:  # the newer name counts
+            extra = [_token(value, where[name], f"{name}[{index}]") for index, value in enumerate(group)]
+        elif not isinstance(group, list | None):
             raise ValueError(f"{where[name]}: {name} is {_shown(group)}, must be a list of tokens or an object of them")
 
     if source.name == "added_tokens.json":
-        marked = {token["content"] for token in (*named.values(), *extra)}
+        # Only these are special then, and only if they come as texts, or from special_tokens_map.json.
+        marked = {
+            named[name]["content"]
+            for name in _NAMED
+            if name in named and (isinstance(given[name], str) or where[name] != directory / "tokenizer_config.json")
+        }
+        group = given.get("extra_special_tokens") or config.get("additional_special_tokens")
+        marked.update(text for text in group or () if isinstance(text, str))
         for text, number in read_json(source, needed=False).items():
             special = text in marked
             token = {"content": text, "special": special, "normalized": not special}
@@ -95,13 +103,14 @@ def read(directory: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
     return Special(added, named, tuple(extra), source)
 
 
-def add(tokenizer: Any, special: Special, kind: Any) -> None:
+def add(tokenizer: Any, special: Special, kind: Any, *, resets: bool = False) -> None:
     """Adds tokens to a `tokenizers.Tokenizer`, in place.
 
     Args:
       tokenizer: as tokenizer.json has it.
       special: what the other files say.
       kind: `tokenizers.AddedToken`.
+      resets: whether tokens that have a name or are extra lose their flags, as in transformers' Qwen2Tokenizer.
 
     Raises:
       ValueError: if a token can't get the number that its file gives it.
@@ -112,15 +121,20 @@ def add(tokenizer: Any, special: Special, kind: Any) -> None:
         made = kind(**token)
         if repr(known.get(made.content)) != repr(made):
             new[made.content] = made
+    numbered = set(new)
     for token in (*special.named.values(), *special.extra):
-        if token["content"] not in known:
-            new.setdefault(token["content"], kind(**{"special": True, **token}))
+        if token["content"] not in known and token["content"] not in numbered:
+            new[token["content"]] = kind(**{"special": True, **token})  # of two with the same text the last one counts
     for text in special.texts.values():
         if text in new:
             new[text].special = True
         elif not known[text].special:  # a named token is special, whatever tokenizer.json says of it
             sides = {flag: getattr(known[text], flag) for flag in ("single_word", "lstrip", "rstrip")}
             new[text] = kind(text, special=True, normalized=False, **sides)
+    if resets:
+        new |= {
+            text: kind(text, special=True) for text in (*special.texts.values(), *(t["content"] for t in special.extra))
+        }
     tokenizer.add_tokens(list(new.values()))
     for number, token in special.added.items():
         got = tokenizer.token_to_id(token["content"])

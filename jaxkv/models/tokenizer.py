@@ -83,7 +83,8 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._ask("read it", pipelines.apply, self._tokenizer, kind, config, self.special_tokens, where)
-        self._ask("add tokens", special.add, self._tokenizer, tokens, tokenizers.AddedToken)
+        resets = kind == "Qwen2Tokenizer"
+        self._ask("add tokens", special.add, self._tokenizer, tokens, tokenizers.AddedToken, resets=resets)
         self._added = self._tokenizer.get_added_tokens_decoder()
         _check_numbers(path, text, self._tokenizer)
         # Such decoders read bytes by the run: whether one is text is known when its run has ended.
@@ -95,7 +96,7 @@ class Tokenizer:
         """Returns what the library answers; what it raises is of no kind, and where its Rust panics, no Exception."""
         try:
             return function(*args, **options)
-        except (ValueError, KeyboardInterrupt, SystemExit):
+        except (ValueError, MemoryError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
             raise ValueError(f"{self._library} can't {doing}: {error}") from error
@@ -120,8 +121,9 @@ class Tokenizer:
         They are its eos_token and eot_token, and what the chat template writes after an assistant's last message. If it
         writes nothing there, it is what stands between that message and the next one.
         """
-        found = [self._tokenizer.token_to_id(self.special_tokens.get(name, "")) for name in ("eos_token", "eot_token")]
-        return tuple(dict.fromkeys(token for token in [*found, self._end_of_turn()] if token is not None))
+        texts = [self.special_tokens[name] for name in ("eos_token", "eot_token") if name in self.special_tokens]
+        found = [*map(self._tokenizer.token_to_id, texts), self._end_of_turn()]
+        return tuple(dict.fromkeys(token for token in found if token is not None))
 
     def _end_of_turn(self) -> int | None:
         if self.chat_template is None:
@@ -208,7 +210,9 @@ class Tokenizer:
           ValueError: if there is no such template, it refuses the messages, never reads a variable that is given, or
             takes more time or memory than `template_limit`.
         """
-        if continue_final_message and add_generation_prompt:
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        elif add_generation_prompt and continue_final_message:
             raise ValueError(
                 "add_generation_prompt begins a new answer and continue_final_message goes on with the last message; "
                 "give one of them"
@@ -217,11 +221,9 @@ class Tokenizer:
         if template is None:
             template = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
         if template not in self.templates:
-            others = ", ".join(map(repr, sorted(self.templates)))
+            names = ", ".join(map(repr, sorted(self.templates)))
             cure = (
-                f"it has {others}: give template="
-                if others
-                else "encode plain text, or put a chat_template.jinja there"
+                f"it has {names}: give template=" if names else "encode plain text, or put a chat_template.jinja there"
             )
             raise ValueError(f"{self.directory} has no chat template {template!r}; {cure}")
         if tools is not None:
@@ -235,9 +237,7 @@ class Tokenizer:
         told = {
             "tools": None,
             "documents": None,
-            "add_generation_prompt": not continue_final_message
-            if add_generation_prompt is None
-            else add_generation_prompt,
+            "add_generation_prompt": add_generation_prompt,
             **self.special_tokens,
             **chat.plain(variables),
         }
@@ -293,7 +293,7 @@ class TokenizerStream:
 
 def _missing(directory: Path) -> str:
     if not directory.is_dir():
-        return f"{directory} is no directory; give one that holds a checkpoint, with its tokenizer.json"
+        return f"{directory} is not a directory; give one that holds a checkpoint, with its tokenizer.json"
     others = [name for name in _OTHER_FORMATS if (directory / name).is_file()]
     if others:
         return (

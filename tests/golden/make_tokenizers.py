@@ -177,6 +177,18 @@ def pieces() -> Tokenizer:
     return tokenizer
 
 
+def heard() -> Tokenizer:
+    """As Whisper's: a text is framed by tokens that say what is to be done."""
+    tokenizer = byte_level()
+    names = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|translate|>", "<|notimestamps|>"]
+    tokenizer.add_special_tokens(names)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftranscript|> <|notimestamps|> $A <|endoftext|>",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in (names[0], names[1], names[-1])],
+    )
+    return tokenizer
+
+
 def numbered(make: Any, *tokens: dict[str, Any] | str, config: dict[str, Any] | None = None) -> dict[str, Any]:
     """Returns a tokenizer_config.json whose added_tokens_decoder has further tokens behind those of tokenizer.json."""
     tokenizer = make()
@@ -301,6 +313,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
         {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True, "eos_token": "<|end|>"},
         {"config.json": '{"model_type": "gpt2"}'},
     ),
+    "whisper": (heard, {"tokenizer_class": "WhisperTokenizer"}, {"config.json": '{"model_type": "whisper"}'}),
     "gpt_oss": (
         byte_level,
         {"eos_token": "<|end|>", "bos_token": "<|begin|>"},
