@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from jaxkv import EMPTY, safetensors, sampling
 from jaxkv.errors import CacheError
 from jaxkv.models import Completion, Decoder, DecoderConfig, GenerationConfig, Model, tiny
 
-WHISPER = Path(__file__).parent / "golden" / "families" / "whisper"
+GOLDEN = Path(__file__).parent / "golden"
+WHISPER = GOLDEN / "families" / "whisper"
 GREEDY = {"temperature": 0, "max_new_tokens": 12}
 RETURN = "Return the "
 SEED = 7
@@ -301,6 +303,15 @@ def test_whisper_hears_and_writes():
         asked.generate(features=features)
     with pytest.raises(ValueError, match=r"this model writes what it hears: give features=, float \[B, frames"):
         whisper().generate([1, 2])
+
+
+@pytest.mark.parametrize("case", json.loads((GOLDEN / "processors.json").read_text("utf-8"))["whisper"], ids=str)
+def test_whisper_writes_the_text_of_transformers_under_the_rules_of_its_checkpoint(case, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(case["config"]))
+    model = dataclasses.replace(whisper(), generation=GenerationConfig.read(tmp_path))
+    features = safetensors.File(WHISPER / "expected.safetensors")["features.0"]
+    result = model.generate([1], features=features[None], max_new_tokens=len(case["tokens"]))
+    assert result.tokens[0].tolist() == case["tokens"]
 
 
 def test_nothing_stands_behind_a_rows_end():

@@ -60,12 +60,14 @@ class History:
         prompt_length = row.size if prompt_length is None else prompt_length
         padding = (row.size if size is None else size) - row.size
         prompt, generated = row[:prompt_length], row[prompt_length:]
+        in_prompt = np.zeros(vocab_size, bool)
+        in_prompt[prompt] = True
         return cls(
             tokens=np.pad(row, (0, padding), constant_values=EMPTY),
             length=np.int32(row.size),
             prompt_length=np.int32(prompt_length),
             limit=np.int32(np.iinfo(np.int32).max if limit is None else limit),
-            in_prompt=np.isin(np.arange(vocab_size), prompt),
+            in_prompt=in_prompt,
             counts=np.bincount(generated, minlength=vocab_size).astype(np.int32),
         )
 

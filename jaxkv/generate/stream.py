@@ -24,6 +24,7 @@ The next turn goes on from `result.cache`, with the whole conversation as prompt
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -121,7 +122,7 @@ class Stream:
     def __next__(self) -> np.ndarray:
         self._enter()
         try:
-            _, _, reason, (count, *_) = self._look()
+            _, _, reason, (count, *_) = self._guarded(self._look)
             if self._error is None and (reason != RUNNING).all():
                 raise StopIteration
             tokens = self._advance(count + 1)
@@ -136,14 +137,15 @@ class Stream:
         """The Generation so far. Its cache is donated when the iteration goes on."""
         self._enter()
         try:
+            with contextlib.suppress(CacheError):  # it is told by `error`
+                self._guarded(self._look)
             if self._error is not None:
                 return self._rest()
-            reason = self._look()[2]
             cache, state = self._forms[0].build(self._cache), self._forms[1].build(self._state)
             tokens, log_probs = np.array(state.tokens)[:, : self._limit], np.array(state.log_probs)[:, : self._limit]
         finally:
             self._lock.release()
-        return _generation(tokens, log_probs, tuple(REASONS[i] for i in reason), cache)
+        return _generation(tokens, log_probs, tuple(REASONS[i] for i in self._steps[-1][2]), cache)
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -203,18 +205,7 @@ class Stream:
         if self._error is not None:
             raise CacheError(self._error)
         checks.check_alive(self._cache)
-        try:
-            for tokens, positions, taken in blocks(self._prompts, self._read, self._last, self._max_block):
-                self._set(("_cache",), self._read_block, tokens, positions, self._cache)
-                self._read = self._read + taken
-            limit = np.int32(min(until, self._limit))
-            self._set(("_cache", "_state", "_newest"), self._decode, self._cache, self._state, limit)
-            newest = self._look()
-        except Exception as error:
-            if self._survives():
-                raise
-            self._error = self._what_happened(error)
-            raise CacheError(self._error) from error
+        newest = self._guarded(lambda: self._run(until))
         if not self._checked:  # once: a look at the lengths waits for the device
             cache, state = self._forms[0].build(self._cache), self._forms[1].build(self._state)
             lengths, position = jax.device_get((cache.lengths, state.position))
@@ -228,13 +219,31 @@ class Stream:
                 f"sampler {self._sampler} answered with token {token} for row {row}, outside the model's vocabulary of "
                 f"{self._vocab_size} (0 to {self._vocab_size - 1}){left}"
             )
-        return newest[0]
+        return newest[0].copy()
+
+    def _run(self, until: int) -> np.ndarray:
+        for tokens, positions, taken in blocks(self._prompts, self._read, self._last, self._max_block):
+            self._set(("_cache",), self._read_block, tokens, positions, self._cache)
+            self._read = self._read + taken
+        limit = np.int32(min(until, self._limit))
+        self._set(("_cache", "_state", "_newest"), self._decode, self._cache, self._state, limit)
+        return self._look()
 
     def _set(self, names: tuple[str, ...], function: Callable[..., Any], *args: Any) -> None:
         # Runs the function and keeps its results in one call into C. Python looks for Ctrl-C between byte codes: in two
         # statements, or with trees to build, it would mostly strike in between, and what was donated would be lost.
         results = itertools.chain.from_iterable(map(function, *([arg] for arg in args)))
         vars(self).update(zip(names, results, strict=True))
+
+    def _guarded(self, function: Callable[[], np.ndarray]) -> np.ndarray:
+        """Returns what the function does; if it fails and takes the cache along, that is kept and told."""
+        try:
+            return function()
+        except Exception as error:
+            if self._survives():
+                raise
+            self._error = self._what_happened(error)
+            raise CacheError(self._error) from error
 
     def _survives(self) -> bool:
         """Whether cache and state are there after a failure: it may have come before they were donated."""

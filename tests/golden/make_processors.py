@@ -5,6 +5,7 @@
 
 `logits` [V] are the same for all cases. Each case is the `config` of a generation_config.json and its `rows`, each
 [tokens, prompt length, limit, logits after the processors that `generate` would make of the config], None for -inf.
+`whisper` is the same for whole texts: a config, and the greedy tokens of families/whisper for its first recording.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
 V, PROMPT, LIMIT = 16, 4, 10
 SAMPLED = {"do_sample": True, "top_k": 0}  # without it transformers takes 50
@@ -50,6 +52,11 @@ CONFIGS: list[dict[str, Any]] = [
         "begin_suppress_tokens": [10],
     },
 ]
+WHISPER: list[dict[str, Any]] = [
+    {"suppress_tokens": [38, 63], "begin_suppress_tokens": [37, 71], "forced_eos_token_id": 7},
+    {"forced_bos_token_id": 11, "no_repeat_ngram_size": 2, "repetition_penalty": 1.2},
+]
+NEW = 24
 TEXTS = [[1, 4, 5, 4], [1, 4, 5, 4, 5, 1, 4], [9, 9, 1, 1, 4], [3], [4, 5, 4, 5, 1, 4, 5, 1, 4]]
 
 
@@ -72,9 +79,20 @@ def main() -> None:
             out = made(torch.tensor([text]), torch.tensor([logits]))[0].tolist()
             rows.append([text, prompt_length, LIMIT, [None if x == float("-inf") else round(x, 6) for x in out]])
         cases.append({"config": given, "rows": rows})
+    folder = Path(__file__).parent / "families" / "whisper"
+    whisper = transformers.WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    features = load_file(folder / "expected.safetensors")["features.0"].T[None]
+    texts = []
+    for given in WHISPER:
+        generation = transformers.GenerationConfig(
+            **given, max_new_tokens=NEW, pad_token_id=0, decoder_start_token_id=1
+        )
+        generate = transformers.GenerationMixin.generate  # Whisper's own cuts recordings of half a minute
+        tokens = generate(whisper, features, generation_config=generation, do_sample=False)[0].tolist()
+        texts.append({"config": given, "tokens": tokens[1:]})
     target = Path(__file__).parent / "processors.json"
     lines = ",\n".join(json.dumps(case) for case in cases)
-    target.write_text(f'{{"logits": {json.dumps(logits)},\n"cases": [\n{lines}\n]}}\n')
+    target.write_text(f'{{"logits": {json.dumps(logits)},\n"cases": [\n{lines}\n],\n"whisper": {json.dumps(texts)}}}\n')
     print(f"{target}: transformers {transformers.__version__}")
 
 
