@@ -83,7 +83,8 @@ def test_generate_continues_the_prompt_with_the_shipped_model():
         out, err = (text.decode() for text in process.communicate())
     assert process.returncode == 0, err
     assert out.startswith("The with statement") and len(out) > 60
-    assert re.search(r"first token after [\d.]+ s .*, then [\d,]+ tokens/s; read 18 tokens, wrote \d+", err)
+    assert re.search(r"first token after [\d.]+ s .*, then [\d,]+ tokens/s\n", err)
+    assert re.search(r"read 18 tokens, wrote \d+: ", err)
     assert re.search(r"cache: [\d.]+ \w+ per token, [\d.]+ MiB in all", err)
 
 
@@ -179,8 +180,8 @@ def test_chat_keeps_the_text_in_the_cache(small_model, capsys, type_in):
     type_in("hello\nwhat\n/reset\n\nagain\n/quit\nnever read\n")
     assert main(["chat", "-n", "8"]) == 0
     _, err = capsys.readouterr()
-    turns = re.findall(r"(\d+) tokens did not have to be read again, (\d+) are new", err)
-    assert [int(held) for held, _ in turns] == [0, int(turns[0][1]) - 1, 0]
+    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s\n", err)
+    assert [int(held) for held, *_ in turns] == [0, int(turns[0][1]) + int(turns[0][2]) - 1, 0]
     assert err.count("everything is forgotten") == 1
 
 
@@ -205,8 +206,8 @@ def test_chat_forgets_the_oldest_part_when_the_cache_is_full(small_model, capsys
     type_in("0123456789\n" * 6)
     assert main(["chat", "-n", "8", "--capacity", "64", "--greedy"]) == 0
     _, err = capsys.readouterr()
-    assert len(re.findall(r"the oldest 16 tokens are forgotten, \d+ stay", err)) >= 1
-    assert err.count("did not have to be read again") == 6
+    assert len(re.findall(r"forgot 16 tokens, kept \d+", err)) >= 1
+    assert err.count("reused ") == 6
     assert "full; a larger" not in err
 
 
@@ -215,8 +216,8 @@ def test_chat_refuses_a_line_that_never_fits_and_goes_on(small_model, capsys, ty
     assert main(["chat", "-n", "8", "--capacity", "64", "--greedy"]) == 0
     _, err = capsys.readouterr()
     assert "error: 60 tokens and up to 8 new ones don't fit a cache that holds 64" in err
-    assert "error: /what is not known; there are /reset and /quit" in err
-    assert err.count("did not have to be read again") == 1
+    assert "error: /what is not a command; there are /help, /undo, /reset, /save FILE, /load FILE, /quit" in err
+    assert err.count("reused ") == 1
 
 
 def test_interrupt_stops_the_models_turn_and_keeps_the_text(small_model, capsys, type_in, monkeypatch):
@@ -230,8 +231,8 @@ def test_interrupt_stops_the_models_turn_and_keeps_the_text(small_model, capsys,
     monkeypatch.setattr(chat, "write", write)
     type_in("hello\nmore\n")
     assert main(["chat", "-n", "8"]) == 0
-    turns = re.findall(r"(\d+) tokens did not have to be read again, (\d+) are new", capsys.readouterr().err)
-    assert turns[0] == ("0", "8")  # 5 of the line and 3 of the model
+    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s\n", capsys.readouterr().err)
+    assert turns[0] == ("0", "5", "3")
     assert turns[1][0] == "7"
 
 
@@ -294,7 +295,7 @@ def test_a_checkpoint_is_sampled_as_its_makers_want_and_options_go_before(checkp
     assert "sampling: temperature 0.6, top p 0.9 (generation_config.json); top k 3 (as asked)" in report("--top-k", "3")
     greedy = report("--greedy")
     assert "sampling: greedy (as asked)" in greedy
-    assert re.search(r"wrote \d+ \((up to an end of the text|as many as asked for)\)", greedy)
+    assert re.search(r"wrote \d+: (up to an end of the text|as many as asked for)", greedy)
 
 
 def test_one_option_for_drawing_makes_a_greedy_checkpoint_draw(checkpoint, capsys):
@@ -307,7 +308,7 @@ def test_a_text_ends_where_the_model_was_not_made_for_more(checkpoint, capsys):
     assert main(["generate", "-m", checkpoint(), words(range(1, 91))]) == 0
     out, err = capsys.readouterr()
     assert len(out.split()) == 128
-    assert "wrote 38 (up to the 128 tokens that the model was made for)" in err
+    assert "wrote 38: up to the 128 tokens that the model was made for" in err
 
 
 def test_compare_works_for_checkpoints(checkpoint, capsys):
@@ -341,9 +342,9 @@ def test_a_conversation_is_answered_as_if_it_were_read_from_its_beginning_but_is
     assert main(["chat", "-m", directory, "-n", "12"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [*conversation(directory, ["t1 t2", "t3"], 12), *conversation(directory, ["t4"], 12)]
-    turns = re.findall(r"(\d+) tokens did not have to be read again, (\d+) are new", err)
+    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s\n", err)
     # "t90 t1 t2 t92 t91" and 12 tokens, of which the cache doesn't hold the last
-    assert turns == [("0", "17"), ("16", "18"), ("0", "16")]
+    assert turns == [("0", "5", "12"), ("16", "6", "12"), ("0", "4", "12")]
     assert "Write a line and the model answers" in err
 
 
@@ -354,7 +355,7 @@ def test_what_a_template_writes_in_another_way_is_read_again(checkpoint, capsys,
     assert main(["chat", "-m", directory, "-n", "12"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == conversation(directory, ["t10 t20", "t30"], 12)
-    held = [int(n) for n in re.findall(r"(\d+) tokens did not have to be read again", err)]
+    held = [int(n) for n in re.findall(r"reused (\d+) tokens?,", err)]
     assert held[0] == 0 and 5 <= held[1] <= 9
 
 
@@ -364,7 +365,7 @@ def test_a_conversation_forgets_its_oldest_messages_but_not_the_system_message(c
     assert main(words) == 0
     err = capsys.readouterr().err
     assert len(re.findall(r"the cache was full: the oldest \d+ messages are forgotten", err)) >= 1
-    held = [int(n) for n in re.findall(r"(\d+) tokens did not have to be read again", err)]
+    held = [int(n) for n in re.findall(r"reused (\d+) tokens?,", err)]
     assert len(held) == 12 and min(held[1:]) == 4  # "t93 t5 t92 t90": the system message, and that a user speaks
 
 
@@ -375,8 +376,8 @@ def test_a_message_that_does_not_fit_or_is_refused_leaves_the_conversation_as_it
     err = capsys.readouterr().err
     assert "refuses these messages: nobody asked" in err
     assert "error: 133 tokens and up to 8 new ones don't fit a cache that holds 128" in err
-    turns = re.findall(r"(\d+) tokens did not have to be read again, (\d+) are new", err)
-    assert turns == [("0", "12"), ("11", "14")]
+    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s\n", err)
+    assert [(held, int(read) + int(wrote)) for held, read, wrote in turns] == [("0", 12), ("11", 14)]
 
 
 @pytest.mark.parametrize(
@@ -439,7 +440,7 @@ def test_a_tokenizer_of_another_model_is_noticed(checkpoint, capsys):
     tokenizer = (directory / "tokenizer.json").read_text().replace('"t95": 95', '"t95": 195')
     (directory / "tokenizer.json").write_text(tokenizer)
     assert main(["generate", "-m", str(directory), "t95"]) == 1
-    assert "the tokenizer makes token 195 of this prompt, and the model knows 96" in capsys.readouterr().err
+    assert "the tokenizer makes token 195 of this text, and the model knows 96" in capsys.readouterr().err
 
 
 def test_loading_shows_its_progress_on_a_terminal_only(capsys):
@@ -531,22 +532,22 @@ def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["generate", "--top-p", "0", "x"], "TopP: p is 0.0, must be above 0"),
-        (["generate", "--temperature", "-1", "x"], "Temperature: t is -1.0, must be"),
-        (["generate", "--top-k", "0", "x"], "TopK: k is 0, must be"),
+        (["generate", "--top-p", "0", "x"], "argument --top-p: p is 0.0, must be above 0"),
+        (["generate", "--temperature", "-1", "x"], "argument --temperature: t is -1.0, must be"),
+        (["generate", "--top-k", "0", "x"], "argument --top-k: k is 0, must be"),
         (["generate", "--greedy", "--top-k", "3", "x"], "--greedy takes the most probable token; leave out --top-k"),
         (["generate", ""], "the prompt is empty; give some text"),
-        (["generate", "x" * 20, "--capacity", "8"], "the prompt has 20 tokens and the cache holds 8; give a shorter"),
+        (["generate", "x" * 20, "--capacity", "8"], "--capacity: the prompt has 20 tokens, and the cache would hold 8; give a shorter"),
         (["generate", "x", "--compare", "--samples", "2"], "--compare decodes one text, greedily"),
         (["generate", "x", "--compare", "--top-p", "0.5"], "--compare decodes one text, greedily"),
-        (["generate", "x", "-n", "0"], "'0' is not a count; give 1 or more; see jaxkv generate --help"),
-        (["generate", "x", "-n", "many"], "'many' is not a count"),
-        (["chat", "-n", "40", "--capacity", "64"], "give a smaller --max-new-tokens, or --capacity 160"),
-        (["chat", "-n", "300"], "leave too little of a cache that holds 512; give a smaller --max-new-tokens"),
-        (["chat", "--system", "Be brief."], "has no chat template, so nobody can tell it anything; leave out --system"),
+        (["generate", "x", "-n", "0"], "argument -n/--max-new-tokens: '0' is not a number of tokens; give a whole number from 1 to 1,073,741,824; see"),
+        (["generate", "x", "-n", "many"], "argument -n/--max-new-tokens: 'many' is not a number of tokens"),
+        (["chat", "-n", "40", "--capacity", "64"], "a cache that holds 64; give 32 or less, or --capacity 160"),
+        (["chat", "-n", "300"], "leave too little of a cache that holds 512; give 256 or less"),
+        (["chat", "--system", "Be brief."], "has no chat template, so it takes no system message; leave out --system"),
         (["generate", "x", "-n", "600"], "1 token of prompt and 600 new ones are more than the 512"),
         (["generate", "x" * 512], "the prompt has 512 tokens, and the model was made for texts of 512 in all"),
-        (["generate", "x", "--capacity", "1024"], "--capacity 1024 is beyond the 512 tokens"),
+        (["generate", "x", "--capacity", "1024"], "argument --capacity: 1,024 is beyond the 512 tokens"),
         (["generate", "x", "--model", "openai/gpt-2"], "hf download openai/gpt-2 --local-dir gpt-2; then give gpt-2"),
         (["info", "nowhere"], "nowhere is no directory; give one that holds a checkpoint"),
         (["info", "pyproject.toml"], "pyproject.toml is a file; give the directory that holds it"),
