@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import io
 import json
 import re
@@ -19,6 +21,8 @@ from flax import nnx
 import jaxkv
 from jaxkv import safetensors
 from jaxkv.cli import chat, info, main
+from jaxkv.cli.conversation import Writing
+from jaxkv.cli.options import SAMPLING, Failure, option
 from jaxkv.cli.terminal import Text, printable, progress_bar
 from jaxkv.models import ByteTokenizer, Decoder, DecoderConfig, GenerationConfig, Model, tiny
 
@@ -128,20 +132,21 @@ def test_the_seed_decides(small_model, capsys):
 
 
 def test_every_sampler_option_is_used(small_model, capsys):
-    options = [
-        "--temperature",
-        "2",
-        "--top-k",
-        "50",
-        "--top-p",
-        "0.9",
-        "--min-p",
-        "0.01",
-        "--repetition-penalty",
-        "1.2",
-    ]
-    assert main(["generate", "A list", "-n", "10", *options]) == 0
-    assert "wrote" in capsys.readouterr().err
+    assert SAMPLING.keys() <= inspect.signature(jaxkv.sampling.sampler).parameters.keys()
+    words = [word for name in SAMPLING for word in (option(name), "1")]
+    assert main(["generate", "A list", "-n", "10", *words]) == 0
+    said = ", ".join(f"{name.replace('_', ' ')} 1" for name in SAMPLING)
+    assert f"sampling: {said} (as asked)\n" in capsys.readouterr().err
+
+
+def test_a_text_does_not_end_before_its_least_length(small_model, capsys):
+    ends = dict.fromkeys(range(256), 1.0)  # every token is an end
+    del ends[65]
+    generation = dataclasses.replace(small_model.generation, stop_tokens=tuple(ends), greedy=True)
+    patched = dataclasses.replace(small_model, generation=generation)
+    tiny.load = lambda: patched  # small_model's monkeypatch puts it back
+    assert main(["generate", "A list", "-n", "5", "--min-new-tokens", "3", "-q"]) == 0
+    assert capsys.readouterr().out.startswith("A listAAA")
 
 
 def test_samples_are_printed_one_after_another(small_model, capsys):
@@ -171,6 +176,38 @@ def test_compare_shows_the_same_tokens_with_and_without_a_cache(small_model, cap
     out, _ = capsys.readouterr()
     rows = re.findall(r"^ *(\d+) +[\d.,]+ ms +[\d.,]+ ms +[\d.,]+x +(.*)$", out, re.MULTILINE)
     assert rows == [("2", "yes"), ("4", "yes"), ("8", "yes"), ("16", "yes")]
+
+
+def test_each_line_of_a_file_is_continued_in_order_and_as_if_alone(small_model, capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("A list\r\n\nAn iterator\ncaf\u00e9".encode())
+    assert main(["generate", "--prompts", str(file), "--rows", "2", "-n", "5", "--greedy", "--json", "-q"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["line"], one["prompt"]) for one in found] == [(1, "A list"), (3, "An iterator"), (4, "caf\u00e9")]
+    for one in found:
+        cache = jaxkv.Cache.init(small_model.specs, 2, 1024)
+        prompts = [small_model.tokenizer.encode(one["prompt"]), None]
+        alone = jaxkv.generate(small_model.forward, small_model.params, prompts, cache, max_new_tokens=5, stop_tokens=0)
+        assert one["tokens"] == [token for token in alone.tokens[0].tolist() if token > 0]
+        assert (one["text"], one["reason"]) == (text_of(one["tokens"]), alone.reasons[0])
+    assert main(["generate", "--prompts", str(file), "--rows", "2", "-n", "5", "--greedy"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "".join(f"--- line {one['line']}\n{one['prompt']}{one['text']}\n" for one in found)
+    assert "read 22 tokens, wrote " in err and "for 2 texts of up to" in err
+
+
+def test_all_lines_that_cannot_be_continued_are_named_before_anything_is(small_model, capsys, type_in):
+    type_in(b"good\n\xff\n" + b"x" * 1024 + b"\n")
+    words = ["generate", "--prompts", "-", "--capacity", "64"]
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "standard input has 1 line that can't be continued:\n  line 2: not UTF-8\n" in err
+    type_in(b"good\n" + b"x" * 1024 + b"\n")
+    assert main(words) == 2
+    assert "the prompt on line 2 has 1,024 tokens, and the cache would hold 64" in capsys.readouterr().err
+    type_in(b"\n \n")
+    assert main(words) == 2
+    assert "standard input holds no prompt; write one on each line" in capsys.readouterr().err
 
 
 # --- chat ------------------------------------------------------------------------------------------------------------
@@ -218,6 +255,63 @@ def test_chat_refuses_a_line_that_never_fits_and_goes_on(small_model, capsys, ty
     assert "error: 60 tokens and up to 8 new ones don't fit a cache that holds 64" in err
     assert "error: /what is not a command; there are /help, /undo, /reset, /save FILE, /load FILE, /quit" in err
     assert err.count("reused ") == 1
+
+
+def test_undo_forgets_the_last_exchange_in_text_and_cache(small_model, capsys, type_in):
+    type_in("hello\nwhat\n/undo\nwhat\n/undo\n/undo\n/undo\n/undo it\nhello\n")
+    assert main(["chat", "-n", "8", "--greedy"]) == 0
+    out, err = capsys.readouterr()
+    hello, what, again, anew = out.splitlines()
+    assert (what, hello) == (again, anew)
+    held = re.findall(r"reused (\d+) tokens?", err)
+    assert held[1] == held[2] and held[3] == "0" != held[1]
+    assert re.findall(r"forgotten: (\w+)", err) == ["what", "what", "hello"]
+    assert "error: there is nothing to undo" in err and "error: /undo stands alone" in err
+
+
+def test_a_saved_conversation_is_gone_on_with(checkpoint, capsys, type_in, tmp_path):
+    directory, path = checkpoint("mistral", TEMPLATE), tmp_path / "a talk.json"
+    words = ["chat", "-m", directory, "-n", "12", "--system", "t9"]
+    type_in(f"t1 t2\n/save {path}\nt3\n/undo\nt3\n/save {path}\n/save\n/save {tmp_path / 'no' / 'where'}\n")
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    answers = out.splitlines()
+    assert answers[1] == answers[2] and re.findall(r"reused (\d+)", err)[1:] == ["19", "20"]
+    assert "/save needs the name of a file: /save FILE" in err and "where" in err.splitlines()[-1]
+    said = [("system", "t9"), ("user", "t1 t2"), ("assistant", answers[0]), ("user", "t3"), ("assistant", answers[1])]
+    assert [(message["role"], message["content"]) for message in json.loads(path.read_text())] == said
+    type_in(f"t4\n/save {path}\n/load {path}\n/undo\nt3\n")
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1] == answers[1] and f"error: {path} exists; give another name" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "does not exist"),
+        ("\xff", "is not JSON in UTF-8"),
+        ("[" * 100_000, "is not JSON in UTF-8"),
+        ("{}", "is not a list of messages; give a file that /save wrote"),
+        ("[]", "is not a list of messages"),
+        ("[1]", 'message 1 is not {"role": ..., "content": ...}'),
+        ('[{"role": "tool", "content": "x"}]', 'message 1: "role" must be one of system, user, assistant'),
+        ('[{"role": "user", "content": 3}]', 'and "content" a text'),
+        ('[{"role": "assistant", "content": "x"}]', "message 1 is from assistant, where one from user belongs"),
+        ('[{"role": "user", "content": "x"}]', "ends with a message of the user, without an answer"),
+        ('[{"role": "system", "content": "x"}]', "has no chat template, so it takes no system message"),
+    ],
+)
+def test_what_is_no_conversation_is_not_loaded(text, message, tmp_path):
+    path = tmp_path / "file"
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    source = types.SimpleNamespace(name="it", tokenizer=ByteTokenizer(), known=list)
+    cache = jaxkv.Cache.init([jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=1)], 1, 8)
+    writing = Writing(source, cache, 2, lambda *_: None, lambda _: None)
+    with pytest.raises(Failure, match=re.escape(message)):
+        writing.load(path)
+    assert (writing.messages, writing.history) == ([], [])
 
 
 def test_interrupt_stops_the_models_turn_and_keeps_the_text(small_model, capsys, type_in, monkeypatch):
@@ -345,7 +439,7 @@ def test_a_conversation_is_answered_as_if_it_were_read_from_its_beginning_but_is
     turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s\n", err)
     # "t90 t1 t2 t92 t91" and 12 tokens, of which the cache doesn't hold the last
     assert turns == [("0", "5", "12"), ("16", "6", "12"), ("0", "4", "12")]
-    assert "Write a line and the model answers" in err
+    assert "write a line, and the model answers; /help shows more" in err
 
 
 def test_what_a_template_writes_in_another_way_is_read_again(checkpoint, capsys, type_in):
@@ -513,6 +607,22 @@ def test_info_says_how_long_a_text_fits(capsys):
     assert "too large" in capsys.readouterr().out
 
 
+def test_info_plans_for_rows_and_capacity(capsys):
+    assert main(["info", "--rows", "3", "--capacity", "100", "--memory", "8MB"]) == 0
+    out = capsys.readouterr().out
+    specs = [
+        dataclasses.replace(spec, k_storage=jaxkv.Dense("float32"), v_storage=jaxkv.Dense("float32"))
+        for spec in tiny.load().specs
+    ]
+    plan = jaxkv.plan_memory(specs, 3, 100)
+    assert "at 100 tokens, 3 texts" in out and "longest: tokens of each of 3 texts beside the parameters" in out
+    shown = "".join(f"  {line}\n" for line in str(plan).splitlines())
+    assert out.endswith(f"cache for 3 texts of up to 100 tokens in float32:\n{shown}")
+    longest = int(re.search(r"^float32 .* (\d+)$", out, re.MULTILINE)[1])
+    left = 8_000_000 - 4 * 1_373_920
+    assert jaxkv.plan_memory(specs, 3, longest).nbytes <= left < jaxkv.plan_memory(specs, 3, longest + 64).nbytes
+
+
 def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
     monkeypatch.setattr(info, "free_memory", lambda: (1 << 30, "free on this machine"))
     assert main(["info"]) == 0
@@ -552,6 +662,16 @@ def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
         (["info", "nowhere"], "nowhere is no directory; give one that holds a checkpoint"),
         (["info", "pyproject.toml"], "pyproject.toml is a file; give the directory that holds it"),
         (["info", "--memory", "8 bits"], "'8 bits' is no size; give one such as 8GB"),
+        (["info", "--rows", "0"], "argument --rows: '0' is not a count; give 1 or more"),
+        (["info", "--capacity", "9999"], "argument --capacity: 9,999 is beyond the 512 tokens"),
+        (["generate", "x", "--seed", "-1"], "argument --seed: '-1' is not a seed; give a whole number from 0 to 4,294,"),
+        (["generate", "x", "--temperature", "hot"], "argument --temperature: 'hot' is not a number; give one such as"),
+        (["generate", "x", "--no-repeat-ngram-size", "2.5"], "ngram-size: '2.5' is not a whole number; give one such"),
+        (["generate", "hi", "there"], 'the prompt is more than one word: put it in quotes, "hi there"'),
+        (["generate", "hi", "-n", "3", "there"], 'put it in quotes, "hi there"'),
+        (["generate", "hi", "--top-q", "3"], "--top-q 3 is not known; see jaxkv generate --help"),
+        (["chat", "hello"], "hello is not known; see jaxkv chat --help"),
+        (["generate", "hi", "--prompts", "-"], "--prompts takes the prompts from a file; leave out PROMPT"),
         (["write"], "invalid choice: 'write'"),
         ([], "the following arguments are required: COMMAND; see jaxkv --help"),
     ],

@@ -43,7 +43,7 @@ def read_prompts(args: argparse.Namespace, source: Source) -> list[Prompt]:
       OSError: if the file can't be read.
     """
     if args.prompts is None:
-        return [_prompt(args, source, _read_one(args.prompt or "-"))]
+        return [_prompt(args, source, _read_one("-" if args.prompt is None else args.prompt))]
     if args.prompt is not None:
         raise UsageError("--prompts takes the prompts from a file; leave out PROMPT")
     name = "standard input" if args.prompts == "-" else args.prompts

@@ -110,7 +110,7 @@ class Run:
     """One run of the compiled loop: its texts, and when its tokens came.
 
     Args:
-      texts: one per row, to be continued.
+      texts: one per row, to be continued; rows behind them have no prompt.
 
     Attributes:
       texts: what each row has got.
@@ -149,7 +149,7 @@ class Run:
                     rows = [[] if token in silent else [int(token)] for token in step]
                     if not self._first:
                         self._first, self._with_first = self._last, sum(map(len, rows))
-                    yield [text.take(row) for text, row in zip(self.texts, rows, strict=True)]
+                    yield [text.take(row) for text, row in zip(self.texts, rows, strict=False)]
                     if self.stop:
                         break
             finally:
