@@ -203,10 +203,10 @@ def test_damaged_files_are_named(tmp_path):
 
 def test_a_missing_library_names_the_extra(tmp_path, monkeypatch, tokenizers):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match="tokenizers is not installed.*pip install tokenizers jinja2$"):
+    with pytest.raises(ImportError, match=r"tokenizers is not installed.*pip install tokenizers jinja2$"):
         Tokenizer(tmp_path)
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ImportError, match="jinja2 is not installed.*pip install tokenizers jinja2$"):
+    with pytest.raises(ImportError, match=r"jinja2 is not installed.*pip install tokenizers jinja2$"):
         tokenizers["qwen"].render(golden.MESSAGES["one"])
 
 
