@@ -20,6 +20,7 @@ from jaxkv.memo.catalog import record_bytes
 from jaxkv.memo.disk import Disk
 from jaxkv.memo.prune import prune
 from jaxkv.memo.record import HEADER_BYTES
+from jaxkv.sizes import format_bytes
 
 ABOUT = {
     "function": "backbone.apply",
@@ -209,7 +210,7 @@ def test_prune_leaves_what_is_being_written_and_says_so(directory, capsys):
     assert fill(writer, [105], namespace=1) == 1 and found(reader, [105], namespace=1) == [105]
 
 
-def test_copies_that_were_replaced_go_with_the_rest(directory):
+def test_copies_that_were_replaced_are_called_so_and_can_go_alone(directory, capsys):
     first, second = Disk(directory), Disk(directory)
     fill(first, [50]), fill(second, [51])
     first.read([key(99)], SIZE)  # it knows what the second one wrote
@@ -217,7 +218,24 @@ def test_copies_that_were_replaced_go_with_the_rest(directory):
     fill(second, range(20), namespace=1)
     first.close(), second.close()
     assert upkeep.survey(str(directory)).copies == 20 * record_bytes(SIZE)
-    prune(str(directory), damaged=True)
+    taken = format_bytes(20 * record_bytes(SIZE))
+    assert main(["memo", "stat", str(directory)]) == 0
+    out = capsys.readouterr().out
+    assert f"replaced    {taken}\n" in out and "torn        0 B\n" in out
+    assert f"can be won  {taken}, by prune --replaced\n" in out
+    assert main(["memo", "prune", str(directory), "--replaced"]) == 0
+    assert capsys.readouterr().out.endswith("; removed: 0 items, 20 replaced\n")
+    assert upkeep.survey(str(directory)).copies == 0 and there(directory) == [20, 20]
+
+
+def test_what_can_be_won_is_what_prune_removes_while_others_write(directory, capsys):
+    writer = Disk(directory)
+    writer._catalog.places.clear()
+    fill(writer, range(20), namespace=1)  # the older copies are sealed, and can go; these can't
+    assert upkeep.survey(str(directory)).copies == 20 * record_bytes(SIZE)
+    before = upkeep.survey(str(directory)).nbytes
+    done = prune(str(directory))
+    assert (before - done.after, done.copies, done.items) == (20 * record_bytes(SIZE), 20, 0)
     assert upkeep.survey(str(directory)).copies == 0 and there(directory) == [20, 20]
 
 
@@ -265,7 +283,7 @@ def test_prune_that_is_killed_at_any_step_loses_nothing(directory):
         (["verify", "empty"], "empty is no store of a memo, it is empty; give the directory that was named as disk="),
         (["ls", "."], ". is no store of a memo, it holds other files, such as 'empty'; give the directory that was"),
         (["prune", ".", "--to", "5"], "named as disk=: is it ./features?"),
-        (["prune", "features"], "say what to remove: --to SIZE, --namespace NAME or --damaged"),
+        (["prune", "features"], "say what to remove: --to SIZE, --namespace NAME, --damaged or --replaced"),
         (["prune", "features", "--to", "8 bits"], "'8 bits' is no size; give one such as 8GB"),
         (["prune", "features", "--to", "-1"], "'-1' is no size; give one such as 8GB"),
         (["prune", "features", "--namespace", "f00"], f"no namespace begins with 'f00'; there are {TWO}"),

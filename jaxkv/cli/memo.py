@@ -53,7 +53,8 @@ def _list(args: argparse.Namespace) -> int:
 
 def _stat(args: argparse.Namespace) -> int:
     found = upkeep.survey(args.directory)
-    winnable = found.copies + found.damaged + found.strays
+    broken = found.damaged + found.strays
+    how = ", by prune --damaged" if broken else ", by prune --replaced" if found.copies else ""
     facts = {
         "size": format_bytes(found.nbytes),
         "items": f"{found.items:,} of {counted(len(found.namespaces), 'namespace')}",
@@ -61,7 +62,7 @@ def _stat(args: argparse.Namespace) -> int:
         "replaced": format_bytes(found.copies),
         "torn": format_bytes(found.damaged),
         "left over": format_bytes(found.strays),
-        "can be won": f"{format_bytes(winnable)}{', by prune --damaged' if winnable else ''}",
+        "can be won": f"{format_bytes(broken + found.copies)}{how}",
     }
     for name, fact in facts.items():
         write(f"{name:<11} {fact}\n")
@@ -83,14 +84,16 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    if args.to is None and not args.namespace and not args.damaged:
-        raise UsageError("say what to remove: --to SIZE, --namespace NAME or --damaged")
+    if args.to is None and not (args.namespace or args.damaged or args.replaced):
+        raise UsageError("say what to remove: --to SIZE, --namespace NAME, --damaged or --replaced")
     known = [space.key for space in upkeep.survey(args.directory).namespaces] if args.namespace else []
     names = [_meant(name, known) for name in args.namespace]
     with progress_bar("prune", show=sys.stderr.isatty()) as progress:
         done = prune(args.directory, size=args.to, namespaces=names, damaged=args.damaged, progress=progress)
-    write(f"{format_bytes(done.before)} before, {format_bytes(done.after)} now; removed: {counted(done.items, 'item')}")
-    write(f", {counted(done.damaged, 'damaged place')}\n" if done.damaged else "\n")
+    removed = [counted(done.items, "item")]
+    removed += [f"{done.copies:,} replaced"] * (done.copies > 0)
+    removed += [counted(done.damaged, "damaged place")] * (done.damaged > 0)
+    write(f"{format_bytes(done.before)} before, {format_bytes(done.after)} now; removed: {', '.join(removed)}\n")
     if done.live:
         note(f"left alone, because a program is writing to it: {counted(done.live, 'segment')}")
     if args.to is None or done.after <= args.to:

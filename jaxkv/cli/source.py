@@ -8,7 +8,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,28 @@ class Source:
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """Tokens that end a text, as far as the model knows them."""
-        return tuple(token for token in self.generation.stop_tokens if token < self.config.vocab_size)
+        return self._known(self.generation.stop_tokens)
+
+    @property
+    def ends_of_turn(self) -> tuple[int, ...]:
+        """Tokens that end an answer: `stop_tokens`, and what the tokenizer writes behind one."""
+        return self._known((*self.generation.stop_tokens, *self.tokenizer.stop_tokens))
+
+    def _known(self, tokens: Iterable[int]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(token for token in tokens if token < self.config.vocab_size))
+
+    def known(self, tokens: list[int]) -> list[int]:
+        """Returns tokens of the tokenizer, all of which the model knows.
+
+        Raises:
+          Failure: if it does not.
+        """
+        if tokens and max(tokens) >= self.config.vocab_size:
+            raise Failure(
+                f"the tokenizer makes token {max(tokens):,} of this text, and the model knows "
+                f"{self.config.vocab_size:,}; its tokenizer.json belongs to another model"
+            )
+        return tokens
 
     @functools.cached_property
     def module(self) -> Any:

@@ -19,6 +19,7 @@ from jaxkv.memo.upkeep import (
     Progress,
     check_store,
     find_strays,
+    kept_first,
     no_progress,
     read_parts,
     read_records,
@@ -31,7 +32,8 @@ class Removed:
     after: int
     labels: int  # of these, bytes that say what the store is, and what the namespaces are that stay
     items: int  # records that went and were whole
-    damaged: int  # records and stretches that were not
+    copies: int  # records that another one with the same key had replaced
+    damaged: int  # records and stretches that were not whole
     live: int  # segments left alone because a process is writing to them
 
 
@@ -81,13 +83,13 @@ def remove(
     if damaged:
         for path, _ in list(find_strays(directory)):
             _unlink(path)
-    parts = sorted(read_parts(directory), key=lambda part: (part.live, part.used, part.stem))
+    parts = kept_first(read_parts(directory))
     total = sum(part.size for part in parts if not part.live)
     room = None if size is None else size - (before - sum(part.nbytes for part in parts if not part.live))
     seen: set[bytes] = set()
     touched = set(gone)
-    items = broken = done = 0
-    for part in reversed(parts):  # what was used last is seen first, and kept
+    items = copies = broken = done = 0
+    for part in parts:
         keys, stored = part.contents.keys, part.contents.stored.tolist()
         if part.live:
             seen.update(keys)
@@ -100,6 +102,7 @@ def remove(
                 broken += 1
                 continue
             if keys[row] in seen:
+                copies += 1
                 continue
             fits = room is None or record_bytes(stored[row]) <= room
             if fits and namespace not in gone:
@@ -119,7 +122,7 @@ def remove(
     for namespace in touched - left:
         _unlink(os.path.join(directory, f"{namespace.hex()}.json"))
     labels = room_taken(directory, is_label)
-    return Removed(before, room_taken(directory), labels, items, broken, sum(part.live for part in parts))
+    return Removed(before, room_taken(directory), labels, items, copies, broken, sum(part.live for part in parts))
 
 
 def _rewrite(directory: str, part: Part, rows: Sequence[int]) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from jaxkv.memo.catalog import record_bytes
@@ -51,7 +51,7 @@ class Survey:
     segments: int
     writers: int  # segments that a process is writing to
     items: int
-    copies: int  # bytes of records that another one with the same key has replaced
+    copies: int  # bytes of records that another one with the same key has replaced, where nobody is writing
     damaged: int  # bytes of segments that are no records
     strays: int  # bytes of files that belong to nothing
 
@@ -96,13 +96,13 @@ def survey(directory: str) -> Survey:
     seen: set[bytes] = set()
     copies = damaged = writers = 0
     parts = list(read_parts(directory))
-    for part in reversed(parts):
+    for part in kept_first(parts):
         writers += part.live
         held = 0
         for key, stored in zip(part.contents.keys[::-1], part.contents.stored[::-1].tolist(), strict=True):
             held += HEADER_BYTES + stored
             if key in seen:
-                copies += record_bytes(stored)
+                copies += 0 if part.live else record_bytes(stored)
                 continue
             seen.add(key)
             count = counts.setdefault(key[:NAMESPACE_BYTES], [0, 0, 0])
@@ -204,6 +204,11 @@ def read_parts(directory: str) -> Iterator[Part]:
                 about = os.stat(f"{path[:-4]}.idx")
                 index, used = about.st_size, about.st_mtime_ns
             yield Part(name[:-4], path, found[1], live, size, size + index, used, contents)
+
+
+def kept_first(parts: Iterable[Part]) -> list[Part]:
+    """Returns segments so that of two records with one key the first one stays: being written to, else last used."""
+    return sorted(parts, key=lambda part: (part.live, part.used, part.stem), reverse=True)
 
 
 def _described(directory: str) -> dict[bytes, tuple[dict[str, Any], int]]:
