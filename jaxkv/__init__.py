@@ -42,3 +42,6 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 logs.configure()
+if "jax" in sys.modules:  # so that jax.export can read a program with a cache before a name of this package is used
+    for _module in ("cache.export", "nn.rotary"):
+        importlib.import_module(f"{__name__}.{_module}")

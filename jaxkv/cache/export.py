@@ -68,7 +68,7 @@ def _plain(x: Any) -> Any:
             f"jax.export can't write {x!r}, which this cache's layers have: declare its class, a frozen dataclass, "
             "with @jaxkv.exportable"
         )
-    fields = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(type(x)) if f.init}
+    fields = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x) if f.init}
     return {_KIND: _name(type(x)), **fields}
 
 

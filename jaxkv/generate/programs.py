@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxkv.meshes import constrain
+
 
 class Form(NamedTuple):
     """How the flat tuples of arrays that the compiled functions take and return are a cache or a state.
