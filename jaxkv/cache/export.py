@@ -63,13 +63,14 @@ def _plain(x: Any) -> Any:
         return [_plain(item) for item in x]
     if isinstance(x, np.dtype):
         return {_KIND: "dtype", "name": x.name}
-    if _kinds.get(_name(type(x))) is not type(x):
+    kind: Any = type(x)
+    if kind not in _kinds.values():
         raise ValueError(
             f"jax.export can't write {x!r}, which this cache's layers have: declare its class, a frozen dataclass, "
             "with @jaxkv.exportable"
         )
-    fields = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(x) if f.init}
-    return {_KIND: _name(type(x)), **fields}
+    fields = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(kind) if f.init}
+    return {_KIND: _name(kind), **fields}
 
 
 def _object(x: Any) -> Any:
