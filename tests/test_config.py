@@ -491,6 +491,7 @@ def test_layers_that_the_files_do_not_have_are_never_made(name, field, count, tm
             check_layers({**source, field: more}, names)
     if name == "gpt2":  # as its first checkpoints name them
         check_layers(source, [tensor.removeprefix("transformer.") for tensor in names])
+    check_layers(source, [f"other.{tensor}" for tensor in names])  # whose names are reported one by one
 
 
 def test_loading_compares_the_layers_first(tmp_path):

@@ -60,7 +60,7 @@ def check_layers(source: Mapping[str, Any], names: Iterable[str], where: Any = "
       where: the path of config.json, for the error.
 
     Raises:
-      ValueError: naming the field, if the files have fewer layers.
+      ValueError: naming the field, if the files have some layers, but fewer.
     """
     family, fields = _fields(source, where=str(where))
     known = [family.known_as(name) for name in names]
@@ -69,8 +69,8 @@ def check_layers(source: Mapping[str, Any], names: Iterable[str], where: Any = "
             continue
         pattern = re.compile(re.escape(field.counts).replace(r"\{\}", r"(\d+)"))
         numbers = {found[1] for found in map(pattern.match, known) if found}
-        if fields[name] > len(numbers):
-            raise fields.wrong(name, f'the weights have {len(numbers)} layers, by the names "{field.counts}"')
+        if 0 < len(numbers) < fields[name]:  # with none of them, the names are what is wrong: all are reported later
+            raise fields.wrong(name, f"the weights have {len(numbers)} layers")
 
 
 def text_fields(source: Mapping[str, Any]) -> Mapping[str, Any]:
