@@ -191,6 +191,15 @@ def test_two_tensors_of_one_name_are_refused(changed):
         jaxkv.models.load(directory)
 
 
+def test_numbers_of_layers_that_no_int_holds_are_unknown(changed):
+    odd = INV_FREQ.format("9" * 5000)
+    directory = changed(
+        "llama3", lambda t: t.update({odd: np.ones(4), odd.replace("rotary_emb.inv_freq", "q"): np.ones(4)})
+    )
+    with pytest.raises(ValueError, match=r"does not fit its config\.json:\n  unknown: model\.layers\.9{100,}"):
+        jaxkv.models.load(directory)
+
+
 def test_names_that_a_terminal_would_obey_are_written_out(changed):
     directory = changed("gpt2", lambda t: t.update({"transformer.\x1b[2J\n" + 1000 * "x": np.ones(1)}))
     with pytest.raises(ValueError) as error:

@@ -68,7 +68,7 @@ def check_layers(source: Mapping[str, Any], names: Iterable[str], where: Any = "
         if not field.counts:
             continue
         pattern = re.compile(re.escape(field.counts).replace(r"\{\}", r"(\d+)"))
-        numbers = {int(found[1]) for found in map(pattern.match, known) if found}
+        numbers = {found[1] for found in map(pattern.match, known) if found}
         if 0 < len(numbers) < fields[name]:  # with none of them, the names are what is wrong: all are reported later
             raise fields.wrong(name, f"the weights have {len(numbers)} layers")
 

@@ -45,7 +45,7 @@ def _turns_so(config: DecoderConfig, layer: int, frequencies: np.ndarray) -> boo
 
 IGNORED = (
     Ignored(  # older versions of transformers wrote it along
-        r"model\.(?:layers\.(\d+)\.self_attn\.)?rotary_emb\.inv_freq",
+        r"model\.(?:layers\.(\d{1,9})\.self_attn\.)?rotary_emb\.inv_freq",
         "not the frequencies that config.json asks for, which are used, as in transformers",
         _turns_so,
     ),
