@@ -80,6 +80,7 @@ def _reason(reason: str, source: Source, shortened: bool) -> str:
         "stop": "up to an end of the text",
         "full": "until the cache was full; a larger --capacity holds more",
         "nan": "until the model's logits were NaN",
+        "inf": "until the model's logits were infinite",
         "running": "until Ctrl-C",
     }[reason]
 
