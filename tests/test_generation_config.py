@@ -34,6 +34,10 @@ def test_a_penalty_counts_when_greedy_too(tmp_path):
     assert sampler(**config.sampling) == sampler(temperature=0, repetition_penalty=1.1)
 
 
+def test_a_top_p_of_0_leaves_the_most_likely_token_as_in_transformers(tmp_path):
+    assert read(tmp_path, {"do_sample": True, "top_p": 0.0}).sampler() == sampler(top_p=1e-6)
+
+
 def test_what_changes_nothing_is_not_said(tmp_path):
     neutral: dict = {"num_beams": 1, "min_length": 0, "bad_words_ids": None, "suppress_tokens": [-1]}
     neutral |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
@@ -61,9 +65,9 @@ def test_stop_tokens_are_found_where_they_are(tmp_path, generation, config, stop
         ("{", r"generation_config\.json is not valid JSON"),
         ("[]", "holds a list, must be an object"),
         ({"eos_token_id": "</s>"}, 'eos_token_id is "</s>", must be a token number or a list of them'),
-        ({"top_p": "high"}, r'top_p is "high", must be a number above 0 and at most 1'),
+        ({"top_p": "high"}, r'top_p is "high", must be a number from 0 to 1'),
         ({"do_sample": "false"}, 'do_sample is "false", must be true or false'),
-        ({"top_p": 1.5}, "top_p is 1.5, must be a number above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p is 1.5, must be a number from 0 to 1"),
         ({"temperature": -1}, "temperature is -1, must be a number: 0, or 1e-6 and above"),
         ({"temperature": float("nan")}, "temperature is NaN, must be"),
         ({"bad_words_ids": [3]}, r"bad_words_ids is \[3\], must be a list of lists of token numbers"),

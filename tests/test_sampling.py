@@ -329,8 +329,11 @@ def test_logits_are_those_of_transformers(case, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(case["config"]))
     sampler = make_sampler(**GenerationConfig.read(tmp_path).sampling)
     logits = np.array(GOLDEN["logits"], np.float32)
-    for text, prompt_length, limit, want in case["rows"]:
-        history = History.of(text, logits.size, prompt_length=prompt_length, limit=limit)
-        got = sampler.adjust(jnp.asarray(logits), jax.tree.map(jnp.asarray, history))
-        want = np.array([-np.inf if x is None else x for x in want], np.float32)
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6, err_msg=f"{text}")
+    rows = [
+        History.of(text, logits.size, prompt_length=prompt_length, size=N, limit=limit)
+        for text, prompt_length, limit, _ in case["rows"]
+    ]
+    history = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    got = jax.jit(jax.vmap(sampler.adjust, (None, 0)))(logits, history)
+    want = [[-np.inf if x is None else x for x in logits] for *_, logits in case["rows"]]
+    np.testing.assert_allclose(got, np.array(want, np.float32), rtol=1e-5, atol=1e-6)

@@ -247,7 +247,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "do_sample": (_flag, "true or false"),
     "temperature": (_number(lambda t: t == 0 or t >= 1e-6), "a number: 0, or 1e-6 and above"),
     "top_k": _COUNT,
-    "top_p": (_number(lambda p: 0 < p <= 1), "a number above 0 and at most 1"),
+    "top_p": (lambda value: max(_number(lambda p: 0 <= p <= 1)(value), 1e-6), "a number from 0 to 1"),  # 0: the best
     "min_p": (_number(lambda p: 0 <= p <= 1), "a number from 0 to 1"),
     "repetition_penalty": (_number(lambda r: r > 0), "a number above 0"),
     "no_repeat_ngram_size": _COUNT,

@@ -142,7 +142,7 @@ class Model:
         >>> from jaxkv.models import tiny
         >>> result = tiny.load().generate(["Return the ", "A list"], max_new_tokens=8, temperature=0)
         >>> result.texts, result.reasons
-        (('value of', ' of the '), ('length', 'length'))
+        (('number o', ' of all '), ('length', 'length'))
         """
         return self.stream(prompts, **options).run()
 
@@ -167,7 +167,7 @@ class Model:
         >>> from jaxkv.models import tiny
         >>> steps = tiny.load().stream("Return the ", max_new_tokens=8, temperature=0)
         >>> "".join(steps), steps.result.reasons
-        ('value of', ('length',))
+        ('number o', ('length',))
         """
         return start(
             self,
