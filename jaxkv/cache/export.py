@@ -23,7 +23,7 @@ from jaxkv.cache.step import GroupStep, Step
 from jaxkv.cache.storage import Dense
 
 _KIND = "kind"
-_kinds: dict[str, type] = {}
+_kinds: dict[str, Any] = {}
 
 Kind = TypeVar("Kind", bound=type)
 
@@ -68,7 +68,7 @@ def _plain(x: Any) -> Any:
             f"jax.export can't write {x!r}, which this cache's layers have: declare its class, a frozen dataclass, "
             "with @jaxkv.exportable"
         )
-    fields = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(type(x)) if f.init}
+    fields = {f.name: _plain(getattr(x, f.name)) for f in dataclasses.fields(_kinds[_name(type(x))]) if f.init}
     return {_KIND: _name(type(x)), **fields}
 
 
