@@ -31,21 +31,17 @@ def test_law(law, case):
 MODES = {
     "x64": (
         lambda: jax.enable_x64(True),
-        [
-            "rows_by_name_equal_rows_in_order",
-            "copies_go_on_independently",
-            "remove_closes_the_gap",
-        ],
+        ["rows_by_name_equal_rows_in_order", "copies_go_on_independently"],
         ["mixture-stacked-bfloat16", "encoder-decoder", "small-floats"],
     ),
     "debug_nans": (
         lambda: jax.debug_nans(True),
-        ["rows_by_name_equal_rows_in_order", "remove_closes_the_gap"],
+        ["remove_closes_the_gap"],
         ["encoder-decoder-stacked-float16", "mixture"],
     ),
     "disable_jit": (
         lambda: jax.disable_jit(),
-        ["rows_by_name_equal_rows_in_order", "copies_go_on_independently"],
+        ["rows_by_name_equal_rows_in_order"],
         ["mixture-stacked-bfloat16", "encoder-decoder"],
     ),
 }
@@ -62,8 +58,7 @@ def test_law_in_a_mode_of_jax(mode, law, case):
 
 def test_a_random_program_agrees_with_the_oracle_under_x64():
     with jax.enable_x64(True):
-        for case in ("mixture", "small-floats"):
-            run_program(TABLE[case].empty(), 1, num_operations=40)
+        run_program(TABLE["encoder-decoder"].empty(), 1, num_operations=40)
 
 
 @pytest.mark.parametrize("case", TABLE.values(), ids=TABLE)
