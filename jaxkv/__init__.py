@@ -4,6 +4,7 @@ from . import logs as _logs
 from . import models as models
 from . import testing as testing
 from .cache.cache import Cache as Cache
+from .cache.export import exportable as exportable
 from .cache.layer import Layer as Layer
 from .cache.plan import MemoryPlan as MemoryPlan
 from .cache.plan import plan_memory as plan_memory

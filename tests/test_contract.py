@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import os
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,6 +25,40 @@ PROGRAMS = int(os.environ.get("JAXKV_PROGRAMS", "25"))  # random programs per ro
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
 def test_law(law, case):
     law(case)
+
+
+# Strict promotion is what all tests run under. Laws by what they run through, cases by what they keep.
+MODES = {
+    "x64": (
+        lambda: jax.enable_x64(True),
+        ["rows_by_name_equal_rows_in_order", "copies_go_on_independently"],
+        ["mixture-stacked-bfloat16", "encoder-decoder", "small-floats"],
+    ),
+    "debug_nans": (
+        lambda: jax.debug_nans(True),
+        ["remove_closes_the_gap"],
+        ["encoder-decoder-stacked-float16", "mixture"],
+    ),
+    "disable_jit": (
+        lambda: jax.disable_jit(),
+        ["rows_by_name_equal_rows_in_order"],
+        ["mixture-stacked-bfloat16", "encoder-decoder"],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "law", "case"),
+    [(mode, law, case) for mode, (_, laws, cases) in MODES.items() for law in laws for case in cases],
+)
+def test_law_in_a_mode_of_jax(mode, law, case):
+    with MODES[mode][0]():
+        LAWS[law](TABLE[case])
+
+
+def test_a_random_program_agrees_with_the_oracle_under_x64():
+    with jax.enable_x64(True):
+        run_program(TABLE["encoder-decoder"].empty(), 1, num_operations=40)
 
 
 @pytest.mark.parametrize("case", TABLE.values(), ids=TABLE)

@@ -18,6 +18,7 @@ COMMON = {
     "errors",
     "extras",
     "logs",
+    "meshes",
     "safetensors",
     "sizes",
     "tracing",

@@ -24,7 +24,7 @@ def integers(name: str, x: Any) -> Any:
     >>> integers("positions", [2**40, -(2**70), 3])
     Array([ 2147483647, -2147483648,           3], dtype=int32)
     """
-    if not isinstance(x, jax.Array | np.ndarray | np.generic):
+    if not isinstance(x, jax.Array | np.ndarray | np.generic) or x.dtype == object:
         x = _listed(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {x.dtype}; give integers, such as int32")

@@ -64,16 +64,12 @@ def checked_specs(specs: Any) -> tuple[LayerSpec, ...]:
     """
     kind = type(specs).__name__
     if isinstance(specs, LayerSpec):
-        raise ValueError(
-            f"Cache.init got one {specs}; give a list, one for each layer: Cache.init([spec] * num_layers)"
-        )
+        raise ValueError(f"Cache.init got one {specs}; give one per layer, in a list: Cache.init([spec] * num_layers)")
     if hasattr(specs, "specs"):
         call = "()" if callable(specs.specs) else ""
         raise ValueError(f"Cache.init got a {kind}; give the specs of its layers: Cache.init(model.specs{call}, ...)")
     if hasattr(specs, "layer_spec"):
-        raise ValueError(
-            f"Cache.init got a {kind}; give what it keeps, in a list: Cache.init([layer.layer_spec()], ...)"
-        )
+        raise ValueError(f"Cache.init got a {kind}; give its spec, in a list: Cache.init([layer.layer_spec()], ...)")
     if not isinstance(specs, Iterable):
         raise ValueError(
             f"Cache.init got a {kind}; give a list with one jaxkv.LayerSpec per layer of the model, such as "
@@ -101,7 +97,7 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
     behind = max(sizes.max_block, sizes.slack)
     groups = tuple(Group.init(reach, sizes.num_rows, sizes.capacity, behind) for reach in reaches)
     encoded = Encoded.init(crosses[0], sizes.num_rows) if crosses else None
-    books = [*groups, encoded]
+    books: list[Any] = [*groups, encoded]
 
     def layer(spec: LayerSpec, num_stacked: int | None) -> Layer:
         group = [*reaches, *crosses].index(spec.reach)

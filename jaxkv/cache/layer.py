@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -99,7 +100,7 @@ class Layer:
         """
 
         k, v = (PartitionSpec(*(self._axes(x, step))) for x in (self.k, self.v))
-        return automatic(lambda *args: _read(*args, size), (k, v))(self, step, start)
+        return automatic(functools.partial(_read, size=size), (k, v))(self, step, start)
 
     def get(self, step: Step) -> tuple[Any, Any, Any]:
         """Returns all keys and values of the call's sequences, and who sees what: the reference form.
@@ -167,7 +168,7 @@ def _put(layer: Layer, step: Step, k: Any, v: Any) -> Layer:
     )
 
 
-def _read(layer: Layer, step: Step, start: Any, size: int) -> tuple[Any, Any]:
+def _read(layer: Layer, step: Step, start: Any, *, size: int) -> tuple[Any, Any]:
     def read(buffers: Any, storage: Any, length: int) -> Any:
         x = storage.decode(
             jax.tree.map(

@@ -7,6 +7,7 @@ A layout translates (row, slot) to a place in a buffer and does nothing else. Bu
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv.cache.group import READ_BLOCK
 from jaxkv.meshes import vary_alike
+
+_MOVE_BLOCK = 64  # slots moved at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ def _each_block(change: Callable[..., Any], buffer: Any, filled: Any, places: An
     `change` is linear in the buffer, and treats all slots alike; what it reads must not be read from where it writes
     (the barriers above). A loop as long as what is filled has no reverse derivative: that is the plain form's.
     """
-    size = min(READ_BLOCK, buffer.shape[-2])
+    size = math.gcd(_MOVE_BLOCK, buffer.shape[-2])
 
     def stop(filled: Any) -> Any:
         return (filled + (size - 1)) // size

@@ -73,5 +73,5 @@ class Dense:
         if width(self.dtype) > 8:
             return x
         x = x if jnp.issubdtype(x.dtype, jnp.floating) and width(x.dtype) > 8 else x.astype(jnp.float32)
-        most = float(jnp.finfo(self.dtype).max)
-        return jnp.clip(x, -most, most)
+        largest = float(jnp.finfo(self.dtype).max)
+        return jnp.clip(x, -largest, largest)
