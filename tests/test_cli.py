@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -23,7 +24,7 @@ from jaxkv import safetensors
 from jaxkv.cli import chat, info, main
 from jaxkv.cli.conversation import Writing
 from jaxkv.cli.options import SAMPLING, Failure, option
-from jaxkv.cli.terminal import Text, printable, progress_bar
+from jaxkv.cli.terminal import Text, color, printable, progress_bar
 from jaxkv.models import ByteTokenizer, Decoder, DecoderConfig, GenerationConfig, Model, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -217,7 +218,7 @@ def test_chat_keeps_the_text_in_the_cache(small_model, capsys, type_in):
     type_in("hello\nwhat\n/reset\n\nagain\n/quit\nnever read\n")
     assert main(["chat", "-n", "8"]) == 0
     _, err = capsys.readouterr()
-    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s\n", err)
+    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s", err)
     assert [int(held) for held, *_ in turns] == [0, int(turns[0][1]) + int(turns[0][2]) - 1, 0]
     assert err.count("everything is forgotten") == 1
 
@@ -253,7 +254,7 @@ def test_chat_refuses_a_line_that_never_fits_and_goes_on(small_model, capsys, ty
     assert main(["chat", "-n", "8", "--capacity", "64", "--greedy"]) == 0
     _, err = capsys.readouterr()
     assert "error: 60 tokens and up to 8 new ones don't fit a cache that holds 64" in err
-    assert "error: /what is not a command; there are /help, /undo, /reset, /save FILE, /load FILE, /quit" in err
+    assert "error: /what is not a command; /help shows those that are" in err
     assert err.count("reused ") == 1
 
 
@@ -325,7 +326,7 @@ def test_interrupt_stops_the_models_turn_and_keeps_the_text(small_model, capsys,
     monkeypatch.setattr(chat, "write", write)
     type_in("hello\nmore\n")
     assert main(["chat", "-n", "8"]) == 0
-    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s\n", capsys.readouterr().err)
+    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s", capsys.readouterr().err)
     assert turns[0] == ("0", "5", "3")
     assert turns[1][0] == "7"
 
@@ -436,7 +437,7 @@ def test_a_conversation_is_answered_as_if_it_were_read_from_its_beginning_but_is
     assert main(["chat", "-m", directory, "-n", "12"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [*conversation(directory, ["t1 t2", "t3"], 12), *conversation(directory, ["t4"], 12)]
-    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s\n", err)
+    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s", err)
     # "t90 t1 t2 t92 t91" and 12 tokens, of which the cache doesn't hold the last
     assert turns == [("0", "5", "12"), ("16", "6", "12"), ("0", "4", "12")]
     assert "write a line, and the model answers; /help shows more" in err
@@ -470,7 +471,7 @@ def test_a_message_that_does_not_fit_or_is_refused_leaves_the_conversation_as_it
     err = capsys.readouterr().err
     assert "refuses these messages: nobody asked" in err
     assert "error: 133 tokens and up to 8 new ones don't fit a cache that holds 128" in err
-    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s\n", err)
+    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s", err)
     assert [(held, int(read) + int(wrote)) for held, read, wrote in turns] == [("0", 12), ("11", 14)]
 
 
@@ -729,6 +730,61 @@ def test_help_fits_a_terminal_and_shows_examples(words, capsys, monkeypatch):
     assert (end.value.code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 104
     assert "jaxkv generate" in out or "/reset" in out or "jaxkv info" in out
+
+
+# --- terminals -------------------------------------------------------------------------------------------------------
+
+# A chat with a model that says what it heard: no program is compiled, and what is seen is the terminal's part.
+AT_A_TERMINAL = """
+import fcntl, os, signal, termios, types
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from jaxkv.cli import chat, terminal
+try:
+    chat._talk(types.SimpleNamespace(turn=lambda line: terminal.write(f"heard {line}" + chr(10))))
+except KeyboardInterrupt:
+    terminal.note("left")
+"""
+
+
+def test_at_a_terminal_interrupts_wipe_then_ask_then_end_and_own_text_has_a_color(tmp_path):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "", "INPUTRC": str(tmp_path)}
+
+    terminals = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    with start(code=AT_A_TERMINAL, env=environment, **terminals):
+        os.close(theirs)
+        seen, at = "", 0
+        for awaited, typed in [
+            ("> ", "hello\n"),
+            ("> ", "half"),
+            ("half", "\x03"),
+            ("> ", "\x03"),
+            ("Ctrl-C once more ends the chat", "more\n"),
+            ("heard more", "\x03"),
+            ("once more", "\x03"),
+            ("left", ""),
+        ]:
+            while awaited not in seen[at:]:
+                seen += os.read(ours, 4096).decode()
+            at = len(seen)
+            os.write(ours, typed.encode())
+        os.close(ours)
+    assert "\033[1;36m> " in seen and "\033[0mheard hello" in seen, "the model's text is plain"
+    assert "\033[2mjaxkv: left\033[0m" in seen and "heard half" not in seen
+
+
+def test_colors_are_for_terminals_that_want_them(monkeypatch):
+    terminal = types.SimpleNamespace(isatty=lambda: True)
+    for name, value, colored in [("TERM", "xterm", True), ("TERM", "dumb", False), ("NO_COLOR", "1", False)]:
+        with monkeypatch.context() as patch:
+            patch.setenv("TERM", "xterm")
+            patch.delenv("NO_COLOR", raising=False)
+            patch.setenv(name, value)
+            assert bool(color("own", terminal)) == colored
+            assert color("own", io.StringIO()) == ""
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ COMMON = {
 MAY = {
     **{name: {*LINE[:i], name} for i, name in enumerate(LINE)},
     **{name: {name} for name in ASIDE},
-    "cli": {*LINE, *ASIDE},
+    "cli": {*LINE, *ASIDE, "__version__"},
 }
 FILES = [path for path in sorted((ROOT / "jaxkv").rglob("*.py")) if path.parent.name != "jaxkv"]
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxkv.cli.options import Failure, UsageError, parser
-from jaxkv.cli.terminal import note
+from jaxkv.cli.terminal import complain
 from jaxkv.errors import CacheError
 
 _MOST_LINES = 8
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _complain(what: object, status: int) -> int:
     """Says what is wrong on one line, or what is wrong with many things on a few."""
     lines = [" ".join(line.split()) for line in str(what).splitlines()]
-    note(f"error: {lines[0]}" if lines else "error")
+    complain(lines[0] if lines else "unknown")
     for line in lines[1 : _MOST_LINES + 1]:
         print(f"  {line}", file=sys.stderr)
     if len(lines) > _MOST_LINES + 1:

@@ -16,7 +16,7 @@ from jaxkv.cli.conversation import Conversation, Writing
 from jaxkv.cli.options import COMMANDS, MIN_CAPACITY, Failure, UsageError, describe_commands
 from jaxkv.cli.run import Run, check_capacity, choose_sampling, describe_size
 from jaxkv.cli.source import find, told
-from jaxkv.cli.terminal import ask, clean, note, write
+from jaxkv.cli.terminal import ask, clean, complain, note, write
 
 _SLACK = 512  # as long as the blocks of a cache, so that it costs nothing
 
@@ -89,7 +89,7 @@ def _talk(chat: Conversation) -> None:
             elif line.strip():
                 chat.turn(clean(line))
         except (Failure, OSError) as error:
-            note(f"error: {' '.join(str(error).split())}")
+            complain(" ".join(str(error).split()))
 
 
 def _obey(chat: Conversation, line: str, files: set[Path]) -> None:
@@ -103,7 +103,7 @@ def _obey(chat: Conversation, line: str, files: set[Path]) -> None:
     rest = rest.strip()
     usage = next((command for command, _ in COMMANDS if command.split()[0] == name), None)
     if usage is None:
-        raise Failure(f"{name} is not a command; there are {', '.join(command for command, _ in COMMANDS)}")
+        raise Failure(f"{name} is not a command; /help shows those that are")
     if (" " in usage) != bool(rest):
         raise Failure(f"{name} needs the name of a file: {usage}" if " " in usage else f"{name} stands alone")
     path = Path(clean(rest)).expanduser()

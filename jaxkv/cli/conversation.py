@@ -143,8 +143,9 @@ class Conversation:
         new = len(self.history) - held
         self.history = self.history + result.tokens[0, : result.lengths[0]].tolist()
         self.messages.append({"role": "assistant", "content": self.tokenizer.decode(text.tokens)})
-        wrote, seconds = len(text.tokens), decoding.seconds
-        self.say(f"reused {counted(held, 'token')}, read {new:,}, wrote {wrote:,} in {seconds:.1f} s")
+        said = f"reused {counted(held, 'token')}, read {new:,}, wrote {len(text.tokens):,} in {decoding.seconds:.1f} s"
+        preparing = f"{decoding.preparing:.1f}"
+        self.say(said if preparing == "0.0" else f"{said} ({preparing} s compiling)")
 
     def _refusal(self, num_tokens: int) -> Failure:
         return Failure(

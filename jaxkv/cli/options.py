@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import jaxkv
+from jaxkv import __version__
 from jaxkv.sizes import parse_bytes
 
 MIN_CAPACITY = 1024  # a power of two, so that most calls share their compiled programs
@@ -322,5 +322,5 @@ def describe_commands() -> str:
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         jax, flax = importlib.metadata.version("jax"), importlib.metadata.version("flax")
-        print(f"jaxkv {jaxkv.__version__} (jax {jax}, flax {flax}, Python {platform.python_version()})")
+        print(f"jaxkv {__version__} (jax {jax}, flax {flax}, Python {platform.python_version()})")
         parser.exit()

@@ -172,13 +172,19 @@ class Run:
         """Returns how long the first token took, what of that was spent on programs, and how many came per second."""
         if not self._first:
             return "no token came"
+        first = self._first - self._begin
+        speed = f"first token after {first:.2f} s ({self.preparing:.2f} s of it preparing programs)"
+        more = self.num_tokens - self._with_first
+        return speed + (f", then {_rate(more / (self._last - self._first))} tokens/s" if more else "")
+
+    @property
+    def preparing(self) -> float:
+        """How many seconds before the first token went into tracing, compiling or fetching programs."""
         preparing, until = 0.0, self._begin
         for begin, end in sorted(self._preparing):  # one may lie inside another
             preparing += max(0.0, min(end, self._first) - max(begin, until))
             until = max(until, end)
-        speed = f"first token after {self._first - self._begin:.2f} s ({preparing:.2f} s of it preparing programs)"
-        more = self.num_tokens - self._with_first
-        return speed + (f", then {_rate(more / (self._last - self._first))} tokens/s" if more else "")
+        return preparing
 
     @property
     def seconds(self) -> float:

@@ -25,6 +25,10 @@ def note(text: str) -> None:
     print(f"{begin}jaxkv: {text}{_PLAIN if begin else ''}", file=sys.stderr, flush=True)
 
 
+def complain(text: str) -> None:
+    print(f"jaxkv: error: {text}", file=sys.stderr, flush=True)
+
+
 def color(what: str, stream: TextIO) -> str:
     """Returns what begins a color; nothing where no terminal shows colors, or where NO_COLOR asks for none."""
     shows = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
