@@ -67,7 +67,10 @@ class Group:
         if not self.wraps:
             return ""
         seen, sinks = self.reach.size - 1, self.reach.sinks  # type: ignore[operator]
-        parts = [f"{sinks} sinks"] * bool(sinks) + [f"{seen} before a query", f"{self.ring - seen} for a block"]
+        parts = [f"{sinks} sink{'s' * (sinks > 1)}"] * bool(sinks) + [
+            f"{seen} before a query",
+            f"{self.ring - seen} for a block",
+        ]
         rounded = "" if self.num_slots == sinks + self.ring else f", in whole blocks of {READ_BLOCK}"
         return f" ({' + '.join(parts)}{rounded})"
 
