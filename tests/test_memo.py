@@ -984,3 +984,67 @@ def test_programs_for_values_that_never_come_again_are_let_go(memo):
     for scale in range(70):
         features.namespace(x, scale)
     assert len(features._runners) == 64
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x - x.mean(axis=0, keepdims=True),
+        lambda x: jnp.cumsum(x, axis=0) + len(x) * 0,
+        lambda x: x / x.max(0, keepdims=True),
+    ],
+)
+@pytest.mark.parametrize("batch", ["bucket", "full"])
+def test_rows_that_depend_on_one_another_are_refused_with_the_second_item_met_one_by_one(memo, function, batch):
+    features, x = memo.wrap(function, batch=batch), items(3)
+    features(x[:1]), features(np.repeat(x[:1], 3, axis=0))
+    with pytest.raises(ValueError, match="depends on the other rows of the batch"):
+        features(x[1:2])
+    with pytest.raises(ValueError, match="depends on the other rows of the batch"):
+        features(x[:1])
+    good = memo.wrap(lambda x: jnp.sin(x) @ jnp.ones((6, 2)), batch=batch)
+    for i in range(3):
+        good(x[i : i + 1])
+    assert good.lookup(x) is not None
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_functions_that_split_their_batch_over_devices(memo, devices):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    rows = PartitionSpec("data")
+    split = memo.wrap(jax.shard_map(lambda x: jnp.sin(x) * 2, mesh=mesh, in_specs=rows, out_specs=rows))
+    x = items(12)
+    for part in (x[:8], x[4:9], x[9:10], x):
+        np.testing.assert_allclose(split(part), np.sin(part) * 2, rtol=1e-6)
+    assert memo.stats().computed == 12
+    again = memo.wrap(jax.shard_map(lambda x: jnp.sin(x) * 2, mesh=mesh, in_specs=rows, out_specs=rows))
+    assert again.namespace(x) == split.namespace(x), "whatever the size of the first call"
+    wrong = jax.shard_map(lambda x: x - jax.lax.pmean(x, "data"), mesh=mesh, in_specs=rows, out_specs=rows)
+    with pytest.raises(ValueError, match="depends on the other rows of the batch"):
+        memo.wrap(wrong)(x[:8])
+
+
+def test_a_function_that_cannot_be_traced_fails_as_it_does_itself(memo):
+    for rows in (99, 8):  # also if it fits the call, but not its parts
+        with pytest.raises(TypeError, match="incompatible shapes") as error:
+            memo.wrap(lambda x, rows=rows: x + jnp.ones((rows, 6)))(items(8))
+        assert "was traced for 2 items" in error.value.__notes__[-1]
+
+
+@pytest.mark.parametrize("how", ["params", "module", "captured"])
+def test_parameters_that_were_donated_or_deleted_are_named_for_hits_and_misses(memo, how):
+    weights, x = jnp.ones((6, 2)) * 3, items(4)
+    module = nnx.Linear(6, 2, rngs=nnx.Rngs(0))
+    features, name = {
+        "params": lambda: (memo.wrap(lambda w, x: x @ w["layer"]["kernel"], {"layer": {"kernel": weights}}), "kernel"),
+        "module": lambda: (memo.wrap(module), "kernel"),
+        "captured": lambda: (memo.wrap(lambda x: x @ weights), "captures"),
+    }[how]()
+    features(x[:2])
+    jax.jit(lambda w: w + 1, donate_argnums=0)(module.kernel[...] if how == "module" else weights)
+    assert weights.is_deleted() or module.kernel.get_raw_value().is_deleted()
+    for part in (x[:2], x[2:]):
+        with pytest.raises(ValueError, match=f"{name}.*was deleted"):
+            features(part)
+        with pytest.raises(ValueError, match=f"{name}.*was deleted"):
+            features.lookup(part)
