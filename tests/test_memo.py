@@ -1048,3 +1048,8 @@ def test_parameters_that_were_donated_or_deleted_are_named_for_hits_and_misses(m
             features(part)
         with pytest.raises(ValueError, match=f"{name}.*was deleted"):
             features.lookup(part)
+
+
+def test_pickling_a_memo_names_what_to_give_in_its_place(memo):
+    with pytest.raises(TypeError, match=r"Memo\(memory='16.0 MiB'\) can't be pickled.*features\.source"):
+        pickle.dumps(memo)

@@ -13,6 +13,7 @@ import random
 import re
 import shlex
 import sqlite3
+import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -78,10 +79,11 @@ def numbers(directory: str) -> list[int]:
 
 def identity(path: str) -> tuple[int, int]:
     """Returns what tells a database from another one that took its name, which must be a file: a FIFO would wait."""
-    for name in (f"{path}-journal", path):
-        if os.path.lexists(name) and not os.path.isfile(name):
-            raise ValueError(f"{name} is not a file, as a database must be; remove it, or give another directory")
     about = os.stat(path)
+    for name in (f"{path}-journal", path):
+        with contextlib.suppress(FileNotFoundError):  # a journal may go at any time
+            if not stat.S_ISREG(os.stat(name).st_mode):
+                raise ValueError(f"{name} is not a file, as a database must be; remove it, or give another directory")
     return about.st_dev, about.st_ino
 
 
@@ -99,7 +101,7 @@ class Database(sqlite3.Connection):
     """
 
     def __init__(self, path: str, timeout: float, *, create: bool = False) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             identity(path)
         name = f"file:{quote(path)}?mode=rw{'c' * create}"
         super().__init__(name, timeout, isolation_level=None, check_same_thread=False, uri=True)
