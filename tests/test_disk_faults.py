@@ -78,7 +78,7 @@ def counted(store: Disk) -> int:
 @pytest.mark.parametrize("while_open", [False, True])
 def test_a_database_cut_at_any_byte_gives_what_is_left_and_is_counted(store_of_some, while_open):
     directory, restore = store_of_some
-    size, most = restore().stat().st_size, 0
+    size, kept = restore().stat().st_size, []
     for at in [*range(777, size, 16 if FULL else 2777), size - 1]:  # with few bytes it is a new one
         path = restore()
         store = Disk(directory)
@@ -87,9 +87,9 @@ def test_a_database_cut_at_any_byte_gives_what_is_left_and_is_counted(store_of_s
         cut(path, at)
         there = found(store, SOME, 1000)
         assert len(there) == COUNT or counted(store) > 0, at
-        most = max(most, len(there))
+        kept.append(len(there))
         works_again(directory, store)
-    assert most > COUNT // 2, "what was not cut off is not lost"
+    assert sum(kept) > len(kept) * COUNT // 4, "what was not cut off is not lost"
 
 
 def test_any_flipped_bit_loses_one_record_as_a_rule_and_is_counted(store_of_some):

@@ -24,6 +24,7 @@ class Current:
     """The database of a directory, made if it isn't there; and what goes wrong with it: counted, said, and got over."""
 
     _db: Database | None = None
+    folder = ""  # where large payloads lie
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
@@ -32,7 +33,6 @@ class Current:
         self._said: set[str] = set()
         self._failures = self._skip = 0
         self._path, self._number, self._identity, self._pid = "", 0, (0, 0), os.getpid()
-        self.folder = ""  # where large payloads lie
         self.do("opening", lambda db: None, None, create=True)
 
     def do(self, doing: str, work: Callable[[Database], Any], otherwise: Any, *, create: bool = False) -> Any:

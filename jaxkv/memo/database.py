@@ -43,8 +43,7 @@ create table if not exists labels (namespace blob primary key, about blob);
 pragma application_id={_MARK}"""
 _PRAGMAS = f"""synchronous=off; page_size={PAGE_BYTES}; auto_vacuum=full; journal_mode=truncate; secure_delete=off;
 cache_size=-1024; mmap_size=0; trusted_schema=off"""
-_ASKED_AT_ONCE = 500  # SQLite may be built for 999 values in a statement
-_REMOVED_AT_ONCE = 200
+_ASKED_AT_ONCE, _REMOVED_AT_ONCE = 500, 200  # SQLite may be built for 999 values in a statement
 
 
 def code_of(error: BaseException) -> int:
@@ -203,6 +202,7 @@ class Database(sqlite3.Connection):
         select = "select rowid, key, raw, stored, hash, used, payload from items where rowid > ? order by rowid limit ?"
         number, most, step = 0, _REMOVED_AT_ONCE, 1
         with contextlib.closing(sqlite3.connect(f"file:{quote(old)}?mode=ro", uri=True)) as damaged:
+            damaged.execute("pragma writable_schema=on")  # else nothing is read of a file that was cut off
             damaged.text_factory = bytes
             while number < 1 << 62:
                 try:
