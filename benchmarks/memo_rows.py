@@ -1,4 +1,4 @@
-"""A store on disk with many rows: time to open it, to look rows up, and memory of the process. Run by memo.py --rows."""
+"""A store on disk with many rows: time to open it, to look rows up, and memory it takes. Run by memo.py --rows."""
 
 from __future__ import annotations
 
