@@ -168,7 +168,7 @@ def test_a_store_of_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(database, "VERSION", 2)
     Disk(tmp_path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="is a store of version 2, this jaxkv reads 1; give another one"):
+    with pytest.raises(ValueError, match="is a store of version 2, and this jaxkv reads 1; give another one"):
         Disk(tmp_path)
 
 

@@ -139,8 +139,8 @@ class Memo:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            f"{self!r} can't be pickled: its memory belongs to this process. Give others features.source(examples), which "
-            "reads what has been computed, or have them make a Memo of their own for the same disk"
+            f"{self!r} can't be pickled: its memory belongs to this process. Give others features.source(examples), "
+            "which reads what has been computed, or have them make a Memo of their own for the same disk"
         )
 
     def __repr__(self) -> str:
