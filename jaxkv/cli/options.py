@@ -177,7 +177,7 @@ def _add_memo(commands: Any) -> None:
         "memo",
         help="look at what a memo keeps on disk, check it, shrink it",
         description="Looks at a directory that a memo keeps its outputs in (disk=), checks it, or shrinks it. Programs "
-        "may be using it meanwhile: what they are writing to is left alone.",
+        "may be using it meanwhile.",
         epilog="""\
 examples:
   jaxkv memo ls features                     the functions whose outputs are there
@@ -205,8 +205,7 @@ examples:
     add_action(
         "stat",
         "say how much there is",
-        "Says how many bytes, items and segments there are, how many processes are writing, what is damaged, and what "
-        "prune could win. Reads no payloads.",
+        "Says how many bytes and items there are, and how many bytes belong to nothing. Reads no payloads.",
         "  jaxkv memo stat features",
     )
     add_action(
@@ -219,21 +218,18 @@ examples:
     prune = add_action(
         "prune",
         "shrink it",
-        "Removes what is asked for, and copies that others have replaced. What stays is in new files on the disk "
-        "before the old ones go: ended in between, nothing is lost. It takes room for one segment more meanwhile.",
+        "Removes what is asked for, some records at a time, so that programs that use it need not wait: ended in "
+        "between, what is left is whole.",
         """\
   jaxkv memo prune features --to 20GiB             what was used least recently goes
   jaxkv memo prune features --to 0                 everything goes
   jaxkv memo prune features --namespace 3f2a91c0   all outputs of one function
-  jaxkv memo prune features --damaged              only what is damaged, torn or belongs to nothing
-  jaxkv memo prune features --replaced             only copies that others have replaced""",
+  jaxkv memo prune features --damaged              only what is damaged or belongs to nothing""",
     )
     prune.add_argument("--to", type=_size_or_0, metavar="SIZE", help="at most so much stays, such as 20GiB, or 0")
     namespace_help = "remove this namespace (its first characters suffice); may be given several times"
     prune.add_argument("--namespace", action="append", default=[], metavar="NAME", help=namespace_help)
     prune.add_argument("--damaged", action="store_true", help="read every record and remove what is damaged")
-    replaced_help = "remove copies that others have replaced, which the other options do too"
-    prune.add_argument("--replaced", action="store_true", help=replaced_help)
 
 
 def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: str, capacity: str) -> None:
