@@ -63,10 +63,40 @@ def rows_of(x: Any) -> PartitionSpec:
 
 
 def constrain(x: Any, place: NamedSharding) -> Any:
-    """Returns x where `place` says, while tracing, whatever the kind of the mesh's axes."""
-    if AxisType.Explicit in place.mesh.axis_types:
-        return jax.sharding.reshard(x, place)
-    return jax.lax.with_sharding_constraint(x, place)
+    """Returns x where `place` says, while tracing, whatever the kinds of the mesh's axes."""
+    mesh, types = place.mesh, place.mesh.axis_types
+    if AxisType.Explicit in types:
+        x = jax.sharding.reshard(x, NamedSharding(mesh, _only(AxisType.Explicit, place)))
+    if AxisType.Auto in types:
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _only(AxisType.Auto, place)))
+    return x
+
+
+def _only(kind: AxisType, place: NamedSharding) -> PartitionSpec:
+    """Returns the PartitionSpec of `place` without the mesh axes of other kinds."""
+    kinds = dict(zip(place.mesh.axis_names, place.mesh.axis_types, strict=True))
+
+    def one(names: Any) -> tuple[str, ...]:
+        names = names if isinstance(names, tuple) else (names,) if names else ()
+        return tuple(name for name in names if kinds[name] == kind)
+
+    return PartitionSpec(*map(one, place.spec))
+
+
+def beside(params: Any, tree: Any) -> Any:
+    """Returns the tree's arrays on every device of the mesh that an array of params lies on, if they lie on no mesh.
+
+    A program wants all of its arrays on the same mesh, and so does a loop in which some of them come from others.
+    """
+    mesh = next((place.mesh for place in map(_place, jax.tree.leaves(params)) if place), None)
+    if mesh is None or any(map(_place, jax.tree.leaves(tree))):
+        return tree
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def _place(x: Any) -> NamedSharding | None:
+    place = getattr(x, "sharding", None)
+    return place if isinstance(place, NamedSharding) else None
 
 
 def resized(x: Any, axis: int, size: int) -> PartitionSpec:

@@ -456,6 +456,14 @@ def test_arrays_of_wider_integers_are_bounded_before_they_are_cast(dtype):
         assert after.rewind(jnp.array([huge, huge], dtype)).lengths.tolist() == [0, 4]
 
 
+def test_rows_move_outside_of_jit_under_x64():
+    with jax.enable_x64(True):
+        cache, *_ = feed(make(Full()), jnp.array([[0, 1], [0, -1]], jnp.int32))
+        for after in (cache.take([1, 0]), cache.copy_prefix(0, 1, 2)):
+            assert after.lengths[1] == 2
+            assert after.layers[0].v[1, 0, :2, 0].tolist() == [0, 10]
+
+
 def test_the_largest_capacity_keeps_its_rows_apart():
     cache = jax.eval_shape(lambda: Cache.init([LayerSpec(Full(), 1, 1)], 2, 2**30))
     assert cache.capacity == 2**30

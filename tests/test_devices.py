@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from jaxkv.models import Decoder, DecoderConfig, EncoderDecoder, EncoderDecoderC
 P = PartitionSpec
 B, T, N, K, H = 4, 8, 4, 2, 8
 SHARED = {"rows": ("data", None), "heads": (None, "heads"), "both": ("data", "heads")}
+LLAMA = Path(__file__).parent / "golden" / "families" / "llama3"
 KINDS = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
 
 
@@ -223,6 +226,21 @@ def written(model, sharding):
     cache = Cache.init(model.specs, num_rows=2, capacity=32, sharding=sharding)
     result = jaxkv.generate(model.forward, model.params, PROMPTS, cache, max_new_tokens=6)
     return np.asarray(result.tokens), result
+
+
+@pytest.mark.parametrize(
+    "axis_types", list(itertools.product(KINDS.values(), repeat=2)), ids=lambda t: "-".join(map(str, t))
+)
+def test_a_checkpoint_loaded_onto_a_mesh_writes_what_one_device_writes(axis_types):
+    mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=axis_types)
+    want, got = (
+        jaxkv.models.load(LLAMA, dtype="float32", sharding=place).generate(PROMPTS, max_new_tokens=4, temperature=0)
+        for place in (None, tensor_parallel(mesh))
+    )  # the cache lies on no mesh until the model's is known
+    assert got.tokens == want.tokens
+    cache = Cache.init(got.cache.specs, 2, 1024, sharding=NamedSharding(mesh, P("data", "heads")))
+    spread = jaxkv.models.load(LLAMA, dtype="float32", sharding=tensor_parallel(mesh))
+    assert spread.generate(PROMPTS, cache=cache, max_new_tokens=4, temperature=0).tokens == want.tokens
 
 
 @MESHES

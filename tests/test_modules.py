@@ -820,6 +820,17 @@ def test_functional_of_nnx_wants_a_model_in_evaluation_mode(make, message):
     jaxkv.nnx.functional(model)
 
 
+def test_functional_of_nnx_takes_a_model_in_training_mode_that_drops_nothing():
+    rngs = nnx.Rngs(0)
+    parts = [jaxkv.nnx.Attention(2, 4, rngs=rngs), nnx.MultiHeadAttention(2, 4, rngs=rngs), nnx.Dropout(0.0)]
+    model = nnx.Sequential(*parts)
+    model.train()
+    jaxkv.nnx.functional(model)
+    model.layers[2].rate = 0.1
+    with pytest.raises(ValueError, match=r"layers\.2, a Dropout, is in training mode"):
+        jaxkv.nnx.functional(model)
+
+
 # Bad input
 
 

@@ -7,6 +7,7 @@ A layout translates (row, slot) to a place in a buffer and does nothing else. Bu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -101,33 +102,45 @@ def _copy_row(buffer: Any, src_dst: Any, start: Any, size: int) -> Any:
     return lax.dynamic_update_slice(buffer, lax.optimization_barrier(row), at)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # a call outside of jit finds its program again
 def _each_block(change: Callable[..., Any], buffer: Any, filled: Any, places: Any) -> Any:
     """Returns the buffer after change(buffer, places, start, size) of every block of slots below `filled`.
 
     `change` is linear in the buffer, and treats all slots alike; what it reads must not be read from where it writes
-    (the barriers above). A loop as long as what is filled has no reverse derivative: that is the plain form's.
+    (the barriers above).
     """
-    size = math.gcd(_MOVE_BLOCK, buffer.shape[-2])
+    return _loop(change, *vary_alike((buffer, filled, places)))
 
-    def stop(filled: Any) -> Any:
-        return (filled + (size - 1)) // size
 
-    @jax.custom_vjp
-    def loop(buffer: Any, filled: Any, places: Any) -> Any:
-        return lax.fori_loop(0, stop(filled), lambda i, b: change(b, places, i * size, size), buffer)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loop(change: Callable[..., Any], buffer: Any, filled: Any, places: Any) -> Any:
+    size = _block_size(buffer)
+    return lax.fori_loop(0, _num_blocks(filled, size), lambda i, b: change(b, places, i * size, size), buffer)
 
-    def forward(buffer: Any, filled: Any, places: Any) -> Any:
-        return loop(buffer, filled, places), (filled, places)
 
-    def backward(saved: Any, d_buffer: Any) -> Any:
-        filled, places = saved
+def _forward(change: Callable[..., Any], buffer: Any, filled: Any, places: Any) -> Any:
+    return _loop(change, buffer, filled, places), (filled, places)
 
-        def plain(buffer: Any) -> Any:
-            changed = change(buffer, places, jnp.int32(0), buffer.shape[-2])
-            below = jnp.arange(buffer.shape[-2], dtype=jnp.int32) < stop(filled) * size
-            return jnp.where(below[:, None], changed, buffer)
 
-        return *jax.linear_transpose(plain, d_buffer)(d_buffer), None, None
+def _backward(change: Callable[..., Any], saved: Any, d_buffer: Any) -> Any:
+    # A loop as long as what is filled has no reverse derivative; one change of all slots at once has.
+    filled, places = saved
+    size = _block_size(d_buffer)
 
-    loop.defvjp(forward, backward)
-    return loop(*vary_alike((buffer, filled, places)))
+    def plain(buffer: Any) -> Any:
+        changed = change(buffer, places, jnp.int32(0), buffer.shape[-2])
+        below = jnp.arange(buffer.shape[-2], dtype=jnp.int32) < _num_blocks(filled, size) * size
+        return jnp.where(below[:, None], changed, buffer)
+
+    return *jax.linear_transpose(plain, d_buffer)(d_buffer), None, None
+
+
+_loop.defvjp(_forward, _backward)
+
+
+def _block_size(buffer: Any) -> int:
+    return math.gcd(_MOVE_BLOCK, buffer.shape[-2])
+
+
+def _num_blocks(filled: Any, size: int) -> Any:
+    return (filled + (size - 1)) // size

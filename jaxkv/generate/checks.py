@@ -15,6 +15,7 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY
 from jaxkv.errors import CacheError
 from jaxkv.generate.history import History
+from jaxkv.meshes import beside
 from jaxkv.tracing import is_tracing
 
 _CURE = (
@@ -37,7 +38,7 @@ def check_call(forward: Any, params: Any, prompts: Any, cache: Any) -> tuple[Cac
     if not isinstance(cache, Cache):
         raise ValueError(f"cache is a {type(cache).__name__}; give a jaxkv.Cache, from Cache.init or result.cache")
     check_alive(jax.tree.leaves(cache))
-    cache = jax.tree.map(jnp.asarray, cache)
+    cache = beside(params, jax.tree.map(jnp.asarray, cache))
     held = np.array(cache.lengths)
     vocab_size = check_forward(forward, params, cache)
     return cache, check_prompts(prompts, held, cache.capacity, vocab_size), held, vocab_size

@@ -45,6 +45,7 @@ from jaxkv.generate.loop import State, decode
 from jaxkv.generate.programs import Fixed, Form
 from jaxkv.generate.reading import blocks, last_positions, read_block
 from jaxkv.generate.sampling import Greedy
+from jaxkv.meshes import beside
 
 
 class Stream:
@@ -95,10 +96,7 @@ class Stream:
             log_probs=np.zeros(shape, np.float32),
             history=history,
         )
-        state = jax.tree.map(jnp.array, state)
-        on_mesh = cache.lengths.sharding
-        if isinstance(on_mesh, jax.sharding.NamedSharding):
-            state = jax.device_put(state, jax.sharding.NamedSharding(on_mesh.mesh, jax.sharding.PartitionSpec()))
+        state = beside(cache, jax.tree.map(jnp.array, state))
         self._forms = Form.of(cache), Form.of(state)
         self._cache, self._state = (tuple(jax.tree.leaves(tree)) for tree in (cache, state))
         self._read_block = functools.partial(read_block, Fixed(forward, None, self._forms[0], None), params)

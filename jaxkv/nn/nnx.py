@@ -452,7 +452,8 @@ def functional(model: nnx.Module) -> tuple[Forward, Any]:
 
     Raises:
       TypeError: if model is not an nnx module.
-      ValueError: if a module in it is in training mode, as Dropout and BatchNorm are until `model.eval()`.
+      ValueError: if a module in it is in training mode, as BatchNorm, and Dropout of a rate above 0, are until
+        `model.eval()`.
 
     >>> from flax import nnx
     >>> class Model(nnx.Module):
@@ -473,8 +474,9 @@ def functional(model: nnx.Module) -> tuple[Forward, Any]:
     if not isinstance(model, nnx.Module):
         raise TypeError(f"functional wants a flax.nnx module, got a {type(model).__name__}")
     for path, module in nnx.iter_modules(model):
+        drops = getattr(module, "dropout_rate", getattr(module, "rate", None)) != 0
         for name in ("deterministic", "use_running_average"):
-            if getattr(module, name, None) is False:
+            if drops and getattr(module, name, None) is False:
                 raise ValueError(
                     f"{'.'.join(map(str, path)) or 'the model'}, a {type(module).__name__}, is in training mode "
                     f"({name}=False); call model.eval() before functional(model)"
