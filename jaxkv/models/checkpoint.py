@@ -80,7 +80,7 @@ def load(
     family = FAMILIES[name]
     contents = Contents(family, files)
     config = _with_dtype(config, _computed(files.dtype if dtype is None else dtype, given=dtype is not None))
-    notes = [] if files.unread is None else [f"{files.unread.name} is not read: {SINGLE} lies beside it"]
+    notes = list(files.notes)
     if config.tied and not contents.is_tied(config.dtype):
         config = dataclasses.replace(config, tied=False)
         notes.append(

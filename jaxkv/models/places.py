@@ -151,7 +151,7 @@ class Contents:
         if problems:
             left = len(problems) - _MOST_LINES
             lines = problems[:_MOST_LINES] + ([f"and {left:,} more"] if left > 0 else [])
-            beside = f" (only {SINGLE} is read, not the index beside it)" if files.unread else ""
+            beside = "".join(f" ({note})" for note in files.notes)
             raise ValueError(f"{files.directory} does not fit its config.json{beside}:\n  " + "\n  ".join(lines))
         if lost := set(params) - set(found):
             raise ValueError(f"the family's table has no tensor for {', '.join(sorted(lost))}")
