@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxkv.models import mxfp4
 from jaxkv.models.families.table import POSITIONS, Family, Ignored, Tensor
-from jaxkv.models.files import SINGLE, Files, is_floating
+from jaxkv.models.files import Files, is_floating
 
 _TABLE, _HEAD = ("embed.embedding",), ("head.kernel",)
 _MOST_LINES = 100  # of an error
