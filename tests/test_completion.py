@@ -253,7 +253,14 @@ def test_a_model_without_a_tokenizer_takes_and_gives_tokens():
         ("a", {"top_p": 2}, "TopP: p is 2"),
         ("a", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; give a whole number"),
         ("a", {"max_new_tokens": [1, 2]}, "max_new_tokens has 2 numbers for a cache of 1 rows"),
-        ("a", {"stop_strings": [""]}, "stop_strings is ('',); give a string or several"),
+        ("a", {"stop_strings": [""]}, "stop_strings is ['']; give a string or several"),
+        ("a", {"stop_strings": 5}, "stop_strings is 5; give a string or several"),
+        ("a", {"seed": "x"}, "seed is 'x'; give a whole number from 0 to 4294967295"),
+        ("a", {"seed": 2**32}, "seed is 4294967296; give a whole number"),
+        ("a", {"seed": -1}, "seed is -1; give a whole number"),
+        ("a", {"chat": {"enable_thinking": False}}, "chat has enable_thinking for the chat template, which writes"),
+        ("a", {"chat": "x"}, "chat is 'x'; give variables of the chat template"),
+        (b"abc", {}, "prompts is b'abc'; give a text"),
         ("a", {"features": np.ones((1, 2, 3))}, "features are given, and this model reads text only"),
         ("a", {"cache": 3}, "cache is a int; give a jaxkv.Cache"),
     ],
@@ -264,8 +271,26 @@ def test_what_does_not_fit_is_refused(prompts, options, message):
 
 
 def test_a_name_that_nobody_knows_does_not_vanish():
-    with pytest.raises(TypeError, match="temprature"):
-        model().generate("a", temprature=0.5)
+    with pytest.raises(TypeError, match=r"no option is called temprature, num_beams; .* are temperature, top_k, "):
+        model().generate("a", temprature=0.5, num_beams=2)
+
+
+def test_an_error_leaves_the_result_that_was_given_whole_and_a_second_use_is_named():
+    first = model().generate(RETURN, **GREEDY)
+    more = [*first.history[0], 32]
+    for wrong in (
+        {"prompts": [*more, 999]},
+        {"prompts": [*more] * 99},
+        {"stop_tokens": [999]},
+        {"sampler": 5},
+        {"sampler": lambda logits: logits},
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            model().generate(**{"prompts": more, "cache": first, **wrong})
+    second = model().generate(more, cache=first, **GREEDY)
+    assert second.tokens.tolist() == model().generate(more, **GREEDY).tokens.tolist()
+    with pytest.raises(CacheError, match="this cache was donated: an earlier generate or stream"):
+        model().generate(more, cache=first)
 
 
 def test_the_result_of_a_run_that_failed_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -27,6 +28,7 @@ _RULES = (
     "min_length",
     "min_new_tokens",
 )
+_OPTIONS = tuple(inspect.signature(make_sampler).parameters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,8 @@ class GenerationConfig:
           ValueError: for a number out of range.
           TypeError: for a name that is not one of its arguments.
         """
+        if unknown := [name for name in given if name not in _OPTIONS]:
+            raise TypeError(f"no option is called {', '.join(unknown)}; those for sampling are {', '.join(_OPTIONS)}")
         draws = any(given.get(name) is not None for name in _DRAWING)
         told = dataclasses.replace(self, greedy=self.greedy and not draws).sampling
         if given.keys() & {"bad_words_ids", "min_length", "min_new_tokens"}:
