@@ -1,4 +1,4 @@
-"""The fields of config.json and its like: each is declared once, with what it may be, and all are checked before use."""
+"""The fields of config.json and its like: each declared once, with what it may be, all checked before any is used."""
 
 from __future__ import annotations
 
