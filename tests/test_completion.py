@@ -287,7 +287,9 @@ def test_an_error_leaves_the_result_that_was_given_whole_and_a_second_use_is_nam
     ):
         with pytest.raises((ValueError, TypeError)):
             model().generate(**{"prompts": more, "cache": first, **wrong})
+    places = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(first.cache) if leaf.ndim == 4}
     second = model().generate(more, cache=first, **GREEDY)
+    assert places == {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(second.cache) if leaf.ndim == 4}
     assert second.tokens.tolist() == model().generate(more, **GREEDY).tokens.tolist()
     with pytest.raises(CacheError, match="this cache was donated: an earlier generate or stream"):
         model().generate(more, cache=first)

@@ -202,9 +202,21 @@ def _num_equal(held: Sequence[int], row: Any) -> int:
     return next((i for i, (a, b) in enumerate(zip(held, new, strict=False)) if a != b), min(len(held), len(new)))
 
 
-@jax.jit  # not donated: what stays the same is passed on as it is, and the Completion is whole if a check fails
 def _rewind(cache: Cache, lengths: Any) -> Cache:
-    return cache.rewind(lengths).retry(~cache.ok)
+    """Returns a cache with rows cut to these lengths; both share what is not changed, and none is donated.
+
+    So the Completion that is gone on from is whole if something else does not fit.
+    """
+    leaves, form = jax.tree.flatten(cache)
+    changed = _changed_by_rewind(cache, lengths)
+    return form.unflatten(old if new is None else new for new, old in zip(changed, leaves, strict=True))
+
+
+@jax.jit
+def _changed_by_rewind(cache: Cache, lengths: Any) -> list[Any]:
+    # A compiled program copies what it returns, keys and values too if it had to return them.
+    leaves = zip(jax.tree.leaves(cache.rewind(lengths).retry(~cache.ok)), jax.tree.leaves(cache), strict=True)
+    return [None if new is old else new for new, old in leaves]
 
 
 _hear = nnx.jit(EncoderDecoder.encode_into, donate_argnums=1)
