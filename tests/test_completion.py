@@ -89,7 +89,7 @@ def test_messages_go_through_the_chat_template():
     messages = [{"role": "user", "content": "list"}]
     want = chatty().generate(list(b"u:list|a:"), **GREEDY)
     assert chatty().generate(messages, **GREEDY).tokens.tolist() == want.tokens.tolist()
-    assert chatty().generate([messages, "u:list|a:"], **GREEDY).texts[0] == want.text
+    assert chatty().generate([messages, None, "u:list|a:"], **GREEDY).texts[0] == want.text
     other = chatty().generate(messages, chat={"end": "!"}, **GREEDY)
     assert other.prompts == (tuple(b"u:list!a:"),)
 
@@ -222,16 +222,18 @@ def test_limits_are_those_of_the_checkpoint_and_of_what_it_was_made_for():
         short.generate("a" * 20)
     said = dataclasses.replace(model(), generation=GenerationConfig(max_new_tokens=3))
     assert said.generate(RETURN).lengths.tolist() == [3]
-    said = dataclasses.replace(model(), generation=GenerationConfig(max_length=14))
-    assert said.generate([RETURN, "A list"]).lengths.tolist() == [3, 8]
-    assert model().generate([RETURN, "A list"], max_new_tokens=[2, 5]).lengths.tolist() == [2, 5]
+    said = dataclasses.replace(model(), generation=GenerationConfig(stop_tokens=(0,), max_length=14))
+    prompts = [RETURN, None, "A list"]
+    assert said.generate(prompts).lengths.tolist() == [3, 0, 8]
+    assert model().generate(prompts, temperature=0, max_new_tokens=[2, 9, 5]).lengths.tolist() == [2, 0, 5]
 
 
 def test_a_model_without_a_tokenizer_takes_and_gives_tokens():
-    config = DecoderConfig(vocab_size=16, width=8, num_layers=1, num_heads=1)
-    mine = Model.of(Decoder(config, rngs=nnx.Rngs(0)))
-    result = mine.generate([1, 2, 3], max_new_tokens=4)
-    assert result.texts is None and result.lengths.tolist() == [4] and result.cache.capacity == 1024
+    mine = dataclasses.replace(model(), make_tokenizer=None)
+    result = mine.generate([1, 2, 3], temperature=0, max_new_tokens=4)
+    assert result.texts is None and result.lengths.tolist() == [4]
+    mine = dataclasses.replace(mine, context=None)
+    assert mine.stream([1, 2, 3]).result.cache.capacity == 1024
     with pytest.raises(FileNotFoundError, match=r"came without a tokenizer"):
         mine.generate("abc")
     with pytest.raises(ValueError, match=r"iterate over jaxkv.stream"):
@@ -323,8 +325,8 @@ def test_whisper_hears_and_writes():
     result = whisper().generate(prompts, features=features, feature_lengths=np.array([40, 26]), max_new_tokens=20)
     for row in (0, 1):
         assert result.tokens[row].tolist() == np.asarray(facts[f"greedy.{row}"])[:20].tolist()
-    begun = dataclasses.replace(whisper(), generation=GenerationConfig(start_tokens=(1, 2)))
-    assert begun.generate(features=features[:1], max_new_tokens=2).prompts == ((1, 2),)
+    begun = dataclasses.replace(whisper(), generation=GenerationConfig(start_tokens=(1, 2), max_new_tokens=2))
+    assert begun.generate(features=features, feature_lengths=np.array([40, 26])).prompts == ((1, 2),) * 2
     asked = dataclasses.replace(whisper(), generation=GenerationConfig(start_tokens=(1, None, 3)))
     with pytest.raises(ValueError, match=re.escape("[1, None, 3], with a token number in place of None")):
         asked.generate(features=features)
@@ -336,11 +338,12 @@ def test_whisper_hears_and_writes():
 def test_whisper_writes_the_text_of_transformers_under_the_rules_of_its_checkpoint(case, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(case["config"]))
     model = dataclasses.replace(whisper(), generation=GenerationConfig.read(tmp_path))
-    features = safetensors.File(WHISPER / "expected.safetensors")["features.0"]
-    result = model.generate([1], features=features[None], max_new_tokens=len(case["tokens"]))
-    assert result.tokens[0].tolist() == case["tokens"]
+    features = np.stack([safetensors.File(WHISPER / "expected.safetensors")["features.0"]] * 2)
+    sizes = {"feature_lengths": np.array([40, 40]), "max_new_tokens": len(case["tokens"])}
+    result = model.generate([[1], [1]], features=features, **sizes)
+    assert result.tokens.tolist() == [case["tokens"]] * 2
 
 
 def test_nothing_stands_behind_a_rows_end():
-    result = model().generate([RETURN, "A list"], temperature=0, max_new_tokens=[3, 6])
-    assert (result.tokens[0, 3:] == EMPTY).all() and result.lengths.tolist() == [3, 6]
+    result = model().generate([RETURN, None, "A list"], temperature=0, max_new_tokens=[3, 6, 6])
+    assert (result.tokens[0, 3:] == EMPTY).all() and result.lengths.tolist() == [3, 0, 6]

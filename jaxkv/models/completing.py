@@ -209,7 +209,7 @@ def _rewind(cache: Cache, lengths: Any) -> Cache:
     """
     leaves, form = jax.tree.flatten(cache)
     changed = _changed_by_rewind(cache, lengths)
-    return form.unflatten(old if new is None else new for new, old in zip(changed, leaves, strict=True))
+    return jax.tree.unflatten(form, [old if new is None else new for new, old in zip(changed, leaves, strict=True)])
 
 
 @jax.jit

@@ -13,7 +13,7 @@ from typing import Any
 from jaxkv.generate.sampling import Chain
 from jaxkv.generate.sampling import sampler as make_sampler
 from jaxkv.logs import log
-from jaxkv.models.families.fields import FLAG, POSITIVE, Field, Fields, List, Number, OrNull, Pair, Text
+from jaxkv.models.families.fields import FLAG, POSITIVE, Field, Fields, Kind, List, Number, OrNull, Pair, Text
 from jaxkv.models.files import read_json
 
 _DRAWING = ("temperature", "top_k", "top_p", "min_p")
@@ -182,40 +182,37 @@ def _told(path: Path, given: Mapping[str, Any], declared: Mapping[str, Field]) -
 
 _MOST = 2**31 - 1  # tokens and counts of them are int32
 _LISTED = 2**20  # at most so many values in a list
-_TOKEN = Number(0, _MOST, whole=True)
+_TOKEN = _COUNT = Number(0, _MOST, whole=True)
 _TOKENS = List(Number(-_MOST, _MOST, whole=True), _LISTED, one=True)
 _WORD = List(_TOKEN, _LISTED, least=1)
-_COUNT = Number(0, _MOST, whole=True)
 _LENGTH = Number(1, _MOST, whole=True)
 _SHARE = Number(0, 1)
 # What is obeyed.
-_FIELDS = {
-    name: Field(kind, None)
-    for name, kind in {
-        "eos_token_id": _TOKENS,
-        "stop_strings": List(Text(), _LISTED, one=True),
-        "max_new_tokens": _LENGTH,
-        "max_length": _LENGTH,
-        "min_new_tokens": _COUNT,
-        "min_length": _COUNT,
-        "do_sample": FLAG,
-        "temperature": Number(0, 1e30),
-        "top_k": _COUNT,
-        "top_p": _SHARE,
-        "min_p": _SHARE,
-        "repetition_penalty": POSITIVE,
-        "no_repeat_ngram_size": _COUNT,
-        "sequence_bias": List(Pair((_WORD, Number(-1e30, 1e30))), _LISTED),
-        "bad_words_ids": List(_WORD, _LISTED),
-        "suppress_tokens": _TOKENS,
-        "begin_suppress_tokens": _TOKENS,
-        "forced_bos_token_id": _TOKENS,
-        "forced_eos_token_id": _TOKENS,
-        "forced_decoder_ids": List(Pair((_TOKEN, OrNull(_TOKEN))), _LISTED),
-        "decoder_start_token_id": _TOKENS,
-        "no_timestamps_token_id": _TOKENS,
-    }.items()
+_KINDS: dict[str, Kind] = {
+    "eos_token_id": _TOKENS,
+    "stop_strings": List(Text(), _LISTED, one=True),
+    "max_new_tokens": _LENGTH,
+    "max_length": _LENGTH,
+    "min_new_tokens": _COUNT,
+    "min_length": _COUNT,
+    "do_sample": FLAG,
+    "temperature": Number(0, 1e30),
+    "top_k": _COUNT,
+    "top_p": _SHARE,
+    "min_p": _SHARE,
+    "repetition_penalty": POSITIVE,
+    "no_repeat_ngram_size": _COUNT,
+    "sequence_bias": List(Pair((_WORD, Number(-1e30, 1e30))), _LISTED),
+    "bad_words_ids": List(_WORD, _LISTED),
+    "suppress_tokens": _TOKENS,
+    "begin_suppress_tokens": _TOKENS,
+    "forced_bos_token_id": _TOKENS,
+    "forced_eos_token_id": _TOKENS,
+    "forced_decoder_ids": List(Pair((_TOKEN, OrNull(_TOKEN))), _LISTED),
+    "decoder_start_token_id": _TOKENS,
+    "no_timestamps_token_id": _TOKENS,
 }
+_FIELDS = {name: Field(kind, None) for name, kind in _KINDS.items()}
 _SAME = _FIELDS.keys() - {"eos_token_id", "stop_strings"}  # those of one name in the file and in GenerationConfig
 # Values that change nothing, of what is obeyed and of what is not.
 _NEUTRAL: dict[str, Any] = {
