@@ -111,7 +111,7 @@ def load(
     return Model.of(
         module,
         context=context_of(source) if context is None else context,
-        generation=generation,
+        generation=generation.within(config.vocab_size),
         source=source,
         notes=tuple(notes),
         make_tokenizer=functools.partial(Tokenizer, directory),

@@ -106,6 +106,19 @@ class GenerationConfig:
             told["stop_tokens"] = self.stop_tokens
         return make_sampler(**told | given)
 
+    def within(self, vocab_size: int) -> GenerationConfig:
+        """Returns it without the stop tokens and suppressed tokens that a vocabulary does not have: they never come."""
+
+        def known(tokens: tuple[int, ...] | None) -> tuple[int, ...]:
+            return tuple(token for token in tokens or () if token < vocab_size)
+
+        return dataclasses.replace(
+            self,
+            stop_tokens=known(self.stop_tokens),
+            suppress_tokens=known(self.suppress_tokens) or None,
+            begin_suppress_tokens=known(self.begin_suppress_tokens) or None,
+        )
+
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> GenerationConfig:
         """Returns what a checkpoint directory says.
@@ -182,8 +195,9 @@ def _told(path: Path, given: Mapping[str, Any], declared: Mapping[str, Field]) -
 
 _MOST = 2**31 - 1  # tokens and counts of them are int32
 _LISTED = 2**20  # at most so many values in a list
-_TOKEN = _COUNT = Number(0, _MOST, whole=True)
-_TOKENS = List(Number(-_MOST, _MOST, whole=True), _LISTED, one=True)
+_COUNT = Number(0, _MOST, whole=True)
+_TOKEN = Number(0, _MOST, whole=True, what="a token number")
+_TOKENS = List(Number(-_MOST, _MOST, whole=True, what="a token number"), _LISTED, one=True)
 _WORD = List(_TOKEN, _LISTED, least=1)
 _LENGTH = Number(1, _MOST, whole=True)
 _SHARE = Number(0, 1)
