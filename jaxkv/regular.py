@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def opened(path: str | os.PathLike[str]) -> tuple[BinaryIO, int]:
     """Returns a file, opened to be read, and its size in bytes. Links are followed.
@@ -18,7 +20,7 @@ def opened(path: str | os.PathLike[str]) -> tuple[BinaryIO, int]:
     Raises:
       FileNotFoundError: if there is no such file.
       OSError: if it can't be opened.
-      ValueError: if it is not a regular file, naming what it is.
+      ValueError: if it is not a regular file, naming what it is; or stands for one, as in a clone without Git LFS.
     """
     path = Path(path)
     try:
@@ -33,7 +35,11 @@ def opened(path: str | os.PathLike[str]) -> tuple[BinaryIO, int]:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), ascii(os.fspath(path))) from error
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path} is {_kind(found.st_mode)}, not a file; put the file there")
-    return path.open("rb"), found.st_size
+    file = path.open("rb")
+    if file.peek(len(_POINTER)).startswith(_POINTER):
+        file.close()
+        raise ValueError(f"{path} is a pointer of Git LFS, not the file itself; fetch that: git lfs pull")
+    return file, found.st_size
 
 
 def read(path: str | os.PathLike[str], most: int) -> bytes:

@@ -89,7 +89,7 @@ def test_messages_go_through_the_chat_template():
     messages = [{"role": "user", "content": "list"}]
     want = chatty().generate(list(b"u:list|a:"), **GREEDY)
     assert chatty().generate(messages, **GREEDY).tokens.tolist() == want.tokens.tolist()
-    assert chatty().generate([messages, "u:list|a:"], **GREEDY).texts[0] == want.text
+    assert chatty().generate([messages, None, "u:list|a:"], **GREEDY).texts[0] == want.text
     other = chatty().generate(messages, chat={"end": "!"}, **GREEDY)
     assert other.prompts == (tuple(b"u:list!a:"),)
 
@@ -222,16 +222,18 @@ def test_limits_are_those_of_the_checkpoint_and_of_what_it_was_made_for():
         short.generate("a" * 20)
     said = dataclasses.replace(model(), generation=GenerationConfig(max_new_tokens=3))
     assert said.generate(RETURN).lengths.tolist() == [3]
-    said = dataclasses.replace(model(), generation=GenerationConfig(max_length=14))
-    assert said.generate([RETURN, "A list"]).lengths.tolist() == [3, 8]
-    assert model().generate([RETURN, "A list"], max_new_tokens=[2, 5]).lengths.tolist() == [2, 5]
+    said = dataclasses.replace(model(), generation=GenerationConfig(stop_tokens=(0,), max_length=14))
+    prompts = [RETURN, None, "A list"]
+    assert said.generate(prompts).lengths.tolist() == [3, 0, 8]
+    assert model().generate(prompts, temperature=0, max_new_tokens=[2, 9, 5]).lengths.tolist() == [2, 0, 5]
 
 
 def test_a_model_without_a_tokenizer_takes_and_gives_tokens():
-    config = DecoderConfig(vocab_size=16, width=8, num_layers=1, num_heads=1)
-    mine = Model.of(Decoder(config, rngs=nnx.Rngs(0)))
-    result = mine.generate([1, 2, 3], max_new_tokens=4)
-    assert result.texts is None and result.lengths.tolist() == [4] and result.cache.capacity == 1024
+    mine = dataclasses.replace(model(), make_tokenizer=None)
+    result = mine.generate([1, 2, 3], temperature=0, max_new_tokens=4)
+    assert result.texts is None and result.lengths.tolist() == [4]
+    mine = dataclasses.replace(mine, context=None)
+    assert mine.stream([1, 2, 3]).result.cache.capacity == 1024
     with pytest.raises(FileNotFoundError, match=r"came without a tokenizer"):
         mine.generate("abc")
     with pytest.raises(ValueError, match=r"iterate over jaxkv.stream"):
@@ -253,7 +255,14 @@ def test_a_model_without_a_tokenizer_takes_and_gives_tokens():
         ("a", {"top_p": 2}, "TopP: p is 2"),
         ("a", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; give a whole number"),
         ("a", {"max_new_tokens": [1, 2]}, "max_new_tokens has 2 numbers for a cache of 1 rows"),
-        ("a", {"stop_strings": [""]}, "stop_strings is ('',); give a string or several"),
+        ("a", {"stop_strings": [""]}, "stop_strings is ['']; give a string or several"),
+        ("a", {"stop_strings": 5}, "stop_strings is 5; give a string or several"),
+        ("a", {"seed": "x"}, "seed is 'x'; give a whole number from 0 to 4294967295"),
+        ("a", {"seed": 2**32}, "seed is 4294967296; give a whole number"),
+        ("a", {"seed": -1}, "seed is -1; give a whole number"),
+        ("a", {"chat": {"enable_thinking": False}}, "chat has enable_thinking for the chat template, which writes"),
+        ("a", {"chat": "x"}, "chat is 'x'; give variables of the chat template"),
+        (b"abc", {}, "prompts is b'abc'; give a text"),
         ("a", {"features": np.ones((1, 2, 3))}, "features are given, and this model reads text only"),
         ("a", {"cache": 3}, "cache is a int; give a jaxkv.Cache"),
     ],
@@ -264,8 +273,28 @@ def test_what_does_not_fit_is_refused(prompts, options, message):
 
 
 def test_a_name_that_nobody_knows_does_not_vanish():
-    with pytest.raises(TypeError, match="temprature"):
-        model().generate("a", temprature=0.5)
+    with pytest.raises(TypeError, match=r"no option is called temprature, num_beams; .* are temperature, top_k, "):
+        model().generate("a", temprature=0.5, num_beams=2)
+
+
+def test_an_error_leaves_the_result_that_was_given_whole_and_a_second_use_is_named():
+    first = model().generate(RETURN, **GREEDY)
+    more = [*first.history[0], 32]
+    for wrong in (
+        {"prompts": [*more, 999]},
+        {"prompts": [*more] * 99},
+        {"stop_tokens": [999]},
+        {"sampler": 5},
+        {"sampler": lambda logits: logits},
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            model().generate(**{"prompts": more, "cache": first, **wrong})
+    places = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(first.cache) if leaf.ndim == 4}
+    second = model().generate(more, cache=first, **GREEDY)
+    assert places == {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(second.cache) if leaf.ndim == 4}
+    assert second.tokens.tolist() == model().generate(more, **GREEDY).tokens.tolist()
+    with pytest.raises(CacheError, match="this cache was donated: an earlier generate or stream"):
+        model().generate(more, cache=first)
 
 
 def test_the_result_of_a_run_that_failed_is_refused():
@@ -296,8 +325,8 @@ def test_whisper_hears_and_writes():
     result = whisper().generate(prompts, features=features, feature_lengths=np.array([40, 26]), max_new_tokens=20)
     for row in (0, 1):
         assert result.tokens[row].tolist() == np.asarray(facts[f"greedy.{row}"])[:20].tolist()
-    begun = dataclasses.replace(whisper(), generation=GenerationConfig(start_tokens=(1, 2)))
-    assert begun.generate(features=features[:1], max_new_tokens=2).prompts == ((1, 2),)
+    begun = dataclasses.replace(whisper(), generation=GenerationConfig(start_tokens=(1, 2), max_new_tokens=2))
+    assert begun.generate(features=features, feature_lengths=np.array([40, 26])).prompts == ((1, 2),) * 2
     asked = dataclasses.replace(whisper(), generation=GenerationConfig(start_tokens=(1, None, 3)))
     with pytest.raises(ValueError, match=re.escape("[1, None, 3], with a token number in place of None")):
         asked.generate(features=features)
@@ -309,11 +338,12 @@ def test_whisper_hears_and_writes():
 def test_whisper_writes_the_text_of_transformers_under_the_rules_of_its_checkpoint(case, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(case["config"]))
     model = dataclasses.replace(whisper(), generation=GenerationConfig.read(tmp_path))
-    features = safetensors.File(WHISPER / "expected.safetensors")["features.0"]
-    result = model.generate([1], features=features[None], max_new_tokens=len(case["tokens"]))
-    assert result.tokens[0].tolist() == case["tokens"]
+    features = np.stack([safetensors.File(WHISPER / "expected.safetensors")["features.0"]] * 2)
+    sizes = {"feature_lengths": np.array([40, 40]), "max_new_tokens": len(case["tokens"])}
+    result = model.generate([[1], [1]], features=features, **sizes)
+    assert result.tokens.tolist() == [case["tokens"]] * 2
 
 
 def test_nothing_stands_behind_a_rows_end():
-    result = model().generate([RETURN, "A list"], temperature=0, max_new_tokens=[3, 6])
-    assert (result.tokens[0, 3:] == EMPTY).all() and result.lengths.tolist() == [3, 6]
+    result = model().generate([RETURN, None, "A list"], temperature=0, max_new_tokens=[3, 6, 6])
+    assert (result.tokens[0, 3:] == EMPTY).all() and result.lengths.tolist() == [3, 0, 6]

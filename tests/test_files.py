@@ -74,11 +74,14 @@ def test_links_lead_to_files_as_in_the_cache_of_the_hub(sharded, tmp_path):
 
 def test_where_a_checkpoint_is_not_the_cure_is_said(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
     for given, message in {
         "org/some-model": r"hf download org/some-model --local-dir some-model; then give some-model instead",
         "nowhere": r"nowhere is not a directory; give one that holds a checkpoint: config\.json",
         "llama3/config.json": r"config\.json is a file; give the directory that holds it",
-        ".": r"\. has no config\.json; give a directory as Hugging Face publishes them",
+        ".": r"\. has no config\.json; give one of the directories in it",
+        "": r"\. has no config\.json; give one of the directories in it",
+        "empty": r"empty has no config\.json; give a directory as Hugging Face publishes them",
         "a\0b": "is not a directory",
     }.items():
         for ask in (jaxkv.models.load, config_path):
@@ -88,6 +91,40 @@ def test_where_a_checkpoint_is_not_the_cure_is_said(folder, tmp_path, monkeypatc
     assert jaxkv.models.read_config("llama3/config.json")[0] == jaxkv.models.read_config("llama3")[0] == "llama"
     with pytest.raises(FileNotFoundError, match="hf download org/some-model"):
         jaxkv.models.read_config("org/some-model")
+
+
+def test_what_a_folder_holds_in_place_of_a_checkpoint_is_named(folder, tmp_path):
+    """Adapters, other formats, half a download, the parent of checkpoints, a clone without its large files."""
+
+    def fails(given: Path, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            jaxkv.models.load(given)
+
+    fails(tmp_path, FileNotFoundError, r"has no config\.json; give one of the directories in it .*: llama3$")
+    config = (folder / "config.json").read_text()
+    adapter = '{"peft_type": "LORA", "base_model_name_or_path": "org/base"}'
+    for names, message in {
+        ("model-Q4_K_M.gguf",): r"model-Q4_K_M\.gguf can't be read: .*model\.save_pretrained\(DIR\)",
+        ("a.bin", "b.pth"): r"a\.bin, b\.pth can't be read",
+        ("adapter_config.json", "adapter_model.bin"): r"it holds an adapter of 'org/base', .*merge_and_unload",
+        ("a.safetensors", "model.safetensors.incomplete"): r"neither .*, only a\.safetensors, model.*incomplete; fetch",
+    }.items():
+        other = tmp_path / names[0] / "folder"
+        other.mkdir(parents=True)
+        for name in names:
+            (other / name).write_text(adapter)
+        if "safetensors" not in names[0]:
+            fails(other, FileNotFoundError, rf"has no config\.json; .*{message}")
+        (other / "config.json").write_text(config)
+        fails(other, FileNotFoundError, message)
+    fails(
+        tmp_path / "model-Q4_K_M.gguf" / "folder" / "model-Q4_K_M.gguf", FileNotFoundError, r"is a \.gguf file, which"
+    )
+    (folder / "adapter_config.json").write_text(adapter)
+    assert "the adapter that lies here is not applied" in jaxkv.models.load(folder).notes[0]
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n")
+        fails(folder, ValueError, rf"{name} is a pointer of Git LFS, not the file itself; fetch that: git lfs pull")
 
 
 NOT_JSON = {
@@ -164,7 +201,7 @@ def test_shards_that_are_missing_are_named_and_what_has_another_format_too(shard
     for path in sharded.glob("*.safetensors"):
         path.unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"names 6 files, of which model-00001-of-00006\.safetensors, .* 3 more are"
+        FileNotFoundError, match=r"names 6 files, .* not there: model-00001-of-00006\.safetensors, .* 3 more;"
     ):
         Files(sharded)
     (sharded / INDEX).unlink()
@@ -193,7 +230,7 @@ def test_an_old_index_beside_a_whole_file_is_not_read(folder):
     assert model.notes == (f"{INDEX} is not read: {SINGLE} lies beside it",)
     safetensors.write(folder / SINGLE, {k: v for k, v in Files(folder).items() if k != "model.norm.weight"})
     with pytest.raises(
-        ValueError, match=r"does not fit its config\.json \(only model\.safetensors is read, not the index"
+        ValueError, match=r"does not fit its config\.json \(model\.safetensors\.index\.json is not read"
     ):
         jaxkv.models.load(folder)
 
@@ -201,7 +238,7 @@ def test_an_old_index_beside_a_whole_file_is_not_read(folder):
 def test_saved_in_several_files_an_old_whole_one_goes(folder):
     model = jaxkv.models.load(folder)
     jaxkv.models.save(folder, model, max_shard_bytes=10_000)
-    assert not (folder / SINGLE).exists() and Files(folder).unread is None
+    assert not (folder / SINGLE).exists() and not Files(folder).notes
     again = jaxkv.models.load(folder)
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 

@@ -34,8 +34,9 @@ def test_a_penalty_counts_when_greedy_too(tmp_path):
     assert sampler(**config.sampling) == sampler(temperature=0, repetition_penalty=1.1)
 
 
-def test_a_top_p_of_0_leaves_the_most_likely_token_as_in_transformers(tmp_path):
+def test_a_top_p_or_temperature_of_0_leaves_the_most_likely_token_as_in_transformers(tmp_path):
     assert read(tmp_path, {"do_sample": True, "top_p": 0.0}).sampler() == sampler(top_p=1e-6)
+    assert read(tmp_path, {"do_sample": True, "temperature": 1e-9}).sampler().greedy
 
 
 def test_what_changes_nothing_is_not_said(tmp_path):
@@ -64,21 +65,25 @@ def test_stop_tokens_are_found_where_they_are(tmp_path, generation, config, stop
     [
         ("{", r"generation_config\.json is not valid JSON"),
         ("[]", "holds a list, must be an object"),
-        ({"eos_token_id": "</s>"}, 'eos_token_id is "</s>", must be a token number or a list of them'),
-        ({"top_p": "high"}, r'top_p is "high", must be a number from 0 to 1'),
-        ({"do_sample": "false"}, 'do_sample is "false", must be true or false'),
-        ({"top_p": 1.5}, "top_p is 1.5, must be a number from 0 to 1"),
-        ({"temperature": -1}, "temperature is -1, must be a number: 0, or 1e-6 and above"),
-        ({"temperature": float("nan")}, "temperature is NaN, must be"),
-        ({"bad_words_ids": [3]}, r"bad_words_ids is \[3\], must be a list of lists of token numbers"),
-        ({"sequence_bias": [[[1], "a"]]}, "sequence_bias is .*, must be a list of"),
-        ({"sequence_bias": [[1]]}, "sequence_bias is .*, must be a list of"),
-        ({"suppress_tokens": ["a"]}, "suppress_tokens is .*, must be a token number or a list of them"),
-        ({"forced_decoder_ids": {"1": 2}}, "forced_decoder_ids is .*, must be a list of"),
-        ({"stop_strings": [""]}, "stop_strings is .*, must be a string or a list of them"),
-        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1, must be a whole number, 0 or more"),
-        ({"top_k": 2.5}, "top_k is 2.5, must be a whole number"),
-        ({"max_new_tokens": True}, "max_new_tokens is true, must be a whole number, 1 or more"),
+        ({"eos_token_id": "</s>"}, '"eos_token_id" is "</s>"; it must be a token number'),
+        ({"top_p": "high"}, r'"top_p" is "high"; it must be a number from 0 to 1'),
+        ({"do_sample": "false"}, '"do_sample" is "false"; it must be true or false'),
+        ({"top_p": 1.5}, '"top_p" is 1.5; it must be a number from 0 to 1'),
+        ({"temperature": -1}, '"temperature" is -1; it must be a number from 0'),
+        ({"temperature": float("nan")}, '"temperature" is NaN; it must be'),
+        ({"bad_words_ids": [3]}, r'"bad_words_ids\[0\]" is 3; it must be a list of 1 to'),
+        ({"bad_words_ids": [[]]}, r'"bad_words_ids\[0\]" is \[\]; it must be a list of 1 to'),
+        ({"sequence_bias": [[[1], "a"]]}, r'"sequence_bias\[0\]\[1\]" is "a"; it must be a number'),
+        ({"sequence_bias": [[1]]}, r'"sequence_bias\[0\]" is \[1\]; it must be a list of two values'),
+        ({"suppress_tokens": ["a"]}, r'"suppress_tokens\[0\]" is "a"; it must be a token number'),
+        ({"suppress_tokens": [10**30]}, r'"suppress_tokens\[0\]" is 10+; it must be a token number'),
+        ({"forced_decoder_ids": {"1": 2}}, '"forced_decoder_ids" is .*; it must be a list of'),
+        ({"stop_strings": [""]}, r'"stop_strings\[0\]" is ""; it must be a string'),
+        ({"no_repeat_ngram_size": -1}, '"no_repeat_ngram_size" is -1; it must be a whole number from 0'),
+        ({"top_k": 2.5}, '"top_k" is 2.5; it must be a whole number'),
+        ({"max_new_tokens": True}, '"max_new_tokens" is true; it must be a whole number from 1'),
+        ({"max_new_tokens": 10**30}, '"max_new_tokens" is 10+; it must be a whole number from 1'),
+        ({"top_k": -1, "top_p": 2}, r'generation:\n  "top_k" is -1; .*\n  "top_p" is 2;'),
     ],
 )
 def test_what_can_not_be_read_is_named(tmp_path, generation, message):

@@ -210,6 +210,15 @@ def test_names_that_a_terminal_would_obey_are_written_out(changed):
 # Dtypes.
 
 
+def test_stop_and_suppressed_tokens_that_the_model_does_not_have_are_left_out(changed):
+    directory = changed("llama3", eos_token_id=999)
+    assert jaxkv.models.load(directory).generation.stop_tokens == ()
+    said = {"eos_token_id": [2, 999], "suppress_tokens": [5, 999], "begin_suppress_tokens": [999]}
+    (directory / "generation_config.json").write_text(json.dumps(said))
+    generation = jaxkv.models.load(directory).generation
+    assert generation == jaxkv.models.GenerationConfig(stop_tokens=(2,), suppress_tokens=(5,))
+
+
 def test_float64_is_loaded_as_float32(changed):
     directory = changed("gemma2", lambda t: t.update({name: tensor.astype(np.float64) for name, tensor in t.items()}))
     model = jaxkv.models.load(directory)

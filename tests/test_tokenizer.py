@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import threading
 from typing import Any
@@ -322,6 +323,38 @@ def test_a_process_that_was_ended_from_outside_is_replaced(chats):
     template._process._running.kill()
     template._process._running.wait()
     assert chats.render(said, template="qwen3") == first
+
+
+FORKS = """
+import os, sys, threading, time
+from jaxkv.models.template import TemplateLimit, render
+
+def run(text):
+    return render(text, "it", {}, [], TemplateLimit(seconds=2))
+
+def work():
+    try:
+        run("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    except ValueError:
+        pass
+
+assert run("{{ 1 + 1 }}") == "2"
+busy = threading.Thread(target=work)
+busy.start()
+while not render.__globals__["_process"]._lock.locked():
+    time.sleep(0.01)
+child = os.fork()
+if child == 0:
+    sys.exit(run("{{ 1 + 2 }}") != "3")
+busy.join()
+assert os.waitpid(child, 0)[1] == 0
+assert run("{{ 1 + 3 }}") == "4"
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
+def test_a_fork_renders_for_itself_though_a_thread_was_at_it():
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=120)
 
 
 def test_threads_may_render_at_once(chats):

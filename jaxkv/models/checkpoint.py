@@ -42,7 +42,7 @@ def load(
     fuse: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """Returns the model of a checkpoint directory, ready for `Cache.init` and `generate`.
+    """Returns the model of a checkpoint directory, ready to generate texts.
 
     Where files and config.json differ and one of them is right, it is taken: as transformers would. Each such choice is
     a line of `Model.notes`, and a warning of the logger "jaxkv".
@@ -67,9 +67,8 @@ def load(
 
     ```python
     model = jaxkv.models.load("Llama-3.2-1B-Instruct", dtype="bfloat16")
-    cache = jaxkv.Cache.init(model.specs, num_rows=1, capacity=4096)
-    prompt = model.tokenizer.encode("The capital of France is")
-    result = jaxkv.generate(model.forward, model.params, [prompt], cache, stop_tokens=model.generation.stop_tokens)
+    print(model.generate("The capital of France is", max_new_tokens=50).text)
+    print(model.generate([{"role": "user", "content": "Where is Paris?"}]).text)
     ```
     """
     name, config, source = read_config(config_path(directory), context=context)
@@ -80,7 +79,7 @@ def load(
     family = FAMILIES[name]
     contents = Contents(family, files)
     config = _with_dtype(config, _computed(files.dtype if dtype is None else dtype, given=dtype is not None))
-    notes = [] if files.unread is None else [f"{files.unread.name} is not read: {SINGLE} lies beside it"]
+    notes = list(files.notes)
     if config.tied and not contents.is_tied(config.dtype):
         config = dataclasses.replace(config, tied=False)
         notes.append(
@@ -112,7 +111,7 @@ def load(
     return Model.of(
         module,
         context=context_of(source) if context is None else context,
-        generation=generation,
+        generation=generation.within(config.vocab_size),
         source=source,
         notes=tuple(notes),
         make_tokenizer=functools.partial(Tokenizer, directory),

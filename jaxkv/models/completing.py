@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +13,10 @@ from flax import nnx
 
 from jaxkv.cache.cache import Cache
 from jaxkv.generate import stream
-from jaxkv.generate.checks import check_max_new_tokens, stop_sequences
+from jaxkv.generate.checks import check_alive, check_max_new_tokens, stop_sequences
 from jaxkv.models.completion import Completion, TextStream
 from jaxkv.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from jaxkv.models.prompts import is_one, tokens_of
+from jaxkv.models.prompts import is_messages, is_one, tokens_of
 
 _MAX_NEW_TOKENS = 256  # where neither the caller nor the checkpoint says
 _MIN_CAPACITY = 1024  # a power of two, so that most calls share their compiled programs; and so that some turns fit
@@ -32,6 +31,7 @@ def start(
     sampler: Any,
     stop_tokens: Any,
     stop_strings: Any,
+    seed: Any,
     key: Any,
     chat: Mapping[str, Any],
     features: Any,
@@ -44,6 +44,7 @@ def start(
         prompts = _beginnings(model, cache, features)
     one = is_one(prompts)
     given = [prompts] if one else list(prompts)
+    _check_chat(chat, given)
     rows = [tokens_of(prompt, lambda: model.tokenizer, chat) for prompt in given]
     limits = _limits(model, max_new_tokens, rows)
     tokenizer = _tokenizer(model)
@@ -65,7 +66,7 @@ def start(
         max_new_tokens=limits.tolist(),
         sampler=sampler,
         stop_tokens=stops,
-        key=key,
+        key=_key(seed) if key is None else key,
     )
     return TextStream(
         steps,
@@ -77,6 +78,21 @@ def start(
         stop_tokens=single,
         stop_strings=strings,
     )
+
+
+def _check_chat(chat: Any, prompts: Sequence[Any]) -> None:
+    if not isinstance(chat, Mapping):
+        raise ValueError(f"chat is {chat!r}; give variables of the chat template, such as {{'enable_thinking': False}}")
+    if chat and not any(map(is_messages, prompts)):
+        raise ValueError(
+            f"chat has {', '.join(chat)} for the chat template, which writes down messages: none are given"
+        )
+
+
+def _key(seed: Any) -> Any:
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 32:  # JAX reads 32 bits
+        raise ValueError(f"seed is {seed!r}; give a whole number from 0 to {(1 << 32) - 1}")
+    return jax.random.key(seed)
 
 
 def _check_hearing(model: Any, cache: Any, features: Any) -> None:
@@ -141,9 +157,10 @@ def _stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _stop_strings(model: Any, tokenizer: Any, given: Any) -> tuple[str, ...]:
-    strings = model.generation.stop_strings if given is None else (given,) if isinstance(given, str) else tuple(given)
+    given = model.generation.stop_strings if given is None else given
+    strings = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (None,)
     if not all(isinstance(text, str) and text for text in strings):
-        raise ValueError(f"stop_strings is {strings!r}; give a string or several, none of them empty")
+        raise ValueError(f"stop_strings is {given!r}; give a string or several, none of them empty")
     if strings and tokenizer is None:
         raise ValueError("stop_strings need a tokenizer, and this model came without one; give stop_tokens")
     return strings
@@ -163,6 +180,7 @@ def _cache(model: Any, given: Any, prompts: Sequence[Any], rows: Sequence[Any], 
         if len(given.prompts) != len(rows):
             raise ValueError(f"{len(rows)} prompts for a cache of {len(given.prompts)} rows; give one per row")
         same = [_num_equal(held, row) for held, row in zip(given.history, rows, strict=True)]
+        check_alive(jax.tree.leaves(given.cache))
         return _rewind(given.cache, jnp.asarray(np.array(same, np.int32)))
     if isinstance(given, Cache) and any(
         row is not prompt and held
@@ -184,9 +202,21 @@ def _num_equal(held: Sequence[int], row: Any) -> int:
     return next((i for i, (a, b) in enumerate(zip(held, new, strict=False)) if a != b), min(len(held), len(new)))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def _rewind(cache: Cache, lengths: Any) -> Cache:
-    return cache.rewind(lengths).retry(~cache.ok)
+    """Returns a cache with rows cut to these lengths; both share what is not changed, and none is donated.
+
+    So the Completion that is gone on from is whole if something else does not fit.
+    """
+    leaves, form = jax.tree.flatten(cache)
+    changed = _changed_by_rewind(cache, lengths)
+    return jax.tree.unflatten(form, [old if new is None else new for new, old in zip(changed, leaves, strict=True)])
+
+
+@jax.jit
+def _changed_by_rewind(cache: Cache, lengths: Any) -> list[Any]:
+    # A compiled program copies what it returns, keys and values too if it had to return them.
+    leaves = zip(jax.tree.leaves(cache.rewind(lengths).retry(~cache.ok)), jax.tree.leaves(cache), strict=True)
+    return [None if new is old else new for new, old in leaves]
 
 
 _hear = nnx.jit(EncoderDecoder.encode_into, donate_argnums=1)

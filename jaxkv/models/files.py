@@ -18,6 +18,10 @@ from jaxkv import regular, safetensors, whole
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"  # of peft
+_OTHER_FORMS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+_FETCH = "fetch the checkpoint as safetensors, or save it so with transformers: model.save_pretrained(DIR)"
+_MERGE = "merge it into its model with peft: model.merge_and_unload().save_pretrained(DIR); and give DIR"
 MOST_JSON = 10_000_000  # bytes of a file of settings
 MOST_LISTED = 100_000_000  # of one that lists tokens or tensors
 
@@ -29,7 +33,7 @@ def config_path(directory: str | os.PathLike[str]) -> Path:
       FileNotFoundError: if there is none, saying what to do: for a model of the Hugging Face hub, for a file in it, for
         the hub's cache.
     """
-    given, folder = os.fspath(directory), Path(directory).expanduser()
+    given, folder = os.fspath(directory) or ".", Path(directory).expanduser()
     if os.path.lexists(folder / "config.json"):
         return folder / "config.json"
     if folder.is_dir():
@@ -38,11 +42,17 @@ def config_path(directory: str | os.PathLike[str]) -> Path:
             raise FileNotFoundError(
                 f"{given} is a folder of the hub's cache; the checkpoint lies in {snapshots[-1].parent}"
             )
-        raise FileNotFoundError(
-            f"{given} has no config.json; give a directory as Hugging Face publishes them: "
-            "hf download NAME --local-dir DIR"
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        cure = (
+            f"; give one of the directories in it that have one: {some(inside)}"
+            if inside
+            else _in_other_form(folder)
+            or "; give a directory as Hugging Face publishes them: hf download NAME --local-dir DIR"
         )
+        raise FileNotFoundError(f"{given} has no config.json{cure}")
     if folder.exists():
+        if folder.suffix in _OTHER_FORMS:
+            raise FileNotFoundError(f"{given} is a {folder.suffix} file, which can't be read; {_FETCH}")
         raise FileNotFoundError(f"{given} is a file; give the directory that holds it, with its config.json")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", given):
         name = given.split("/")[1]
@@ -53,6 +63,16 @@ def config_path(directory: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(
         f"{given} is not a directory; give one that holds a checkpoint: config.json, model.safetensors, tokenizer.json"
     )
+
+
+def _in_other_form(folder: Path) -> str:
+    """Returns what a folder without a checkpoint holds instead and what to do about it; nothing if nobody can tell."""
+    if (folder / ADAPTER).exists():
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        of = f" of {reprlib.repr(base)}" if isinstance(base, str) and base else ""
+        return f"; it holds an adapter{of}, not a model: {_MERGE}"
+    found = sorted(path.name for path in folder.glob("*") if path.suffix in _OTHER_FORMS)
+    return f"; {some(found)} can't be read: {_FETCH}" if found else ""
 
 
 def read_text(path: Path, *, most: int = MOST_JSON) -> str:
@@ -107,7 +127,7 @@ class Files(Mapping[str, np.ndarray]):
       directory: with model.safetensors, or model.safetensors.index.json and what it names.
 
     Attributes:
-      unread: the index that lies beside a model.safetensors, else None.
+      notes: what lies there and is not read, a line each.
 
     Raises:
       OSError: if there is neither, or a file that the index names is missing.
@@ -116,18 +136,25 @@ class Files(Mapping[str, np.ndarray]):
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
-        self.unread: Path | None = None
+        self.notes: list[str] = []
         self._file_of: dict[str, safetensors.File] = {}
         index = self.directory / INDEX
         if os.path.lexists(self.directory / SINGLE):
             names = [SINGLE]
-            self.unread = index if index.exists() else None
+            if index.exists():
+                self.notes.append(f"{INDEX} is not read: {SINGLE} lies beside it")
         elif os.path.lexists(index):
             names = _shards(index)
         else:
-            others = sorted(path.name for path in self.directory.glob("*") if path.suffix in (".bin", ".pt", ".gguf"))
-            found = f"; {_some(others)} can't be read, convert the checkpoint to safetensors" if others else ""
+            others = sorted(path.name for path in self.directory.glob("*.safetensors*"))
+            found = (
+                _in_other_form(self.directory)
+                or (f", only {some(others)}" if others else "")
+                + "; fetch the rest of the checkpoint: hf download NAME --local-dir DIR"
+            )
             raise FileNotFoundError(f"{self.directory} holds neither {SINGLE} nor {INDEX}{found}")
+        if (self.directory / ADAPTER).exists():
+            self.notes.append(f"{ADAPTER}: the adapter that lies here is not applied; {_MERGE}")
         for name in names:
             file = safetensors.File(self.directory / name)
             for tensor in file:
@@ -208,13 +235,14 @@ def _shards(index: Path) -> list[str]:
     missing = [name for name in names if not (index.parent / name).exists()]
     if missing:
         raise FileNotFoundError(
-            f"{index} names {len(names)} files, of which {_some(missing)} are not there; fetch the rest of the "
+            f"{index} names {len(names)} files, of which these are not there: {some(missing)}; fetch the rest of the "
             "checkpoint"
         )
     return names
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Returns the first of some names, and how many more there are, for errors."""
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 

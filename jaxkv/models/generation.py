@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxkv.generate.sampling import Chain
 from jaxkv.generate.sampling import sampler as make_sampler
 from jaxkv.logs import log
+from jaxkv.models.families.fields import FLAG, POSITIVE, Field, Fields, Kind, List, Number, OrNull, Pair, Text
 from jaxkv.models.files import read_json
 
 _DRAWING = ("temperature", "top_k", "top_p", "min_p")
@@ -27,6 +28,7 @@ _RULES = (
     "min_length",
     "min_new_tokens",
 )
+_OPTIONS = tuple(inspect.signature(make_sampler).parameters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +98,26 @@ class GenerationConfig:
           ValueError: for a number out of range.
           TypeError: for a name that is not one of its arguments.
         """
+        if unknown := [name for name in given if name not in _OPTIONS]:
+            raise TypeError(f"no option is called {', '.join(unknown)}; those for sampling are {', '.join(_OPTIONS)}")
         draws = any(given.get(name) is not None for name in _DRAWING)
         told = dataclasses.replace(self, greedy=self.greedy and not draws).sampling
         if given.keys() & {"bad_words_ids", "min_length", "min_new_tokens"}:
             told["stop_tokens"] = self.stop_tokens
         return make_sampler(**told | given)
+
+    def within(self, vocab_size: int) -> GenerationConfig:
+        """Returns it without the stop tokens and suppressed tokens that a vocabulary does not have: they never come."""
+
+        def known(tokens: tuple[int, ...] | None) -> tuple[int, ...]:
+            return tuple(token for token in tokens or () if token < vocab_size)
+
+        return dataclasses.replace(
+            self,
+            stop_tokens=known(self.stop_tokens),
+            suppress_tokens=known(self.suppress_tokens) or None,
+            begin_suppress_tokens=known(self.begin_suppress_tokens) or None,
+        )
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> GenerationConfig:
@@ -118,10 +135,10 @@ class GenerationConfig:
         """
         path = Path(directory) / "generation_config.json"
         given, config = (read_json(file, needed=False) for file in (path, path.with_name("config.json")))
-        told = {name: _read(path, given, name) for name in _FIELDS}
+        told = _told(path, given, _FIELDS)
         for source in (config, config.get("text_config") or {}):
             if told["eos_token_id"] is None and isinstance(source, Mapping):
-                told["eos_token_id"] = _read(path.with_name("config.json"), source, "eos_token_id")
+                told |= _told(path.with_name("config.json"), source, {"eos_token_id": _FIELDS["eos_token_id"]})
         forced: dict[int, tuple[int, ...]] = {}
         if told["forced_bos_token_id"]:
             forced[1] = told["forced_bos_token_id"]
@@ -160,107 +177,56 @@ def _start_tokens(told: Mapping[str, Any]) -> tuple[int | None, ...]:
     return tuple(tokens)
 
 
-def _read(path: Path, given: Mapping[str, Any], name: str) -> Any:
-    """Returns a field as GenerationConfig has it, None for what is not there or changes nothing."""
-    value = given.get(name)
-    if value is None:
-        return None
-    read, possible = _FIELDS[name]
-    try:
-        value = read(value)
-    except (TypeError, ValueError):
-        shown = json.dumps(value)
-        raise ValueError(f"{path}: {name} is {shown[:60]}, must be {possible}") from None
-    return None if value == _NEUTRAL.get(name, ()) else value
+def _told(path: Path, given: Mapping[str, Any], declared: Mapping[str, Field]) -> dict[str, Any]:
+    """Returns the fields as GenerationConfig has them, None for what is not there or changes nothing."""
+    told = dict(Fields(given, declared, where=str(path), what="settings for generation"))
+    for name, value in told.items():
+        if declared[name].kind is _TOKENS and value is not None:
+            # A negative one is the token that no tokenizer has: some files give it for "none".
+            told[name] = value = tuple(token for token in value if token >= 0)
+        elif name == "top_p" and value is not None:
+            told[name] = value = max(value, 1e-6)  # 0: the most likely token
+        elif name == "temperature" and value is not None and value < 1e-6:
+            told[name] = 0
+        if value == _NEUTRAL.get(name, ()):
+            told[name] = None
+    return told
 
 
-def _number(good: Callable[[float], bool], whole: bool = False) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not real or not good(value) or (whole and value != int(value)):
-            raise ValueError
-        return int(value) if whole else value
-
-    return read
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
-
-
-def _token(value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError
-    return value
-
-
-def _tokens(value: Any) -> tuple[int, ...]:
-    # A negative one is the token that no tokenizer has: some files give it for "none".
-    tokens = map(_token, value if isinstance(value, list) else [value])
-    return tuple(token for token in tokens if token >= 0)
-
-
-def _words(value: Any) -> tuple[tuple[int, ...], ...]:
-    return tuple(_word(word) for word in _list(value))
-
-
-def _word(value: Any) -> tuple[int, ...]:
-    tokens = tuple(map(_token, _list(value)))
-    if not tokens or min(tokens) < 0:
-        raise ValueError
-    return tokens
-
-
-def _biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
-    return tuple((_word(word), float(_number(lambda x: True)(bias))) for word, bias in map(_list, _list(value)))
-
-
-def _places(value: Any) -> tuple[tuple[int, int | None], ...]:
-    return tuple((_token(at), None if token is None else _token(token)) for at, token in map(_list, _list(value)))
-
-
-def _strings(value: Any) -> tuple[str, ...]:
-    strings = [value] if isinstance(value, str) else _list(value)
-    if not all(isinstance(text, str) and text for text in strings):
-        raise ValueError
-    return tuple(strings)
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError
-    return value
-
-
-_ONE_OR_SEVERAL = (_tokens, "a token number or a list of them")
-_COUNT = (_number(lambda n: n >= 0, whole=True), "a whole number, 0 or more")
-# What is obeyed: how it is read, and what it may be.
-_FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "eos_token_id": _ONE_OR_SEVERAL,
-    "stop_strings": (_strings, "a string or a list of them"),
-    "max_new_tokens": (_number(lambda n: n >= 1, whole=True), "a whole number, 1 or more"),
-    "max_length": (_number(lambda n: n >= 1, whole=True), "a whole number, 1 or more"),
+_MOST = 2**31 - 1  # tokens and counts of them are int32
+_LISTED = 2**20  # at most so many values in a list
+_COUNT = Number(0, _MOST, whole=True)
+_TOKEN = Number(0, _MOST, whole=True, what="a token number")
+_TOKENS = List(Number(-_MOST, _MOST, whole=True, what="a token number"), _LISTED, one=True)
+_WORD = List(_TOKEN, _LISTED, least=1)
+_LENGTH = Number(1, _MOST, whole=True)
+_SHARE = Number(0, 1)
+# What is obeyed.
+_KINDS: dict[str, Kind] = {
+    "eos_token_id": _TOKENS,
+    "stop_strings": List(Text(), _LISTED, one=True),
+    "max_new_tokens": _LENGTH,
+    "max_length": _LENGTH,
     "min_new_tokens": _COUNT,
     "min_length": _COUNT,
-    "do_sample": (_flag, "true or false"),
-    "temperature": (_number(lambda t: t == 0 or t >= 1e-6), "a number: 0, or 1e-6 and above"),
+    "do_sample": FLAG,
+    "temperature": Number(0, 1e30),
     "top_k": _COUNT,
-    "top_p": (lambda value: max(_number(lambda p: 0 <= p <= 1)(value), 1e-6), "a number from 0 to 1"),  # 0: the best
-    "min_p": (_number(lambda p: 0 <= p <= 1), "a number from 0 to 1"),
-    "repetition_penalty": (_number(lambda r: r > 0), "a number above 0"),
+    "top_p": _SHARE,
+    "min_p": _SHARE,
+    "repetition_penalty": POSITIVE,
     "no_repeat_ngram_size": _COUNT,
-    "sequence_bias": (_biases, "a list of [[token numbers], number]"),
-    "bad_words_ids": (_words, "a list of lists of token numbers"),
-    "suppress_tokens": _ONE_OR_SEVERAL,
-    "begin_suppress_tokens": _ONE_OR_SEVERAL,
-    "forced_bos_token_id": _ONE_OR_SEVERAL,
-    "forced_eos_token_id": _ONE_OR_SEVERAL,
-    "forced_decoder_ids": (_places, "a list of [position, token number]"),
-    "decoder_start_token_id": _ONE_OR_SEVERAL,
-    "no_timestamps_token_id": _ONE_OR_SEVERAL,
+    "sequence_bias": List(Pair((_WORD, Number(-1e30, 1e30))), _LISTED),
+    "bad_words_ids": List(_WORD, _LISTED),
+    "suppress_tokens": _TOKENS,
+    "begin_suppress_tokens": _TOKENS,
+    "forced_bos_token_id": _TOKENS,
+    "forced_eos_token_id": _TOKENS,
+    "forced_decoder_ids": List(Pair((_TOKEN, OrNull(_TOKEN))), _LISTED),
+    "decoder_start_token_id": _TOKENS,
+    "no_timestamps_token_id": _TOKENS,
 }
+_FIELDS = {name: Field(kind, None) for name, kind in _KINDS.items()}
 _SAME = _FIELDS.keys() - {"eos_token_id", "stop_strings"}  # those of one name in the file and in GenerationConfig
 # Values that change nothing, of what is obeyed and of what is not.
 _NEUTRAL: dict[str, Any] = {

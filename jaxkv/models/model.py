@@ -125,7 +125,8 @@ class Model:
           stop_tokens: in place of the checkpoint's, see `jaxkv.generate`.
           stop_strings: in place of the checkpoint's. A row ends where one of these stands in what was generated, with
             the reason "stop". The text is cut there. (The host looks at the text after each step.)
-          seed: another one gives another text where tokens are drawn. 0 by default: the same text each time.
+          seed: a whole number from 0 to 2**32 - 1. Another one gives another text where tokens are drawn. 0 by default:
+            the same text each time.
           key: a PRNG key in place of the seed.
           chat: variables for the chat template, such as {"enable_thinking": False}.
           features, feature_lengths: what an encoder-decoder hears, as for `EncoderDecoder.encode_into`, one per row.
@@ -137,6 +138,8 @@ class Model:
 
         Raises:
           ValueError: for arguments that don't fit, before anything is touched.
+          TypeError: for the name of an option that there is not.
+          CacheError: if the cache was donated before.
           ImportError, OSError: if the checkpoint's tokenizer is needed and can't be read.
 
         >>> from jaxkv.models import tiny
@@ -177,7 +180,8 @@ class Model:
             sampler=sampler,
             stop_tokens=stop_tokens,
             stop_strings=stop_strings,
-            key=jax.random.key(seed) if key is None else key,
+            seed=seed,
+            key=key,
             chat=chat,
             features=features,
             feature_lengths=feature_lengths,

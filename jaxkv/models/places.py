@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxkv.models import mxfp4
 from jaxkv.models.families.table import POSITIONS, Family, Ignored, Tensor
-from jaxkv.models.files import SINGLE, Files, is_floating
+from jaxkv.models.files import Files, is_floating
 
 _TABLE, _HEAD = ("embed.embedding",), ("head.kernel",)
 _MOST_LINES = 100  # of an error
@@ -151,7 +151,7 @@ class Contents:
         if problems:
             left = len(problems) - _MOST_LINES
             lines = problems[:_MOST_LINES] + ([f"and {left:,} more"] if left > 0 else [])
-            beside = f" (only {SINGLE} is read, not the index beside it)" if files.unread else ""
+            beside = "".join(f" ({note})" for note in files.notes)
             raise ValueError(f"{files.directory} does not fit its config.json{beside}:\n  " + "\n  ".join(lines))
         if lost := set(params) - set(found):
             raise ValueError(f"the family's table has no tensor for {', '.join(sorted(lost))}")

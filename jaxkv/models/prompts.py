@@ -24,9 +24,9 @@ def is_one(prompts: Any) -> bool:
         return True
     if isinstance(prompts, np.ndarray | jax.Array):
         return prompts.ndim == 1
-    if isinstance(prompts, Mapping) or not isinstance(prompts, Sequence) or not prompts:
+    if isinstance(prompts, Mapping | bytes | bytearray) or not isinstance(prompts, Sequence) or not prompts:
         raise ValueError(f"prompts is {_shown(prompts)}; {_POSSIBLE}")
-    return _is_tokens(prompts) or _is_messages(prompts)
+    return _is_tokens(prompts) or is_messages(prompts)
 
 
 def tokens_of(prompt: Any, tokenizer: Any, chat: Mapping[str, Any]) -> Any:
@@ -44,7 +44,7 @@ def tokens_of(prompt: Any, tokenizer: Any, chat: Mapping[str, Any]) -> Any:
         if not tokens:
             raise ValueError("a prompt is empty: it has no tokens; give some text to continue")
         return tokens
-    if _is_messages(prompt):
+    if is_messages(prompt):
         return tokenizer().chat(prompt, **chat)
     raise ValueError(f"a prompt is {_shown(prompt)}; {_POSSIBLE}")
 
@@ -53,7 +53,8 @@ def _is_tokens(prompt: Any) -> bool:
     return isinstance(prompt, Sequence) and bool(prompt) and all(isinstance(x, int | np.integer) for x in prompt)
 
 
-def _is_messages(prompt: Any) -> bool:
+def is_messages(prompt: Any) -> bool:
+    """Returns whether a prompt is a conversation."""
     return isinstance(prompt, Sequence) and bool(prompt) and all(isinstance(x, Mapping) for x in prompt)
 
 

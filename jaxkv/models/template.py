@@ -106,15 +106,14 @@ class _Process:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running: Any = None  # subprocess.Popen[bytes] | None
-        self._owner = 0  # a fork of this process has the pipes too, and must not use them
 
     def ask(self, asked: bytes, seconds: float, most_bytes: int) -> dict[str, Any]:
         request = b'{"seconds": %f, "most_bytes": %d, "render": %b}\n' % (seconds, most_bytes, asked)
         with self._lock:
-            if self._running is None or self._owner != os.getpid() or self._running.poll() is not None:
+            if self._running is None or self._running.poll() is not None:
                 self.end()
                 try:
-                    self._running, self._owner = _start(), os.getpid()
+                    self._running = _start()
                     # Its path is told, so that it needs no `site`.
                     ready = self._exchange(json.dumps([path for path in sys.path if path]).encode() + b"\n", _START)
                 except OSError as error:
@@ -137,9 +136,10 @@ class _Process:
         timer.start()
         answer = b""
         try:
-            running.stdin.write(line)
-            running.stdin.flush()
-            answer = running.stdout.readline()
+            while line:
+                line = line[running.stdin.write(line) :]
+            while not answer.endswith(b"\n") and (more := running.stdout.read(1 << 20)):
+                answer += more
         except OSError:
             pass  # it has ended, by the timer or by itself
         finally:
@@ -152,7 +152,7 @@ class _Process:
 
     def end(self) -> None:
         running, self._running = self._running, None
-        if running is not None and self._owner == os.getpid():
+        if running is not None:
             running.kill()
             running.communicate()
 
@@ -165,10 +165,25 @@ def _start() -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        bufsize=0,  # what a buffer holds, and its lock, a fork would have too
         start_new_session=True,  # Ctrl-C is not for it
         creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
     )
 
 
 _process = _Process()
-atexit.register(_process.end)
+atexit.register(lambda: _process.end())
+
+
+def _forget() -> None:
+    """In a fork: leaves the process to the one who started it, and the lock, which another thread may hold for ever."""
+    global _process
+    running, _process = _process._running, _Process()
+    if running is not None:
+        running.returncode = 0  # it is not ours to wait for
+        running.stdin.close()
+        running.stdout.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,4 +1,4 @@
-"""The fields of a config.json: each is declared once, with what it may be, and all are checked before one is used."""
+"""The fields of config.json and its like: each declared once, with what it may be, all checked before any is used."""
 
 from __future__ import annotations
 
@@ -105,15 +105,30 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
+class Text:
+    """A string, not an empty one."""
+
+    def read(self, name: str, value: Any, problems: Problems) -> Any:
+        if not isinstance(value, str) or not value:
+            problems.wrong(name, value, "it must be a string, not an empty one")
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
 class List:
-    """A list of at most `most` values of one kind, read as a tuple."""
+    """A list of at least `least` and at most `most` values of one kind, read as a tuple."""
 
     kind: Kind
     most: int
+    least: int = 0
+    one: bool = False  # whether a value alone stands for a list of one
 
     def read(self, name: str, value: Any, problems: Problems) -> Any:
-        if not isinstance(value, list | tuple) or len(value) > self.most:
-            problems.wrong(name, value, f"it must be a list of at most {self.most} values")
+        if self.one and not isinstance(value, list | tuple):
+            return (self.kind.read(name, value, problems),)
+        if not isinstance(value, list | tuple) or not self.least <= len(value) <= self.most:
+            size = f"{self.least} to {self.most}" if self.least else f"at most {self.most}"
+            problems.wrong(name, value, f"it must be a list of {size} values")
             return ()
         read, before = [], len(problems)
         for i, item in enumerate(value):
@@ -121,6 +136,30 @@ class List:
             if len(problems) > before:
                 break  # the others are likely to be wrong in the same way
         return tuple(read)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A list of two values, each of a kind of its own, read as a tuple."""
+
+    kinds: tuple[Kind, Kind]
+
+    def read(self, name: str, value: Any, problems: Problems) -> Any:
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            problems.wrong(name, value, "it must be a list of two values")
+            return (None, None)
+        pairs = enumerate(zip(self.kinds, value, strict=True))
+        return tuple(kind.read(f"{name}[{i}]", item, problems) for i, (kind, item) in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class OrNull:
+    """A value of a kind, or null: in a list, where it has a place of its own."""
+
+    kind: Kind
+
+    def read(self, name: str, value: Any, problems: Problems) -> Any:
+        return None if value is None else self.kind.read(name, value, problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +247,7 @@ class Fields(Mapping[str, Any]):
       declared: what its fields may be.
       context: how many tokens sequences may reach; None: as many as the model was made for.
       where: the file, for errors.
+      what: what it is, for errors; empty: a model of the type that it names.
 
     Raises:
       ValueError: naming every field that is missing or has a value that it can't have.
@@ -225,9 +265,10 @@ class Fields(Mapping[str, Any]):
         declared: Mapping[str, Field],
         context: int | None = None,
         where: str = "config.json",
+        what: str = "",
     ) -> None:
         self.context, self.where = context, where
-        self._source, self._model = source, f"a {source.get('model_type')} model"
+        self._source, self._model = source, what or f"a {source.get('model_type')} model"
         problems = Problems(where, self._model)
         self._values = {name: field.read(name, source, problems) for name, field in declared.items()}
         if problems:
