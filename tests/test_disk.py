@@ -146,9 +146,9 @@ def test_a_directory_that_holds_something_else_is_refused_and_not_filled(tmp_pat
     ):
         Disk(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(ValueError, match=r"thesis\.tex is no directory"):
+    with pytest.raises(ValueError, match=r"thesis\.tex is not a directory"):
         Disk(tmp_path / "thesis.tex")
-    with pytest.raises(ValueError, match="is no directory"):
+    with pytest.raises(ValueError, match="is not a directory"):
         Disk(tmp_path / "thesis.tex" / "features")
 
 

@@ -653,7 +653,7 @@ def test_places_that_are_none_are_refused(tmp_path):
         (dict(to="numpy", budget=5), "needs a directory to spill to"),
         (dict(spill=tmp_path), "used with a budget only"),
         (dict(budget=5, spill=None), "goes to 'numpy' or a directory"),
-        (dict(budget="much"), "is no size"),
+        (dict(budget="much"), "is not a size"),
     ]:
         with pytest.raises(ValueError, match=text):
             Offload(**arguments)

@@ -16,7 +16,7 @@ from jaxkv.cli.conversation import Conversation, Writing
 from jaxkv.cli.options import COMMANDS, MIN_CAPACITY, Failure, UsageError, describe_commands
 from jaxkv.cli.run import Run, check_capacity, choose_sampling, describe_size
 from jaxkv.cli.source import find, told
-from jaxkv.cli.terminal import ask, clean, complain, note, write
+from jaxkv.cli.terminal import ask, clean, complain, note, said_of, write
 
 _SLACK = 512  # as long as the blocks of a cache, so that it costs nothing
 
@@ -89,7 +89,7 @@ def _talk(chat: Conversation) -> None:
             elif line.strip():
                 chat.turn(clean(line))
         except (Failure, OSError) as error:
-            complain(" ".join(str(error).split()))
+            complain(" ".join(said_of(error).split()))
 
 
 def _obey(chat: Conversation, line: str, files: set[Path]) -> None:
@@ -105,7 +105,7 @@ def _obey(chat: Conversation, line: str, files: set[Path]) -> None:
     if usage is None:
         raise Failure(f"{name} is not a command; /help shows those that are")
     if (" " in usage) != bool(rest):
-        raise Failure(f"{name} needs the name of a file: {usage}" if " " in usage else f"{name} stands alone")
+        raise Failure(f"{name} needs the name of a file: {usage}" if " " in usage else f"{name} takes nothing after it")
     path = Path(clean(rest)).expanduser()
     if name == "/help":
         note(f"at your turn:\n{describe_commands()}")

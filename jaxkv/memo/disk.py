@@ -322,7 +322,7 @@ class Disk:
             if not check_format(self.directory):
                 write_format(self.directory)
         except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(f"{self.directory} is no directory; give one, or a name that is free") from error
+            raise ValueError(f"{self.directory} is not a directory; give one, or a name that is free") from error
         except OSError as error:
             self._troubles.failed("writing", error)
             return False

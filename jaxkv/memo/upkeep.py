@@ -142,7 +142,7 @@ def verify(directory: str, progress: Progress = no_progress) -> Verified:
         for row, record in read_records(part, range(len(part.contents.keys))):
             offset, stored = int(part.contents.offsets[row]), int(part.contents.stored[row])
             if offset > at and not part.live:
-                damages.append(Damage(part.path, at, None, f"{offset - at} bytes are no record"))
+                damages.append(Damage(part.path, at, None, f"{offset - at} bytes are not a record"))
             at = offset + HEADER_BYTES + stored
             if record is None:
                 damages.append(Damage(part.path, offset, part.contents.keys[row], "damaged record"))
@@ -150,7 +150,7 @@ def verify(directory: str, progress: Progress = no_progress) -> Verified:
                 whole += 1
             progress(done + at, total)
         if at < part.size and not part.live:
-            damages.append(Damage(part.path, at, None, f"{part.size - at} bytes are no record"))
+            damages.append(Damage(part.path, at, None, f"{part.size - at} bytes are not a record"))
         if part.contents.lost:
             damages.append(Damage(part.path, part.size, None, f"cut off: {part.contents.lost} records are missing"))
         done += part.size
@@ -185,7 +185,7 @@ def check_store(directory: str) -> None:
         holds = f"holds other files, such as {names[0]!r}" if names else "is empty"
         within = [path for name in names if os.path.exists(os.path.join(path := os.path.join(directory, name), FORMAT))]
         cure += f": is it {within[0]}?" if within else ""
-        raise ValueError(f"{directory} is no store of a memo, it {holds}; {cure}")
+        raise ValueError(f"{directory} is not a store of a memo, it {holds}; {cure}")
     check_format(directory)
 
 
