@@ -278,7 +278,8 @@ def test_a_saved_conversation_is_gone_on_with(checkpoint, capsys, type_in, tmp_p
     out, err = capsys.readouterr()
     answers = out.splitlines()
     assert answers[1] == answers[2] and re.findall(r"reused (\d+)", err)[1:] == ["19", "20"]
-    assert "/save needs the name of a file: /save FILE" in err and err.endswith(f"error: {tmp_path / 'no' / 'where'}: no such file or directory\n")
+    assert "/save needs the name of a file: /save FILE" in err
+    assert err.endswith(f"error: {tmp_path / 'no' / 'where'}: no such file or directory\n")
     said = [("system", "t9"), ("user", "t1 t2"), ("assistant", answers[0]), ("user", "t3"), ("assistant", answers[1])]
     assert [(message["role"], message["content"]) for message in json.loads(path.read_text())] == said
     type_in(f"t4\n/save {path}\n/load {path}\n/undo\nt3\n")
@@ -680,7 +681,7 @@ def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
         (["generate", "hi", "there"], 'the prompt is more than one word: put it in quotes, "hi there"'),
         (["generate", "hi", "-n", "3", "there"], 'put it in quotes, "hi there"'),
         (["generate", "hi", "--top-q", "3"], "--top-q 3 is not known; see jaxkv generate --help"),
-        (["chat", "hello"], "chat takes no text here: start it and then write; a checkpoint goes after --model: --model hello"),
+        (["chat", "hello"], "start it and then write; a checkpoint goes after --model: --model hello"),
         (["generate", "tests", "hi"], "a checkpoint goes after --model: --model tests"),
         (["info", "tests", "hi"], "hi is not known; see jaxkv info --help"),
         (["generate", "hi", "--prompts", "-"], "--prompts takes the prompts from a file; leave out PROMPT"),

@@ -280,7 +280,7 @@ def test_prune_that_is_killed_at_any_step_loses_nothing(directory):
         (["ls", ""], "the path of the store is empty; give the directory that was named as disk="),
         (["ls", "nowhere"], "nowhere does not exist; give the directory that was named as disk="),
         (["stat", "features/FORMAT"], "features/FORMAT is a file, no directory; give the directory that was named as"),
-        (["verify", "empty"], "empty is not a store of a memo, it is empty; give the directory that was named as disk="),
+        (["verify", "empty"], "empty is not a store of a memo, it is empty; give the directory that was named as"),
         (["ls", "."], ". is not a store of a memo, it holds other files, such as 'empty'; give the directory that was"),
         (["prune", ".", "--to", "5"], "named as disk=: is it ./features?"),
         (["prune", "features"], "say what to remove: --to SIZE, --namespace NAME, --damaged or --replaced"),

@@ -119,8 +119,8 @@ class DecoderConfig:
                 raise ValueError(f"DecoderConfig({name}={size}): {name} is at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: every key head serves "
-                "as many query heads"
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: every key head "
+                "serves as many query heads"
             )
         if self.max_positions is not None and self.max_positions < 1:
             raise ValueError(f"max_positions={self.max_positions}: a table has at least 1; None for no table")
