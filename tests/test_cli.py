@@ -332,6 +332,19 @@ def test_interrupt_stops_the_models_turn_and_keeps_the_text(small_model, capsys,
     assert turns[1][0] == "7"
 
 
+def test_interrupt_before_the_first_token_ends_the_turn_and_not_the_chat(small_model, capsys, type_in, monkeypatch):
+    make_room = Writing._make_room
+
+    def interrupted(self, *sizes: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+        make_room(self, *sizes)
+
+    monkeypatch.setattr(Writing, "_make_room", interrupted)
+    type_in("hello\n/undo\nmore\n")
+    assert main(["chat", "-n", "8"]) == 0
+    assert re.findall(r"wrote (\d+)", capsys.readouterr().err) == ["1", "1"]
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 FAMILIES = ROOT / "tests" / "golden" / "families"
@@ -751,7 +764,8 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from jaxkv.cli import chat, terminal
 try:
-    chat._talk(types.SimpleNamespace(turn=lambda line: terminal.write(f"heard {line}" + chr(10))))
+    heard = types.SimpleNamespace(turn=lambda line: terminal.write(f"heard {line}" + chr(10)))
+    chat.talk(heard, chat.Interrupts())
 except KeyboardInterrupt:
     terminal.note("left")
 """
@@ -772,11 +786,11 @@ def test_at_a_terminal_interrupts_wipe_then_ask_then_end_and_own_text_has_a_colo
             ("half", "\x03"),
             ("> ", "\x03"),
             ("Ctrl-C once more ends the chat", "more\n"),
-            ("heard more", "\x03"),
+            ("heard more.*> ", "\x03"),
             ("once more", "\x03"),
             ("left", ""),
         ]:
-            while awaited not in seen[at:]:
+            while not re.search(awaited, seen[at:], re.DOTALL):
                 seen += os.read(ours, 4096).decode()
             at = len(seen)
             os.write(ours, typed.encode())

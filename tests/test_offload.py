@@ -643,9 +643,7 @@ def test_wrong_arguments_are_refused(store):
 
 def test_places_that_are_none_are_refused(tmp_path):
     for to in ("pined_host", 3, "", jnp.ones(1)):
-        with pytest.raises(
-            ValueError, match=r"no place: there are 'numpy', the memories .*'pinned_host'.*\./activations"
-        ):
+        with pytest.raises(ValueError, match=r"not a place: use 'numpy', a memory .*'pinned_host'.*\./activations"):
             Offload(to)
     for arguments, text in [
         (dict(to=tmp_path, budget=5), "leave it out"),
