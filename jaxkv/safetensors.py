@@ -80,8 +80,8 @@ class File(Mapping[str, np.ndarray]):
             length = int.from_bytes(file.read(8), "little")
             if length > min(size - 8, MOST_HEADER):
                 raise ValueError(
-                    f"{self.path} ({size:,} bytes) is no safetensors file, or cut short: by its first eight bytes its "
-                    f"header has {length:,} bytes (at most {MOST_HEADER:,}); fetch it again"
+                    f"{self.path} ({size:,} bytes) is not a safetensors file, or cut short: by its first eight bytes "
+                    f"its header has {length:,} bytes (at most {MOST_HEADER:,}); fetch it again"
                 )
             text = file.read(length)
             self._start = start = 8 + length
@@ -90,7 +90,7 @@ class File(Mapping[str, np.ndarray]):
             self.metadata, self._entries = _parsed(text, len(self._bytes))
         except (ValueError, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"{self.path} is no safetensors file, or damaged or cut short, then fetch it again: {error}"
+                f"{self.path} is not a safetensors file, or damaged or cut short, then fetch it again: {error}"
             ) from error
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -442,7 +442,7 @@ def bad(match, **changes):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        bad("3 query heads are no multiple of 2 kv heads; 2 would be", q=jnp.zeros((1, 1, 3, 8))),
+        bad("3 query heads are not a multiple of 2 kv heads; 2 would be", q=jnp.zeros((1, 1, 3, 8))),
         bad("q has head_dim 4, the keys have 8", q=jnp.zeros((1, 1, 2, 4))),
         bad(r"q has \[B, T\] = \(2, 1\), the call's positions have \(1, 1\)", q=jnp.zeros((2, 1, 2, 8))),
         bad(r"q has shape \(1, 2, 8\); attend wants \[B, T, N, H\]", q=jnp.zeros((1, 2, 8))),

@@ -267,7 +267,7 @@ def test_undo_forgets_the_last_exchange_in_text_and_cache(small_model, capsys, t
     held = re.findall(r"reused (\d+) tokens?", err)
     assert held[1] == held[2] and held[3] == "0" != held[1]
     assert re.findall(r"forgotten: (\w+)", err) == ["what", "what", "hello"]
-    assert "error: there is nothing to undo" in err and "error: /undo stands alone" in err
+    assert "error: there is nothing to undo" in err and "error: /undo takes nothing after it" in err
 
 
 def test_a_saved_conversation_is_gone_on_with(checkpoint, capsys, type_in, tmp_path):
@@ -278,7 +278,8 @@ def test_a_saved_conversation_is_gone_on_with(checkpoint, capsys, type_in, tmp_p
     out, err = capsys.readouterr()
     answers = out.splitlines()
     assert answers[1] == answers[2] and re.findall(r"reused (\d+)", err)[1:] == ["19", "20"]
-    assert "/save needs the name of a file: /save FILE" in err and "where" in err.splitlines()[-1]
+    assert "/save needs the name of a file: /save FILE" in err
+    assert err.endswith(f"error: {tmp_path / 'no' / 'where'}: no such file or directory\n")
     said = [("system", "t9"), ("user", "t1 t2"), ("assistant", answers[0]), ("user", "t3"), ("assistant", answers[1])]
     assert [(message["role"], message["content"]) for message in json.loads(path.read_text())] == said
     type_in(f"t4\n/save {path}\n/load {path}\n/undo\nt3\n")
@@ -329,6 +330,19 @@ def test_interrupt_stops_the_models_turn_and_keeps_the_text(small_model, capsys,
     turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s", capsys.readouterr().err)
     assert turns[0] == ("0", "5", "3")
     assert turns[1][0] == "7"
+
+
+def test_interrupt_before_the_first_token_ends_the_turn_and_not_the_chat(small_model, capsys, type_in, monkeypatch):
+    make_room = Writing._make_room
+
+    def interrupted(self, *sizes: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+        make_room(self, *sizes)
+
+    monkeypatch.setattr(Writing, "_make_room", interrupted)
+    type_in("hello\n/undo\nmore\n")
+    assert main(["chat", "-n", "8"]) == 0
+    assert re.findall(r"wrote (\d+)", capsys.readouterr().err) == ["1", "1"]
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -668,7 +682,7 @@ def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
         (["generate", "x", "--model", "openai/gpt-2"], "hf download openai/gpt-2 --local-dir gpt-2; then give gpt-2"),
         (["info", "nowhere"], "nowhere is not a directory; give one that holds a checkpoint"),
         (["info", "pyproject.toml"], "pyproject.toml is a file; give the directory that holds it"),
-        (["info", "--memory", "8 bits"], "'8 bits' is no size; give one such as 8GB"),
+        (["info", "--memory", "8 bits"], "'8 bits' is not a size; give one such as 8GB"),
         (["info", "--rows", "0"], "argument --rows: '0' is not a count; give 1 or more"),
         (["info", "--capacity", "9999"], "argument --capacity: 9,999 is beyond the 512 tokens"),
         (
@@ -680,7 +694,9 @@ def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
         (["generate", "hi", "there"], 'the prompt is more than one word: put it in quotes, "hi there"'),
         (["generate", "hi", "-n", "3", "there"], 'put it in quotes, "hi there"'),
         (["generate", "hi", "--top-q", "3"], "--top-q 3 is not known; see jaxkv generate --help"),
-        (["chat", "hello"], "hello is not known; see jaxkv chat --help"),
+        (["chat", "hello"], "start it and then write; a checkpoint goes after --model: --model hello"),
+        (["generate", "tests", "hi"], "a checkpoint goes after --model: --model tests"),
+        (["info", "tests", "hi"], "hi is not known; see jaxkv info --help"),
         (["generate", "hi", "--prompts", "-"], "--prompts takes the prompts from a file; leave out PROMPT"),
         (["write"], "invalid choice: 'write'"),
         ([], "the following arguments are required: COMMAND; see jaxkv --help"),
@@ -703,7 +719,13 @@ def test_failures_are_one_line_and_status_1(monkeypatch, capsys):
 
     monkeypatch.setattr(tiny, "load", broken)
     assert main(["generate", "x"]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("jaxkv: error: ")
+    assert capsys.readouterr().err == "jaxkv: error: model.safetensors: no such file or directory\n"
+
+
+def test_a_file_of_prompts_that_cant_be_read_is_named(small_model, capsys):
+    for name, message in (("nowhere.txt", "no such file or directory"), ("tests", "is a directory")):
+        assert main(["generate", "--prompts", name]) == 1
+        assert capsys.readouterr().err == f"jaxkv: error: {name}: {message}\n"
 
 
 def test_too_little_memory_is_said_and_other_failures_of_jax_are_not_hidden(small_model, capsys, monkeypatch):
@@ -742,7 +764,8 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from jaxkv.cli import chat, terminal
 try:
-    chat._talk(types.SimpleNamespace(turn=lambda line: terminal.write(f"heard {line}" + chr(10))))
+    heard = types.SimpleNamespace(turn=lambda line: terminal.write(f"heard {line}" + chr(10)))
+    chat.talk(heard, chat.Interrupts())
 except KeyboardInterrupt:
     terminal.note("left")
 """
@@ -763,11 +786,11 @@ def test_at_a_terminal_interrupts_wipe_then_ask_then_end_and_own_text_has_a_colo
             ("half", "\x03"),
             ("> ", "\x03"),
             ("Ctrl-C once more ends the chat", "more\n"),
-            ("heard more", "\x03"),
+            ("heard more.*> ", "\x03"),
             ("once more", "\x03"),
             ("left", ""),
         ]:
-            while awaited not in seen[at:]:
+            while not re.search(awaited, seen[at:], re.DOTALL):
                 seen += os.read(ours, 4096).decode()
             at = len(seen)
             os.write(ours, typed.encode())

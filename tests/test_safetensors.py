@@ -81,7 +81,7 @@ def test_a_header_that_no_file_has_is_not_read(path, size, length):
     path.write_bytes(length.to_bytes(8, "little"))
     with path.open("r+b") as file:
         file.truncate(size)  # takes no room on the disk
-    with pytest.raises(ValueError, match=rf"is no safetensors file, or cut short: .* its header has {length:,} bytes"):
+    with pytest.raises(ValueError, match=rf"is not a safetensors file, or cut short: .* header has {length:,} bytes"):
         safetensors.File(path)
 
 
@@ -149,7 +149,7 @@ def of(shape, begin, end, dtype="F32"):
     ids=lambda header: str(header)[:60],
 )
 def test_a_header_that_is_damaged_is_refused(path, header):
-    with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file, or damaged or cut short, "):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a safetensors file, or damaged or cut short, "):
         safetensors.File(with_header(path, header))
 
 

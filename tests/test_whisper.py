@@ -254,7 +254,7 @@ def test_wrong_calls_are_refused_with_the_cure(call, message):
     ("sizes", "message"),
     [
         ({"width": 7}, "width=7: sinusoid positions come in pairs"),
-        ({"encoder_heads": 3}, "width=8 is no multiple of num_heads=3"),
+        ({"encoder_heads": 3}, "width=8 is not a multiple of num_heads=3"),
         ({"num_mel_bins": 0}, "num_mel_bins=0"),
         ({"activation": "swish"}, "activation='swish'"),
     ],

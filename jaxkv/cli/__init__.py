@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxkv.cli.options import Failure, UsageError, parser
-from jaxkv.cli.terminal import complain
+from jaxkv.cli.terminal import complain, said_of
 from jaxkv.errors import CacheError
 
 _MOST_LINES = 8
@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, 1)
 
 
-def _complain(what: object, status: int) -> int:
+def _complain(what: Exception | str, status: int) -> int:
     """Says what is wrong on one line, or what is wrong with many things on a few."""
-    lines = [" ".join(line.split()) for line in str(what).splitlines()]
+    lines = [" ".join(line.split()) for line in (what if isinstance(what, str) else said_of(what)).splitlines()]
     complain(lines[0] if lines else "unknown")
     for line in lines[1 : _MOST_LINES + 1]:
         print(f"  {line}", file=sys.stderr)

@@ -16,7 +16,7 @@ from jaxkv.cli.conversation import Conversation, Writing
 from jaxkv.cli.options import COMMANDS, MIN_CAPACITY, Failure, UsageError, describe_commands
 from jaxkv.cli.run import Run, check_capacity, choose_sampling, describe_size
 from jaxkv.cli.source import find, told
-from jaxkv.cli.terminal import ask, clean, complain, note, write
+from jaxkv.cli.terminal import ask, clean, complain, note, said_of, write
 
 _SLACK = 512  # as long as the blocks of a cache, so that it costs nothing
 
@@ -39,9 +39,10 @@ def run(args: argparse.Namespace) -> int:
             f"{capacity:,}; give {capacity // 2:,} or less" + _larger(4 * longest, source.context)
         )
     model = source.load(args.dtype, capacity, quiet=args.quiet)
+    interrupts = Interrupts()
 
     def decode(decoding: Run, history: list[int], cache: Cache) -> None:
-        with told(), _stopped_by_interrupt(decoding):
+        with told():
             steps = decoding.tokens(
                 model,
                 [history],
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
             )
             for (text,) in steps:
                 write(text)
+                decoding.stop = interrupts.held
         write(decoding.texts[0].end() + "\n")
 
     with told():
@@ -64,11 +66,12 @@ def run(args: argparse.Namespace) -> int:
     say(f"sampling: {chosen.text}")
     say(describe_size(model.specs, 1, capacity))
     say(f"write a line, and the model {'answers' if taught else 'goes on'}; /help shows more, /quit ends")
-    _talk(chat)
+    talk(chat, interrupts)
     return 0
 
 
-def _talk(chat: Conversation) -> None:
+def talk(chat: Conversation, interrupts: Interrupts) -> None:
+    """Obeys line after line, until the input ends."""
     files: set[Path] = set()  # that this conversation may overwrite
     interrupted = False
     while True:
@@ -84,12 +87,13 @@ def _talk(chat: Conversation) -> None:
         if line is None or line.strip() == "/quit":
             return
         try:
-            if line.startswith("/"):
-                _obey(chat, line, files)
-            elif line.strip():
-                chat.turn(clean(line))
+            with interrupts.holding():
+                if line.startswith("/"):
+                    _obey(chat, line, files)
+                elif line.strip():
+                    chat.turn(clean(line))
         except (Failure, OSError) as error:
-            complain(" ".join(str(error).split()))
+            complain(" ".join(said_of(error).split()))
 
 
 def _obey(chat: Conversation, line: str, files: set[Path]) -> None:
@@ -105,7 +109,7 @@ def _obey(chat: Conversation, line: str, files: set[Path]) -> None:
     if usage is None:
         raise Failure(f"{name} is not a command; /help shows those that are")
     if (" " in usage) != bool(rest):
-        raise Failure(f"{name} needs the name of a file: {usage}" if " " in usage else f"{name} stands alone")
+        raise Failure(f"{name} needs the name of a file: {usage}" if " " in usage else f"{name} takes nothing after it")
     path = Path(clean(rest)).expanduser()
     if name == "/help":
         note(f"at your turn:\n{describe_commands()}")
@@ -135,17 +139,22 @@ def _larger(capacity: int, context: int | None) -> str:
     return "" if context is not None and capacity > context else f", or --capacity {capacity}"
 
 
-@contextlib.contextmanager
-def _stopped_by_interrupt(decoding: Run) -> Iterator[None]:
-    """Lets Ctrl-C stop a run after its next token, so that its cache is in order; a second one ends everything."""
+class Interrupts:
+    """Holds Ctrl-C back while a line is obeyed, so that text and cache stay in order; a second one ends everything."""
 
-    def stop(*_: Any) -> None:
-        if decoding.stop:
-            raise KeyboardInterrupt
-        decoding.stop = True
+    def __init__(self) -> None:
+        self.held = False  # the model's turn ends after its next token
 
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        def hold(*_: Any) -> None:
+            if self.held:
+                raise KeyboardInterrupt
+            self.held = True
+
+        self.held = False
+        before = signal.signal(signal.SIGINT, hold)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import math
+import os
 import platform
 import textwrap
 from collections.abc import Callable
@@ -48,7 +49,13 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = self.parse_known_args(args, namespace)
         words = [word for word in rest if not word.startswith("-")]
-        if rest and words == rest and found.command == "generate":
+        only_words = bool(rest) and words == rest
+        if only_words and found.command == "chat":
+            start = "chat takes no text here: start it and then write"
+            self.exit(2, f"jaxkv: error: {start}; a checkpoint goes after --model: --model {words[0]}\n")
+        if only_words and found.command == "generate":
+            if found.model is None and os.path.isdir(found.prompt):
+                self.exit(2, f"jaxkv: error: a checkpoint goes after --model: --model {found.prompt}\n")
             prompt = " ".join([found.prompt, *words])
             self.exit(2, f'jaxkv: error: the prompt is more than one word: put it in quotes, "{prompt}"\n')
         if rest:

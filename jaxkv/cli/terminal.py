@@ -29,6 +29,13 @@ def complain(text: str) -> None:
     print(f"jaxkv: error: {text}", file=sys.stderr, flush=True)
 
 
+def said_of(error: Exception) -> str:
+    """Returns what an error says; of a file, its name and what is wrong with it, without a number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error)
+
+
 def color(what: str, stream: TextIO) -> str:
     """Returns what begins a color; nothing where no terminal shows colors, or where NO_COLOR asks for none."""
     shows = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")

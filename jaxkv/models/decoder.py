@@ -107,7 +107,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in ("vocab_size", "width", "num_layers", "num_heads")}
         if self.head_dim is None and self.num_heads > 0 and self.width % self.num_heads:
-            raise ValueError(f"width={self.width} is no multiple of num_heads={self.num_heads}; give head_dim")
+            raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}; give head_dim")
         defaults = {"num_kv_heads": self.num_heads, "mlp_dim": 4 * self.width}
         defaults["head_dim"] = self.width // max(self.num_heads, 1)
         for name, default in defaults.items():
@@ -119,8 +119,8 @@ class DecoderConfig:
                 raise ValueError(f"DecoderConfig({name}={size}): {name} is at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}: every key head serves "
-                "as many query heads"
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: every key head "
+                "serves as many query heads"
             )
         if self.max_positions is not None and self.max_positions < 1:
             raise ValueError(f"max_positions={self.max_positions}: a table has at least 1; None for no table")

@@ -55,7 +55,7 @@ def _check(q: Any, positions: tuple[int, ...], spec: Any, softcap: Any, sink_log
         raise ValueError(f"q has head_dim {size}, the keys have {spec.head_dim}; project q to {spec.head_dim}")
     if num_heads % spec.num_kv_heads:
         raise ValueError(
-            f"{num_heads} query heads are no multiple of {spec.num_kv_heads} kv heads; "
+            f"{num_heads} query heads are not a multiple of {spec.num_kv_heads} kv heads; "
             f"{num_heads - num_heads % spec.num_kv_heads or spec.num_kv_heads} would be"
         )
     if softcap is not None and not softcap > 0:
