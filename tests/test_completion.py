@@ -295,6 +295,8 @@ def test_an_error_leaves_the_result_that_was_given_whole_and_a_second_use_is_nam
     assert second.tokens.tolist() == model().generate(more, **GREEDY).tokens.tolist()
     with pytest.raises(CacheError, match="this cache was donated: an earlier generate or stream"):
         model().generate(more, cache=first)
+    with pytest.raises(CacheError, match="this cache was donated: an earlier generate or stream"):
+        model().generate(RETURN, cache=first.cache)
 
 
 def test_the_result_of_a_run_that_failed_is_refused():

@@ -179,9 +179,10 @@ def _cache(model: Any, given: Any, prompts: Sequence[Any], rows: Sequence[Any], 
             )
         if len(given.prompts) != len(rows):
             raise ValueError(f"{len(rows)} prompts for a cache of {len(given.prompts)} rows; give one per row")
-        same = [_num_equal(held, row) for held, row in zip(given.history, rows, strict=True)]
         check_alive(jax.tree.leaves(given.cache))
+        same = [_num_equal(held, row) for held, row in zip(given.history, rows, strict=True)]
         return _rewind(given.cache, jnp.asarray(np.array(same, np.int32)))
+    check_alive(jax.tree.leaves(given))
     if isinstance(given, Cache) and any(
         row is not prompt and held
         for row, prompt, held in zip(rows, prompts, np.asarray(given.lengths).tolist(), strict=False)
