@@ -769,6 +769,10 @@ def test_functional_refuses_what_is_no_module_of_its_flavor():
         jaxkv.nnx.functional(LinenTied())
     with pytest.raises(TypeError, match=r"flax\.linen module, got a function"):
         jaxkv.linen.functional(some)
+    with pytest.raises(
+        ValueError, match=r"a Linear can't be called with three arguments.*model\(tokens, positions, cache"
+    ):
+        jaxkv.nnx.functional(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
 
 
 @dataclasses.dataclass

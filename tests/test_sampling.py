@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxkv.generate import sampling
 from jaxkv.generate.sampling import (
     Allow,
     Chain,
@@ -337,3 +338,18 @@ def test_logits_are_those_of_transformers(case, tmp_path):
     got = jax.jit(jax.vmap(sampler.adjust, (None, 0)))(logits, history)
     want = [[-np.inf if x is None else x for x in logits] for *_, logits in case["rows"]]
     np.testing.assert_allclose(got, np.array(want, np.float32), rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_beyond_every_size_are_as_good_as_no_limit():
+    logits, history = jnp.arange(5.0), History.of([0], 5)
+    for huge in (2**31, 2**62, 2**2000):
+        for part, same in (
+            (sampling.TopK(huge), True),
+            (sampling.NoRepeat(huge), True),
+            (sampling.Force({huge: 1}), True),
+            (sampling.Force({-huge: 1}), True),
+            (sampling.Suppress([3], new=huge), False),
+            (sampling.Suppress([3], length=huge), False),
+        ):
+            want = logits if same else logits.at[3].set(-jnp.inf)
+            np.testing.assert_array_equal(part.adjust(logits, history), want)

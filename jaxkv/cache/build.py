@@ -78,7 +78,9 @@ def checked_specs(specs: Any) -> tuple[LayerSpec, ...]:
     specs = tuple(specs)
     for spec in specs:
         if not isinstance(spec, LayerSpec):
-            raise ValueError(f"specs holds {spec!r}; give one jaxkv.LayerSpec per layer")
+            given = f"a {type(spec).__name__}" if callable(spec) else repr(spec)
+            instead = "its layer_spec()" if hasattr(spec, "layer_spec") else "one jaxkv.LayerSpec per layer"
+            raise ValueError(f"specs holds {given}; give {instead}")
     if not specs:
         raise ValueError("specs is empty; give one jaxkv.LayerSpec per layer of the model")
     crosses = list(dict.fromkeys(spec.reach for spec in specs if isinstance(spec.reach, Cross)))

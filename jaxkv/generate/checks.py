@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.cache.arguments import integers
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY
 from jaxkv.errors import CacheError
@@ -187,16 +188,19 @@ def check_prompts(prompts: Any, held: np.ndarray, capacity: int, vocab_size: int
 
 def check_max_new_tokens(value: Any, num_rows: int) -> np.ndarray:
     """Returns int32 [B], most new tokens of each row."""
-    most = np.asarray(value)
+    try:
+        most = np.asarray(integers("max_new_tokens", value))
+    except ValueError:
+        raise ValueError(f"max_new_tokens is {value!r}; give a whole number, 1 or more, or one per row") from None
     if most.ndim == 1 and most.size != num_rows:
         raise ValueError(
             f"max_new_tokens has {most.size} numbers for a cache of {num_rows} rows; give one, or one per row"
         )
-    if most.ndim > 1 or not np.issubdtype(most.dtype, np.integer):
+    if most.ndim > 1:
         raise ValueError(f"max_new_tokens is {value!r}; give a whole number, 1 or more, or one per row")
     if (most < 1).any():
         raise ValueError(f"max_new_tokens is {value!r}; it must be 1 or more")
-    return np.broadcast_to(np.minimum(most, np.iinfo(np.int32).max).astype(np.int32), (num_rows,))
+    return np.broadcast_to(most, (num_rows,))
 
 
 def check_stop_tokens(stop_tokens: Any, vocab_size: int) -> np.ndarray:

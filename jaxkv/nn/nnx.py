@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -453,7 +454,7 @@ def functional(model: nnx.Module) -> tuple[Forward, Any]:
     Raises:
       TypeError: if model is not an nnx module.
       ValueError: if a module in it is in training mode, as BatchNorm, and Dropout of a rate above 0, are until
-        `model.eval()`.
+        `model.eval()`; or if it can't be called so.
 
     >>> from flax import nnx
     >>> class Model(nnx.Module):
@@ -473,6 +474,13 @@ def functional(model: nnx.Module) -> tuple[Forward, Any]:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"functional wants a flax.nnx module, got a {type(model).__name__}")
+    try:
+        inspect.signature(model).bind(None, None, None)
+    except TypeError:
+        raise ValueError(
+            f"a {type(model).__name__} can't be called with three arguments; jaxkv calls a model as "
+            "model(tokens, positions, cache) and gets (logits, cache)"
+        ) from None
     for path, module in nnx.iter_modules(model):
         drops = getattr(module, "dropout_rate", getattr(module, "rate", None)) != 0
         for name in ("deterministic", "use_running_average"):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.cache.arguments import FAR
 from jaxkv.cache.spec import EMPTY
 from jaxkv.generate.history import History
 
@@ -131,7 +132,9 @@ def number(sampler: str, name: str, value: Any, possible: str, good: Callable[[f
 
 
 def count(sampler: str, name: str, value: Any) -> int:
-    """Returns a whole number, 1 and above."""
+    """Returns a whole number, 1 and above; FAR for all that lie beyond it."""
+    if isinstance(value, int | np.integer) and value > FAR:
+        return FAR
     return int(number(sampler, name, value, "a whole number, 1 and above", lambda n: n >= 1 and n == int(n)))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.cache.arguments import FAR
 from jaxkv.cache.spec import EMPTY
 from jaxkv.generate.sampling.base import Sampler, check_known, count, token_numbers
 
@@ -149,7 +150,7 @@ class Force(Sampler):
         pairs = list(given.items()) if isinstance(given, Mapping) else list(given) if isinstance(given, tuple) else []
         if not pairs or not all(isinstance(at, int) and not isinstance(at, bool) for at, _ in pairs):
             raise ValueError(f"Force: tokens is {given!r}, must be {{position: token}}, not empty")
-        pairs = [(at, token_numbers("Force", f"tokens[{at}]", value)) for at, value in pairs]
+        pairs = [(min(max(at, -FAR), FAR), token_numbers("Force", f"tokens[{at}]", value)) for at, value in pairs]
         object.__setattr__(self, "tokens", tuple(pairs))
 
     @property
