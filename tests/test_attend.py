@@ -702,7 +702,7 @@ def test_attention_without_a_cache_is_the_same_in_every_mode(names):
     gradient = jax.value_and_grad(loss, (1, 2, 3, 4))
     want = jax.jit(gradient, static_argnums=0)("reference", *args, sinks)
     with mode(names):
-        for form in FORMS:
+        for form in FORMS if jax.config.jax_enable_x64 else FORMS[1:]:  # the reference has no loops to run without jit
             got = jax.jit(gradient, static_argnums=0)(form, *args, sinks)
             for one, other in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
                 np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)

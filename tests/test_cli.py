@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import io
 import json
@@ -48,14 +49,17 @@ runpy.run_module("jaxkv")
 """
 
 
+@functools.cache
+def untrained():
+    generation = GenerationConfig(stop_tokens=(0,), greedy=False, temperature=0.7)
+    return Model.of(Decoder(CONFIG, rngs=nnx.Rngs(0)), generation=generation, make_tokenizer=ByteTokenizer)
+
+
 @pytest.fixture
 def small_model(monkeypatch):
     """An untrained model in place of the shipped one."""
-    generation = GenerationConfig(stop_tokens=(0,), greedy=False, temperature=0.7)
-    module = Decoder(CONFIG, rngs=nnx.Rngs(0))
-    model = Model.of(module, generation=generation, make_tokenizer=ByteTokenizer)
-    monkeypatch.setattr(tiny, "load", lambda: model)
-    return model
+    monkeypatch.setattr(tiny, "load", untrained)
+    return untrained()
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.name != "whisper")
 CAPACITY = 96
 # Keys turned by short factors don't fit queries turned by long ones, so a short text of this one is a case of its own.
 LONG = {"phi3_long"}
+BLOCKS = {"gemma2", "gpt2", "gpt_oss"}  # windows and full layers, learned positions, sinks and experts
 
 
 @functools.cache
@@ -41,6 +42,11 @@ def expected(name):
 @functools.partial(jax.jit, static_argnums=0)
 def run(forward, params, tokens, positions, cache):
     return forward(params, tokens, positions, cache)
+
+
+@nnx.jit
+def uncached(model, tokens):
+    return model(tokens)
 
 
 def feed(model, rows, block, *, left=False, capacity=CAPACITY):
@@ -80,15 +86,17 @@ def assert_close(got, want):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_without_a_cache(name):
-    got = model_of(name).module(jnp.asarray(expected(name)["tokens"])[None])[0]
+    got = uncached(model_of(name).module, jnp.asarray(expected(name)["tokens"])[None])[0]
     assert_close(got, expected(name)["logits"])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_of_every_way_to_feed_a_ragged_batch(name):
     model, (first, second) = model_of(name), logits(name)
-    for block in (24, 8, 1):
-        got = feed(model, texts(name), block, left=block == 8)[0]
+    # Padding on the left takes the program of padding on the right; blocks between one and all a third one.
+    ways = [(24, False), (24, True), (1, False)] + [(8, True)] * (name in BLOCKS)
+    for block, left in ways:
+        got = feed(model, texts(name), block, left=left)[0]
         assert_close(got[0], first)
         if name not in LONG:
             assert_close(got[1], second)
@@ -168,7 +176,7 @@ def test_half_precision(dtype):
     assert {str(kind) for name, kind in kinds.items() if "norm" not in name} == {dtype}
     assert {str(kind) for name, kind in kinds.items() if "norm" in name} == {"float32"}
     assert {spec.k_storage.dtype.name for spec in model.specs} == {dtype}
-    got = model.module(jnp.asarray(expected("gemma3")["tokens"])[None])
+    got = uncached(model.module, jnp.asarray(expected("gemma3")["tokens"])[None])
     assert got.dtype == dtype
     worst = np.abs(np.asarray(got[0], np.float32) - expected("gemma3")["logits"]).max()
     assert worst < {"bfloat16": 0.5, "float16": 0.05}[dtype]
@@ -181,7 +189,8 @@ def test_the_dtype_is_that_of_the_checkpoint():
 def test_fused_while_loading_the_logits_are_the_same():
     model = jaxkv.models.load(GOLDEN / "llama3", dtype="float32", fuse=True)
     assert "qkv" in model.params["layers"][0]["attention"]
-    assert_close(model.module(jnp.asarray(expected("llama3")["tokens"])[None])[0], expected("llama3")["logits"])
+    got = uncached(model.module, jnp.asarray(expected("llama3")["tokens"])[None])
+    assert_close(got[0], expected("llama3")["logits"])
     with pytest.raises(ValueError, match="a fused model can't be saved"):
         jaxkv.models.save(GOLDEN / "nowhere", model)
 
@@ -195,6 +204,8 @@ def test_sharded_over_two_devices(name):
     whole = named(model_of(name).params)
     for param, leaf in named(model.params).items():
         np.testing.assert_array_equal(leaf, whole[param], err_msg=param)
+    if name in {"llama3", "phi3"}:  # once loaded they differ from gemma2 in sizes only
+        return
     along_heads = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
     cache = jaxkv.Cache.init(model.specs, 1, CAPACITY, sharding=along_heads)
     result = jaxkv.generate(model.forward, model.params, [expected(name)["tokens"]], cache, max_new_tokens=8)
