@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Callable
@@ -56,11 +55,9 @@ class Current:
         if self._pid != os.getpid():
             _unused.append(self._db)
             self._db, self._pid = None, os.getpid()
-        if self._db is not None:
-            with contextlib.suppress(FileNotFoundError):
-                if database.identity(self._path) == self._identity:
-                    return self._db
-            self.close()
+        if self._db is not None and not self._is_gone():
+            return self._db
+        self.close()
         try:
             if create:
                 os.makedirs(self.directory, exist_ok=True)
@@ -77,6 +74,12 @@ class Current:
         self._identity, self.folder = database.identity(self._path), self._db.folder
         return self._db
 
+    def _is_gone(self) -> bool:
+        """Whether the database was removed, or another one has its name."""
+        with contextlib.suppress(OSError, ValueError):  # who opens it says what it is
+            return database.identity(self._path) != self._identity
+        return True
+
     def close(self) -> None:
         """Lets go of the database; it is opened again when it is needed."""
         db, self._db = self._db, None
@@ -88,13 +91,15 @@ class Current:
         """Goes on with the database that others have gone on with, or with a new one, into which the old is rescued."""
         old, number = self._path, self._number
         self.close()
-        if max(database.numbers(self.directory), default=0) > number:
+        last = max([number, *database.numbers(self.directory)])
+        if rescue and last > number:
             return
-        db = self._connected(True, number)
-        if rescue and db is not None:
-            db.rescue(old)
-        database.unlink([old, f"{old}-journal"])
-        shutil.rmtree(f"{old}-files", ignore_errors=True)
+        db = self._connected(True, last)
+        try:
+            if rescue and db is not None:
+                db.rescue(old)
+        finally:  # what can't be rescued would only take room
+            database.unlink(database.lower(self._path))
 
     def failed(self, doing: str, error: Exception) -> bool:
         """Counts what went wrong, and returns whether it is worth another try at once."""
@@ -102,6 +107,9 @@ class Current:
             if database.code_of(error) in database.BUSY:
                 self.counts["busy"] += 1
                 return False
+            if self._db is not None and isinstance(error, sqlite3.Error) and self._is_gone():
+                self.close()  # others have cleared it in the meantime: that is no error
+                return True
             if database.code_of(error) in database.DAMAGED:
                 self.counts["replaced"] += 1
                 self.say("database", f"the database is damaged ({error}); a new one takes over what can be read of it")

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import sqlite3
 import stat
 import time
@@ -31,8 +32,8 @@ SELECT = "select rowid, key, raw, stored, hash, payload from items"  # as in a R
 INSERT = "insert or ignore into items values (?, ?, ?, ?, ?, ?)"
 COUNT = "select count(*) from items"
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-_DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH)
-DAMAGED = (*_DAMAGED, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR)  # the last one: a table isn't there
+_ODD = (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_ERROR)  # the last one: a table isn't there
+DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT, *_ODD)
 _NAME = re.compile(r"memo-v(\d+)-(\d{6})\.db(|-journal|-files)")  # the version here, where no flipped bit changes it
 _MARK = 0x6A6B766D  # "jkvm"
 _TABLES = f"""
@@ -76,6 +77,12 @@ def numbers(directory: str) -> list[int]:
     return sorted(int(match[2]) for match in ours if not match[3])
 
 
+def lower(path: str) -> list[str]:
+    """Returns what is left of databases with lower numbers, by killed processes for the most part: nobody needs it."""
+    directory, name = os.path.split(path)
+    return [os.path.join(directory, one) for one in os.listdir(directory) if _NAME.fullmatch(one) and one < name]
+
+
 def identity(path: str) -> tuple[int, int]:
     """Returns what tells a database from another one that took its name, which must be a file: a FIFO would wait."""
     about = os.stat(path)
@@ -87,10 +94,12 @@ def identity(path: str) -> tuple[int, int]:
 
 
 def unlink(paths: Iterable[str]) -> None:
-    """Removes files, as far as that is possible."""
+    """Removes files and folders, as far as that is possible."""
     for path in paths:
-        with contextlib.suppress(OSError):
+        try:
             os.unlink(path)
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class Database(sqlite3.Connection):
@@ -102,8 +111,8 @@ class Database(sqlite3.Connection):
     def __init__(self, path: str, timeout: float, *, create: bool = False) -> None:
         with contextlib.suppress(FileNotFoundError):
             identity(path)
-        name = f"file:{quote(path)}?mode=rw{'c' * create}"
-        super().__init__(name, timeout, isolation_level=None, check_same_thread=False, uri=True)
+        name = f"file:{quote(os.fsencode(path))}?mode=rw{'c' * create}"
+        super().__init__(name, timeout=timeout, isolation_level=None, check_same_thread=False, uri=True)
         self.text_factory, self.folder = bytes, f"{path}-files"
         try:
             for pragma in _PRAGMAS.split(";"):
@@ -119,17 +128,19 @@ class Database(sqlite3.Connection):
             self.close()
             raise
 
+    def __del__(self) -> None:
+        with contextlib.suppress(sqlite3.Error):  # it may not even have been opened
+            self.close()
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing, also where Ctrl-C comes in between."""
-        try:
+        """All or nothing, also where Ctrl-C comes in between. The files of rows that it removes go when it is done."""
+        self._gone = list[str]()
+        with self:
             self.execute("begin immediate")
             yield
             self.execute("commit")
-        finally:
-            if self.in_transaction:
-                with contextlib.suppress(sqlite3.Error):
-                    self.execute("rollback")
+        unlink(self._gone)
 
     def tell(self, what: str) -> int:
         """Returns the number that a statement asks for."""
@@ -138,11 +149,11 @@ class Database(sqlite3.Connection):
     def room_taken(self) -> int:
         """Returns the bytes of all files, as they are after the transaction that is under way."""
         pages = self.tell("pragma page_count") - self.tell("pragma freelist_count")
-        return pages * PAGE_BYTES + self.tell(f"select total(stored) from items where stored >= {LARGE}")
+        return pages * PAGE_BYTES + self.tell(f"select cast(total(stored) as int) from items where stored >= {LARGE}")
 
     def now(self) -> int:
         """Returns the time in ns, but after the last use: clocks are set back, and damaged rows say anything."""
-        return max(time.time_ns(), self.tell(f"select max(used) from items where used < {1 << 62}") + 1)
+        return max(time.time_ns(), self.tell(f"select cast(max(used) as int) from items where used < {1 << 62}") + 1)
 
     def with_keys(self, statement: str, keys: Sequence[bytes]) -> list[tuple[Any, ...]]:
         """Returns what a statement does with the rows that have these keys, in any order."""
@@ -152,27 +163,37 @@ class Database(sqlite3.Connection):
             rows += self.execute(f"{statement} where key in ({','.join('?' * len(some))})", some)
         return rows
 
-    def remove(self, where: str, values: Sequence[Any] = ()) -> tuple[int, list[str]]:
-        """Removes rows, and labels without rows; returns how many, and the files to be removed after that is done."""
+    def remove(self, where: str, values: Sequence[Any] = ()) -> int:
+        """Removes rows, and labels without rows, in a transaction; returns how many."""
         name = f"case when stored >= {LARGE} then payload end"
         rows = self.execute(f"select rowid, key, {name} from items where {where}", values).fetchall()
         count = self.executemany("delete from items where rowid = ?", [row[:1] for row in rows]).rowcount if rows else 0
         for space in {key[:NAMESPACE_BYTES] for _, key, _ in rows if isinstance(key, bytes)}:
             if not self.execute(f"select 1 from items where {OF_NAMESPACE}", (space, space)).fetchone():
                 self.execute("delete from labels where namespace = ?", (space,))
-        return count, [path for *_, name in rows if (path := path_of_file(name, self.folder)) is not None]
+        self._gone += [path for *_, name in rows if (path := path_of_file(name, self.folder)) is not None]
+        return count
 
     def remove_all(self, where: str, values: Sequence[Any] = ()) -> int:
         """Removes rows, some at a time, so that others needn't wait; returns how many."""
         total, count = 0, 1
         while count:
             with self.transaction():
-                count, files = self.remove(f"{where} limit {_REMOVED_AT_ONCE}", values)
-            unlink(files)
+                count = self.remove(f"{where} limit {_REMOVED_AT_ONCE}", values)
             total += count
         return total
 
-    def make_room(self, size: int, order: str, used: int = 1 << 62) -> tuple[int, list[str]]:
+    def remove_these(self, rows: dict[int, Any]) -> list[int]:
+        """Removes rows by number, as long as they have these payloads; returns the numbers of those it removed."""
+        with self.transaction():
+            now = self.execute(
+                f"select rowid, payload from items where rowid in ({','.join(map(str, rows))})"
+            ).fetchall()
+            there = [number for number, payload in now if payload == rows[number]]
+            self.remove(f"rowid in ({','.join(map(str, there))})")
+        return there
+
+    def make_room(self, size: int, order: str, used: int = 1 << 62) -> int:
         """Removes some rows in an order, of those used before, towards `size` bytes of all files; as `remove`."""
         over, count, some = self.room_taken() - size, 0, f"from items where used < {used} order by {order} limit"
         for (stored,) in self.execute(f"select ifnull(cast(stored as int), 0) {some} {_REMOVED_AT_ONCE}").fetchall():
@@ -201,7 +222,8 @@ class Database(sqlite3.Connection):
             os.rename(f"{old}-files", self.folder)
         select = "select rowid, key, raw, stored, hash, used, payload from items where rowid > ? order by rowid limit ?"
         number, most, step = 0, _REMOVED_AT_ONCE, 1
-        with contextlib.closing(sqlite3.connect(f"file:{quote(old)}?mode=ro", uri=True)) as damaged:
+        name, wait = f"file:{quote(os.fsencode(old))}?mode=ro", self.tell("pragma busy_timeout") / 1000
+        with contextlib.closing(sqlite3.connect(name, timeout=wait, uri=True)) as damaged:
             damaged.execute("pragma writable_schema=on")  # else nothing is read of a file that was cut off
             damaged.text_factory = bytes
             while number < 1 << 62:

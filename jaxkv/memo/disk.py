@@ -66,9 +66,9 @@ class Disk:
             raise ValueError(f"compress is {compress!r}, must be None or 'zstd'")
         if budget is not None and budget < BUDGET_LEAST:
             raise ValueError(f"the budget of a disk is {budget}; give {BUDGET_LEAST:,} bytes or more, or None")
-        if not isinstance(directory, str | os.PathLike) or "\0" in str(directory) or not os.fspath(directory):
+        if not isinstance(directory, str | os.PathLike) or "\0" in os.fsdecode(directory) or not os.fspath(directory):
             raise ValueError(f"disk is {directory!r}; give the path of a directory")
-        self.directory = os.path.abspath(os.path.expanduser(os.fspath(directory)))
+        self.directory = os.path.abspath(os.path.expanduser(os.fsdecode(directory)))
         self.budget, self.policy, self.compress = budget, policy, compress
         record.pack(b"", b"", compress is not None)  # are the libraries there?
         self._labels: dict[bytes, bytes] = {}
@@ -78,12 +78,12 @@ class Disk:
     def read(self, keys: Sequence[bytes], nbytes: int) -> list[Any]:
         """Returns the payload of each key, bytes-like of `nbytes` bytes; None for those that aren't there."""
         current, asked = self._current, list(dict.fromkeys(keys))
-        rows = current.do("reading", lambda db: db.with_keys(database.SELECT, asked), [])
+        folder, rows = current.do("reading", lambda db: (db.folder, db.with_keys(database.SELECT, asked)), ("", []))
         values: dict[bytes, Any] = {}
         wrong: dict[int, str] = {}
         for number, *fields in rows:
             try:
-                values[fields[0]] = record.unpack(Record(*fields), current.folder)
+                values[fields[0]] = record.unpack(Record(*fields), folder)
             except DamagedError:
                 wrong[number] = "corrupt"
             except (FileNotFoundError, IsADirectoryError):
@@ -91,9 +91,11 @@ class Disk:
             except (OSError, MemoryError, ImportError) as error:
                 current.failed("reading", error)
         if wrong:
+            rows = {number: payload for number, *_, payload in rows if number in wrong}
+            there = current.do("removing", operator.methodcaller("remove_these", rows), rows)
+            wrong = {n: what for n, what in wrong.items() if n in there or what == "corrupt"}  # others may have evicted
+        if wrong:
             current.say("damage", "records were damaged or lost; they count as misses")
-            where = f"rowid in ({','.join(map(str, wrong))})"
-            current.do("removing", operator.methodcaller("remove_all", where), 0)
         found = [value if (value := values.get(key)) is not None and len(value) == nbytes else None for key in keys]
         hits = sum(value is not None for value in found)
         if hits and self.policy in BY_USE and current.may_write():
@@ -151,7 +153,7 @@ class Disk:
         return kept
 
     def _insert(self, db: Database, records: Sequence[Record], files: Sequence[str]) -> set[bytes]:
-        evicted, gone = 0, list[str]()
+        evicted = 0
         try:
             with db.transaction():
                 for path in files:
@@ -164,8 +166,8 @@ class Disk:
                 db.executemany(database.INSERT, [(*one[:4], used, one.payload) for one in fresh])
                 while self.budget is not None and db.room_taken() > self.budget:
                     order = _ORDER.get(self.policy)
-                    count, files = db.make_room(self.budget, order, used) if order else (0, [])
-                    evicted, gone = evicted + count, [*gone, *files]
+                    count = db.make_room(self.budget, order, used) if order else 0
+                    evicted += count
                     if not count:
                         raise _FullError
         except _FullError:
@@ -174,7 +176,6 @@ class Disk:
                 return set()
             half = len(records) // 2
             return self._insert(db, records[:half], ()) | self._insert(db, records[half:], ())
-        database.unlink(gone)
         self._current.counts.update(written=len(fresh), evicted=evicted)
         return {one.key for one in fresh}
 
