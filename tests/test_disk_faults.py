@@ -373,7 +373,25 @@ def test_a_database_that_another_process_clears_while_this_one_writes_is_no_erro
     fill(store, range(5)), found(other, range(5))
     between(monkeypatch, database.Database, "transaction", other.clear)
     assert fill(store, range(5, 9)) == 4 and found(Disk(tmp_path), range(9)) == [5, 6, 7, 8]
+    between(monkeypatch, database.Database, "transaction", other.clear)
+    assert fill(store, range(3), LARGE) == 0 and found(Disk(tmp_path), range(3), LARGE) == []
+    assert fill(store, range(3), LARGE) == 3 and found(Disk(tmp_path), range(3), LARGE) == [0, 1, 2]
     assert (store.stats().errors, store.stats().replaced, caplog.messages) == (0, 0, [])
+
+
+def test_large_records_that_were_kept_stay_where_the_rest_of_their_batch_fails(tmp_path, monkeypatch):
+    store = Disk(tmp_path, budget=4 * LARGE)
+    usual = Disk._insert
+
+    def insert(self, db, records, *more):
+        if records[0].key == key(2):
+            raise sqlite3.OperationalError("locked")
+        return usual(self, db, records, *more)
+
+    monkeypatch.setattr(Disk, "_insert", insert)
+    assert fill(store, range(4), LARGE) == 2, "no room for all of them: half of them, then the others"
+    monkeypatch.undo()
+    assert found(Disk(tmp_path), range(4), LARGE) == [0, 1] and len(files(tmp_path, "-files")) == 2
 
 
 @pytest.mark.parametrize("clear", ["all", "namespace"])

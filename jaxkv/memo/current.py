@@ -55,9 +55,11 @@ class Current:
         if self._pid != os.getpid():
             _unused.append(self._db)
             self._db, self._pid = None, os.getpid()
-        if self._db is not None and not self._is_gone():
-            return self._db
-        self.close()
+        if self._db is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if database.identity(self._path) == self._identity:
+                    return self._db
+            self.close()
         try:
             if create:
                 os.makedirs(self.directory, exist_ok=True)
@@ -73,12 +75,6 @@ class Current:
         self._db = Database(self._path, _WAIT, create=create)
         self._identity, self.folder = database.identity(self._path), self._db.folder
         return self._db
-
-    def _is_gone(self) -> bool:
-        """Whether the database was removed, or another one has its name."""
-        with contextlib.suppress(OSError, ValueError):  # who opens it says what it is
-            return database.identity(self._path) != self._identity
-        return True
 
     def close(self) -> None:
         """Lets go of the database; it is opened again when it is needed."""
@@ -107,9 +103,9 @@ class Current:
             if database.code_of(error) in database.BUSY:
                 self.counts["busy"] += 1
                 return False
-            if self._db is not None and isinstance(error, sqlite3.Error) and self._is_gone():
-                self.close()  # others have cleared it in the meantime: that is no error
-                return True
+            unlinked = database.code_of(error) in database.UNLINKED or isinstance(error, FileNotFoundError)
+            if unlinked and not os.path.exists(self._path):
+                return True  # others have cleared it in the meantime: that is no error
             if database.code_of(error) in database.DAMAGED:
                 self.counts["replaced"] += 1
                 self.say("database", f"the database is damaged ({error}); a new one takes over what can be read of it")

@@ -32,6 +32,7 @@ SELECT = "select rowid, key, raw, stored, hash, payload from items"  # as in a R
 INSERT = "insert or ignore into items values (?, ?, ?, ?, ?, ?)"
 COUNT = "select count(*) from items"
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+UNLINKED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)  # if it isn't there
 _ODD = (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_ERROR)  # the last one: a table isn't there
 DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT, *_ODD)
 _NAME = re.compile(r"memo-v(\d+)-(\d{6})\.db(|-journal|-files)")  # the version here, where no flipped bit changes it
@@ -78,9 +79,9 @@ def numbers(directory: str) -> list[int]:
 
 
 def lower(path: str) -> list[str]:
-    """Returns what is left of databases with lower numbers, by killed processes for the most part: nobody needs it."""
+    """Returns what is left of databases with lower numbers, which nobody needs: databases before their files."""
     directory, name = os.path.split(path)
-    return [os.path.join(directory, one) for one in os.listdir(directory) if _NAME.fullmatch(one) and one < name]
+    return sorted(os.path.join(directory, one) for one in os.listdir(directory) if _NAME.fullmatch(one) and one < name)
 
 
 def identity(path: str) -> tuple[int, int]:

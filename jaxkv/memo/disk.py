@@ -92,7 +92,7 @@ class Disk:
                 current.failed("reading", error)
         if wrong:
             rows = {number: payload for number, *_, payload in rows if number in wrong}
-            there = current.do("removing", operator.methodcaller("remove_these", rows), rows)
+            there = current.do("removing", operator.methodcaller("remove_these", rows), ())
             wrong = {n: what for n, what in wrong.items() if n in there or what == "corrupt"}  # others may have evicted
         if wrong:
             current.say("damage", "records were damaged or lost; they count as misses")
@@ -137,28 +137,27 @@ class Disk:
     def _keep(self, records: list[Record]) -> set[bytes]:
         """Writes records, and returns the keys of those that were written."""
         kept = set[bytes]()
-        aside: dict[str, bytes] = {}  # the files of large ones
+        aside: dict[bytes, str] = {}  # the files of large ones
         try:
             for i, one in enumerate(records):
                 if one.stored >= LARGE:
-                    path, records[i] = record.put_aside(one, self._current.folder)
-                    aside[path] = one.key
+                    aside[one.key], records[i] = record.put_aside(one, self._current.folder)
             if records:
-                kept = self._current.do("writing", lambda db: self._insert(db, records, list(aside)), kept)
+                self._current.do("writing", lambda db: self._insert(db, records, aside, kept), None)
         except OSError as error:
             self._current.failed("writing", error)
         finally:
-            database.unlink([path for path, key in aside.items() if key not in kept])
-        self._unsynced.update(path for path, key in aside.items() if key in kept)
+            database.unlink([path for key, path in aside.items() if key not in kept])
+        self._unsynced.update(path for key, path in aside.items() if key in kept)
         return kept
 
-    def _insert(self, db: Database, records: Sequence[Record], files: Sequence[str]) -> set[bytes]:
+    def _insert(self, db: Database, records: Sequence[Record], aside: dict[bytes, str], kept: set[bytes]) -> None:
+        """Adds the keys of those that it inserts to `kept`, also if it fails on the way."""
         evicted = 0
         try:
             with db.transaction():
-                for path in files:
-                    os.stat(path)  # prune may have taken it for one that belongs to nothing
                 others = {key for (key,) in db.with_keys(database.KEYS, [one.key for one in records])}
+                others |= {key for key, path in aside.items() if not os.path.exists(path)}  # prune or clear took it
                 fresh = [one for one in records if one.key not in others]
                 for namespace in {one.key[:NAMESPACE_BYTES] for one in fresh} & set(self._labels):
                     db.execute("insert or ignore into labels values (?, ?)", (namespace, self._labels[namespace]))
@@ -172,12 +171,12 @@ class Disk:
                         raise _FullError
         except _FullError:
             if len(records) == 1:
-                self._refused(records[0].stored)
-                return set()
+                return self._refused(records[0].stored)
             half = len(records) // 2
-            return self._insert(db, records[:half], ()) | self._insert(db, records[half:], ())
+            self._insert(db, records[:half], aside, kept)
+            return self._insert(db, records[half:], aside, kept)
+        kept.update(one.key for one in fresh)
         self._current.counts.update(written=len(fresh), evicted=evicted)
-        return {one.key for one in fresh}
 
     def _refused(self, size: int) -> None:
         budget, need = self.budget or 0, f"{max(self.budget or 0, size) + BUDGET_LEAST:,} bytes or more"
