@@ -15,7 +15,6 @@ from jaxkv.memo.database import Database
 from jaxkv.memo.forking import Lock
 
 _WAIT = 0.1  # seconds that a call waits for other processes: one that is stopped must not hold up all
-_SKIP_MOST = 32  # calls
 _unused: list[Any] = []  # connections of a parent process, which a child can neither use nor close
 
 
@@ -117,7 +116,7 @@ class Current:
             self.counts["errors"] += 1
             if doing in ("looking", "writing"):
                 self._failures += 1
-                self._skip = min(2**self._failures - 1, _SKIP_MOST)
+                self._skip = min(2**self._failures - 1, 32)  # calls
             self.say(doing, f"{doing} failed: {error}; going on without")
             if not isinstance(error, sqlite3.Error):
                 return False

@@ -70,9 +70,8 @@ def numbers(directory: str) -> list[int]:
         what = "holds what an earlier jaxkv kept, which this one does not read; give another directory, or remove it: "
         raise ValueError(f"{directory} {what}rm -r {shlex.quote(directory)}")
     if version is not None:
-        raise ValueError(
-            f"{directory} is a store of version {version}, and this jaxkv reads {VERSION}; give another one"
-        )
+        what = f"is a store of version {version}, and this jaxkv reads {VERSION}; give another one"
+        raise ValueError(f"{directory} {what}")
     if others and not ours:
         raise ValueError(f"{directory} holds other files, such as {others[0]!r}; give an empty directory")
     return sorted(int(match[2]) for match in ours if not match[3])
@@ -172,7 +171,7 @@ class Database(sqlite3.Connection):
         for space in {key[:NAMESPACE_BYTES] for _, key, _ in rows if isinstance(key, bytes)}:
             if not self.execute(f"select 1 from items where {OF_NAMESPACE}", (space, space)).fetchone():
                 self.execute("delete from labels where namespace = ?", (space,))
-        self._gone += [path for *_, name in rows if (path := path_of_file(name, self.folder)) is not None]
+        self._gone += filter(None, (path_of_file(name, self.folder) for *_, name in rows))
         return count
 
     def remove_all(self, where: str, values: Sequence[Any] = ()) -> int:
@@ -204,12 +203,9 @@ class Database(sqlite3.Connection):
     def flush(self, others: Iterable[str]) -> None:
         """Returns when it is on the disk, and other files or folders too."""
         for path in others:
-            with contextlib.suppress(FileNotFoundError):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+            with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:
+                stack.callback(os.close, fd := os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                os.fsync(fd)
         self.execute("pragma synchronous=full")  # opened and closed beside SQLite, its file would lose SQLite's locks
         try:
             with self.transaction():
@@ -228,20 +224,20 @@ class Database(sqlite3.Connection):
             damaged.execute("pragma writable_schema=on")  # else nothing is read of a file that was cut off
             damaged.text_factory = bytes
             while number < 1 << 62:
+                rows = []
                 try:
                     rows = damaged.execute(select, (number, most)).fetchall()
+                    if not rows:
+                        return
                 except sqlite3.DatabaseError as error:
                     if code_of(error) not in DAMAGED:
                         raise
-                else:
-                    if not rows:
-                        return
-                    with self.transaction():
-                        self.executemany(INSERT, [r[1:] for r in rows])
-                    last = max(row[0] for row in rows)
-                    if last > number:
-                        number, most, step = last, min(2 * most, _REMOVED_AT_ONCE), 1
-                        continue
-                # Something is damaged behind this row: row by row, then over ever larger gaps.
-                number, step = (number + step, 2 * step) if most == 1 else (number, 1)
-                most = 1
+                with self.transaction():
+                    self.executemany(INSERT, [row[1:] for row in rows])
+                last = max((row[0] for row in rows), default=number)
+                if last > number:
+                    number, most, step = last, min(2 * most, _REMOVED_AT_ONCE), 1
+                elif most > 1:  # something is damaged behind this row: row by row,
+                    most = 1
+                else:  # then over ever larger gaps
+                    number, step = number + step, 2 * step

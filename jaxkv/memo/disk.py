@@ -12,7 +12,6 @@ from typing import Any
 
 from jaxkv.memo import database, record
 from jaxkv.memo.current import Current
-from jaxkv.memo.database import Database
 from jaxkv.memo.memory import BY_USE, POLICIES
 from jaxkv.memo.record import KEY_BYTES, LARGE, NAMESPACE_BYTES, DamagedError, Record
 from jaxkv.sizes import format_bytes
@@ -115,16 +114,15 @@ class Disk:
         given = dict(zip(map(bytes, keys), payloads, strict=True))
         if not self._current.may_write():
             return 0
-        rows = self._current.do(
-            "looking", lambda db: db.with_keys("select key from items", list(given)), None, create=True
-        )
+        looking = operator.methodcaller("with_keys", database.KEYS, list(given))
+        rows = self._current.do("looking", looking, None, create=True)
         there = {key for (key,) in rows or ()}
         if rows is not None and len(there) < len(given):
             records = [record.pack(key, given[key], self.compress is not None) for key in given if key not in there]
             there |= self._keep(self._current.do("reading", lambda db: self._admitted(db, records), []))
         return sum(key in there for key in keys)
 
-    def _admitted(self, db: Database, records: list[Record]) -> list[Record]:
+    def _admitted(self, db: database.Database, records: list[Record]) -> list[Record]:
         """Returns the records that may find room: what surely doesn't is not even written to a file."""
         if self.budget is None:
             return records
@@ -151,7 +149,7 @@ class Disk:
         self._unsynced.update(path for key, path in aside.items() if key in kept)
         return kept
 
-    def _insert(self, db: Database, records: Sequence[Record], aside: dict[bytes, str], kept: set[bytes]) -> None:
+    def _insert(self, db: Any, records: Sequence[Record], aside: dict[bytes, str], kept: set[bytes]) -> None:
         """Adds the keys of those that it inserts to `kept`, also if it fails on the way."""
         evicted = 0
         try:
@@ -165,16 +163,15 @@ class Disk:
                 db.executemany(database.INSERT, [(*one[:4], used, one.payload) for one in fresh])
                 while self.budget is not None and db.room_taken() > self.budget:
                     order = _ORDER.get(self.policy)
-                    count = db.make_room(self.budget, order, used) if order else 0
-                    evicted += count
-                    if not count:
+                    if not (count := db.make_room(self.budget, order, used) if order else 0):
                         raise _FullError
+                    evicted += count
         except _FullError:
-            if len(records) == 1:
-                return self._refused(records[0].stored)
-            half = len(records) // 2
-            self._insert(db, records[:half], aside, kept)
-            return self._insert(db, records[half:], aside, kept)
+            if not (half := len(records) // 2):
+                self._refused(records[0].stored)
+            for some in (records[:half], records[half:]) if half else ():
+                self._insert(db, some, aside, kept)
+            return
         kept.update(one.key for one in fresh)
         self._current.counts.update(written=len(fresh), evicted=evicted)
 

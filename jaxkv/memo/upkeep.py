@@ -86,8 +86,7 @@ def prune(
         count = 1
         while size is not None and count and db.room_taken() > size:
             with db.transaction():
-                count = db.make_room(size, "used")
-            items += count
+                items += (count := db.make_room(size, "used"))
         return items, broken
 
 
