@@ -114,19 +114,15 @@ class Database(sqlite3.Connection):
         name = f"file:{quote(os.fsencode(path))}?mode=rw{'c' * create}"
         super().__init__(name, timeout=timeout, isolation_level=None, check_same_thread=False, uri=True)
         self.text_factory, self.folder = bytes, f"{path}-files"
-        try:
-            for pragma in _PRAGMAS.split(";"):
-                self.execute(f"pragma {pragma}")
-            tables = {name for (name,) in self.execute("select name from sqlite_master")}
-            if tables and self.tell("pragma application_id") != _MARK and not tables >= {b"items", b"labels"}:
-                raise ValueError(f"{path} is a database of something else; give another directory")
-            if not tables:
-                with self.transaction():
-                    for statement in _TABLES.split(";"):
-                        self.execute(statement)
-        except BaseException:
-            self.close()
-            raise
+        for pragma in _PRAGMAS.split(";"):
+            self.execute(f"pragma {pragma}")
+        tables = {name for (name,) in self.execute("select name from sqlite_master")}
+        if tables and self.tell("pragma application_id") != _MARK and not tables >= {b"items", b"labels"}:
+            raise ValueError(f"{path} is a database of something else; give another directory")
+        if not tables:
+            with self.transaction():
+                for statement in _TABLES.split(";"):
+                    self.execute(statement)
 
     def __del__(self) -> None:
         with contextlib.suppress(sqlite3.Error):  # it may not even have been opened
@@ -157,11 +153,9 @@ class Database(sqlite3.Connection):
 
     def with_keys(self, statement: str, keys: Sequence[bytes]) -> list[tuple[Any, ...]]:
         """Returns what a statement does with the rows that have these keys, in any order."""
-        rows: list[tuple[Any, ...]] = []
-        for first in range(0, len(keys), _ASKED_AT_ONCE):
-            some = keys[first : first + _ASKED_AT_ONCE]
-            rows += self.execute(f"{statement} where key in ({','.join('?' * len(some))})", some)
-        return rows
+        parts = [keys[first : first + _ASKED_AT_ONCE] for first in range(0, len(keys), _ASKED_AT_ONCE)]
+        said = ((f"{statement} where key in ({','.join('?' * len(part))})", part) for part in parts)
+        return [row for words in said for row in self.execute(*words)]
 
     def remove(self, where: str, values: Sequence[Any] = ()) -> int:
         """Removes rows, and labels without rows, in a transaction; returns how many."""

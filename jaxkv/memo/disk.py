@@ -100,8 +100,7 @@ class Disk:
         if hits and self.policy in BY_USE and current.may_write():
             current.do("writing", lambda db: db.with_keys(f"update items set used = {db.now()}", list(values)), [])
         with current.lock:
-            current.counts.update(hits=hits, misses=len(keys) - hits)
-            current.counts.update(wrong.values())
+            current.counts.update([*wrong.values()], hits=hits, misses=len(keys) - hits)
         return found
 
     def write(self, keys: Sequence[bytes], payloads: Sequence[Any]) -> int:
