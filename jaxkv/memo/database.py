@@ -58,18 +58,14 @@ def path_of(directory: str, number: int) -> str:
 
 
 def numbers(directory: str) -> list[int]:
-    """Returns the numbers of a directory's databases, in order: the last one is in use.
-
-    Raises ValueError if the directory holds something else, or a store of another version.
-    """
+    """Returns the numbers of a directory's databases, the last one in use; raises ValueError if it holds others."""
     names = sorted(os.listdir(directory))
     ours = [match for match in map(_NAME.fullmatch, names) if match]
-    version = next((match[1] for match in ours if int(match[1]) != VERSION), None)
     others = [name for name in names if not name.startswith(".") and name != "lost+found"]
     if "FORMAT" in names or any(name.endswith(".seg") for name in names):
         what = "holds what an earlier jaxkv kept, which this one does not read; give another directory, or remove it: "
         raise ValueError(f"{directory} {what}rm -r {shlex.quote(directory)}")
-    if version is not None:
+    if version := next((match[1] for match in ours if int(match[1]) != VERSION), None):
         what = f"is a store of version {version}, and this jaxkv reads {VERSION}; give another one"
         raise ValueError(f"{directory} {what}")
     if others and not ours:
@@ -163,8 +159,8 @@ class Database(sqlite3.Connection):
         rows = self.execute(f"select rowid, key, {name} from items where {where}", values).fetchall()
         count = self.executemany("delete from items where rowid = ?", [row[:1] for row in rows]).rowcount if rows else 0
         for space in {key[:NAMESPACE_BYTES] for _, key, _ in rows if isinstance(key, bytes)}:
-            if not self.execute(f"select 1 from items where {OF_NAMESPACE}", (space, space)).fetchone():
-                self.execute("delete from labels where namespace = ?", (space,))
+            others = f"exists (select 1 from items where {OF_NAMESPACE})"
+            self.execute(f"delete from labels where not {others} and namespace = ?", (space, space, space))
         self._gone += filter(None, (path_of_file(name, self.folder) for *_, name in rows))
         return count
 

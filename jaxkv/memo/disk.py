@@ -199,9 +199,8 @@ class Disk:
         """Removes all records, or those of some namespaces."""
         if namespaces is None:
             self._current.do("clearing", lambda db: self._current.exchange(rescue=False), None)
-        for namespace in namespaces or ():
-            work = operator.methodcaller("remove_all", database.OF_NAMESPACE, (namespace, namespace))
-            self._current.do("clearing", work, 0)
+        for one in namespaces or ():
+            self._current.do("clearing", operator.methodcaller("remove_all", database.OF_NAMESPACE, (one, one)), 0)
 
     def close(self) -> None:
         """Lets go of all files. The tier may be used again."""

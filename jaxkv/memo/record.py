@@ -68,7 +68,8 @@ def unpack(record: Record, folder: str) -> Any:
     if len(data) != record.stored:
         if (path := path_of_file(data, folder)) is None:
             raise DamagedError
-        with open(path, "rb", buffering=0, opener=_open) as file:
+        # A FIFO would be waited for.
+        with open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             if os.fstat(file.fileno()).st_size != record.stored:
                 raise DamagedError
             data = file.readall()
@@ -81,7 +82,3 @@ def _check(key: bytes, raw: int, data: Any) -> bytes:
     state = need("xxhash", "the disk tier", "memo").xxh3_64(b"%b%d" % (key, raw))
     state.update(data)
     return state.digest()
-
-
-def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a FIFO would be waited for

@@ -119,8 +119,7 @@ def _read_all(db: Database, progress: Progress) -> Iterator[tuple[int, str]]:
                 yield number, ""
             except (DamagedError, OSError) as error:
                 yield number, str(error) or "damaged"
-        done += len(rows)
-        progress(size * done // max(total, done), size)
+        progress(size * (done := done + len(rows)) // max(total, done), size)
 
 
 def _strays(db: Database) -> list[tuple[str, int]]:
