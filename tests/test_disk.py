@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +128,26 @@ def test_compression_saves_room_and_what_it_would_make_larger_stays_as_it_is(tmp
         assert reader.read([key(1)], 4999) == [None]
     assert [path.stat().st_size for path in files(tmp_path, "-files")] == [2 * LARGE]
     assert store.stats().nbytes == taken(tmp_path) <= 2 * LARGE + database.LEAST_BYTES + 4096
+
+
+@pytest.mark.parametrize("name", [b"50%?#x y", b"\xff\xfe"])
+def test_a_directory_may_have_any_name_and_come_as_any_path(tmp_path, name):
+    class Place:
+        def __fspath__(self) -> bytes:
+            return os.fsencode(tmp_path) + b"/" + name
+
+    store = Disk(Place())
+    assert fill(store, range(3)) == 3 and found(Disk(os.fsdecode(Place())), range(3)) == [0, 1, 2]
+    assert store.directory == os.fsdecode(Place()) and Path(store.directory).is_dir()
+
+
+def test_a_store_that_is_dropped_closes_its_database(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(database.Database, "close", lambda self: closed.append(self.folder))
+    store = Disk(tmp_path)
+    del store
+    gc.collect()
+    assert f"{files(tmp_path)[0]}-files" in closed, "Python 3.13 warns of what was not closed"
 
 
 def test_wrong_arguments_are_refused(tmp_path):

@@ -21,9 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_disk import files, fill, found, key, taken
 
-from jaxkv.memo import database
+from jaxkv.memo import database, record
 from jaxkv.memo.disk import Disk
 from jaxkv.memo.record import LARGE
+from jaxkv.memo.upkeep import prune, survey, verify
 
 FULL = bool(os.environ.get("JAXKV_FULL"))
 COUNT = 24
@@ -144,6 +145,17 @@ def test_whatever_a_row_says_is_a_miss_at_worst(tmp_path, column, value):
     assert fill(store, range(3)) == 3 and found(store, range(3)) == [0, 1, 2]
     fill(store, range(10, 300), 5000)
     assert found(store, [299], 5000) == [299] and store.stats().errors == 0
+
+
+@pytest.mark.parametrize("column", ["stored", "used"])
+@pytest.mark.parametrize("value", ["-9e999", "9e999", "1e300"])
+def test_whatever_all_rows_say_there_is_a_next_time_of_use_and_a_size(tmp_path, column, value):
+    store = Disk(tmp_path, policy="lru", budget=10**6)
+    fill(store, range(3))
+    with contextlib.closing(sqlite3.connect(files(tmp_path)[0])) as db, db:
+        db.execute(f"update items set {column} = {value}")
+    assert store.stats().items == 3 and len(found(store, range(3))) == (0 if column == "stored" else 3)
+    assert fill(store, range(6)) == 6 and found(store, range(6)) == list(range(6)) and store.stats().errors == 0
 
 
 @settings(max_examples=1000 if FULL else 40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -341,6 +353,109 @@ def test_a_directory_that_something_else_takes_the_place_of_is_left_alone(tmp_pa
     until_written(store, [9])
 
 
+# --- others, at the worst moment --------------------------------------------------------------------------------------
+
+
+def between(monkeypatch, where, name: str, others) -> None:
+    """Has others act once, as soon as this process comes to a function."""
+    usual, waiting = getattr(where, name), [others]
+
+    def hooked(*words, **named):
+        if waiting:
+            waiting.pop()()
+        return usual(*words, **named)
+
+    monkeypatch.setattr(where, name, hooked)
+
+
+def test_a_database_that_another_process_clears_while_this_one_writes_is_no_error(tmp_path, monkeypatch, caplog):
+    store, other = Disk(tmp_path), Disk(tmp_path)
+    fill(store, range(5)), found(other, range(5))
+    between(monkeypatch, database.Database, "transaction", other.clear)
+    assert fill(store, range(5, 9)) == 4 and found(Disk(tmp_path), range(9)) == [5, 6, 7, 8]
+    between(monkeypatch, database.Database, "transaction", other.clear)
+    assert fill(store, range(3), LARGE) == 0 and found(Disk(tmp_path), range(3), LARGE) == []
+    assert fill(store, range(3), LARGE) == 3 and found(Disk(tmp_path), range(3), LARGE) == [0, 1, 2]
+    assert (store.stats().errors, store.stats().replaced, caplog.messages) == (0, 0, [])
+
+
+def test_large_records_that_were_kept_stay_where_the_rest_of_their_batch_fails(tmp_path, monkeypatch):
+    store = Disk(tmp_path, budget=4 * LARGE)
+    usual = Disk._insert
+
+    def insert(self, db, records, *more):
+        if records[0].key == key(2):
+            raise sqlite3.OperationalError("locked")
+        return usual(self, db, records, *more)
+
+    monkeypatch.setattr(Disk, "_insert", insert)
+    assert fill(store, range(4), LARGE) == 2, "no room for all of them: half of them, then the others"
+    monkeypatch.undo()
+    assert found(Disk(tmp_path), range(4), LARGE) == [0, 1] and len(files(tmp_path, "-files")) == 2
+
+
+@pytest.mark.parametrize("clear", ["all", "namespace"])
+def test_a_large_record_that_others_remove_while_this_process_reads_it_is_not_lost(tmp_path, monkeypatch, clear):
+    store, other = Disk(tmp_path), Disk(tmp_path)
+    fill(store, range(3), LARGE)
+
+    def others():
+        other.clear(None if clear == "all" else [key(0)[:16]])
+        fill(other, range(10, 20))
+
+    between(monkeypatch, record, "unpack", others)
+    assert found(store, range(3), LARGE) == [] and found(store, range(10, 20)) == list(range(10, 20))
+    assert counted(store) == store.stats().errors == 0
+
+
+def test_clear_and_prune_remove_what_lower_numbers_left(tmp_path):
+    for remove in ("clear", "prune"):
+        old, store = tmp_path / f"old-{remove}", Disk(tmp_path / remove)
+        Disk(old), fill(store, range(5)), fill(store, [9], LARGE)
+        shutil.copy(files(old)[0], tmp_path / remove / "memo-v1-000002.db")  # of one killed while it took over
+        newer = Disk(tmp_path / remove)
+        fill(newer, range(5, 8))
+        if remove == "clear":
+            store.clear()
+        else:
+            assert survey(str(tmp_path / remove)).strays > LARGE
+            prune(str(tmp_path / remove), None, (), True, print)
+            assert survey(str(tmp_path / remove)).strays == 0
+        assert found(store, range(9)) == found(newer, range(9)) == ([] if remove == "clear" else [5, 6, 7])
+        assert not [path for path in (tmp_path / remove).iterdir() if "000001" in path.name]
+
+
+@pytest.mark.parametrize("trouble", ["full", "held"])
+def test_a_damaged_database_that_cannot_be_taken_over_is_gone_all_the_same(tmp_path, monkeypatch, trouble):
+    store = Disk(tmp_path)
+    fill(store, range(50), 1000), fill(store, [50], LARGE)
+    with open(files(tmp_path)[0], "r+b") as file:
+        file.truncate(15 * 4096)
+    with contextlib.closing(sqlite3.connect(files(tmp_path)[0], isolation_level=None)) as holder:
+
+        def hold():
+            holder.execute("pragma writable_schema=on"), holder.execute("begin exclusive")
+
+        def rescue(self, old):
+            self.execute(f"pragma max_page_count={2 + self.tell('pragma page_count')}")
+            hold() if trouble == "held" else None
+            usual(self, old)
+
+        usual = database.Database.rescue
+        monkeypatch.setattr(database.Database, "rescue", rescue)
+        connect = sqlite3.connect
+        monkeypatch.setattr(
+            "sqlite3.connect", lambda *words, **named: waits.append(named["timeout"]) or connect(*words, **named)
+        )
+        waits: list[float] = []
+        found(store, range(50), 1000)
+        assert waits and max(waits) <= 0.1, "seconds that a process which is stopped holds up others"
+    assert [path.name for path in files(tmp_path)] == ["memo-v1-000002.db"] and store.stats().errors == 1
+    monkeypatch.undo()
+    store.close()
+    assert fill(store, range(50), 1000) == 50 and found(store, range(50), 1000) == list(range(50))
+
+
 @pytest.mark.parametrize("name", ["room_taken", "with_keys", "now", "executemany", "execute"])
 def test_ctrl_c_within_a_batch_leaves_all_of_it_or_nothing(tmp_path, monkeypatch, name):
     store = Disk(tmp_path, budget=10**7)
@@ -434,8 +549,6 @@ print(json.dumps(dict(said=len(numbers), there=there, **dataclasses.asdict(stats
 
 def killed(directory: Path, rounds: int, size: int = 3000, **settings) -> dict[str, int]:
     """Kills two writers beside a reader, again and again; returns what is known of the store afterwards."""
-    from jaxkv.memo.upkeep import prune, verify
-
     here = os.path.dirname(__file__)
     words = [str(directory), here, os.path.dirname(here), str(rounds), "0", json.dumps(settings), str(size)]
     done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=600)
@@ -450,8 +563,8 @@ def killed(directory: Path, rounds: int, size: int = 3000, **settings) -> dict[s
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [3000, LARGE])
 def test_killed_writers_lose_nothing_that_they_had_written(tmp_path, size):
-    result = killed(tmp_path / "store", 40, size)
-    assert result["there"] == result["said"] >= 14 * 40
+    result = killed(tmp_path / "store", 20, size)
+    assert result["there"] == result["said"] >= 14 * 20
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from jaxkv.memo.database import Database
 from jaxkv.memo.forking import Lock
 
 _WAIT = 0.1  # seconds that a call waits for other processes: one that is stopped must not hold up all
-_SKIP_MOST = 32  # calls
 _unused: list[Any] = []  # connections of a parent process, which a child can neither use nor close
 
 
@@ -32,7 +30,7 @@ class Current:
         self.counts: Counter[str] = Counter()
         self._said: set[str] = set()
         self._failures = self._skip = 0
-        self._path, self._number, self._identity, self._pid = "", 0, (0, 0), os.getpid()
+        self._path, self._identity, self._pid = "", (0, 0), os.getpid()
         self.do("opening", lambda db: None, None, create=True)
 
     def do(self, doing: str, work: Callable[[Database], Any], otherwise: Any, *, create: bool = False) -> Any:
@@ -47,7 +45,7 @@ class Current:
                 except (sqlite3.Error, OSError, MemoryError, ValueError) as error:
                     if doing == "opening" and isinstance(error, ValueError):
                         raise
-                    if not self.failed(doing, error) or doing == "removing":  # rows have other numbers there
+                    if not self.failed(doing, error):
                         break
             return otherwise
 
@@ -71,30 +69,29 @@ class Current:
             found = []
         if not found and not create:
             return None
-        self._number = max([*found, after + 1])
-        self._path = database.path_of(self.directory, self._number)
+        self._path = database.path_of(self.directory, max([*found, after + 1]))
         self._db = Database(self._path, _WAIT, create=create)
         self._identity, self.folder = database.identity(self._path), self._db.folder
         return self._db
 
     def close(self) -> None:
         """Lets go of the database; it is opened again when it is needed."""
-        db, self._db = self._db, None
-        if db is not None:
-            with contextlib.suppress(sqlite3.Error):
-                db.close()
+        if self._db is not None:
+            self._db.close()
+        self._db = None
 
     def exchange(self, *, rescue: bool) -> None:
         """Goes on with the database that others have gone on with, or with a new one, into which the old is rescued."""
-        old, number = self._path, self._number
+        old, last = self._path, max(database.numbers(self.directory), default=0)
         self.close()
-        if max(database.numbers(self.directory), default=0) > number:
+        if rescue and database.path_of(self.directory, last) > old:
             return
-        db = self._connected(True, number)
-        if rescue and db is not None:
-            db.rescue(old)
-        database.unlink([old, f"{old}-journal"])
-        shutil.rmtree(f"{old}-files", ignore_errors=True)
+        db = self._connected(True, last)
+        try:
+            if rescue and db is not None:
+                db.rescue(old)
+        finally:  # what can't be rescued would only take room
+            database.unlink(database.lower(self._path))
 
     def failed(self, doing: str, error: Exception) -> bool:
         """Counts what went wrong, and returns whether it is worth another try at once."""
@@ -102,6 +99,9 @@ class Current:
             if database.code_of(error) in database.BUSY:
                 self.counts["busy"] += 1
                 return False
+            unlinked = database.code_of(error) in database.UNLINKED or isinstance(error, FileNotFoundError)
+            if unlinked and not os.path.exists(self._path):
+                return True  # others have cleared it in the meantime: that is no error
             if database.code_of(error) in database.DAMAGED:
                 self.counts["replaced"] += 1
                 self.say("database", f"the database is damaged ({error}); a new one takes over what can be read of it")
@@ -113,12 +113,11 @@ class Current:
             self.counts["errors"] += 1
             if doing in ("looking", "writing"):
                 self._failures += 1
-                self._skip = min(2**self._failures - 1, _SKIP_MOST)
+                self._skip = min(2**self._failures - 1, 32)  # calls
             self.say(doing, f"{doing} failed: {error}; going on without")
-            if not isinstance(error, sqlite3.Error):
-                return False
-            self.close()  # opened while nobody could write, it can't, even if others can again
-            return True
+            if again := isinstance(error, sqlite3.Error):
+                self.close()  # opened while nobody could write, it can't, even if others can again
+            return again
 
     def may_write(self) -> bool:
         """Whether this call should try to write. No clock is needed: the calls between two tries are counted."""

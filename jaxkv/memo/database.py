@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import sqlite3
 import stat
 import time
@@ -31,8 +32,9 @@ SELECT = "select rowid, key, raw, stored, hash, payload from items"  # as in a R
 INSERT = "insert or ignore into items values (?, ?, ?, ?, ?, ?)"
 COUNT = "select count(*) from items"
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-_DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH)
-DAMAGED = (*_DAMAGED, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR)  # the last one: a table isn't there
+UNLINKED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)  # if it isn't there
+_ODD = (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_ERROR)  # the last one: a table isn't there
+DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT, *_ODD)
 _NAME = re.compile(r"memo-v(\d+)-(\d{6})\.db(|-journal|-files)")  # the version here, where no flipped bit changes it
 _MARK = 0x6A6B766D  # "jkvm"
 _TABLES = f"""
@@ -56,24 +58,25 @@ def path_of(directory: str, number: int) -> str:
 
 
 def numbers(directory: str) -> list[int]:
-    """Returns the numbers of a directory's databases, in order: the last one is in use.
-
-    Raises ValueError if the directory holds something else, or a store of another version.
-    """
+    """Returns the numbers of a directory's databases, the last one in use; raises ValueError if it holds others."""
     names = sorted(os.listdir(directory))
     ours = [match for match in map(_NAME.fullmatch, names) if match]
-    version = next((match[1] for match in ours if int(match[1]) != VERSION), None)
     others = [name for name in names if not name.startswith(".") and name != "lost+found"]
     if "FORMAT" in names or any(name.endswith(".seg") for name in names):
         what = "holds what an earlier jaxkv kept, which this one does not read; give another directory, or remove it: "
         raise ValueError(f"{directory} {what}rm -r {shlex.quote(directory)}")
-    if version is not None:
-        raise ValueError(
-            f"{directory} is a store of version {version}, and this jaxkv reads {VERSION}; give another one"
-        )
+    if version := next((match[1] for match in ours if int(match[1]) != VERSION), None):
+        what = f"is a store of version {version}, and this jaxkv reads {VERSION}; give another one"
+        raise ValueError(f"{directory} {what}")
     if others and not ours:
         raise ValueError(f"{directory} holds other files, such as {others[0]!r}; give an empty directory")
     return sorted(int(match[2]) for match in ours if not match[3])
+
+
+def lower(path: str) -> list[str]:
+    """Returns what is left of databases with lower numbers, which nobody needs: databases before their files."""
+    directory, name = os.path.split(path)
+    return sorted(os.path.join(directory, one) for one in os.listdir(directory) if _NAME.fullmatch(one) and one < name)
 
 
 def identity(path: str) -> tuple[int, int]:
@@ -87,10 +90,12 @@ def identity(path: str) -> tuple[int, int]:
 
 
 def unlink(paths: Iterable[str]) -> None:
-    """Removes files, as far as that is possible."""
+    """Removes files and folders, as far as that is possible."""
     for path in paths:
-        with contextlib.suppress(OSError):
+        try:
             os.unlink(path)
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class Database(sqlite3.Connection):
@@ -102,34 +107,32 @@ class Database(sqlite3.Connection):
     def __init__(self, path: str, timeout: float, *, create: bool = False) -> None:
         with contextlib.suppress(FileNotFoundError):
             identity(path)
-        name = f"file:{quote(path)}?mode=rw{'c' * create}"
-        super().__init__(name, timeout, isolation_level=None, check_same_thread=False, uri=True)
+        name = f"file:{quote(os.fsencode(path))}?mode=rw{'c' * create}"
+        super().__init__(name, timeout=timeout, isolation_level=None, check_same_thread=False, uri=True)
         self.text_factory, self.folder = bytes, f"{path}-files"
-        try:
-            for pragma in _PRAGMAS.split(";"):
-                self.execute(f"pragma {pragma}")
-            tables = {name for (name,) in self.execute("select name from sqlite_master")}
-            if tables and self.tell("pragma application_id") != _MARK and not tables >= {b"items", b"labels"}:
-                raise ValueError(f"{path} is a database of something else; give another directory")
-            if not tables:
-                with self.transaction():
-                    for statement in _TABLES.split(";"):
-                        self.execute(statement)
-        except BaseException:
+        for pragma in _PRAGMAS.split(";"):
+            self.execute(f"pragma {pragma}")
+        tables = {name for (name,) in self.execute("select name from sqlite_master")}
+        if tables and self.tell("pragma application_id") != _MARK and not tables >= {b"items", b"labels"}:
+            raise ValueError(f"{path} is a database of something else; give another directory")
+        if not tables:
+            with self.transaction():
+                for statement in _TABLES.split(";"):
+                    self.execute(statement)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(sqlite3.Error):  # it may not even have been opened
             self.close()
-            raise
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing, also where Ctrl-C comes in between."""
-        try:
+        """All or nothing, also where Ctrl-C comes in between. The files of rows that it removes go when it is done."""
+        self._gone = list[str]()
+        with self:
             self.execute("begin immediate")
             yield
             self.execute("commit")
-        finally:
-            if self.in_transaction:
-                with contextlib.suppress(sqlite3.Error):
-                    self.execute("rollback")
+        unlink(self._gone)
 
     def tell(self, what: str) -> int:
         """Returns the number that a statement asks for."""
@@ -138,41 +141,49 @@ class Database(sqlite3.Connection):
     def room_taken(self) -> int:
         """Returns the bytes of all files, as they are after the transaction that is under way."""
         pages = self.tell("pragma page_count") - self.tell("pragma freelist_count")
-        return pages * PAGE_BYTES + self.tell(f"select total(stored) from items where stored >= {LARGE}")
+        return pages * PAGE_BYTES + self.tell(f"select cast(total(stored) as int) from items where stored >= {LARGE}")
 
     def now(self) -> int:
         """Returns the time in ns, but after the last use: clocks are set back, and damaged rows say anything."""
-        return max(time.time_ns(), self.tell(f"select max(used) from items where used < {1 << 62}") + 1)
+        return max(time.time_ns(), self.tell(f"select cast(max(used) as int) from items where used < {1 << 62}") + 1)
 
     def with_keys(self, statement: str, keys: Sequence[bytes]) -> list[tuple[Any, ...]]:
         """Returns what a statement does with the rows that have these keys, in any order."""
-        rows: list[tuple[Any, ...]] = []
-        for first in range(0, len(keys), _ASKED_AT_ONCE):
-            some = keys[first : first + _ASKED_AT_ONCE]
-            rows += self.execute(f"{statement} where key in ({','.join('?' * len(some))})", some)
-        return rows
+        parts = [keys[first : first + _ASKED_AT_ONCE] for first in range(0, len(keys), _ASKED_AT_ONCE)]
+        said = ((f"{statement} where key in ({','.join('?' * len(part))})", part) for part in parts)
+        return [row for words in said for row in self.execute(*words)]
 
-    def remove(self, where: str, values: Sequence[Any] = ()) -> tuple[int, list[str]]:
-        """Removes rows, and labels without rows; returns how many, and the files to be removed after that is done."""
+    def remove(self, where: str, values: Sequence[Any] = ()) -> int:
+        """Removes rows, and labels without rows, in a transaction; returns how many."""
         name = f"case when stored >= {LARGE} then payload end"
         rows = self.execute(f"select rowid, key, {name} from items where {where}", values).fetchall()
         count = self.executemany("delete from items where rowid = ?", [row[:1] for row in rows]).rowcount if rows else 0
         for space in {key[:NAMESPACE_BYTES] for _, key, _ in rows if isinstance(key, bytes)}:
-            if not self.execute(f"select 1 from items where {OF_NAMESPACE}", (space, space)).fetchone():
-                self.execute("delete from labels where namespace = ?", (space,))
-        return count, [path for *_, name in rows if (path := path_of_file(name, self.folder)) is not None]
+            others = f"exists (select 1 from items where {OF_NAMESPACE})"
+            self.execute(f"delete from labels where not {others} and namespace = ?", (space, space, space))
+        self._gone += filter(None, (path_of_file(name, self.folder) for *_, name in rows))
+        return count
 
     def remove_all(self, where: str, values: Sequence[Any] = ()) -> int:
         """Removes rows, some at a time, so that others needn't wait; returns how many."""
         total, count = 0, 1
         while count:
             with self.transaction():
-                count, files = self.remove(f"{where} limit {_REMOVED_AT_ONCE}", values)
-            unlink(files)
+                count = self.remove(f"{where} limit {_REMOVED_AT_ONCE}", values)
             total += count
         return total
 
-    def make_room(self, size: int, order: str, used: int = 1 << 62) -> tuple[int, list[str]]:
+    def remove_these(self, rows: dict[int, Any]) -> list[int]:
+        """Removes rows by number, as long as they have these payloads; returns the numbers of those it removed."""
+        with self.transaction():
+            now = self.execute(
+                f"select rowid, payload from items where rowid in ({','.join(map(str, rows))})"
+            ).fetchall()
+            there = [number for number, payload in now if payload == rows[number]]
+            self.remove(f"rowid in ({','.join(map(str, there))})")
+        return there
+
+    def make_room(self, size: int, order: str, used: int = 1 << 62) -> int:
         """Removes some rows in an order, of those used before, towards `size` bytes of all files; as `remove`."""
         over, count, some = self.room_taken() - size, 0, f"from items where used < {used} order by {order} limit"
         for (stored,) in self.execute(f"select ifnull(cast(stored as int), 0) {some} {_REMOVED_AT_ONCE}").fetchall():
@@ -182,12 +193,9 @@ class Database(sqlite3.Connection):
     def flush(self, others: Iterable[str]) -> None:
         """Returns when it is on the disk, and other files or folders too."""
         for path in others:
-            with contextlib.suppress(FileNotFoundError):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+            with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:
+                stack.callback(os.close, fd := os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                os.fsync(fd)
         self.execute("pragma synchronous=full")  # opened and closed beside SQLite, its file would lose SQLite's locks
         try:
             with self.transaction():
@@ -201,24 +209,25 @@ class Database(sqlite3.Connection):
             os.rename(f"{old}-files", self.folder)
         select = "select rowid, key, raw, stored, hash, used, payload from items where rowid > ? order by rowid limit ?"
         number, most, step = 0, _REMOVED_AT_ONCE, 1
-        with contextlib.closing(sqlite3.connect(f"file:{quote(old)}?mode=ro", uri=True)) as damaged:
+        name, wait = f"file:{quote(os.fsencode(old))}?mode=ro", self.tell("pragma busy_timeout") / 1000
+        with contextlib.closing(sqlite3.connect(name, timeout=wait, uri=True)) as damaged:
             damaged.execute("pragma writable_schema=on")  # else nothing is read of a file that was cut off
             damaged.text_factory = bytes
             while number < 1 << 62:
+                rows = []
                 try:
                     rows = damaged.execute(select, (number, most)).fetchall()
+                    if not rows:
+                        return
                 except sqlite3.DatabaseError as error:
                     if code_of(error) not in DAMAGED:
                         raise
-                else:
-                    if not rows:
-                        return
-                    with self.transaction():
-                        self.executemany(INSERT, [r[1:] for r in rows])
-                    last = max(row[0] for row in rows)
-                    if last > number:
-                        number, most, step = last, min(2 * most, _REMOVED_AT_ONCE), 1
-                        continue
-                # Something is damaged behind this row: row by row, then over ever larger gaps.
-                number, step = (number + step, 2 * step) if most == 1 else (number, 1)
-                most = 1
+                with self.transaction():
+                    self.executemany(INSERT, [row[1:] for row in rows])
+                last = max((row[0] for row in rows), default=number)
+                if last > number:
+                    number, most, step = last, min(2 * most, _REMOVED_AT_ONCE), 1
+                elif most > 1:  # something is damaged behind this row: row by row,
+                    most = 1
+                else:  # then over ever larger gaps
+                    number, step = number + step, 2 * step

@@ -12,7 +12,6 @@ from typing import Any
 
 from jaxkv.memo import database, record
 from jaxkv.memo.current import Current
-from jaxkv.memo.database import Database
 from jaxkv.memo.memory import BY_USE, POLICIES
 from jaxkv.memo.record import KEY_BYTES, LARGE, NAMESPACE_BYTES, DamagedError, Record
 from jaxkv.sizes import format_bytes
@@ -66,9 +65,9 @@ class Disk:
             raise ValueError(f"compress is {compress!r}, must be None or 'zstd'")
         if budget is not None and budget < BUDGET_LEAST:
             raise ValueError(f"the budget of a disk is {budget}; give {BUDGET_LEAST:,} bytes or more, or None")
-        if not isinstance(directory, str | os.PathLike) or "\0" in str(directory) or not os.fspath(directory):
+        if not isinstance(directory, str | os.PathLike) or "\0" in os.fsdecode(directory) or not os.fspath(directory):
             raise ValueError(f"disk is {directory!r}; give the path of a directory")
-        self.directory = os.path.abspath(os.path.expanduser(os.fspath(directory)))
+        self.directory = os.path.abspath(os.path.expanduser(os.fsdecode(directory)))
         self.budget, self.policy, self.compress = budget, policy, compress
         record.pack(b"", b"", compress is not None)  # are the libraries there?
         self._labels: dict[bytes, bytes] = {}
@@ -78,12 +77,12 @@ class Disk:
     def read(self, keys: Sequence[bytes], nbytes: int) -> list[Any]:
         """Returns the payload of each key, bytes-like of `nbytes` bytes; None for those that aren't there."""
         current, asked = self._current, list(dict.fromkeys(keys))
-        rows = current.do("reading", lambda db: db.with_keys(database.SELECT, asked), [])
+        folder, rows = current.do("reading", lambda db: (db.folder, db.with_keys(database.SELECT, asked)), ("", []))
         values: dict[bytes, Any] = {}
         wrong: dict[int, str] = {}
         for number, *fields in rows:
             try:
-                values[fields[0]] = record.unpack(Record(*fields), current.folder)
+                values[fields[0]] = record.unpack(Record(*fields), folder)
             except DamagedError:
                 wrong[number] = "corrupt"
             except (FileNotFoundError, IsADirectoryError):
@@ -91,16 +90,17 @@ class Disk:
             except (OSError, MemoryError, ImportError) as error:
                 current.failed("reading", error)
         if wrong:
+            rows = {number: payload for number, *_, payload in rows if number in wrong}
+            there = current.do("removing", operator.methodcaller("remove_these", rows), ())
+            wrong = {n: what for n, what in wrong.items() if n in there or what == "corrupt"}  # others may have evicted
+        if wrong:
             current.say("damage", "records were damaged or lost; they count as misses")
-            where = f"rowid in ({','.join(map(str, wrong))})"
-            current.do("removing", operator.methodcaller("remove_all", where), 0)
         found = [value if (value := values.get(key)) is not None and len(value) == nbytes else None for key in keys]
         hits = sum(value is not None for value in found)
         if hits and self.policy in BY_USE and current.may_write():
             current.do("writing", lambda db: db.with_keys(f"update items set used = {db.now()}", list(values)), [])
         with current.lock:
-            current.counts.update(hits=hits, misses=len(keys) - hits)
-            current.counts.update(wrong.values())
+            current.counts.update([*wrong.values()], hits=hits, misses=len(keys) - hits)
         return found
 
     def write(self, keys: Sequence[bytes], payloads: Sequence[Any]) -> int:
@@ -113,16 +113,15 @@ class Disk:
         given = dict(zip(map(bytes, keys), payloads, strict=True))
         if not self._current.may_write():
             return 0
-        rows = self._current.do(
-            "looking", lambda db: db.with_keys("select key from items", list(given)), None, create=True
-        )
+        looking = operator.methodcaller("with_keys", database.KEYS, list(given))
+        rows = self._current.do("looking", looking, None, create=True)
         there = {key for (key,) in rows or ()}
         if rows is not None and len(there) < len(given):
             records = [record.pack(key, given[key], self.compress is not None) for key in given if key not in there]
             there |= self._keep(self._current.do("reading", lambda db: self._admitted(db, records), []))
         return sum(key in there for key in keys)
 
-    def _admitted(self, db: Database, records: list[Record]) -> list[Record]:
+    def _admitted(self, db: database.Database, records: list[Record]) -> list[Record]:
         """Returns the records that may find room: what surely doesn't is not even written to a file."""
         if self.budget is None:
             return records
@@ -135,28 +134,27 @@ class Disk:
     def _keep(self, records: list[Record]) -> set[bytes]:
         """Writes records, and returns the keys of those that were written."""
         kept = set[bytes]()
-        aside: dict[str, bytes] = {}  # the files of large ones
+        aside: dict[bytes, str] = {}  # the files of large ones
         try:
             for i, one in enumerate(records):
                 if one.stored >= LARGE:
-                    path, records[i] = record.put_aside(one, self._current.folder)
-                    aside[path] = one.key
+                    aside[one.key], records[i] = record.put_aside(one, self._current.folder)
             if records:
-                kept = self._current.do("writing", lambda db: self._insert(db, records, list(aside)), kept)
+                self._current.do("writing", lambda db: self._insert(db, records, aside, kept), None)
         except OSError as error:
             self._current.failed("writing", error)
         finally:
-            database.unlink([path for path, key in aside.items() if key not in kept])
-        self._unsynced.update(path for path, key in aside.items() if key in kept)
+            database.unlink([path for key, path in aside.items() if key not in kept])
+        self._unsynced.update(path for key, path in aside.items() if key in kept)
         return kept
 
-    def _insert(self, db: Database, records: Sequence[Record], files: Sequence[str]) -> set[bytes]:
-        evicted, gone = 0, list[str]()
+    def _insert(self, db: Any, records: Sequence[Record], aside: dict[bytes, str], kept: set[bytes]) -> None:
+        """Adds the keys of those that it inserts to `kept`, also if it fails on the way."""
+        evicted = 0
         try:
             with db.transaction():
-                for path in files:
-                    os.stat(path)  # prune may have taken it for one that belongs to nothing
                 others = {key for (key,) in db.with_keys(database.KEYS, [one.key for one in records])}
+                others |= {key for key, path in aside.items() if not os.path.exists(path)}  # prune or clear took it
                 fresh = [one for one in records if one.key not in others]
                 for namespace in {one.key[:NAMESPACE_BYTES] for one in fresh} & set(self._labels):
                     db.execute("insert or ignore into labels values (?, ?)", (namespace, self._labels[namespace]))
@@ -164,19 +162,17 @@ class Disk:
                 db.executemany(database.INSERT, [(*one[:4], used, one.payload) for one in fresh])
                 while self.budget is not None and db.room_taken() > self.budget:
                     order = _ORDER.get(self.policy)
-                    count, files = db.make_room(self.budget, order, used) if order else (0, [])
-                    evicted, gone = evicted + count, [*gone, *files]
-                    if not count:
+                    if not (count := db.make_room(self.budget, order, used) if order else 0):
                         raise _FullError
+                    evicted += count
         except _FullError:
-            if len(records) == 1:
+            if not (half := len(records) // 2):
                 self._refused(records[0].stored)
-                return set()
-            half = len(records) // 2
-            return self._insert(db, records[:half], ()) | self._insert(db, records[half:], ())
-        database.unlink(gone)
+            for some in (records[:half], records[half:]) if half else ():
+                self._insert(db, some, aside, kept)
+            return
+        kept.update(one.key for one in fresh)
         self._current.counts.update(written=len(fresh), evicted=evicted)
-        return {one.key for one in fresh}
 
     def _refused(self, size: int) -> None:
         budget, need = self.budget or 0, f"{max(self.budget or 0, size) + BUDGET_LEAST:,} bytes or more"
@@ -203,9 +199,8 @@ class Disk:
         """Removes all records, or those of some namespaces."""
         if namespaces is None:
             self._current.do("clearing", lambda db: self._current.exchange(rescue=False), None)
-        for namespace in namespaces or ():
-            work = operator.methodcaller("remove_all", database.OF_NAMESPACE, (namespace, namespace))
-            self._current.do("clearing", work, 0)
+        for one in namespaces or ():
+            self._current.do("clearing", operator.methodcaller("remove_all", database.OF_NAMESPACE, (one, one)), 0)
 
     def close(self) -> None:
         """Lets go of all files. The tier may be used again."""

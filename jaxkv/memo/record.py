@@ -66,7 +66,13 @@ def unpack(record: Record, folder: str) -> Any:
         raise DamagedError
     data: Any = record.payload
     if len(data) != record.stored:
-        data = _read_file(path_of_file(data, folder), record.stored)
+        if (path := path_of_file(data, folder)) is None:
+            raise DamagedError
+        # A FIFO would be waited for.
+        with open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+            if os.fstat(file.fileno()).st_size != record.stored:
+                raise DamagedError
+            data = file.readall()
     if _check(record.key, record.raw, data) != record.check:
         raise DamagedError
     return data if record.stored == record.raw else need("zstandard", *_FOR).ZstdDecompressor().decompress(data)
@@ -76,13 +82,3 @@ def _check(key: bytes, raw: int, data: Any) -> bytes:
     state = need("xxhash", "the disk tier", "memo").xxh3_64(b"%b%d" % (key, raw))
     state.update(data)
     return state.digest()
-
-
-def _read_file(path: str | None, size: int) -> bytes:
-    if path is None:
-        raise DamagedError
-    # A FIFO would be waited for.
-    with open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
-        if os.fstat(file.fileno()).st_size != size:
-            raise DamagedError
-        return file.readall()

@@ -86,9 +86,7 @@ def prune(
         count = 1
         while size is not None and count and db.room_taken() > size:
             with db.transaction():
-                count, files = db.make_room(size, "used")
-            database.unlink(files)
-            items += count
+                items += (count := db.make_room(size, "used"))
         return items, broken
 
 
@@ -121,13 +119,17 @@ def _read_all(db: Database, progress: Progress) -> Iterator[tuple[int, str]]:
                 yield number, ""
             except (DamagedError, OSError) as error:
                 yield number, str(error) or "damaged"
-        done += len(rows)
-        progress(size * done // max(total, done), size)
+        progress(size * (done := done + len(rows)) // max(total, done), size)
 
 
 def _strays(db: Database) -> list[tuple[str, int]]:
     """Returns files, and their bytes, that killed processes left and nobody will ever finish."""
     known = {name for (name,) in db.execute(f"select payload from items where stored >= {LARGE}")}
-    with contextlib.suppress(FileNotFoundError), os.scandir(db.folder) as entries:
-        return [(entry.path, entry.stat().st_size) for entry in entries if entry.name.encode() not in known]
-    return []
+    paths, found = database.lower(db.folder.removesuffix("-files")), []
+    for folder in (db.folder, *paths):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            paths += [os.path.join(folder, name) for name in os.listdir(folder) if os.fsencode(name) not in known]
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # writers finish theirs at any time
+            found.append((path, os.stat(path).st_size))
+    return found
