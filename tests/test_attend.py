@@ -461,6 +461,13 @@ def test_wrong_arguments_are_named(changes, match):
         jaxkv.attend(arguments.pop("q"), cache.layers[0], step, **arguments)
 
 
+def test_arguments_in_another_order_are_named():
+    cache = Cache.init([LayerSpec(Full(), 2, 8)], num_rows=1, capacity=4)
+    cache, step = cache.begin(jnp.zeros((1, 1), jnp.int32))
+    with pytest.raises(ValueError, match=r"layer is of type Array.*; give attend\(q, layer, step\)"):
+        jaxkv.attend(cache.layers[0], jnp.zeros((1, 1, 2, 8)), step)
+
+
 def test_self_attend_names_keys_and_values_that_do_not_fit():
     q = jnp.zeros((1, 3, 2, 8))
     with pytest.raises(ValueError, match=r"k \(1, 3, 2, 8\) and v \(1, 4, 2, 8\)"):

@@ -383,6 +383,7 @@ P = jnp.zeros((2, 1), jnp.int32)
         (lambda: make(Full()).take(jnp.array(0)), "give a list of row numbers"),
         (lambda: make(Full()).remove(jnp.array([0]), 0, 1), "name one sequence by an int32 scalar"),
         (lambda: make(Full()).with_layers([]), "with_layers got 0 layers, the cache has 1"),
+        (lambda: make(Full()).with_layers([None]), "layer 0 is of type NoneType; give what its put returned"),
         (lambda: make(Full(), Window(3)).with_layers(make(Window(3), Full()).layers), "keep their order"),
         (lambda: make(Full()).layers[0].at(0), "not stacked"),
         (lambda: make(Full(), stacked=True).layers[0].get(make(Full()).begin(P)[1]), "choose one with stack.at(i)"),

@@ -144,6 +144,8 @@ class Cache:
         if len(layers) != len(self.layers):
             raise ValueError(f"with_layers got {len(layers)} layers, the cache has {len(self.layers)}")
         for i, (new, old) in enumerate(zip(layers, self.layers, strict=True)):
+            if not isinstance(new, Layer):
+                raise ValueError(f"with_layers: layer {i} is of type {type(new).__name__}; give what its put returned")
             if new.spec != old.spec or new.group != old.group:
                 raise ValueError(f"with_layers: layer {i} is {new.spec}, the cache has {old.spec}; keep their order")
         return dataclasses.replace(self, layers=tuple(dataclasses.replace(layer, index=None) for layer in layers))

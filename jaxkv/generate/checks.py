@@ -99,8 +99,11 @@ def check_forward(forward: Any, params: Any, cache: Cache) -> int:
     one = np.zeros((cache.num_rows, 1), np.int32)
     out = _forward.eval_shape(forward, params, one, one, cache)
     if not isinstance(out, tuple) or len(out) != 2:
-        raise ValueError(f"forward returned {type(out).__name__}; it must return (logits, cache)")
+        what = f"an array {list(out.shape)}" if hasattr(out, "shape") else f"a {type(out).__name__}"
+        raise ValueError(f"forward returned {what}; it must return (logits, cache)")
     logits, after = out
+    if isinstance(logits, Cache):
+        raise ValueError("forward returned the cache first; it must return (logits, cache), in this order")
     shape = getattr(logits, "shape", None)
     if shape is None or len(shape) != 3 or shape[:2] != one.shape:
         raise ValueError(f"forward returned logits {shape} for tokens {one.shape}; they must be [B, T, V]")

@@ -50,5 +50,9 @@ def attend(
     >>> jaxkv.attend(k, layer, step)[0, :, 0, 0]
     Array([2., 3.], dtype=float32)
     """
+    if not isinstance(layer, Layer):
+        raise ValueError(
+            f"layer is of type {type(layer).__name__}; give attend(q, layer, step), layer = cache.layers[i]"
+        )
     layer.check_step(step)
     return call.run(q, layer, step, scale, softcap, sink_logits, implementation)
