@@ -19,9 +19,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compiling is nearly all of the time that the tests take, LLVM's optimizations a third of it. Without them XLA's
-# program is the same, with its fusions, copies and temporaries; `make test-full` has them.
-jax.config.update("jax_disable_most_optimizations", not os.environ.get("JAXKV_FULL"))
+# Compiling is nearly all of the time that the tests take.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
