@@ -565,7 +565,10 @@ OTHER = Toy((Full(),))
         ({"sampler": lambda key, x: x, "key": KEY}, f"returned float32[{V}] for the logits [V] of one row; it must"),
         ({"forward": None}, "forward is None; give a function forward(params, tokens, positions, cache)"),
         ({"forward": lambda p, t, q, c: t}, f"forward returned an array [{B}, 1]; it must return (logits, cache)"),
-        ({"forward": lambda p, t, q, c: (c.begin(q)[0], t)}, "forward returned the cache first; it must return (logits, cache)"),
+        (
+            {"forward": lambda p, t, q, c: (c.begin(q)[0], t)},
+            "forward returned the cache first; it must return (logits, cache)",
+        ),
         (
             {"forward": lambda p, t, q, c: (t, c.begin(q)[0])},
             f"forward returned logits ({B}, 1) for tokens ({B}, 1); they must be",
