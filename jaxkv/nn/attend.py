@@ -50,7 +50,7 @@ def attend(
     >>> jaxkv.attend(k, layer, step)[0, :, 0, 0]
     Array([2., 3.], dtype=float32)
     """
-    if not isinstance(layer, Layer):
+    if not hasattr(layer, "check_step"):
         raise ValueError(
             f"layer is of type {type(layer).__name__}; give attend(q, layer, step), layer = cache.layers[i]"
         )
