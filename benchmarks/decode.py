@@ -9,6 +9,9 @@ Float32, 32 query and 8 kv heads of 128. JAX's contestants run in a compiled loo
 does; torch runs eagerly, as it is used. Flax's caches know no grouped heads: theirs have 8 query heads, a fourth of the
 work, and projections of next to no size. "plain read" is the sum of the filled keys and values, the fastest of 20: no
 attention can be faster. Contestants take turns; medians and ratios are of one run.
+
+A second table is beam search's reordering of rows: `Cache.take` in a donated loop, transformers' `reorder_cache`, and a
+plain copy of what is held.
 """
 
 from __future__ import annotations
@@ -259,6 +262,98 @@ def plain_read(s: Setting, batch: int, fill: int) -> float:
     return 1e3 * best
 
 
+@dataclasses.dataclass(frozen=True)
+class Beams:
+    """What is reordered: as many rows as there are beams."""
+
+    num_beams: int = 8
+    num_layers: int = 12
+    num_kv_heads: int = 12
+    head_dim: int = 64
+    capacities: tuple[int, ...] = (512, 4096, 16384)
+    fills: tuple[int, ...] = (20, 256)
+
+
+QUICK_BEAMS = Beams(4, 2, 2, 8, (64, 128), (8,))
+
+
+def take(b: Beams, capacity: int, fill: int) -> Any:
+    """Returns what runs so many reorderings of a cache of `capacity` tokens that holds `fill`."""
+    specs = [jaxkv.LayerSpec(jaxkv.Full(), b.num_kv_heads, b.head_dim)] * b.num_layers
+    cache, _ = jaxkv.Cache.init(specs, b.num_beams, capacity).begin(np.tile(np.arange(fill), (b.num_beams, 1)))
+    rows = jnp.arange(b.num_beams, dtype=jnp.int32)[::-1]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def loop(cache, rows, steps):
+        return jax.lax.fori_loop(0, steps, lambda _, cache: cache.take(rows), cache)
+
+    def run(steps):
+        nonlocal cache
+        begin = time.perf_counter()
+        cache = loop(cache, rows, jnp.int32(steps))
+        cache.layers[-1].v.block_until_ready()
+        return time.perf_counter() - begin
+
+    return run
+
+
+def reorder_cache(b: Beams, fill: int) -> Any:
+    """The same of a transformers cache."""
+    import torch
+    from transformers import DynamicCache
+
+    torch.set_num_threads(count_cores())
+    cache = DynamicCache()
+    for layer in range(b.num_layers):
+        cache.update(*torch.randn(2, b.num_beams, b.num_kv_heads, fill, b.head_dim), layer)
+    rows = torch.arange(b.num_beams).flip(0)
+
+    def run(steps):
+        begin = time.perf_counter()
+        for _ in range(steps):
+            cache.reorder_cache(rows)
+        return time.perf_counter() - begin
+
+    return run
+
+
+def plain_copy(b: Beams, fill: int) -> Any:
+    """NumPy's copy of what is held from one place to another."""
+    held = np.ones((2 * b.num_layers, b.num_beams, b.num_kv_heads, fill, b.head_dim), np.float32)
+    other = np.zeros_like(held)
+
+    def run(steps):
+        begin = time.perf_counter()
+        for _ in range(steps):
+            np.copyto(other, held)
+        return time.perf_counter() - begin
+
+    return run
+
+
+def measure_reordering(b: Beams, *, rounds: int, seconds: float) -> dict[str, Any]:
+    cells = []
+    for fill in b.fills:
+        say(f"reordering {b.num_beams} rows of {fill} tokens")
+        runs = {"plain copy": plain_copy(b, fill)}
+        runs |= {f"take, capacity {capacity:,}": take(b, capacity, fill) for capacity in b.capacities}
+        try:
+            runs["transformers' reorder_cache"] = reorder_cache(b, fill)
+        except ModuleNotFoundError as error:
+            say(f"transformers' reorder_cache: {error.name} is not installed")
+        cells.append({"fill": fill, "ms": interleave(runs, rounds=rounds, seconds=seconds)})
+    return {"shape": dataclasses.asdict(b), "cells": cells}
+
+
+def reordering_table(data: dict[str, Any]) -> str:
+    lines = []
+    for cell in data["cells"]:
+        ms = medians(cell["ms"])
+        lines.append(f"{data['shape']['num_beams']} rows of {cell['fill']} tokens reordered: ms; x: times a plain copy")
+        lines += [f"{name:>30} {value:9.3f} {value / ms['plain copy']:6.2f}x" for name, value in ms.items()]
+    return "\n".join(lines)
+
+
 CONTESTANTS = {
     "jaxkv": Jaxkv,
     "jax.nn.dot_product_attention": Static,
@@ -404,6 +499,8 @@ def main(argv: list[str] | None = None) -> int:
     rounds, seconds = (2, 0.001) if args.quick else (args.rounds, args.seconds)
     data = measure(setting, args.only, rounds=rounds, seconds=seconds)
     print(table(data))
+    data["reordering"] = measure_reordering(QUICK_BEAMS if args.quick else Beams(), rounds=rounds, seconds=seconds)
+    print(reordering_table(data["reordering"]))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(data, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """Where a memo's outputs should lie: times per item, and what each way does when files or processes are harmed.
 
-Contestants keep payloads under 32-byte keys: the segments of `jaxkv.memo.disk`, lmdb, sqlite3, diskcache,
+Contestants keep payloads under 32-byte keys: `jaxkv.memo.disk`, lmdb, sqlite3, diskcache,
 joblib.Memory, and a file per item. None waits for the disk after each batch. "lmdb checked" is lmdb with what a careful
 user would add: a checksum before each payload, and every error of the library taken for a miss.
 
@@ -44,12 +44,12 @@ from common import about, in_turn, say, warn_if_busy
 from jaxkv.memo.disk import Disk
 
 ITEMS, SIZE = 64, 4096
-BATCHES = ((65536, 64), (4096, 64))  # bytes of an item, items of a batch
+BATCHES = ((1 << 20, 8), (65536, 64), (4096, 64))  # bytes of an item, items of a batch
 FAULTS = ("cut", "cut while open", "flipped", "killed", "full")
 FULL_BYTES = 1 << 20
 
 
-class Segments:
+class Jaxkv:
     def __init__(self, directory: str) -> None:
         self.disk = Disk(directory)
 
@@ -190,7 +190,7 @@ class Files:
 
 
 STORES: dict[str, Callable[[str], Any]] = {
-    "jaxkv": Segments,
+    "jaxkv": Jaxkv,
     "lmdb": Lmdb,
     "lmdb checked": LmdbChecked,
     "sqlite3": Sqlite,

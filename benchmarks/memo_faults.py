@@ -277,7 +277,7 @@ def cut(side: Side) -> str:
         cached, _ = side.cache(project, WEIGHTS, disk=folder)
         cached(side.array(x))
         for path in pathlib.Path(folder).rglob("*"):
-            if path.suffix in (".br", ".seg"):
+            if path.suffix in (".br", ".db"):
                 with path.open("r+b") as file:
                     file.truncate(path.stat().st_size - 8)
         try:

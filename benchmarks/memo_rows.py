@@ -1,4 +1,4 @@
-"""A store on disk with many rows: time to open it, to look rows up, and memory of the index. Run by memo.py --rows."""
+"""A store on disk with many rows: time to open it, to look rows up, and memory it takes. Run by memo.py --rows."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def opened(directory: str, count: int, pipe: Any) -> None:
     miss = [milliseconds(disk, count + numbers, False) for numbers in some]
     near = np.arange(ASKED)
     together = [milliseconds(disk, near + ASKED * i, True) for i in range(min(200, count // ASKED))]
-    files = [path.open("rb") for path in pathlib.Path(directory).glob("*.seg")]
+    files = [path.open("rb") for path in pathlib.Path(directory).glob("*.db")]
     plain = [plain_milliseconds(files, rng) for _ in range(200)]
     ms = {"hit": hit, "hit, in order": together, "miss": miss, "plain reads": plain}
     ms = {name: {"median": float(np.median(t)), "p95": float(np.quantile(t, 0.95))} for name, t in ms.items()}

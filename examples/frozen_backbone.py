@@ -30,7 +30,9 @@ from flax import linen
 try:
     import optax
 except ImportError as error:
-    sys.exit(f"frozen_backbone: {error.name} is not installed; pip install 'jaxkv[train,memo]'")
+    sys.exit(
+        f"frozen_backbone: {error.name} is not installed; pip install optax tqdm matplotlib xxhash blake3 zstandard"
+    )
 
 import jaxkv
 

@@ -36,7 +36,7 @@ try:
     import optax
     import tqdm
 except ImportError as error:
-    sys.exit(f"train_tiny: {error.name} is not installed; pip install 'jaxkv[train]'")
+    sys.exit(f"train_tiny: {error.name} is not installed; pip install optax tqdm matplotlib")
 
 import jaxkv
 from jaxkv import safetensors

@@ -1,54 +1,47 @@
 """jaxkv: functional caches for JAX."""
 
-from . import logs as _logs
-from . import models as models
-from . import testing as testing
-from .cache.cache import Cache as Cache
-from .cache.layer import Layer as Layer
-from .cache.plan import MemoryPlan as MemoryPlan
-from .cache.plan import plan_memory as plan_memory
-from .cache.rows import Rows as Rows
-from .cache.spec import EMPTY as EMPTY
-from .cache.spec import Chunk as Chunk
-from .cache.spec import Cross as Cross
-from .cache.spec import Full as Full
-from .cache.spec import LayerSpec as LayerSpec
-from .cache.spec import Window as Window
-from .cache.step import Step as Step
-from .cache.storage import Dense as Dense
-from .errors import CacheError as CacheError
-from .errors import CacheFullError as CacheFullError
-from .errors import NotSupportedError as NotSupportedError
-from .generate import sampling as sampling
-from .generate.loop import Generation as Generation
-from .generate.loop import Stream as Stream
-from .generate.loop import generate as generate
-from .generate.loop import stream as stream
-from .memo.memo import Memo as Memo
-from .memo.tiers import MemoStats as MemoStats
-from .nn import linen as linen
-from .nn import nnx as nnx
-from .nn.attend import attend as attend
-from .nn.attend import cross_attend as cross_attend
-from .nn.attend import self_attend as self_attend
-from .nn.buffers import Buffer as Buffer
-from .nn.buffers import TransientBuffer as TransientBuffer
-from .nn.rotary import LinearScaling as LinearScaling
-from .nn.rotary import Llama3Scaling as Llama3Scaling
-from .nn.rotary import LongRopeScaling as LongRopeScaling
-from .nn.rotary import Rotary as Rotary
-from .nn.rotary import YarnScaling as YarnScaling
-from .nn.state import Loaded as Loaded
-from .nn.state import load_state as load_state
-from .nn.state import load_state_dict as load_state_dict
-from .nn.state import save_state as save_state
-from .nn.state import state_dict as state_dict
-from .offload.offload import Offload as Offload
-from .store.current import get_store as get_store
-from .store.current import set_store as set_store
-from .store.current import use_store as use_store
-from .store.ring import Ring as Ring
-from .store.stacked import StackedQueue as StackedQueue
-from .store.store import Store as Store
+import ast
+import importlib
+import pkgutil
+import sys
+from types import ModuleType
+from typing import Any
 
-_logs.configure()
+from . import logs
+
+__version__ = "0.1.0"
+
+# Each public name is said once, in __init__.pyi, and imported when it is first asked for: `import jaxkv` takes a few
+# milliseconds, and who decodes never waits for the memo.
+_HOMES = {
+    alias.name: f"{__name__}.{node.module or ''}".rstrip(".")
+    for node in ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or b"").body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
+__all__ = sorted(_HOMES)
+
+
+class _Package(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=self)
+        home = vars(importlib.import_module(_HOMES[name]))
+        value = home[name] if name in home else importlib.import_module(f"{_HOMES[name]}.{name}")
+        vars(self)[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Whoever imports jaxkv.generate.loop has this package bound to "generate", where the function belongs.
+        if not (name in _HOMES and isinstance(value, ModuleType) and value.__name__ == f"{__name__}.{name}"):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return [*__all__, "__version__"]
+
+
+sys.modules[__name__].__class__ = _Package
+logs.configure()
+if "jax" in sys.modules:  # so that jax.export can read a program with a cache before a name of this package is used
+    for _module in ("cache.export", "nn.rotary"):
+        importlib.import_module(f"{__name__}.{_module}")

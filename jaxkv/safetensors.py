@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv import whole
+from jaxkv import regular, whole
 from jaxkv.casting import unheld
 
 # The format's names of dtypes, and NumPy's (with those that JAX adds to it). The rest, F4, F6_E2M3 and F6_E3M2, have
@@ -47,6 +47,7 @@ DTYPES = {
 }
 _CODES = {name: code for code, name in DTYPES.items()}
 _METADATA = "__metadata__"
+MOST_HEADER = 100_000_000  # bytes, as the safetensors package has it
 
 
 class File(Mapping[str, np.ndarray]):
@@ -62,7 +63,7 @@ class File(Mapping[str, np.ndarray]):
 
     Raises:
       OSError: if it can't be opened.
-      ValueError: if it is no safetensors file, is cut short or damaged.
+      ValueError: if it is not a regular file, or no safetensors file, or is cut short or damaged.
 
     >>> import os, tempfile
     >>> from jaxkv import safetensors
@@ -74,19 +75,22 @@ class File(Mapping[str, np.ndarray]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(os.path.expanduser(path))
-        size = self.path.stat().st_size
-        with self.path.open("rb") as file:
+        file, size = regular.opened(self.path)
+        with file:
             length = int.from_bytes(file.read(8), "little")
-            if length > size - 8:
-                raise ValueError(f"{self.path} ({size:,} bytes) is no safetensors file, or cut short")
+            if length > min(size - 8, MOST_HEADER):
+                raise ValueError(
+                    f"{self.path} ({size:,} bytes) is not a safetensors file, or cut short: by its first eight bytes "
+                    f"its header has {length:,} bytes (at most {MOST_HEADER:,}); fetch it again"
+                )
             text = file.read(length)
-        self._start = start = 8 + length
-        self._bytes = np.memmap(self.path, np.uint8, "r", start) if size > start else np.zeros(0, np.uint8)
+            self._start = start = 8 + length
+            self._bytes = np.memmap(file, np.uint8, "r", start) if size > start else np.zeros(0, np.uint8)
         try:
             self.metadata, self._entries = _parsed(text, len(self._bytes))
         except (ValueError, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"{self.path} is no safetensors file, or damaged or cut short, then fetch it again: {error}"
+                f"{self.path} is not a safetensors file, or damaged or cut short, then fetch it again: {error}"
             ) from error
 
     def __getitem__(self, name: str) -> np.ndarray:

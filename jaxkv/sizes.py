@@ -42,5 +42,5 @@ def parse_bytes(size: int | str) -> int:
         except TypeError:
             count = 0
     if count < 1:
-        raise ValueError(f"{size!r} is no size; give one such as 8GB (powers of 1,000) or 8GiB (of 1,024), or bytes")
+        raise ValueError(f"{size!r} is not a size; give one such as 8GB (powers of 1,000) or 8GiB (of 1,024), or bytes")
     return count

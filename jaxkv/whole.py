@@ -23,5 +23,9 @@ def written(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with partial.open("xb") as file:
             yield file
         partial.replace(target)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(partial)):
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error  # nobody gave the other name
     finally:
         partial.unlink(missing_ok=True)

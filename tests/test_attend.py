@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from functools import partial
@@ -60,7 +61,14 @@ BLOCKS = {
 }
 
 
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """The smallest tiles and blocks, 64, so that few tokens are several of them."""
+    monkeypatch.setattr("jaxkv.nn.plan._power", lambda x, least, most: least)
+
+
 @pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.usefixtures("small_pieces")
 def test_a_block_over_itself_equals_numpy_and_so_do_gradients(name):
     (b, t, n, heads, size, value), reach, softcap, with_sinks, with_spans, padded = BLOCKS[name]
     rng = np.random.default_rng(1)
@@ -160,7 +168,7 @@ def test_rows_visited_one_after_the_other_give_the_same(monkeypatch):
     first = read_block(cache, *block_of([np.arange(20)] * 3))[0]
     far = read_block(first, *block_of([[EMPTY], [2100], [1300]]))[0]
     want = read_block(far, *block_of([[20], [EMPTY], [1301]]))[1]
-    monkeypatch.setattr("jaxkv.nn.attend._pays_by_row", lambda spec: True)
+    monkeypatch.setattr("jaxkv.nn.plan.pays_by_row", lambda spec: True)
     by_row = jax.jit(read_block.__wrapped__)
     got = by_row(far, *block_of([[20], [EMPTY], [1301]]))[1]
     alone = by_row(first, *block_of([[20], [2100], [EMPTY]]))[1]
@@ -434,7 +442,7 @@ def bad(match, **changes):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        bad("3 query heads are no multiple of 2 kv heads; 2 would be", q=jnp.zeros((1, 1, 3, 8))),
+        bad("3 query heads are not a multiple of 2 kv heads; 2 would be", q=jnp.zeros((1, 1, 3, 8))),
         bad("q has head_dim 4, the keys have 8", q=jnp.zeros((1, 1, 2, 4))),
         bad(r"q has \[B, T\] = \(2, 1\), the call's positions have \(1, 1\)", q=jnp.zeros((2, 1, 2, 8))),
         bad(r"q has shape \(1, 2, 8\); attend wants \[B, T, N, H\]", q=jnp.zeros((1, 2, 8))),
@@ -453,6 +461,13 @@ def test_wrong_arguments_are_named(changes, match):
         jaxkv.attend(arguments.pop("q"), cache.layers[0], step, **arguments)
 
 
+def test_arguments_in_another_order_are_named():
+    cache = Cache.init([LayerSpec(Full(), 2, 8)], num_rows=1, capacity=4)
+    cache, step = cache.begin(jnp.zeros((1, 1), jnp.int32))
+    with pytest.raises(ValueError, match=r"layer is of type Array.*; give attend\(q, layer, step\)"):
+        jaxkv.attend(cache.layers[0], jnp.zeros((1, 1, 2, 8)), step)
+
+
 def test_self_attend_names_keys_and_values_that_do_not_fit():
     q = jnp.zeros((1, 3, 2, 8))
     with pytest.raises(ValueError, match=r"k \(1, 3, 2, 8\) and v \(1, 4, 2, 8\)"):
@@ -461,6 +476,7 @@ def test_self_attend_names_keys_and_values_that_do_not_fit():
         jaxkv.self_attend(q, q, q, positions=jnp.zeros((1, 3)))
 
 
+@pytest.mark.usefixtures("small_pieces")
 def test_cross_attend_sees_all_keys_up_to_the_length_and_so_does_a_cross_layer():
     b, t, s, n, heads = 3, 150, 300, 4, 2  # several tiles and blocks
     q, w, k, v = normal(0, b, t, n, 8), normal(3, b, t, n, 6), normal(1, b, s, heads, 8), normal(2, b, s, heads, 6)
@@ -489,3 +505,238 @@ def test_cross_attend_sees_all_keys_up_to_the_length_and_so_does_a_cross_layer()
             np.testing.assert_allclose(got, should, atol=2e-5)
             assert not np.asarray(got)[~see].any()
     assert jaxkv.cross_attend(q, k, v).shape == w.shape
+
+
+# A call over nothing
+
+
+@pytest.mark.parametrize("form", ["auto", "reference"])
+@pytest.mark.parametrize("sizes", [(0, 3, 2), (2, 0, 2), (2, 3, 0)], ids=["no rows", "no queries", "no keys"])
+def test_nothing_gives_nothing_and_so_does_its_gradient(sizes, form):
+    b, t, s = sizes
+    q, sinks = jnp.ones((b, t, 2, 4)), jnp.ones(2)
+    k, v = jnp.ones((b, s, 1, 4)), jnp.ones((b, s, 1, 6))
+
+    def cross(q, k, v, sinks):
+        return jaxkv.cross_attend(q, k, v, sink_logits=sinks, implementation=form)
+
+    calls = [(cross, (q, k, v, sinks))]
+    if s:  # over itself there are as many keys as queries
+        k, v = jnp.ones((b, t, 1, 4)), jnp.ones((b, t, 1, 6))
+        calls.append((lambda q, k, v, _: jaxkv.self_attend(q, k, v, implementation=form), (q, k, v, sinks)))
+        cache = Cache.init([LayerSpec(Full(), 1, 4, 6)], b + 1, 4)
+        step = cache.begin(jnp.zeros((b + 1, t + 1), jnp.int32))[1]
+        step = dataclasses.replace(jax.tree.map(lambda x: x[:b], step), positions=step.positions[:b, :t])
+        layer = dataclasses.replace(cache.layers[0], k=cache.layers[0].k[:b], v=cache.layers[0].v[:b])
+        read = lambda q, *_: jaxkv.attend(q, layer, step, implementation=form)  # noqa: E731
+        calls.append((read, (q, k, v, sinks)))
+    for call, args in calls:
+        assert call(*args).shape == (b, t, 2, 6)
+        assert not call(*args).any()
+        for x, d in zip(args, jax.grad(lambda *a, call=call: call(*a).sum(), (0, 1, 2, 3))(*args), strict=True):
+            assert d.shape == x.shape
+            assert not d.any()
+        assert jax.jit(call)(*args).dtype == q.dtype
+
+
+# What is read
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """A layer that notes which slots are read: (first, how many)."""
+
+    layer: jaxkv.Layer
+    reads: list = dataclasses.field(metadata={"static": True})
+
+    def __hash__(self):
+        return id(self.reads)
+
+    def __getattr__(self, name):
+        return getattr(self.layer, name)
+
+    def read(self, step, start, size):
+        jax.debug.callback(lambda start: self.reads.append((int(start), size)), start)
+        return self.layer.read(step, start, size)
+
+
+@pytest.mark.parametrize(
+    ("reach", "at", "most"),
+    [
+        (Window(128, sinks=4), (1000, 20, 643 + 64), (256, 64, 256)),  # the last one lies around the end of its ring
+        (Chunk(256), (1000, 1023, 1024), (256, 320, 64)),
+    ],
+    ids=repr,
+)
+def test_a_step_of_a_window_layer_reads_its_window_and_not_its_ring(reach, at, most):
+    cache = Cache.init([LayerSpec(reach, 1, 4)], 3, 4096, max_block=512)
+
+    @jax.jit
+    def fill(cache, positions, k):
+        cache, step = cache.begin(positions)
+        return cache.with_layers([cache.layers[0].put(step, k, k)])
+
+    for start in (0, 512):
+        p = np.tile(np.arange(start, start + 512, dtype=np.int32), (3, 1))
+        cache = fill(cache, np.where(p < np.array(at)[:, None], p, EMPTY), normal(start, 3, 512, 1, 4))
+    reads = []
+
+    @jax.jit
+    def decode(cache, positions, q):
+        cache, step = cache.begin(positions)
+        layer = cache.layers[0].put(step, q, q)
+        plain = jaxkv.attend(q, layer, step, implementation="reference")
+        return jaxkv.attend(q, Watched(layer, reads), step), plain
+
+    def count(rows):
+        reads.clear()
+        positions = np.array([[p if row in rows else EMPTY] for row, p in enumerate(at)], np.int32)
+        got, want = decode(cache, positions, normal(2, 3, 1, 1, 4))
+        jax.effects_barrier()
+        np.testing.assert_allclose(got, want, atol=3e-6)
+        return sum(size for _, size in reads)
+
+    alone = [count([row]) for row in range(3)]
+    assert all(reach.sinks < n <= m for n, m in zip(alone, most, strict=True))
+    assert max(alone) <= count([0, 1, 2]) <= min(sum(alone), cache.layers[0].num_slots)
+    assert count([]) == 0
+
+
+# Dropout
+
+
+def drop(args, form="auto", rate=0.25, seed=0, broadcast=True, **options):
+    options |= dict(dropout_rate=rate, dropout_key=jax.random.key(seed), broadcast_dropout=broadcast)
+    return jaxkv.self_attend(*args[:3], sink_logits=args[3], implementation=form, **options)
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+@pytest.mark.usefixtures("small_pieces")
+def test_every_form_leaves_out_the_same_weights_forward_and_backward(broadcast):
+    args = normal(1, 2, 150, 4, 8), normal(2, 2, 150, 2, 8), normal(3, 2, 150, 2, 6), normal(4, 4)
+    w = normal(5, 2, 150, 4, 6)
+
+    @partial(jax.jit, static_argnums=1)
+    def gradient(args, form):
+        return jax.value_and_grad(lambda a: (drop(a, form, 0.4, 0, broadcast, softcap=3.0) * w).sum())(args)
+
+    want, got = (gradient(args, form) for form in FORMS)
+    for one, other in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
+
+
+def test_dropout_leaves_out_its_share_and_keeps_the_expected_value():
+    b, t, n = 2, 8, 4
+    args = (
+        normal(1, b, t, n, 4),
+        normal(2, b, t, n, 4),
+        np.tile(np.eye(t, dtype=np.float32)[None, :, None], (b, 1, n, 1)),
+    )
+    weights = np.asarray(
+        drop((*args, None), rate=0.0, reach=Full(), spans=jnp.ones((b, t), jnp.int32))
+    )  # v = 1: [B, T, N, S]
+
+    @jax.jit
+    def many(seeds, broadcast=False):
+        def one(seed):
+            return drop((*args, None), seed=seed, broadcast=broadcast, spans=jnp.ones((b, t), jnp.int32))
+
+        return jax.vmap(one)(seeds)
+
+    got = np.asarray(many(jnp.arange(500)))
+    kept = got > 0
+    np.testing.assert_allclose(got, np.where(kept, weights / 0.75, 0), atol=1e-5)  # a weight stays, larger, or goes
+    np.testing.assert_allclose(got.mean(0), weights, atol=0.08)
+    assert abs(kept.mean() - 0.75) < 0.005
+    for axis in range(5):  # as often in every row, query, head and slot, and apart from its neighbor's fate
+        others = tuple(i for i in range(5) if i != axis)
+        assert np.abs(kept.mean(others) - 0.75).max() < (0.15 if axis == 0 else 0.015)
+        one, other = np.delete(kept, 0, axis), np.delete(kept, -1, axis)
+        assert abs((one & other).mean() - 0.75**2) < 0.01
+    shared = np.asarray(
+        jax.vmap(lambda s: drop((*args, None), seed=s, spans=jnp.ones((b, t), jnp.int32)))(jnp.arange(3))
+    )
+    assert ((shared > 0) == (shared > 0)[:, :1, :, :1]).all()
+    assert ((shared > 0)[0] != (shared > 0)[1]).any()
+
+
+def test_dropout_of_nothing_is_no_dropout_and_a_rate_needs_a_key():
+    args = normal(1, 1, 5, 2, 4), normal(2, 1, 5, 2, 4), normal(3, 1, 5, 2, 4)
+    for call in (jaxkv.self_attend, jaxkv.cross_attend):
+        np.testing.assert_array_equal(call(*args), call(*args, dropout_rate=0.0))
+        assert (call(*args) != call(*args, dropout_rate=0.5, dropout_key=jax.random.key(1))).any()
+        with pytest.raises(ValueError, match=r"dropout_rate=0\.5 needs dropout_key, a PRNG key"):
+            call(*args, dropout_rate=0.5)
+        with pytest.raises(ValueError, match="dropout_rate=1: give a number from 0 to below 1"):
+            call(*args, dropout_rate=1)
+
+
+# The modes of JAX
+
+
+MODES = [("jax_enable_x64", "jax_debug_nans"), ("jax_disable_jit",)]
+
+
+@contextlib.contextmanager
+def mode(names):
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        for name in names:
+            jax.config.update(name, True)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+@pytest.mark.parametrize("names", MODES, ids=" and ".join)
+@pytest.mark.usefixtures("small_pieces")
+def test_attention_without_a_cache_is_the_same_in_every_mode(names):
+    args = tuple(normal(i, 2, 70, heads, 4) for i, heads in enumerate((2, 1, 1)))
+    lengths, positions = (
+        np.array([70, 0]),
+        np.where(np.arange(70) % 3 == 0, EMPTY, np.arange(70)) * np.ones((2, 1), int),
+    )
+    sinks = normal(5, 2)
+
+    def loss(form, q, k, v, sinks):
+        one = jaxkv.self_attend(q, k, v, reach=Window(9), sink_logits=sinks, softcap=2.0, implementation=form)
+        holes = jaxkv.self_attend(q, k, v, reach=Window(9), positions=positions, implementation=form)
+        options = dict(dropout_rate=0.3, dropout_key=jax.random.key(0), lengths=lengths, implementation=form)
+        return ((one + holes + jaxkv.cross_attend(q, k, v, **options)) ** 2).sum()
+
+    gradient = jax.value_and_grad(loss, (1, 2, 3, 4))
+    want = jax.jit(gradient, static_argnums=0)("reference", *args, sinks)
+    with mode(names):
+        for form in FORMS if jax.config.jax_enable_x64 else FORMS[1:]:  # the reference has no loops to run without jit
+            got = jax.jit(gradient, static_argnums=0)(form, *args, sinks)
+            for one, other in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+                np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
+                assert one.dtype == other.dtype
+
+
+@pytest.mark.parametrize("names", MODES, ids=" and ".join)
+def test_attention_over_a_cache_is_the_same_in_every_mode(names, monkeypatch):
+    monkeypatch.setattr("jaxkv.nn.plan.pays_by_row", lambda spec: True)
+    specs = [LayerSpec(reach, KV_HEADS, SIZE, VALUE) for reach in (Full(), Window(70, sinks=2))]
+    first, then = np.tile(np.arange(60, dtype=np.int32), (2, 1)), np.array([[60], [EMPTY]], np.int32)
+
+    def run(flat, stacked):
+        cache = Cache.init(specs[:1] * 2 if stacked else specs, num_rows=2, capacity=300, max_block=60, stacked=stacked)
+        cache, _ = jax.jit(Cache.begin)(cache, first)
+        layers = [dataclasses.replace(x, k=x.k + 0.5, v=x.v + 0.25) for x in cache.layers]
+        q, k, v = tensors(then, 20)
+        w = normal(30, 2, 1, HEADS, VALUE)
+        step = through_put.__wrapped__
+        return jax.jit(step, static_argnums=(7, 8, 9))(
+            cache.with_layers(layers), then, q, k, v, normal(31, HEADS), w, "blockwise", flat, stacked
+        )
+
+    for kind in [(False, False), (True, True)][: len(names)]:
+        want = run(*kind)
+        with mode(names):
+            got = run(*kind)
+        for one, other in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-4)
+            assert one.dtype == other.dtype

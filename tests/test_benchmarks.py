@@ -25,6 +25,7 @@ def test_the_decode_benchmark_runs_and_draws(tmp_path, capsys):
     assert [cell["fill"] for cell in data["cells"]] == [8, 128]
     assert all(set(cell["ms"]) == set(only) for cell in data["cells"])
     assert data["versions"]["jax"]
+    assert {"plain copy", "take, capacity 64", "take, capacity 128"} <= set(data["reordering"]["cells"][0]["ms"])
     assert figure.stat().st_size > 1000
 
 

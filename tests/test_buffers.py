@@ -423,8 +423,8 @@ def test_arguments_of_the_wrong_kind_are_said(path):
         (model, r"the state is a module, Linear; give load_state_dict\(module, state\)"),
         ({"params": state}, "the state looks nested: 'params' is a dict. Names are joined by dots"),
         (nnx.state({"one": model}), "looks nested: 'one' is a State"),
-        (state | {"bias": None}, "value: bias is a NoneType, which is no array"),
-        (state | {"bias": "x"}, "value: bias is a str, which is no array"),
+        (state | {"bias": None}, "value: bias is a NoneType, which is not an array"),
+        (state | {"bias": "x"}, "value: bias is a str, which is not an array"),
         (state | {"bias": [[1], 2]}, "value: bias is a list that NumPy can't read: "),
         (state | {"bias": jax.ShapeDtypeStruct((1,), "float32")}, "value: bias is a jax.ShapeDtypeStruct"),
         (state | {"bias": np.ma.array([1.0], mask=[True])}, r"bias is a masked array, .* lost; give array\.filled\(\)"),
@@ -443,8 +443,8 @@ def test_arguments_of_the_wrong_kind_are_said(path):
         for call in (state_dict, lambda x: save_state(path, x), lambda x: load_state_dict(x, state)):
             with pytest.raises(ValueError, match=f"{what} has no arrays with names; give an nnx module, an nnx.State"):
                 call(given)
-    for leaf, text in (("x", "a.b is a str, which is no array"), (nn.Dense(1), "a.b is a Dense, which is no array")):
-        with pytest.raises(ValueError, match=text):
+    for leaf, kind in (("x", "str"), (nn.Dense(1), "Dense")):
+        with pytest.raises(ValueError, match=f"a.b is a {kind}, which is not an array"):
             state_dict({"a": {"b": leaf}})
     for call in (lambda: save_state(model, path), lambda: load_state(model, path)):
         with pytest.raises(ValueError, match=r"the path is a Linear; give \w+_state\(path, module\)"):

@@ -6,6 +6,7 @@ Laws that hold for every cache stand in contract.py.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ def feed(cache, positions, rows=None, spans=None):
     batch = step.rows[:, None]
     k = jnp.broadcast_to(positions[:, :, None, None].astype(jnp.float32), (*positions.shape, 1, 2))
     v = 10 * k + batch[:, :, None, None].astype(jnp.float32)
-    layers = [layer.put(step, k, v) for layer in cache.layers]
+    layers = [layer if layer.num_stacked is None else layer.at(0) for layer in cache.layers]
+    layers = [layer.put(step, k, v) for layer in layers]
     return cache.with_layers(layers), step, [layer.get(step) for layer in layers]
 
 
@@ -309,6 +311,51 @@ def test_a_sharded_cache_keeps_its_sharding_and_its_bookkeeping_is_replicated():
     assert "all-gather" not in put.lower(cache).compile().as_text()
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_rows_divided_by_shard_map_are_each_as_one_device_has_them(stacked):
+    specs = [LayerSpec(Full(), 1, 2, rotary=Count()), LayerSpec(Window(3), 1, 2, rotary=Count())]
+    positions, k = jnp.tile(jnp.arange(3), (2, 1)).astype(jnp.int32), jnp.ones((2, 3, 1, 2))
+
+    def put(cache, positions, k, rows=None):
+        cache, step = cache.begin(positions, rows)
+        layers = [layer if layer.num_stacked is None else layer.at(0) for layer in cache.layers]
+        return cache.with_layers([layer.put(step, k, k + 1) for layer in layers])
+
+    def edit(_, cache):
+        cache = cache.take(jnp.array([1, 0])).copy_prefix(0, 1, 2).remove(0, 1, 2).rewind(jnp.array([9, 1]))
+        return cache.reset(jnp.array([False, True])).retry(jnp.array([True, True]))
+
+    def run(cache, positions, k):
+        cache = put(cache, positions, k)
+        cache = put(cache, jnp.array([[3]]), 2 * k[:1, :1], rows=jnp.array([1]))
+        return jax.lax.fori_loop(0, 2, edit, cache)
+
+    both = Cache.init(specs, 4, 12, max_block=4, stacked=stacked)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("rows",))
+    rows = jax.sharding.PartitionSpec("rows")
+    places = jax.tree.map(
+        lambda x: jax.sharding.PartitionSpec(None, "rows") if x.ndim == 5 else rows, both
+    )  # a stack's layers come first
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(places, rows, rows), out_specs=places)
+    k = jnp.concatenate([k, 3 * k])
+    got = jax.jit(sharded)(both, jnp.tile(positions, (2, 1)), k)
+    one = Cache.init(specs, 2, 12, max_block=4, stacked=stacked)
+    alone = [jax.jit(run)(one, positions, k[i : i + 2]) for i in (0, 2)]
+    jax.tree.map(
+        lambda x, *parts: np.testing.assert_array_equal(x, np.concatenate(parts, int(x.ndim == 5))), got, *alone
+    )
+
+
+def test_reordering_rows_on_several_devices_gathers_a_block_at_a_time():
+    mesh = jax.make_mesh((2, 2), ("rows", "heads"))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows", "heads"))
+    cache = Cache.init([LayerSpec(Full(), 2, 4)], 4, 4096, sharding=sharding)
+    for change in (lambda c: c.take(jnp.array([1, 0, 3, 2])), lambda c: c.copy_prefix(0, 3, 9)):
+        text = jax.jit(change, donate_argnums=0).lower(cache).compile().as_text()
+        moved = re.findall(r"f32\[([\d,]+)\]\S* (?:all-gather|all-reduce|all-to-all)\(", text)
+        assert all(np.prod([int(n) for n in shape.split(",")]) <= 4 * 2 * 64 * 4 for shape in moved)
+
+
 P = jnp.zeros((2, 1), jnp.int32)
 
 
@@ -336,6 +383,7 @@ P = jnp.zeros((2, 1), jnp.int32)
         (lambda: make(Full()).take(jnp.array(0)), "give a list of row numbers"),
         (lambda: make(Full()).remove(jnp.array([0]), 0, 1), "name one sequence by an int32 scalar"),
         (lambda: make(Full()).with_layers([]), "with_layers got 0 layers, the cache has 1"),
+        (lambda: make(Full()).with_layers([None]), "layer 0 is of type NoneType; give what its put returned"),
         (lambda: make(Full(), Window(3)).with_layers(make(Window(3), Full()).layers), "keep their order"),
         (lambda: make(Full()).layers[0].at(0), "not stacked"),
         (lambda: make(Full(), stacked=True).layers[0].get(make(Full()).begin(P)[1]), "choose one with stack.at(i)"),
@@ -376,6 +424,164 @@ def test_any_integer_dtype_of_positions_is_taken():
         cache, _ = make(Full()).begin(np.array([[3], [4]], dtype))
         assert cache.lengths.tolist() == [4, 5]
         assert cache.lengths.dtype == jnp.int32
+
+
+HUGE = [2**31 - 1, 2**31, 2**32 + 1, 2**63 - 1, 2**64, 2**200]
+
+
+@pytest.mark.parametrize("huge", HUGE)
+def test_numbers_beyond_int32_are_as_large_as_possible_and_never_wrap(huge):
+    cache = fill(make(Full(), Window(3), capacity=64), 8)
+    for lengths in ([huge, huge], np.array([huge, huge])):
+        jax.tree.map(np.testing.assert_array_equal, cache.rewind(lengths), cache)
+    assert int(cache.resume_point(0, huge)) == 8
+    assert int(cache.resume_point(0, -huge)) == int(cache.resume_point(0, 0))
+    after, step = cache.begin([[huge], [8]])
+    assert (step.ok.tolist(), after.lengths.tolist()) == ([False, True], [8, 9])
+    after, step = cache.begin([[-huge], [8]], rows=[0, huge])
+    assert (step.ok.tolist(), after.lengths.tolist()) == ([True, True], [8, 8])
+    assert cache.remove(0, 3, huge).lengths.tolist() == [3, 8]
+    assert cache.remove(0, huge).lengths.tolist() == cache.remove(huge, 0).lengths.tolist() == [8, 8]
+    assert cache.copy_prefix(0, 1, huge).lengths.tolist() == [8, 8]
+    assert cache.copy_prefix(huge, 1, 4).lengths.tolist() == [8, 0]
+    assert cache.take([huge, 1]).lengths.tolist() == [0, 8]
+
+
+@pytest.mark.parametrize("dtype", ["uint32", "uint64", "int64"])
+def test_arrays_of_wider_integers_are_bounded_before_they_are_cast(dtype):
+    huge = np.iinfo(dtype).max
+    with jax.enable_x64(True):
+        cache = make(Full())
+        after, step = jax.jit(Cache.begin)(cache, jnp.array([[huge], [3]], dtype))
+        assert (step.ok.tolist(), after.lengths.tolist()) == ([False, True], [0, 4])
+        assert after.rewind(jnp.array([huge, huge], dtype)).lengths.tolist() == [0, 4]
+
+
+def test_rows_move_outside_of_jit_under_x64():
+    with jax.enable_x64(True):
+        cache, *_ = feed(make(Full()), jnp.array([[0, 1], [0, -1]], jnp.int32))
+        for after in (cache.take([1, 0]), cache.copy_prefix(0, 1, 2)):
+            assert after.lengths[1] == 2
+            assert after.layers[0].v[1, 0, :2, 0].tolist() == [0, 10]
+
+
+def test_the_largest_capacity_keeps_its_rows_apart():
+    cache = jax.eval_shape(lambda: Cache.init([LayerSpec(Full(), 1, 1)], 2, 2**30))
+    assert cache.capacity == 2**30
+    for sizes, says in (
+        ({"capacity": 2**30 + 1}, "capacity is a whole number of at least 1 and at most 2**30 = 1,073,741,824"),
+        ({"max_block": 2**31}, "max_block"),
+        ({"slack": 2**31}, "slack"),
+        ({"rows": 2**31}, "num_rows"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            make(Full(), **sizes)
+        assert says in str(caught.value)
+    for reach, sizes in ((Window, [2**31]), (Window, [1, 2**40]), (Chunk, [2**31]), (jaxkv.Cross, [2**31])):
+        with pytest.raises(ValueError, match=r"at most 2\*\*30"):
+            reach(*sizes)
+
+
+def test_empty_batches_change_nothing_and_give_empty_results():
+    cache = Cache.init([LayerSpec(reach, 1, 2) for reach in (Full(), Window(3), jaxkv.Cross(3))], 2, 12)
+    for positions, rows in ((np.zeros((2, 0), int), None), (np.zeros((0, 3), int), None), (np.zeros((0, 1), int), [])):
+        after, step = cache.begin(positions, rows)
+        jax.tree.map(np.testing.assert_array_equal, after, cache)
+        assert step.ok.tolist() == [True] * len(positions)
+        x = jnp.zeros((*positions.shape, 1, 2))
+        for layer in after.layers[:2]:
+            same = layer.put(step, x, x)
+            jax.tree.map(np.testing.assert_array_equal, same, layer)
+            k, _, mask = same.get(step)
+            assert (k.shape[0], mask.shape[2]) == positions.shape
+    after, step = cache.begin_cross([], rows=[])
+    x = jnp.zeros((0, 3, 1, 2))
+    jax.tree.map(np.testing.assert_array_equal, after.layers[2].put(step, x, x), cache.layers[2])
+    assert cache.take([]).num_rows == 0
+
+
+def test_caches_are_compared_by_identity():
+    cache = make(Full())
+    _, step = cache.begin(P)
+    for part in (cache, cache.layers[0], cache.groups[0], step, step.groups[0]):
+        assert part == part
+        assert part != jax.tree.map(lambda x: x, part)
+        assert {part: 1}[part] == 1
+
+
+def test_the_default_block_follows_the_shortest_window_that_wraps():
+    def made(*reaches, capacity=4096):
+        return jax.eval_shape(lambda: Cache.init([LayerSpec(reach, 1, 2) for reach in reaches], 1, capacity))
+
+    assert made(Full()).max_block == 512
+    assert made(Full(), capacity=100).max_block == 100
+    assert made(Full(), Window(128), Chunk(1000)).max_block == 128
+    assert made(Window(200)).max_block == 128
+    assert made(Window(3), jaxkv.Cross(5)).max_block == 64
+    assert made(Window(8192)).max_block == 512
+    cache = made(Full(), Window(128, sinks=4))
+    assert cache.groups[1].num_slots == 320
+    assert "4096 slots, " in cache.describe()
+    assert "320 slots (4 sinks + 127 before a query + 128 for a block, in whole blocks of 64), " in cache.describe()
+
+
+class _Model:
+    specs = (LayerSpec(Full(), 1, 2),)
+
+
+class _Attention:
+    def layer_spec(self):
+        return LayerSpec(Full(), 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "cure"),
+    [
+        (LayerSpec(Full(), 1, 2), "Cache.init([spec] * num_layers)"),
+        (_Model(), "got a _Model; give the specs of its layers: Cache.init(model.specs, ...)"),
+        (_Attention(), "Cache.init([layer.layer_spec()], ...)"),
+        (nnx.Linear(1, 1, rngs=nnx.Rngs(0)), "got a Linear; give a list with one jaxkv.LayerSpec per layer"),
+        (8, "got a int; give a list"),
+    ],
+)
+def test_a_model_in_the_place_of_its_specs_is_refused_with_the_cure(given, cure):
+    with pytest.raises(ValueError) as caught:
+        Cache.init(given, 1, 8)
+    assert cure in str(caught.value)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("reach", [Full(), Window(70, sinks=3), Chunk(64)], ids=str)
+def test_take_and_copy_prefix_move_all_that_is_held_over_several_blocks(reach, stacked):
+    cache = fill(make(reach, rows=3, capacity=200, max_block=50, stacked=stacked), 150)
+    (layer,) = cache.layers
+    mark = jnp.arange(3, dtype=jnp.float32)[:, None, None, None]
+    mark = jnp.broadcast_to(mark, layer.k.shape[-4:]).reshape(layer.k.shape)
+    cache = cache.with_layers([dataclasses.replace(layer, k=layer.k + mark, v=layer.v + mark)])
+    held = np.asarray(cache.groups[0].positions[0]) >= 0
+
+    def rows(cache):
+        return np.moveaxis(np.asarray(cache.layers[0].k), -4, 0)[..., held, :]
+
+    k = rows(cache)
+    np.testing.assert_array_equal(rows(jax.jit(Cache.take)(cache, jnp.array([2, 2, 0]))), k[[2, 2, 0]])
+    copied = jax.jit(Cache.copy_prefix)(cache, 2, 0, 150)
+    np.testing.assert_array_equal(rows(copied), k[[2, 1, 2]])
+    assert copied.lengths.tolist() == [150] * 3
+
+
+def test_gradients_flow_through_take_and_copy_prefix():
+    cache = fill(make(Full(), rows=2), 4)
+
+    def loss(k, change):
+        (layer,) = cache.layers
+        after = change(cache.with_layers([dataclasses.replace(layer, k=k)]))
+        return (after.layers[0].k[:, 0, :4, 0] * jnp.array([[1.0] * 4, [2.0] * 4])).sum()
+
+    got = jax.grad(loss)(cache.layers[0].k, lambda c: c.take(jnp.array([1, 1])))
+    assert got[:, 0, :4, 0].tolist() == [[0] * 4, [3] * 4]
+    got = jax.grad(loss)(cache.layers[0].k, lambda c: c.copy_prefix(0, 1, 4))
+    assert got[:, 0, :4, 0].tolist() == [[3] * 4, [0] * 4]
 
 
 def test_a_donated_cache_says_what_to_use_instead():

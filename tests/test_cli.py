@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import io
 import json
+import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -19,7 +24,9 @@ from flax import nnx
 import jaxkv
 from jaxkv import safetensors
 from jaxkv.cli import chat, info, main
-from jaxkv.cli.terminal import Text, printable, progress_bar
+from jaxkv.cli.conversation import Writing
+from jaxkv.cli.options import SAMPLING, Failure, option
+from jaxkv.cli.terminal import Text, color, printable, progress_bar
 from jaxkv.models import ByteTokenizer, Decoder, DecoderConfig, GenerationConfig, Model, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -43,14 +50,17 @@ runpy.run_module("jaxkv")
 """
 
 
+@functools.cache
+def untrained():
+    generation = GenerationConfig(stop_tokens=(0,), greedy=False, temperature=0.7)
+    return Model.of(Decoder(CONFIG, rngs=nnx.Rngs(0)), generation=generation, make_tokenizer=ByteTokenizer)
+
+
 @pytest.fixture
 def small_model(monkeypatch):
     """An untrained model in place of the shipped one."""
-    generation = GenerationConfig(stop_tokens=(0,), greedy=False, temperature=0.7)
-    module = Decoder(CONFIG, rngs=nnx.Rngs(0))
-    model = Model.of(module, generation=generation, make_tokenizer=ByteTokenizer)
-    monkeypatch.setattr(tiny, "load", lambda: model)
-    return model
+    monkeypatch.setattr(tiny, "load", untrained)
+    return untrained()
 
 
 @pytest.fixture
@@ -83,8 +93,9 @@ def test_generate_continues_the_prompt_with_the_shipped_model():
         out, err = (text.decode() for text in process.communicate())
     assert process.returncode == 0, err
     assert out.startswith("The with statement") and len(out) > 60
-    assert re.search(r"first token after [\d.]+ s .*, then [\d,]+ tokens/s; read 18 tokens, wrote \d+", err)
-    assert re.search(r"cache: [\d.]+ \w+ per token, [\d.]+ MiB in all", err)
+    assert re.search(r"first token after [\d.]+ s .*, then [\d,]+ tokens/s\n", err)
+    assert re.search(r"read 18 tokens, wrote \d+: ", err)
+    assert re.search(r"cache: [\d.]+ \w+ per token, [\d.]+ [KM]iB in all", err)
 
 
 def test_version_names_what_matters_in_a_report():
@@ -127,20 +138,21 @@ def test_the_seed_decides(small_model, capsys):
 
 
 def test_every_sampler_option_is_used(small_model, capsys):
-    options = [
-        "--temperature",
-        "2",
-        "--top-k",
-        "50",
-        "--top-p",
-        "0.9",
-        "--min-p",
-        "0.01",
-        "--repetition-penalty",
-        "1.2",
-    ]
-    assert main(["generate", "A list", "-n", "10", *options]) == 0
-    assert "wrote" in capsys.readouterr().err
+    assert SAMPLING.keys() <= inspect.signature(jaxkv.sampling.sampler).parameters.keys()
+    words = [word for name in SAMPLING for word in (option(name), "1")]
+    assert main(["generate", "A list", "-n", "10", *words]) == 0
+    said = ", ".join(f"{name.replace('_', ' ')} 1" for name in SAMPLING)
+    assert f"sampling: {said} (as asked)\n" in capsys.readouterr().err
+
+
+def test_a_text_does_not_end_before_its_least_length(small_model, capsys):
+    ends = dict.fromkeys(range(256), 1.0)  # every token is an end
+    del ends[65]
+    generation = dataclasses.replace(small_model.generation, stop_tokens=tuple(ends), greedy=True)
+    patched = dataclasses.replace(small_model, generation=generation)
+    tiny.load = lambda: patched  # small_model's monkeypatch puts it back
+    assert main(["generate", "A list", "-n", "5", "--min-new-tokens", "3", "-q"]) == 0
+    assert capsys.readouterr().out.startswith("A listAAA")
 
 
 def test_samples_are_printed_one_after_another(small_model, capsys):
@@ -172,6 +184,38 @@ def test_compare_shows_the_same_tokens_with_and_without_a_cache(small_model, cap
     assert rows == [("2", "yes"), ("4", "yes"), ("8", "yes"), ("16", "yes")]
 
 
+def test_each_line_of_a_file_is_continued_in_order_and_as_if_alone(small_model, capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("A list\r\n\nAn iterator\ncaf\u00e9".encode())
+    assert main(["generate", "--prompts", str(file), "--rows", "2", "-n", "5", "--greedy", "--json", "-q"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["line"], one["prompt"]) for one in found] == [(1, "A list"), (3, "An iterator"), (4, "caf\u00e9")]
+    for one in found:
+        cache = jaxkv.Cache.init(small_model.specs, 2, 1024)
+        prompts = [small_model.tokenizer.encode(one["prompt"]), None]
+        alone = jaxkv.generate(small_model.forward, small_model.params, prompts, cache, max_new_tokens=5, stop_tokens=0)
+        assert one["tokens"] == [token for token in alone.tokens[0].tolist() if token > 0]
+        assert (one["text"], one["reason"]) == (text_of(one["tokens"]), alone.reasons[0])
+    assert main(["generate", "--prompts", str(file), "--rows", "2", "-n", "5", "--greedy"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "".join(f"--- line {one['line']}\n{one['prompt']}{one['text']}\n" for one in found)
+    assert "read 22 tokens, wrote " in err and "for 2 texts of up to" in err
+
+
+def test_all_lines_that_cannot_be_continued_are_named_before_anything_is(small_model, capsys, type_in):
+    type_in(b"good\n\xff\n" + b"x" * 1024 + b"\n")
+    words = ["generate", "--prompts", "-", "--capacity", "64"]
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "standard input has 1 line that can't be continued:\n  line 2: not UTF-8\n" in err
+    type_in(b"good\n" + b"x" * 1024 + b"\n")
+    assert main(words) == 2
+    assert "the prompt on line 2 has 1,024 tokens, and the cache would hold 64" in capsys.readouterr().err
+    type_in(b"\n \n")
+    assert main(words) == 2
+    assert "standard input holds no prompt; write one on each line" in capsys.readouterr().err
+
+
 # --- chat ------------------------------------------------------------------------------------------------------------
 
 
@@ -179,8 +223,8 @@ def test_chat_keeps_the_text_in_the_cache(small_model, capsys, type_in):
     type_in("hello\nwhat\n/reset\n\nagain\n/quit\nnever read\n")
     assert main(["chat", "-n", "8"]) == 0
     _, err = capsys.readouterr()
-    turns = re.findall(r"(\d+) tokens did not have to be read again, (\d+) are new", err)
-    assert [int(held) for held, _ in turns] == [0, int(turns[0][1]) - 1, 0]
+    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s", err)
+    assert [int(held) for held, *_ in turns] == [0, int(turns[0][1]) + int(turns[0][2]) - 1, 0]
     assert err.count("everything is forgotten") == 1
 
 
@@ -205,8 +249,8 @@ def test_chat_forgets_the_oldest_part_when_the_cache_is_full(small_model, capsys
     type_in("0123456789\n" * 6)
     assert main(["chat", "-n", "8", "--capacity", "64", "--greedy"]) == 0
     _, err = capsys.readouterr()
-    assert len(re.findall(r"the oldest 16 tokens are forgotten, \d+ stay", err)) >= 1
-    assert err.count("did not have to be read again") == 6
+    assert len(re.findall(r"forgot 16 tokens, kept \d+", err)) >= 1
+    assert err.count("reused ") == 6
     assert "full; a larger" not in err
 
 
@@ -215,8 +259,66 @@ def test_chat_refuses_a_line_that_never_fits_and_goes_on(small_model, capsys, ty
     assert main(["chat", "-n", "8", "--capacity", "64", "--greedy"]) == 0
     _, err = capsys.readouterr()
     assert "error: 60 tokens and up to 8 new ones don't fit a cache that holds 64" in err
-    assert "error: /what is not known; there are /reset and /quit" in err
-    assert err.count("did not have to be read again") == 1
+    assert "error: /what is not a command; /help shows those that are" in err
+    assert err.count("reused ") == 1
+
+
+def test_undo_forgets_the_last_exchange_in_text_and_cache(small_model, capsys, type_in):
+    type_in("hello\nwhat\n/undo\nwhat\n/undo\n/undo\n/undo\n/undo it\nhello\n")
+    assert main(["chat", "-n", "8", "--greedy"]) == 0
+    out, err = capsys.readouterr()
+    hello, what, again, anew = out.splitlines()
+    assert (what, hello) == (again, anew)
+    held = re.findall(r"reused (\d+) tokens?", err)
+    assert held[1] == held[2] and held[3] == "0" != held[1]
+    assert re.findall(r"forgotten: (\w+)", err) == ["what", "what", "hello"]
+    assert "error: there is nothing to undo" in err and "error: /undo takes nothing after it" in err
+
+
+def test_a_saved_conversation_is_gone_on_with(checkpoint, capsys, type_in, tmp_path):
+    directory, path = checkpoint("mistral", TEMPLATE), tmp_path / "a talk.json"
+    words = ["chat", "-m", directory, "-n", "12", "--system", "t9"]
+    type_in(f"t1 t2\n/save {path}\nt3\n/undo\nt3\n/save {path}\n/save\n/save {tmp_path / 'no' / 'where'}\n")
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    answers = out.splitlines()
+    assert answers[1] == answers[2] and re.findall(r"reused (\d+)", err)[1:] == ["19", "20"]
+    assert "/save needs the name of a file: /save FILE" in err
+    assert err.endswith(f"error: {tmp_path / 'no' / 'where'}: no such file or directory\n")
+    said = [("system", "t9"), ("user", "t1 t2"), ("assistant", answers[0]), ("user", "t3"), ("assistant", answers[1])]
+    assert [(message["role"], message["content"]) for message in json.loads(path.read_text())] == said
+    type_in(f"t4\n/save {path}\n/load {path}\n/undo\nt3\n")
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1] == answers[1] and f"error: {path} exists; give another name" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "does not exist"),
+        ("\xff", "is not JSON in UTF-8"),
+        ("[" * 100_000, "is not JSON in UTF-8"),
+        ("{}", "is not a list of messages; give a file that /save wrote"),
+        ("[]", "is not a list of messages"),
+        ("[1]", 'message 1 is not {"role": ..., "content": ...}'),
+        ('[{"role": "tool", "content": "x"}]', 'message 1: "role" must be one of system, user, assistant'),
+        ('[{"role": "user", "content": 3}]', 'and "content" a text'),
+        ('[{"role": "assistant", "content": "x"}]', "message 1 is from assistant, where one from user belongs"),
+        ('[{"role": "user", "content": "x"}]', "ends with a message of the user, without an answer"),
+        ('[{"role": "system", "content": "x"}]', "has no chat template, so it takes no system message"),
+    ],
+)
+def test_what_is_no_conversation_is_not_loaded(text, message, tmp_path):
+    path = tmp_path / "file"
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    source = types.SimpleNamespace(name="it", tokenizer=ByteTokenizer(), known=list)
+    cache = jaxkv.Cache.init([jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=1)], 1, 8)
+    writing = Writing(source, cache, 2, lambda *_: None, lambda _: None)
+    with pytest.raises(Failure, match=re.escape(message)):
+        writing.load(path)
+    assert (writing.messages, writing.history) == ([], [])
 
 
 def test_interrupt_stops_the_models_turn_and_keeps_the_text(small_model, capsys, type_in, monkeypatch):
@@ -230,9 +332,22 @@ def test_interrupt_stops_the_models_turn_and_keeps_the_text(small_model, capsys,
     monkeypatch.setattr(chat, "write", write)
     type_in("hello\nmore\n")
     assert main(["chat", "-n", "8"]) == 0
-    turns = re.findall(r"(\d+) tokens did not have to be read again, (\d+) are new", capsys.readouterr().err)
-    assert turns[0] == ("0", "8")  # 5 of the line and 3 of the model
+    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s", capsys.readouterr().err)
+    assert turns[0] == ("0", "5", "3")
     assert turns[1][0] == "7"
+
+
+def test_interrupt_before_the_first_token_ends_the_turn_and_not_the_chat(small_model, capsys, type_in, monkeypatch):
+    make_room = Writing._make_room
+
+    def interrupted(self, *sizes: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+        make_room(self, *sizes)
+
+    monkeypatch.setattr(Writing, "_make_room", interrupted)
+    type_in("hello\n/undo\nmore\n")
+    assert main(["chat", "-n", "8"]) == 0
+    assert re.findall(r"wrote (\d+)", capsys.readouterr().err) == ["1", "1"]
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -294,7 +409,7 @@ def test_a_checkpoint_is_sampled_as_its_makers_want_and_options_go_before(checkp
     assert "sampling: temperature 0.6, top p 0.9 (generation_config.json); top k 3 (as asked)" in report("--top-k", "3")
     greedy = report("--greedy")
     assert "sampling: greedy (as asked)" in greedy
-    assert re.search(r"wrote \d+ \((up to an end of the text|as many as asked for)\)", greedy)
+    assert re.search(r"wrote \d+: (up to an end of the text|as many as asked for)", greedy)
 
 
 def test_one_option_for_drawing_makes_a_greedy_checkpoint_draw(checkpoint, capsys):
@@ -307,7 +422,7 @@ def test_a_text_ends_where_the_model_was_not_made_for_more(checkpoint, capsys):
     assert main(["generate", "-m", checkpoint(), words(range(1, 91))]) == 0
     out, err = capsys.readouterr()
     assert len(out.split()) == 128
-    assert "wrote 38 (up to the 128 tokens that the model was made for)" in err
+    assert "wrote 38: up to the 128 tokens that the model was made for" in err
 
 
 def test_compare_works_for_checkpoints(checkpoint, capsys):
@@ -341,10 +456,10 @@ def test_a_conversation_is_answered_as_if_it_were_read_from_its_beginning_but_is
     assert main(["chat", "-m", directory, "-n", "12"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [*conversation(directory, ["t1 t2", "t3"], 12), *conversation(directory, ["t4"], 12)]
-    turns = re.findall(r"(\d+) tokens did not have to be read again, (\d+) are new", err)
+    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s", err)
     # "t90 t1 t2 t92 t91" and 12 tokens, of which the cache doesn't hold the last
-    assert turns == [("0", "17"), ("16", "18"), ("0", "16")]
-    assert "Write a line and the model answers" in err
+    assert turns == [("0", "5", "12"), ("16", "6", "12"), ("0", "4", "12")]
+    assert "write a line, and the model answers; /help shows more" in err
 
 
 def test_what_a_template_writes_in_another_way_is_read_again(checkpoint, capsys, type_in):
@@ -354,7 +469,7 @@ def test_what_a_template_writes_in_another_way_is_read_again(checkpoint, capsys,
     assert main(["chat", "-m", directory, "-n", "12"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == conversation(directory, ["t10 t20", "t30"], 12)
-    held = [int(n) for n in re.findall(r"(\d+) tokens did not have to be read again", err)]
+    held = [int(n) for n in re.findall(r"reused (\d+) tokens?,", err)]
     assert held[0] == 0 and 5 <= held[1] <= 9
 
 
@@ -364,7 +479,7 @@ def test_a_conversation_forgets_its_oldest_messages_but_not_the_system_message(c
     assert main(words) == 0
     err = capsys.readouterr().err
     assert len(re.findall(r"the cache was full: the oldest \d+ messages are forgotten", err)) >= 1
-    held = [int(n) for n in re.findall(r"(\d+) tokens did not have to be read again", err)]
+    held = [int(n) for n in re.findall(r"reused (\d+) tokens?,", err)]
     assert len(held) == 12 and min(held[1:]) == 4  # "t93 t5 t92 t90": the system message, and that a user speaks
 
 
@@ -375,8 +490,8 @@ def test_a_message_that_does_not_fit_or_is_refused_leaves_the_conversation_as_it
     err = capsys.readouterr().err
     assert "refuses these messages: nobody asked" in err
     assert "error: 133 tokens and up to 8 new ones don't fit a cache that holds 128" in err
-    turns = re.findall(r"(\d+) tokens did not have to be read again, (\d+) are new", err)
-    assert turns == [("0", "12"), ("11", "14")]
+    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s", err)
+    assert [(held, int(read) + int(wrote)) for held, read, wrote in turns] == [("0", 12), ("11", 14)]
 
 
 @pytest.mark.parametrize(
@@ -404,7 +519,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said_on_one_line(checkpoint, capsys,
 def test_what_is_wrong_with_many_tensors_is_a_short_list(checkpoint, capsys):
     directory = checkpoint()
     path = Path(directory) / "model.safetensors"
-    safetensors.write(path, {f"strange.{i}": array for i, array in enumerate(dict(safetensors.File(path)).values())})
+    safetensors.write(path, {f"{name}.strange": array for name, array in safetensors.File(path).items()})
     assert main(["generate", "-m", directory, "t5"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].endswith("does not fit its config.json:") and lines[1].startswith("  missing: ")
@@ -439,7 +554,7 @@ def test_a_tokenizer_of_another_model_is_noticed(checkpoint, capsys):
     tokenizer = (directory / "tokenizer.json").read_text().replace('"t95": 95', '"t95": 195')
     (directory / "tokenizer.json").write_text(tokenizer)
     assert main(["generate", "-m", str(directory), "t95"]) == 1
-    assert "the tokenizer makes token 195 of this prompt, and the model knows 96" in capsys.readouterr().err
+    assert "the tokenizer makes token 195 of this text, and the model knows 96" in capsys.readouterr().err
 
 
 def test_loading_shows_its_progress_on_a_terminal_only(capsys):
@@ -497,7 +612,7 @@ def test_info_says_what_a_checkpoint_is(checkpoint, capsys):
         "stop tokens  2",
     ):
         assert f"{line}\n" in out
-    assert re.search(r"^bfloat16 +39\.7 KiB +192 B +24\.5 KiB +all 128$", out, re.MULTILINE)
+    assert re.search(r"^bfloat16 +39\.7 KiB +0 B +24\.5 KiB +all 128$", out, re.MULTILINE)
     assert "953.7 MiB (given)" in out
 
 
@@ -510,6 +625,22 @@ def test_info_says_how_long_a_text_fits(capsys):
     assert jaxkv.plan_memory(tiny.load().specs, 1, int(longest[0]) + 64).nbytes > left
     assert main(["info", "--memory", "4MB"]) == 0
     assert "too large" in capsys.readouterr().out
+
+
+def test_info_plans_for_rows_and_capacity(capsys):
+    assert main(["info", "--rows", "3", "--capacity", "100", "--memory", "7.5MB"]) == 0
+    out = capsys.readouterr().out
+    specs = [
+        dataclasses.replace(spec, k_storage=jaxkv.Dense("float32"), v_storage=jaxkv.Dense("float32"))
+        for spec in tiny.load().specs
+    ]
+    plan = jaxkv.plan_memory(specs, 3, 100)
+    assert "at 100 tokens, 3 texts" in out and "longest: tokens of each of 3 texts beside the parameters" in out
+    shown = "".join(f"  {line}\n" for line in str(plan).splitlines())
+    assert out.endswith(f"cache for 3 texts of up to 100 tokens in float32:\n{shown}")
+    longest = int(re.search(r"^float32 .* (\d+)$", out, re.MULTILINE)[1])
+    left = 7_500_000 - 4 * 1_373_920
+    assert jaxkv.plan_memory(specs, 3, longest).nbytes <= left < jaxkv.plan_memory(specs, 3, longest + 64).nbytes
 
 
 def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
@@ -531,26 +662,47 @@ def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["generate", "--top-p", "0", "x"], "TopP: p is 0.0, must be above 0"),
-        (["generate", "--temperature", "-1", "x"], "Temperature: t is -1.0, must be"),
-        (["generate", "--top-k", "0", "x"], "TopK: k is 0, must be"),
+        (["generate", "--top-p", "0", "x"], "argument --top-p: p is 0.0, must be above 0"),
+        (["generate", "--temperature", "-1", "x"], "argument --temperature: t is -1.0, must be"),
+        (["generate", "--top-k", "0", "x"], "argument --top-k: k is 0, must be"),
         (["generate", "--greedy", "--top-k", "3", "x"], "--greedy takes the most probable token; leave out --top-k"),
         (["generate", ""], "the prompt is empty; give some text"),
-        (["generate", "x" * 20, "--capacity", "8"], "the prompt has 20 tokens and the cache holds 8; give a shorter"),
+        (
+            ["generate", "x" * 20, "--capacity", "8"],
+            "--capacity: the prompt has 20 tokens, and the cache would hold 8; give",
+        ),
         (["generate", "x", "--compare", "--samples", "2"], "--compare decodes one text, greedily"),
         (["generate", "x", "--compare", "--top-p", "0.5"], "--compare decodes one text, greedily"),
-        (["generate", "x", "-n", "0"], "'0' is not a count; give 1 or more; see jaxkv generate --help"),
-        (["generate", "x", "-n", "many"], "'many' is not a count"),
-        (["chat", "-n", "40", "--capacity", "64"], "give a smaller --max-new-tokens, or --capacity 160"),
-        (["chat", "-n", "300"], "leave too little of a cache that holds 512; give a smaller --max-new-tokens"),
-        (["chat", "--system", "Be brief."], "has no chat template, so nobody can tell it anything; leave out --system"),
+        (
+            ["generate", "x", "-n", "0"],
+            "'0' is not a number of tokens; give a whole number from 1 to 1,073,741,824; see jaxkv",
+        ),
+        (["generate", "x", "-n", "many"], "argument -n/--max-new-tokens: 'many' is not a number of tokens"),
+        (["chat", "-n", "40", "--capacity", "64"], "a cache that holds 64; give 32 or less, or --capacity 160"),
+        (["chat", "-n", "300"], "leave too little of a cache that holds 512; give 256 or less"),
+        (["chat", "--system", "Be brief."], "has no chat template, so it takes no system message; leave out --system"),
         (["generate", "x", "-n", "600"], "1 token of prompt and 600 new ones are more than the 512"),
         (["generate", "x" * 512], "the prompt has 512 tokens, and the model was made for texts of 512 in all"),
-        (["generate", "x", "--capacity", "1024"], "--capacity 1024 is beyond the 512 tokens"),
+        (["generate", "x", "--capacity", "1024"], "argument --capacity: 1,024 is beyond the 512 tokens"),
         (["generate", "x", "--model", "openai/gpt-2"], "hf download openai/gpt-2 --local-dir gpt-2; then give gpt-2"),
-        (["info", "nowhere"], "nowhere is no directory; give one that holds a checkpoint"),
+        (["info", "nowhere"], "nowhere is not a directory; give one that holds a checkpoint"),
         (["info", "pyproject.toml"], "pyproject.toml is a file; give the directory that holds it"),
-        (["info", "--memory", "8 bits"], "'8 bits' is no size; give one such as 8GB"),
+        (["info", "--memory", "8 bits"], "'8 bits' is not a size; give one such as 8GB"),
+        (["info", "--rows", "0"], "argument --rows: '0' is not a count; give 1 or more"),
+        (["info", "--capacity", "9999"], "argument --capacity: 9,999 is beyond the 512 tokens"),
+        (
+            ["generate", "x", "--seed", "-1"],
+            "argument --seed: '-1' is not a seed; give a whole number from 0 to",
+        ),
+        (["generate", "x", "--temperature", "hot"], "argument --temperature: 'hot' is not a number; give one such as"),
+        (["generate", "x", "--no-repeat-ngram-size", "2.5"], "ngram-size: '2.5' is not a whole number; give one such"),
+        (["generate", "hi", "there"], 'the prompt is more than one word: put it in quotes, "hi there"'),
+        (["generate", "hi", "-n", "3", "there"], 'put it in quotes, "hi there"'),
+        (["generate", "hi", "--top-q", "3"], "--top-q 3 is not known; see jaxkv generate --help"),
+        (["chat", "hello"], "start it and then write; a checkpoint goes after --model: --model hello"),
+        (["generate", "tests", "hi"], "a checkpoint goes after --model: --model tests"),
+        (["info", "tests", "hi"], "hi is not known; see jaxkv info --help"),
+        (["generate", "hi", "--prompts", "-"], "--prompts takes the prompts from a file; leave out PROMPT"),
         (["write"], "invalid choice: 'write'"),
         ([], "the following arguments are required: COMMAND; see jaxkv --help"),
     ],
@@ -572,7 +724,13 @@ def test_failures_are_one_line_and_status_1(monkeypatch, capsys):
 
     monkeypatch.setattr(tiny, "load", broken)
     assert main(["generate", "x"]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("jaxkv: error: ")
+    assert capsys.readouterr().err == "jaxkv: error: model.safetensors: no such file or directory\n"
+
+
+def test_a_file_of_prompts_that_cant_be_read_is_named(small_model, capsys):
+    for name, message in (("nowhere.txt", "no such file or directory"), ("tests", "is a directory")):
+        assert main(["generate", "--prompts", name]) == 1
+        assert capsys.readouterr().err == f"jaxkv: error: {name}: {message}\n"
 
 
 def test_too_little_memory_is_said_and_other_failures_of_jax_are_not_hidden(small_model, capsys, monkeypatch):
@@ -599,6 +757,70 @@ def test_help_fits_a_terminal_and_shows_examples(words, capsys, monkeypatch):
     assert (end.value.code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 104
     assert "jaxkv generate" in out or "/reset" in out or "jaxkv info" in out
+
+
+# --- terminals -------------------------------------------------------------------------------------------------------
+
+# A chat with a model that says what it heard: no program is compiled, and what is seen is the terminal's part.
+AT_A_TERMINAL = """
+import fcntl, os, signal, termios, types
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from jaxkv.cli import chat, terminal
+try:
+    heard = types.SimpleNamespace(turn=lambda line: terminal.write(f"heard {line}" + chr(10)))
+    chat.talk(heard, chat.Interrupts())
+except KeyboardInterrupt:
+    terminal.note("left")
+"""
+
+
+def wait_until_it_waits(pid):
+    """Waits until a process has gone to sleep: Python's readline misses Ctrl-C between its prompt and that."""
+    state = Path(f"/proc/{pid}/stat")
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] not in "SZ":
+        os.sched_yield()
+
+
+def test_at_a_terminal_interrupts_wipe_then_ask_then_end_and_own_text_has_a_color(tmp_path):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "", "INPUTRC": str(tmp_path)}
+
+    terminals = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    with start(code=AT_A_TERMINAL, env=environment, **terminals) as chatting, os.fdopen(ours, "rb", buffering=0):
+        os.close(theirs)
+        seen, at = "", 0
+        for awaited, typed in [
+            ("> ", "hello\n"),
+            ("> ", "half"),
+            ("half", "\x03"),
+            ("> ", "\x03"),
+            ("Ctrl-C once more ends the chat", "more\n"),
+            ("heard more.*> ", "\x03"),
+            ("once more", "\x03"),
+            ("left", ""),
+        ]:
+            while not re.search(awaited, seen[at:], re.DOTALL):
+                assert select.select([ours], [], [], 120)[0], f"{awaited!r} does not come after {seen!r}"
+                seen += os.read(ours, 4096).decode()
+            at = len(seen)
+            wait_until_it_waits(chatting.pid)
+            os.write(ours, typed.encode())
+    assert "\033[1;36m> " in seen and "\033[0mheard hello" in seen, "the model's text is plain"
+    assert "\033[2mjaxkv: left\033[0m" in seen and "heard half" not in seen
+
+
+def test_colors_are_for_terminals_that_want_them(monkeypatch):
+    terminal = types.SimpleNamespace(isatty=lambda: True)
+    for name, value, colored in [("TERM", "xterm", True), ("TERM", "dumb", False), ("NO_COLOR", "1", False)]:
+        with monkeypatch.context() as patch:
+            patch.setenv("TERM", "xterm")
+            patch.delenv("NO_COLOR", raising=False)
+            patch.setenv(name, value)
+            assert bool(color("own", terminal)) == colored
+            assert color("own", io.StringIO()) == ""
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -130,6 +130,15 @@ def test_what_was_not_given_shows():
     assert np.isnan(np.asarray(seen[1][3])).all((1, 2, 3)).tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("jit", [True, False])
+def test_a_shorter_output_makes_no_nan_unless_a_length_lies_beyond_it(jit):
+    with jax.debug_nans(True), jax.disable_jit(not jit):
+        cache, _ = encode(make(), jnp.array([3, 1, -1]), size=3)
+        assert held(cache) == [[0.0, 1.0, 2.0], [0.0], []]
+        with pytest.raises(FloatingPointError):
+            encode(make(), jnp.array([3, 4, -1]), size=3)
+
+
 def test_nan_beyond_a_length_and_in_other_rows_is_not_read():
     cache, step = make(CROSS).begin_cross(jnp.array([2, 5, 3]))
     x = jnp.ones((ROWS, SIZE, 1, 2)).at[0, 2:].set(jnp.nan).at[1].set(jnp.nan)

@@ -173,8 +173,8 @@ def test_models_of_equal_config_share_compiled_programs():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_heads": 3}, "width=8 is no multiple of num_heads=3"),
-        ({"num_kv_heads": 3}, "num_heads=4 is no multiple of num_kv_heads=3"),
+        ({"num_heads": 3}, "width=8 is not a multiple of num_heads=3"),
+        ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"num_layers": 0}, "num_layers=0"),
         ({"vocab_size": 0}, "vocab_size=0"),
         ({"mlp_dim": -1}, "mlp_dim=-1"),

@@ -6,11 +6,12 @@ JAXKV_FULL=1 flips every bit and runs more random programs.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import random
+import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -18,341 +19,265 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_disk import RECORD, files, fill, found, key
+from test_disk import files, fill, found, key, taken
 
+from jaxkv.memo import database, record
 from jaxkv.memo.disk import Disk
-from jaxkv.memo.record import ENTRY, HEADER_BYTES
+from jaxkv.memo.record import LARGE
+from jaxkv.memo.upkeep import prune, survey, verify
 
 FULL = bool(os.environ.get("JAXKV_FULL"))
+COUNT = 24
+SOME = range(COUNT)
 
 
 @pytest.fixture
-def store_of_five(tmp_path):
-    """A closed store of five records in one segment, and what puts it back."""
+def store_of_some(tmp_path):
+    """A closed store of some records of 1 KB, and what puts it back."""
     directory, kept = tmp_path / "store", tmp_path / "kept"
     store = Disk(directory)
-    fill(store, range(5))
+    fill(store, SOME, 1000)
     store.close()
     shutil.copytree(directory, kept)
 
-    def restore() -> tuple[Path, Path]:
-        for path in directory.iterdir():
-            path.unlink()
-        for path in kept.iterdir():
-            shutil.copy(path, directory)
-        return files(directory)[0], files(directory, ".idx")[0]
+    def restore() -> Path:
+        shutil.rmtree(directory)
+        shutil.copytree(kept, directory)
+        return files(directory)[0]
 
     return directory, restore
 
 
 def cut(path: Path, size: int) -> None:
-    with open(path, "r+b") as file:
-        file.truncate(size)
+    os.truncate(path, size)
 
 
 def flip(path: Path, bit: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def works_again(directory: Path, *stores: Disk) -> None:
+    """Whatever was lost can be written again, and is found by all."""
+    for store in (*stores, Disk(directory)):
+        assert fill(store, SOME, 1000) == COUNT
+        assert found(store, SOME, 1000) == list(SOME) and store.stats().errors == 0
+        store.close()
+
+
+def counted(store: Disk) -> int:
+    stats = store.stats()
+    return stats.corrupt + stats.lost + stats.replaced
 
 
 # --- damaged files ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("index", ["whole", "gone", "cut"])
-def test_a_segment_cut_at_any_byte_loses_only_what_was_cut(store_of_five, index):
-    directory, restore = store_of_five
-    for size in range(3 * RECORD, 5 * RECORD + 1):
-        segment, entries = restore()
-        cut(segment, size)
-        if index == "gone":
-            entries.unlink()
-        elif index == "cut":
-            cut(entries, size % (5 * ENTRY.itemsize))
+@pytest.mark.parametrize("while_open", [False, True])
+def test_a_database_cut_at_any_byte_gives_what_is_left_and_is_counted(store_of_some, while_open):
+    directory, restore = store_of_some
+    size, kept = restore().stat().st_size, []
+    for at in [*range(777, size, 16 if FULL else 2777), size - 1]:  # with few bytes it is a new one
+        path = restore()
         store = Disk(directory)
-        whole = size // RECORD
-        assert found(store, range(5)) == list(range(whole))
-        stats = store.stats()
-        assert stats.items == whole and stats.errors == 0
-        indexed = {"whole": 5, "gone": 0, "cut": size % (5 * ENTRY.itemsize) // ENTRY.itemsize}[index]
-        assert stats.corrupt == (size % RECORD > 0) and stats.lost == max(indexed - whole, 0)
-        assert fill(store, range(5)) == 5 and found(store, range(5)) == list(range(5))
+        if not while_open:
+            store.close()
+        cut(path, at)
+        there = found(store, SOME, 1000)
+        assert len(there) == COUNT or counted(store) > 0, at
+        kept.append(len(there))
+        works_again(directory, store)
+    assert sum(kept) > len(kept) * COUNT // 4, "what was not cut off is not lost"
+
+
+def test_any_flipped_bit_loses_one_record_as_a_rule_and_is_counted(store_of_some):
+    directory, restore = store_of_some
+    size, chance, lost = restore().stat().st_size, random.Random(0), []
+    for bit in range(8 * size) if FULL else [chance.randrange(8 * size) for _ in range(250)]:
+        path = restore()
+        flip(path, bit)
+        store = Disk(directory)
+        there = found(store, SOME, 1000)
+        lost.append(COUNT - len(there))
+        assert lost[-1] <= 1 or counted(store) > 0, bit  # where the index forgets a key, it is an ordinary miss
+        if lost[-1]:
+            works_again(directory, store)
         store.close()
-        assert found(Disk(directory), range(5)) == list(range(5))
+    assert sum(lost) <= len(lost), "as many bits as records, at most"
 
 
-def test_a_segment_cut_while_it_is_read_loses_only_what_was_cut(store_of_five):
-    directory, restore = store_of_five
-    for size in range(0, 5 * RECORD + 1, 7):
-        segment, _ = restore()
-        reader = Disk(directory)
-        assert found(reader, [0]) == [0]
-        cut(segment, size)
-        assert found(reader, range(5)) == list(range(size // RECORD))
-        assert reader.stats().lost == 5 - size // RECORD
-
-
-def test_a_segment_cut_while_it_is_written_is_left_and_the_next_one_begun(tmp_path):
-    for size in (0, 1, RECORD, 2 * RECORD - 1, 3 * RECORD):
-        store = Disk(tmp_path / str(size))
-        fill(store, range(3))
-        cut(files(tmp_path / str(size))[0], size)
-        fill(store, [7])
-        assert found(store, range(3)) == list(range(size // RECORD)) and found(store, [7]) == [7]
-        assert found(Disk(tmp_path / str(size)), [7]) == [7]
-
-
-def test_any_bit_of_a_record_loses_only_that_record_and_any_bit_of_its_index_entry_nothing(store_of_five):
-    directory, restore = store_of_five
-    payload_bits = range(8 * HEADER_BYTES, 8 * RECORD, 1 if FULL else 13)
-    for bit in [*range(8 * HEADER_BYTES), *payload_bits]:
-        segment, _ = restore()
-        flip(segment, 8 * 2 * RECORD + bit)
-        store = Disk(directory)
-        assert found(store, range(5)) == [0, 1, 3, 4], bit
-        assert (store.stats().corrupt, store.stats().lost, store.stats().errors) == (1, 0, 0)
-        if bit % 8 == 0:  # without the index, too
-            files(directory, ".idx")[0].unlink()
-            store = Disk(directory)
-            assert found(store, range(5)) == [0, 1, 3, 4] and store.stats().corrupt == 1
-            assert fill(store, [2]) == 1 and found(store, range(5)) == list(range(5))
-    for bit in range(8 * ENTRY.itemsize):
-        _, entries = restore()
-        flip(entries, 8 * 2 * ENTRY.itemsize + bit)
-        store = Disk(directory)
-        assert found(store, range(5)) == list(range(5)), bit
-        assert (store.stats().corrupt, store.stats().lost) == (0, 0)
-        assert entries.stat().st_size == 5 * ENTRY.itemsize, "the index is mended"
-
-
-def test_any_bit_flipped_while_the_store_is_open_loses_only_that_record(store_of_five):
-    directory, restore = store_of_five
-    for bit in range(0, 8 * RECORD, 11):
-        segment, entries = restore()
-        reader = Disk(directory)
-        found(reader, [0])
-        with open(segment, "r+b") as file:
-            data = bytearray(file.read())
-            data[2 * RECORD + bit // 8] ^= 1 << bit % 8
-            file.seek(0)
-            file.write(data)
-        assert found(reader, range(5)) == [0, 1, 3, 4] and reader.stats().corrupt == 1
-        assert found(reader, range(5)) == [0, 1, 3, 4] and reader.stats().corrupt == 1, "counted once"
-        assert fill(reader, [2]) == 1 and found(reader, range(5)) == list(range(5))
-
-
-def test_any_bit_of_an_index_that_is_being_written_hides_only_its_record_until_the_writer_is_done(tmp_path):
-    for bit in range(0, 8 * ENTRY.itemsize, 7):
-        directory = tmp_path / str(bit)
-        writer = Disk(directory)
-        fill(writer, range(3))
-        flip(files(directory, ".idx")[0], 8 * ENTRY.itemsize + bit)
-        reader = Disk(directory)
-        assert found(reader, range(3)) == [0, 2] and reader.stats().corrupt == 1, bit
-        fill(writer, [3])
-        assert found(reader, range(4)) == [0, 2, 3] and reader.stats().corrupt == 1, "read once"
-        writer.close()
-        assert found(reader, range(4)) == list(range(4))
-
-
-@pytest.mark.parametrize("live", [True, False])
-def test_an_index_that_has_become_very_long_is_not_read_to_its_end(tmp_path, live):
-    writer = Disk(tmp_path)
-    fill(writer, range(5))
-    if not live:
-        writer.close()
-    os.truncate(files(tmp_path, ".idx")[0], 1 << 42)
-    assert found(Disk(tmp_path), range(5)) == list(range(5))
-
-
-@pytest.mark.parametrize("short", [-(1 << 20), -1, 0, 1, 2, 3, 4, HEADER_BYTES - 1, HEADER_BYTES])
-def test_the_record_after_a_large_damaged_one_is_found_without_an_index(tmp_path, short):
-    """Files are searched a MiB at a time: the next header may begin just before the end of one."""
+def test_what_befalls_a_large_record_loses_only_that(tmp_path):
     store = Disk(tmp_path)
-    store.write([key(0)], [bytes((1 << 20) - HEADER_BYTES - short)])
-    fill(store, [1])
-    store.close()
-    flip(files(tmp_path)[0], 3)
-    files(tmp_path, ".idx")[0].unlink()
-    again = Disk(tmp_path)
-    assert found(again, [0, 1]) == [1] and again.stats().corrupt == 1
+    fill(store, range(4), LARGE)
+    first, second, third, _ = files(tmp_path, "-files")
+    flip(first, 8 * 777), cut(second, 1000), third.unlink()
+    for reader in (store, Disk(tmp_path)):
+        assert len(found(reader, range(4), LARGE)) == 1
+    assert (store.stats().corrupt, store.stats().lost, store.stats().replaced) == (2, 1, 0)
+    assert fill(store, range(4), LARGE) == 4 and found(store, range(4), LARGE) == list(range(4))
+    assert store.stats().nbytes == taken(tmp_path)
 
 
-def test_a_record_that_lies_where_another_one_should_is_not_given_for_it(store_of_five):
-    directory, restore = store_of_five
-    segment, _ = restore()
-    data = segment.read_bytes()
-    reader = Disk(directory)
-    segment.write_bytes(data[RECORD : 2 * RECORD] + data[RECORD:])
-    for store in (reader, Disk(directory)):
-        assert found(store, range(5)) == [1, 2, 3, 4] and store.stats().corrupt == 1
+def test_a_record_that_lies_where_another_one_should_is_not_given_for_it(tmp_path):
+    store = Disk(tmp_path)
+    fill(store, range(4), LARGE), fill(store, range(10, 14))
+    first, second, *_ = files(tmp_path, "-files")
+    first.rename(tmp_path / "aside"), second.rename(first), (tmp_path / "aside").rename(second)
+    with contextlib.closing(sqlite3.connect(files(tmp_path)[0])) as db, db:
+        db.execute(
+            "update items set payload = (select payload from items where key = ?) where key = ?", [key(10), key(11)]
+        )
+    assert len(found(store, range(4), LARGE)) == 2 and found(store, range(10, 14)) == [10, 12, 13]
+    assert store.stats().corrupt == 3
 
 
-def test_a_payload_that_looks_like_records_is_not_taken_for_them(tmp_path):
-    victim = Disk(tmp_path / "victim")
-    fill(victim, [1], 50)
-    records = files(tmp_path / "victim")[0].read_bytes()
-    inner = bytearray(records)
-    store = Disk(tmp_path / "store")
-    store.write([key(5)], [bytes(inner)])
-    fill(store, [6])
-    store.close()
-    flip(files(tmp_path / "store")[0], 8 * 20)  # the header around it: now the file is searched
-    files(tmp_path / "store", ".idx")[0].unlink()
-    again = Disk(tmp_path / "store")
-    assert found(again, [1], 50) == [] and found(again, [6]) == [6]
+@pytest.mark.parametrize("value", [None, 3, 2.5, "text", b"", b"x" * 32, b"../" * 11, -1, 2**62])
+@pytest.mark.parametrize("column", ["key", "raw", "stored", "hash", "used", "payload"])
+def test_whatever_a_row_says_is_a_miss_at_worst(tmp_path, column, value):
+    store = Disk(tmp_path, policy="lru", budget=10**6)
+    fill(store, range(3))
+    with contextlib.closing(sqlite3.connect(files(tmp_path)[0])) as db, db:
+        db.execute(f"update items set {column} = ? where key = ?", [value, key(1)])
+    assert set(found(store, range(3))) >= {0, 2}
+    assert fill(store, range(3)) == 3 and found(store, range(3)) == [0, 1, 2]
+    fill(store, range(10, 300), 5000)
+    assert found(store, [299], 5000) == [299] and store.stats().errors == 0
 
 
-def test_records_and_indexes_count_only_in_the_file_they_were_written_to(tmp_path):
-    first, second = Disk(tmp_path / "a"), Disk(tmp_path / "b")
-    fill(first, range(5))
-    fill(second, range(5, 10))
-    first.close(), second.close()
-    shutil.copy(files(tmp_path / "a", ".idx")[0], files(tmp_path / "b", ".idx")[0])
-    assert found(Disk(tmp_path / "b"), range(10)) == [5, 6, 7, 8, 9]
-    shutil.copy(files(tmp_path / "a")[0], files(tmp_path / "b")[0])
-    assert found(Disk(tmp_path / "b"), range(10)) == []
+@pytest.mark.parametrize("column", ["stored", "used"])
+@pytest.mark.parametrize("value", ["-9e999", "9e999", "1e300"])
+def test_whatever_all_rows_say_there_is_a_next_time_of_use_and_a_size(tmp_path, column, value):
+    store = Disk(tmp_path, policy="lru", budget=10**6)
+    fill(store, range(3))
+    with contextlib.closing(sqlite3.connect(files(tmp_path)[0])) as db, db:
+        db.execute(f"update items set {column} = {value}")
+    assert store.stats().items == 3 and len(found(store, range(3))) == (0 if column == "stored" else 3)
+    assert fill(store, range(6)) == 6 and found(store, range(6)) == list(range(6)) and store.stats().errors == 0
 
 
-@pytest.mark.parametrize("damage", ["", "jaxkv-disk 7 00000000\n", "jaxkv-disk 1", "\0" * 22])
-def test_a_damaged_format_file_is_written_anew(tmp_path, damage, caplog):
-    fill(Disk(tmp_path), range(3))
-    before = (tmp_path / "FORMAT").read_bytes()
-    (tmp_path / "FORMAT").write_text(damage)
-    assert found(Disk(tmp_path), range(3)) == [0, 1, 2]
-    assert (tmp_path / "FORMAT").read_bytes() == before and "FORMAT is damaged" in caplog.text
-
-
-@settings(max_examples=1000 if FULL else 60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1000 if FULL else 40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32), policy=st.sampled_from(["keep", "lru", "mru", "fifo"]))
 def test_random_programs_with_damage_get_right_values_or_none(tmp_path_factory, seed, policy):
     directory, chance = tmp_path_factory.mktemp("store"), random.Random(seed)
-    budget = chance.choice([None, 3000, 20_000])
+    budget, size = chance.choice([None, 100_000]), chance.choice([96, 3000, LARGE])
 
     def fresh() -> Disk:
-        compress = chance.choice([None, "zstd"])
-        return Disk(
-            directory, budget=budget, policy=policy, segment_bytes=chance.choice([300, 2000]), compress=compress
-        )
+        return Disk(directory, budget=budget, policy=policy, compress=chance.choice([None, "zstd"]))
 
     stores, written, harmed = [fresh(), fresh()], set(), budget is not None
-    for _ in range(chance.randint(5, 40)):
+    for _ in range(chance.randint(5, 30)):
         store, numbers = chance.choice(stores), [chance.randint(0, 30) for _ in range(chance.randint(1, 8))]
         deed = chance.choice(["write"] * 4 + ["read"] * 4 + ["reopen", "flip", "cut", "remove", "clear", "junk"])
         if deed == "write":
-            assert fill(store, numbers) == len(numbers) or harmed
+            assert fill(store, numbers, size) == len(set(numbers)) or harmed or len(set(numbers)) < len(numbers)
             written.update(numbers)
         elif deed == "read":
-            there = found(store, numbers)
+            there = found(store, numbers, size)
             assert harmed or set(numbers) & written == set(there)
         elif deed == "reopen":
             stores[stores.index(store)] = fresh()
         elif deed == "clear":
             store.clear(chance.choice([None, [key(0)[:16]]]))
             harmed = True
-        else:
-            paths = [path for path in directory.iterdir() if path.suffix in (".seg", ".idx")]
-            if paths:
-                path = chance.choice(paths)
-                size = path.stat().st_size
-                harmed = True
-                if deed == "remove":
-                    path.unlink()
-                elif deed == "cut":
-                    cut(path, chance.randint(0, size))
-                elif deed == "junk":
-                    with open(path, "ab") as file:
-                        file.write(chance.randbytes(chance.randint(1, 200)))
-                elif size:
-                    with open(path, "r+b") as file:
-                        at = chance.randrange(size)
-                        file.seek(at)
-                        byte = file.read(1)[0]
-                        file.seek(at)
-                        file.write(bytes([byte ^ 1 << chance.randrange(8)]))
+        elif paths := [path for path in directory.rglob("*") if path.is_file() and path.stat().st_size]:
+            path, harmed = chance.choice(paths), True
+            length = path.stat().st_size
+            if deed == "remove":
+                path.unlink()
+            elif deed == "cut":
+                cut(path, chance.randrange(length))
+            elif deed == "junk":
+                with open(path, "ab") as file:
+                    file.write(chance.randbytes(chance.randint(1, 200)))
+            else:
+                flip(path, chance.randrange(8 * length))
     for store in (*stores, fresh()):
-        there = found(store, range(31))
+        there = found(store, range(31), size)
         assert set(there) <= written and (harmed or set(there) == written)
+        store.close()
     shutil.rmtree(directory)
 
 
-# --- a disk that doesn't take or give --------------------------------------------------------------------------------
+# --- a disk that doesn't take or give, and gets over it --------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def room_for(monkeypatch, count: int):
-    """Lets only so many bytes more be written."""
-    real, left = os.writev, [count]
+@pytest.fixture
+def trouble(monkeypatch) -> list[str]:
+    """Pragmas of what every connection suffers from."""
+    pragmas: list[str] = []
 
-    def writev(fd: int, pieces) -> int:
-        data = b"".join(pieces)[: left[0]]
-        if not data:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        left[0] -= len(data)
-        return real(fd, [data])
+    class Suffering(database.Database):
+        def execute(self, statement, *values):
+            for pragma in pragmas if statement.startswith(("begin", "select key from")) else ():
+                super().execute(f"pragma {pragma}")
+            return super().execute(statement, *values)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "writev", writev)
-        yield
+    monkeypatch.setattr("jaxkv.memo.current.Database", Suffering)
+    return pragmas
 
 
-def test_a_disk_that_is_full_after_any_byte_keeps_what_fits_and_tries_again_later(tmp_path, monkeypatch, caplog):
-    size = 10
-    least, most = 2 * (HEADER_BYTES + size), 2 * (HEADER_BYTES + size) + 2 * ENTRY.itemsize
-    for count in range(most + 1):
-        directory = tmp_path / str(count)
-        store = Disk(directory)
-        caplog.clear()
-        with room_for(monkeypatch, count):
-            kept = fill(store, range(2), size)
-            assert kept == min(count // (HEADER_BYTES + size), 2)
-            assert found(store, range(2), size) == list(range(kept))
-            for _ in range(3):
-                fill(store, range(5, 9), size)
-        failing = count < most
-        assert (store.stats().errors > 0) == (failing or kept == 2)
-        assert len(caplog.records) == 1, "said once"
-        there = found(store, range(9), size)
-        assert there == list(range(kept))
-        assert all(path.stat().st_size % ENTRY.itemsize == 0 for path in files(directory, ".idx"))
-        tries = 0
-        while fill(store, range(2), size) < 2 or fill(store, [20], size) < 1:
-            tries += 1
-            assert tries < 20
-        assert found(store, [0, 1, 20], size) == [0, 1, 20]
-        store.close()
-        again = Disk(directory)
-        assert found(again, [0, 1, 20], size) == [0, 1, 20]
-        assert (again.stats().corrupt, again.stats().lost) == (0, 0), count
-    assert least > 0
+def until_written(store: Disk, numbers, size: int = 96) -> int:
+    """How many calls it took."""
+    for turn in range(100):
+        if fill(store, numbers, size) == len(numbers):
+            return turn
+    raise AssertionError("nothing is written any more")
 
 
-def test_a_disk_that_stays_full_is_tried_less_and_less_often(tmp_path, monkeypatch):
-    store, calls = Disk(tmp_path), []
-
-    def writev(fd: int, pieces) -> int:
-        calls.append(fd)
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "writev", writev)
-    for number in range(3000):
-        assert fill(store, [number]) == 0
-    assert 5 < len(calls) < 20 and store.stats().errors == len(calls)
-    assert len(files(tmp_path)) <= 1
-
-
-def test_a_half_written_record_that_cannot_be_cut_off_is_stepped_over(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_keeps_what_fits_and_is_tried_less_and_less_often(tmp_path, trouble, caplog):
     store = Disk(tmp_path)
-    fill(store, [0])
-    with room_for(monkeypatch, RECORD + 50):
-        monkeypatch.setattr(os, "ftruncate", lambda fd, size: os.read(-1, 1))
-        assert fill(store, [1, 2]) == 1
-    monkeypatch.undo()
-    while not fill(store, [3]):
-        pass
-    store.close()
-    again = Disk(tmp_path)
-    assert found(again, range(4)) == [0, 1, 3] and again.stats().corrupt == 1
+    fill(store, range(50), 1000)
+    trouble[:] = [f"max_page_count={store.stats().nbytes // 4096 + 1}"]
+    kept = sum(fill(store, [100 + n], 1000) for n in range(200))
+    assert found(store, range(50), 1000) == list(range(50)) and 5 < store.stats().errors < 40
+    assert sum("full" in message for message in caplog.messages) == 1, "said once"
+    trouble.clear()
+    until_written(store, range(400, 410), 1000)
+    assert len(found(Disk(tmp_path), [*range(50), *range(100, 300), *range(400, 410)], 1000)) == 60 + kept < 70
+
+
+def test_a_store_that_becomes_read_only_is_read_and_written_again_when_it_may(tmp_path, trouble, caplog):
+    store = Disk(tmp_path, policy="lru", budget=10**6)
+    fill(store, range(3))
+    trouble[:] = ["query_only=on"]
+    store.describe(key(0, 5)[:16], lambda: {"function": "f"})
+    for _ in range(20):
+        assert fill(store, [7], namespace=5) == 0 and found(store, range(3)) == [0, 1, 2]
+    assert store.stats().errors > 0 and "readonly" in caplog.text
+    trouble.clear()
+    assert until_written(store, [7, 8]) <= 32
+
+
+def test_a_disk_that_fails_again_and_again_is_tried_less_often(tmp_path):
+    directory = tmp_path / "store"
+    store = Disk(directory)
+    shutil.rmtree(directory)
+    directory.touch()
+    for number in range(1000):
+        assert fill(store, [number]) == 0 and found(store, [number]) == []
+    assert 20 < store.stats().errors < 1200
+    directory.unlink()
+    assert until_written(store, [1]) <= 32
+
+
+def test_file_descriptors_that_run_out_cost_no_record_and_come_back(tmp_path):
+    store = Disk(tmp_path)
+    fill(store, range(3)), fill(store, range(10, 12), LARGE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(first_free := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, hard))
+    try:
+        assert found(store, range(10, 12), LARGE) == [] and fill(store, [20], LARGE) == 0
+        found(store, range(3))
+        assert fill(store, [21]) in (0, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert store.stats().lost == store.stats().corrupt == 0 < store.stats().errors
+    assert found(store, range(3)) == [0, 1, 2] and found(store, range(10, 12), LARGE) == [10, 11]
+    until_written(store, [30, 31])
 
 
 LIMITED = """
@@ -360,7 +285,7 @@ import os, resource, sys
 sys.path[:0] = [sys.argv[2], sys.argv[3]]
 from test_disk import Disk, fill, found
 store = Disk(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
 kept = [fill(store, range(10 * n, 10 * n + 10), 1000) for n in range(200)]
 assert found(store, range(90), 1000) == list(range(90))
 assert store.stats().errors > 0 and 90 < sum(kept) < 2000, (store.stats(), sum(kept))
@@ -375,69 +300,44 @@ def test_a_limit_on_the_size_of_files_is_met_as_a_full_disk(tmp_path):
     assert done.returncode == 0, done.stderr
     again = Disk(tmp_path / "store")
     assert len(found(again, range(2000), 1000)) == again.stats().items >= 90
-    assert (again.stats().corrupt, again.stats().lost) == (0, 0)
+    assert (again.stats().corrupt, again.stats().lost, again.stats().replaced) == (0, 0, 0)
 
 
-def test_a_directory_that_cannot_be_written_is_read(tmp_path, monkeypatch, caplog):
-    fill(Disk(tmp_path), range(3))
-    real = os.open
-
-    def read_only(path, flags, *rest, **more):
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            raise OSError(errno.EROFS, "Read-only file system", path)
-        return real(path, flags, *rest, **more)
-
-    monkeypatch.setattr(os, "open", read_only)
-    store = Disk(tmp_path, policy="lru", budget=10_000)
-    assert found(store, range(3)) == [0, 1, 2] and store.stats().errors == 0
-    assert fill(store, [2, 3]) == 1 and found(store, range(4)) == [0, 1, 2]
-    store.describe(key(0)[:16], lambda: {"function": "f"})
-    store.flush(), store.clear(), store.close()
-    assert store.stats().errors > 0 and "Read-only file system" in caplog.text
-    assert found(store, range(3)) == [0, 1, 2]
-
-
-def test_a_directory_that_cannot_be_made_holds_nothing_and_says_so(tmp_path, monkeypatch, caplog):
-    def refuse(*_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied", "features")
-
-    monkeypatch.setattr(os, "makedirs", refuse)
-    store = Disk(tmp_path / "features")
-    assert fill(store, range(3)) == 0 and found(store, range(3)) == []
-    assert store.stats().errors > 0 and "Permission denied" in caplog.text
-    monkeypatch.undo()
-    while fill(store, range(3)) < 3:
-        pass
-    assert found(Disk(tmp_path / "features"), range(3)) == [0, 1, 2]
-
-
-def test_a_segment_that_cannot_be_read_is_a_miss(tmp_path, monkeypatch, caplog):
+def test_whoever_holds_the_database_makes_nobody_wait_for_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxkv.memo.current._WAIT", 0.0)
     store = Disk(tmp_path)
     fill(store, range(3))
-
-    def broken(*_):
-        raise OSError(errno.EIO, "Input/output error")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pread", broken)
-        assert found(store, range(3)) == []
-    assert store.stats().lost == 3 and store.stats().errors > 0 and "Input/output error" in caplog.text
-    assert fill(store, range(3)) == 3 and found(store, range(3)) == [0, 1, 2]
+    with contextlib.closing(sqlite3.connect(files(tmp_path)[0], isolation_level=None)) as stopped:
+        stopped.execute("begin exclusive")
+        assert found(store, range(3)) == [] and fill(store, [5]) == 0 and store.stats().busy >= 2
+        stopped.execute("rollback")
+    assert found(store, range(3)) == [0, 1, 2] and fill(store, [5]) == 1
+    assert (store.stats().errors, store.stats().corrupt, store.stats().replaced) == (0, 0, 0)
 
 
-def test_a_directory_that_is_removed_is_made_again_for_what_is_new(tmp_path, caplog):
+def test_a_directory_that_is_removed_or_moved_is_made_again_for_what_is_new(tmp_path):
     directory = tmp_path / "store"
-    store, other = Disk(directory), Disk(directory)
-    fill(store, range(5))
-    fill(other, range(5, 8))
-    assert found(store, range(8)) == list(range(8))
-    shutil.rmtree(directory)
-    assert found(store, [100]) == [] and found(store, range(8)) == []
-    assert store.stats() == type(store.stats())(0, 0, 8, 9, 5, 0, 0, 8, 0)
-    assert fill(store, range(3)) == 3 and found(store, range(8)) == [0, 1, 2]
-    assert found(other, range(8))[:3] == [0, 1, 2] and fill(other, range(8)) == 8
-    store.close(), other.close()
-    assert found(Disk(directory), range(8)) == list(range(8))
+    for take in (shutil.rmtree, lambda path: path.rename(tmp_path / "elsewhere")):
+        store, other = Disk(directory), Disk(directory)
+        store.describe(key(0)[:16], lambda: {"function": "f"})
+        fill(store, range(5)), fill(store, [9], LARGE), fill(other, range(5, 8))
+        assert found(store, range(8)) == list(range(8))
+        take(directory)
+        assert found(store, [100]) == [] and found(store, range(8)) == [] and not directory.exists()
+        assert fill(store, range(3)) == 3 and fill(store, [9], LARGE) == 1, "at once"
+        assert found(store, range(8)) == [0, 1, 2] and found(other, range(8)) == [0, 1, 2]
+        assert fill(other, range(8)) == 8 and found(Disk(directory), range(8)) == list(range(8))
+        assert store.stats().errors == other.stats().errors == 0
+        shutil.rmtree(directory)
+    assert found(Disk(tmp_path / "elsewhere"), range(8)) == list(range(8))
+
+
+def test_a_database_that_another_one_takes_the_place_of_is_followed(tmp_path):
+    store, other = Disk(tmp_path / "a"), Disk(tmp_path / "b")
+    fill(store, range(5)), fill(other, range(5, 9)), other.close()
+    os.replace(files(tmp_path / "b")[0], files(tmp_path / "a")[0])
+    assert found(store, range(9)) == [5, 6, 7, 8] and fill(store, range(9)) == 9
+    assert found(Disk(tmp_path / "a"), range(9)) == list(range(9)) and store.stats().errors == 0
 
 
 def test_a_directory_that_something_else_takes_the_place_of_is_left_alone(tmp_path, caplog):
@@ -448,10 +348,138 @@ def test_a_directory_that_something_else_takes_the_place_of_is_left_alone(tmp_pa
     directory.mkdir()
     (directory / "thesis.tex").touch()
     assert fill(store, [9]) == 0 and found(store, range(10)) == [] and len(list(directory.iterdir())) == 1
-    shutil.rmtree(directory)
-    directory.touch()
-    assert fill(store, [9]) == 0 and found(store, range(10)) == []
     assert store.stats().errors > 0 and "thesis.tex" in caplog.text
+    (directory / "thesis.tex").unlink()
+    until_written(store, [9])
+
+
+# --- others, at the worst moment --------------------------------------------------------------------------------------
+
+
+def between(monkeypatch, where, name: str, others) -> None:
+    """Has others act once, as soon as this process comes to a function."""
+    usual, waiting = getattr(where, name), [others]
+
+    def hooked(*words, **named):
+        if waiting:
+            waiting.pop()()
+        return usual(*words, **named)
+
+    monkeypatch.setattr(where, name, hooked)
+
+
+def test_a_database_that_another_process_clears_while_this_one_writes_is_no_error(tmp_path, monkeypatch, caplog):
+    store, other = Disk(tmp_path), Disk(tmp_path)
+    fill(store, range(5)), found(other, range(5))
+    between(monkeypatch, database.Database, "transaction", other.clear)
+    assert fill(store, range(5, 9)) == 4 and found(Disk(tmp_path), range(9)) == [5, 6, 7, 8]
+    between(monkeypatch, database.Database, "transaction", other.clear)
+    assert fill(store, range(3), LARGE) == 0 and found(Disk(tmp_path), range(3), LARGE) == []
+    assert fill(store, range(3), LARGE) == 3 and found(Disk(tmp_path), range(3), LARGE) == [0, 1, 2]
+    assert (store.stats().errors, store.stats().replaced, caplog.messages) == (0, 0, [])
+
+
+def test_large_records_that_were_kept_stay_where_the_rest_of_their_batch_fails(tmp_path, monkeypatch):
+    store = Disk(tmp_path, budget=4 * LARGE)
+    usual = Disk._insert
+
+    def insert(self, db, records, *more):
+        if records[0].key == key(2):
+            raise sqlite3.OperationalError("locked")
+        return usual(self, db, records, *more)
+
+    monkeypatch.setattr(Disk, "_insert", insert)
+    assert fill(store, range(4), LARGE) == 2, "no room for all of them: half of them, then the others"
+    monkeypatch.undo()
+    assert found(Disk(tmp_path), range(4), LARGE) == [0, 1] and len(files(tmp_path, "-files")) == 2
+
+
+@pytest.mark.parametrize("clear", ["all", "namespace"])
+def test_a_large_record_that_others_remove_while_this_process_reads_it_is_not_lost(tmp_path, monkeypatch, clear):
+    store, other = Disk(tmp_path), Disk(tmp_path)
+    fill(store, range(3), LARGE)
+
+    def others():
+        other.clear(None if clear == "all" else [key(0)[:16]])
+        fill(other, range(10, 20))
+
+    between(monkeypatch, record, "unpack", others)
+    assert found(store, range(3), LARGE) == [] and found(store, range(10, 20)) == list(range(10, 20))
+    assert counted(store) == store.stats().errors == 0
+
+
+def test_clear_and_prune_remove_what_lower_numbers_left(tmp_path):
+    for remove in ("clear", "prune"):
+        old, store = tmp_path / f"old-{remove}", Disk(tmp_path / remove)
+        Disk(old), fill(store, range(5)), fill(store, [9], LARGE)
+        shutil.copy(files(old)[0], tmp_path / remove / "memo-v1-000002.db")  # of one killed while it took over
+        newer = Disk(tmp_path / remove)
+        fill(newer, range(5, 8))
+        if remove == "clear":
+            store.clear()
+        else:
+            assert survey(str(tmp_path / remove)).strays > LARGE
+            prune(str(tmp_path / remove), None, (), True, print)
+            assert survey(str(tmp_path / remove)).strays == 0
+        assert found(store, range(9)) == found(newer, range(9)) == ([] if remove == "clear" else [5, 6, 7])
+        assert not [path for path in (tmp_path / remove).iterdir() if "000001" in path.name]
+
+
+@pytest.mark.parametrize("trouble", ["full", "held"])
+def test_a_damaged_database_that_cannot_be_taken_over_is_gone_all_the_same(tmp_path, monkeypatch, trouble):
+    store = Disk(tmp_path)
+    fill(store, range(50), 1000), fill(store, [50], LARGE)
+    with open(files(tmp_path)[0], "r+b") as file:
+        file.truncate(15 * 4096)
+    with contextlib.closing(sqlite3.connect(files(tmp_path)[0], isolation_level=None)) as holder:
+
+        def hold():
+            holder.execute("pragma writable_schema=on"), holder.execute("begin exclusive")
+
+        def rescue(self, old):
+            self.execute(f"pragma max_page_count={2 + self.tell('pragma page_count')}")
+            hold() if trouble == "held" else None
+            usual(self, old)
+
+        usual = database.Database.rescue
+        monkeypatch.setattr(database.Database, "rescue", rescue)
+        connect = sqlite3.connect
+        monkeypatch.setattr(
+            "sqlite3.connect", lambda *words, **named: waits.append(named["timeout"]) or connect(*words, **named)
+        )
+        waits: list[float] = []
+        found(store, range(50), 1000)
+        assert waits and max(waits) <= 0.1, "seconds that a process which is stopped holds up others"
+    assert [path.name for path in files(tmp_path)] == ["memo-v1-000002.db"] and store.stats().errors == 1
+    monkeypatch.undo()
+    store.close()
+    assert fill(store, range(50), 1000) == 50 and found(store, range(50), 1000) == list(range(50))
+
+
+@pytest.mark.parametrize("name", ["room_taken", "with_keys", "now", "executemany", "execute"])
+def test_ctrl_c_within_a_batch_leaves_all_of_it_or_nothing(tmp_path, monkeypatch, name):
+    store = Disk(tmp_path, budget=10**7)
+    fill(store, range(3)), fill(store, [9], LARGE)
+    real = getattr(database.Database, name)
+    for turn in range(30 if name == "execute" else 3):
+        left = [turn]
+
+        def interrupted(*args, left=left):
+            done = real(*args)
+            left[0] -= 1
+            if left[0] == -1:
+                raise KeyboardInterrupt
+            return done
+
+        with monkeypatch.context() as patch:
+            patch.setattr(database.Database, name, interrupted)
+            with contextlib.suppress(KeyboardInterrupt):
+                fill(store, [100, 101], LARGE)
+        there = found(store, [100, 101], LARGE)
+        assert there in ([], [100, 101]) and len(files(tmp_path, "-files")) == 1 + len(there)
+        assert found(store, range(3)) == [0, 1, 2] and fill(store, [100, 101], LARGE) == 2
+        store.clear([bytes(16)])
+        assert fill(store, range(3)) == 3 and fill(store, [9], LARGE) == 1
 
 
 # --- killed processes ------------------------------------------------------------------------------------------------
@@ -461,14 +489,14 @@ import dataclasses, json, os, random, signal, sys, time
 sys.path[:0] = [sys.argv[2], sys.argv[3]]
 from test_disk import Disk, fill, found
 directory, rounds, chance = sys.argv[1], int(sys.argv[4]), random.Random(int(sys.argv[5]))
-SIZE = 3000
+SIZE = int(sys.argv[7])
 settings = json.loads(sys.argv[6])
 
 def write_on(first, pipe):
     store = Disk(directory, **settings)
     while True:
-        assert fill(store, range(first, first + 7), SIZE) == 7 or "budget" in settings
-        os.write(pipe, first.to_bytes(8, "big"))  # said only when it is written
+        if fill(store, range(first, first + 7), SIZE) == 7:  # the other writer may hold the database
+            os.write(pipe, first.to_bytes(8, "big"))  # said only when it is written
         first += 7
 
 def read_on(stop):
@@ -500,8 +528,7 @@ for round_ in range(rounds):
                 os._exit(1)
         os.close(theirs)
         writers.append(pid), pipes.append(ours)
-    os.read(pipes[0], 8), os.read(pipes[1], 8)
-    said += [2 * round_ * 1_000_000, (2 * round_ + 1) * 1_000_000]
+    said += [int.from_bytes(os.read(pipe, 8), "big") for pipe in pipes]
     for pid in writers:
         time.sleep(chance.random() * 0.02)
         os.kill(pid, signal.SIGKILL)
@@ -520,33 +547,29 @@ print(json.dumps(dict(said=len(numbers), there=there, **dataclasses.asdict(stats
 """
 
 
-def killed(directory: Path, rounds: int, **settings) -> dict[str, int]:
+def killed(directory: Path, rounds: int, size: int = 3000, **settings) -> dict[str, int]:
     """Kills two writers beside a reader, again and again; returns what is known of the store afterwards."""
-    from jaxkv.memo.prune import prune
-    from jaxkv.memo.upkeep import verify
-
     here = os.path.dirname(__file__)
-    settings = {"segment_bytes": 300_000} | settings
-    words = [str(directory), here, os.path.dirname(here), str(rounds), "0", json.dumps(settings)]
+    words = [str(directory), here, os.path.dirname(here), str(rounds), "0", json.dumps(settings), str(size)]
     done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["lost"] == result["errors"] == 0
-    assert result["corrupt"] <= 2 * rounds  # a torn end each, at most
-    prune(str(directory), damaged=True)
-    assert verify(str(directory)).damages == ()
+    assert result["lost"] == result["errors"] == result["corrupt"] == result["replaced"] == 0
+    prune(str(directory), None, (), True, print)
+    assert verify(str(directory), print)[1] == []
     return result
 
 
 @pytest.mark.slow
-def test_killed_writers_lose_nothing_that_they_had_written(tmp_path):
-    result = killed(tmp_path / "store", 100)
-    assert result["there"] == result["said"] >= 14 * 100
+@pytest.mark.parametrize("size", [3000, LARGE])
+def test_killed_writers_lose_nothing_that_they_had_written(tmp_path, size):
+    result = killed(tmp_path / "store", 20, size)
+    assert result["there"] == result["said"] >= 14 * 20
 
 
 @pytest.mark.slow
 def test_writers_killed_while_they_make_room_keep_the_budget_and_harm_nothing(tmp_path):
-    budget, batch = 2_000_000, 2 * 7 * (RECORD + 3000 + ENTRY.itemsize)  # of two writers
+    budget, batch = 2_000_000, 2 * 7 * 2 * 4096  # of two writers
     result = killed(tmp_path / "store", 15, budget=budget, policy="fifo")
     assert result["there"] < result["said"]
     assert result["nbytes"] <= budget + batch

@@ -7,7 +7,6 @@ more settings are made anew.
 import functools
 import importlib.util
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from flax import nnx
 import jaxkv
 from jaxkv import safetensors
 from jaxkv.models import FAMILIES
-from jaxkv.models.model import abstract
 from jaxkv.nn.leaves import named
 
 GOLDEN = Path(__file__).parent / "golden" / "families"
@@ -28,6 +26,7 @@ NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.name != "whisper")
 CAPACITY = 96
 # Keys turned by short factors don't fit queries turned by long ones, so a short text of this one is a case of its own.
 LONG = {"phi3_long"}
+BLOCKS = {"gemma2", "gpt2", "gpt_oss"}  # windows and full layers, learned positions, sinks and experts
 
 
 @functools.cache
@@ -43,6 +42,11 @@ def expected(name):
 @functools.partial(jax.jit, static_argnums=0)
 def run(forward, params, tokens, positions, cache):
     return forward(params, tokens, positions, cache)
+
+
+@nnx.jit
+def uncached(model, tokens):
+    return model(tokens)
 
 
 def feed(model, rows, block, *, left=False, capacity=CAPACITY):
@@ -82,15 +86,17 @@ def assert_close(got, want):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_without_a_cache(name):
-    got = model_of(name).module(jnp.asarray(expected(name)["tokens"])[None])[0]
+    got = uncached(model_of(name).module, jnp.asarray(expected(name)["tokens"])[None])[0]
     assert_close(got, expected(name)["logits"])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_of_every_way_to_feed_a_ragged_batch(name):
     model, (first, second) = model_of(name), logits(name)
-    for block in (24, 8, 1):
-        got = feed(model, texts(name), block, left=block == 8)[0]
+    # Padding on the left takes the program of padding on the right; blocks between one and all a third one.
+    ways = [(24, False), (24, True), (1, False)] + [(8, True)] * (name in BLOCKS)
+    for block, left in ways:
+        got = feed(model, texts(name), block, left=left)[0]
         assert_close(got[0], first)
         if name not in LONG:
             assert_close(got[1], second)
@@ -170,7 +176,7 @@ def test_half_precision(dtype):
     assert {str(kind) for name, kind in kinds.items() if "norm" not in name} == {dtype}
     assert {str(kind) for name, kind in kinds.items() if "norm" in name} == {"float32"}
     assert {spec.k_storage.dtype.name for spec in model.specs} == {dtype}
-    got = model.module(jnp.asarray(expected("gemma3")["tokens"])[None])
+    got = uncached(model.module, jnp.asarray(expected("gemma3")["tokens"])[None])
     assert got.dtype == dtype
     worst = np.abs(np.asarray(got[0], np.float32) - expected("gemma3")["logits"]).max()
     assert worst < {"bfloat16": 0.5, "float16": 0.05}[dtype]
@@ -183,7 +189,8 @@ def test_the_dtype_is_that_of_the_checkpoint():
 def test_fused_while_loading_the_logits_are_the_same():
     model = jaxkv.models.load(GOLDEN / "llama3", dtype="float32", fuse=True)
     assert "qkv" in model.params["layers"][0]["attention"]
-    assert_close(model.module(jnp.asarray(expected("llama3")["tokens"])[None])[0], expected("llama3")["logits"])
+    got = uncached(model.module, jnp.asarray(expected("llama3")["tokens"])[None])
+    assert_close(got[0], expected("llama3")["logits"])
     with pytest.raises(ValueError, match="a fused model can't be saved"):
         jaxkv.models.save(GOLDEN / "nowhere", model)
 
@@ -197,6 +204,8 @@ def test_sharded_over_two_devices(name):
     whole = named(model_of(name).params)
     for param, leaf in named(model.params).items():
         np.testing.assert_array_equal(leaf, whole[param], err_msg=param)
+    if name in {"llama3", "phi3"}:  # once loaded they differ from gemma2 in sizes only
+        return
     along_heads = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
     cache = jaxkv.Cache.init(model.specs, 1, CAPACITY, sharding=along_heads)
     result = jaxkv.generate(model.forward, model.params, [expected(name)["tokens"]], cache, max_new_tokens=8)
@@ -228,254 +237,6 @@ def test_progress_ends_with_everything():
     assert list(done) == sorted(done) and done[-1] == total[-1]
 
 
-# What Hugging Face has under these names, as config.json was written at the time; the number of parameters is what the
-# cards say.
-LLAMA = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "model_type": "llama", "attention_bias": False, "mlp_bias": False}
-PUBLISHED = {
-    "Llama-2-7b": (
-        {
-            **LLAMA,
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 4096,
-            "rope_scaling": None,
-            "pretraining_tp": 1,
-            "tie_word_embeddings": False,
-            "torch_dtype": "float16",
-        },
-        6_738_415_616,
-    ),
-    "Llama-3.2-1B": (
-        {
-            **LLAMA,
-            "vocab_size": 128256,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "max_position_embeddings": 131072,
-            "rope_theta": 500000.0,
-            "rope_scaling": {
-                "factor": 32.0,
-                "high_freq_factor": 4.0,
-                "low_freq_factor": 1.0,
-                "original_max_position_embeddings": 8192,
-                "rope_type": "llama3",
-            },
-            "tie_word_embeddings": True,
-        },
-        1_235_814_400,
-    ),
-    "Mistral-7B-v0.1": (
-        {
-            "model_type": "mistral",
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "hidden_act": "silu",
-            "max_position_embeddings": 32768,
-            "rope_theta": 10000.0,
-            "sliding_window": 4096,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": False,
-        },
-        7_241_732_096,
-    ),
-    "Qwen2.5-0.5B": (
-        {
-            "model_type": "qwen2",
-            "vocab_size": 151936,
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "hidden_act": "silu",
-            "max_position_embeddings": 32768,
-            "max_window_layers": 24,
-            "rope_theta": 1000000.0,
-            "sliding_window": 32768,
-            "use_sliding_window": False,
-            "tie_word_embeddings": True,
-        },
-        494_032_768,
-    ),
-    "Qwen3-0.6B": (
-        {
-            "model_type": "qwen3",
-            "vocab_size": 151936,
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "max_position_embeddings": 40960,
-            "max_window_layers": 28,
-            "rope_scaling": None,
-            "rope_theta": 1000000,
-            "sliding_window": None,
-            "use_sliding_window": False,
-            "tie_word_embeddings": True,
-        },
-        596_049_920,
-    ),
-    "gemma-2-2b": (
-        {
-            "model_type": "gemma2",
-            "vocab_size": 256000,
-            "hidden_size": 2304,
-            "intermediate_size": 9216,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_activation": "gelu_pytorch_tanh",
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "query_pre_attn_scalar": 256,
-            "rope_theta": 10000.0,
-            "sliding_window": 4096,
-        },
-        2_614_341_888,
-    ),
-    "gemma-3-1b-it": (
-        {
-            "model_type": "gemma3_text",
-            "vocab_size": 262144,
-            "hidden_size": 1152,
-            "intermediate_size": 6912,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 1,
-            "head_dim": 256,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-            "query_pre_attn_scalar": 256,
-            "rope_local_base_freq": 10000,
-            "rope_scaling": None,
-            "rope_theta": 1000000,
-            "sliding_window": 512,
-            "sliding_window_pattern": 6,
-        },
-        999_885_952,
-    ),
-    "Phi-3-mini-128k": (
-        {
-            "model_type": "phi3",
-            "vocab_size": 32064,
-            "hidden_size": 3072,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "hidden_act": "silu",
-            "max_position_embeddings": 131072,
-            "original_max_position_embeddings": 4096,
-            "rope_theta": 10000.0,
-            "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
-            "sliding_window": 262144,
-            "attention_bias": False,
-            "tie_word_embeddings": False,
-        },
-        3_821_079_552,
-    ),
-    "gpt2": (
-        {
-            "model_type": "gpt2",
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
-            "n_ctx": 1024,
-            "n_embd": 768,
-            "n_head": 12,
-            "n_layer": 12,
-            "n_positions": 1024,
-            "vocab_size": 50257,
-        },
-        124_439_808,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configs_have_the_published_number_of_parameters(name):
-    source, count = PUBLISHED[name]
-    _, config, _ = jaxkv.models.read_config(source)
-    module = abstract(jaxkv.models.Decoder, config)
-    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module))) == count
-
-
-def config_of(name, **changes):
-    return jaxkv.models.read_config({**PUBLISHED[name][0], **changes})[1]
-
-
-def test_facts_of_published_configs():
-    scaling = config_of("Llama-3.2-1B").layer_rotary(0).scaling
-    assert scaling == jaxkv.Llama3Scaling(32.0, 1.0, 4.0, 8192)
-    assert config_of("Mistral-7B-v0.1").reaches == (jaxkv.Window(4096),)
-    assert config_of("Mistral-7B-v0.1", sliding_window=None).reaches == (jaxkv.Full(),)
-    assert config_of("Qwen2.5-0.5B").reaches == (jaxkv.Full(),)
-    gemma = config_of("gemma-3-1b-it")
-    assert [gemma.reach(i).size for i in range(7)] == [512] * 5 + [None, 512]
-    assert [gemma.layer_rotary(i).theta for i in (4, 5)] == [10_000.0, 1_000_000.0]
-    assert [config_of("gemma-2-2b").reach(i).size for i in range(4)] == [4096, None, 4096, None]
-    long = config_of("Phi-3-mini-128k").layer_rotary(0)
-    assert long.scaling.factors == (2.0,) * 48 and long.scaling.magnitude == pytest.approx(1.1902380714238083)
-
-
-def test_old_and_new_ways_to_write_rotary_mean_the_same():
-    new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
-    old = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5000.0}
-    assert config_of("Llama-2-7b", rope_parameters=new) == config_of("Llama-2-7b", **old)
-    kinds = {
-        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-    }
-    old = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
-    assert config_of("gemma-3-1b-it", rope_parameters=kinds) == config_of("gemma-3-1b-it", **old)
-
-
-REFUSED = {
-    "unknown family": ("Llama-2-7b", {"model_type": "mamba"}, '"model_type": .mamba.*known are llama, mistral'),
-    "activation": ("Llama-2-7b", {"hidden_act": "xielu"}, '"hidden_act": .xielu.*known are silu'),
-    "rotary": ("Llama-2-7b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, '"rope_scaling".*one of default'),
-    "quantized": ("Llama-2-7b", {"quantization_config": {"quant_method": "gptq"}}, '"quantization_config" .gptq'),
-    "layer types": ("gemma-2-2b", {"layer_types": ["linear_attention"] * 26}, '"layer_types".*full_attention'),
-    "scores by layer": (
-        "gpt2",
-        {"scale_attn_by_inverse_layer_idx": True},
-        "scale_attn_by_inverse_layer_idx.*only False",
-    ),
-    "both directions": ("gemma-3-1b-it", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-    "sizes missing": ("Llama-2-7b", {"hidden_size": None}, 'no "hidden_size", which a llama model needs'),
-    "a list too short": ("gemma-2-2b", {"layer_types": ["full_attention"]}, '1 "layer_types" for 26 layers'),
-    "factor missing": ("Llama-2-7b", {"rope_scaling": {"type": "linear"}}, 'type "linear" has no "factor"'),
-    "a wrong kind": ("Llama-2-7b", {"hidden_size": "wide"}, "a field of a wrong kind"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_computed_is_refused_before_weights_are_read(case, tmp_path):
-    name, changes, message = REFUSED[case]
-    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED[name][0], **changes}))
-    (tmp_path / "model.safetensors").write_bytes(b"not to be looked at")
-    with pytest.raises((jaxkv.NotSupportedError, ValueError), match=message):
-        jaxkv.models.load(tmp_path)
-
-
 def copy_of(name, folder):
     """Returns a writable copy of a checkpoint, and its tensors."""
     shutil.copy(GOLDEN / name / "config.json", folder)
@@ -497,29 +258,6 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path):
         "  missing: model.norm.weight (24,)",
         "  unknown: model.layers.0.self_attn.q_proj.bias (32,)",
     ]
-
-
-def test_files_that_are_missing_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no .*config\.json; give a directory as Hugging Face publishes"):
-        jaxkv.models.load(tmp_path / "nowhere")
-    copy_of("mistral", tmp_path)
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor .*pytorch_model\.bin can't be read"):
-        jaxkv.models.load(tmp_path)
-    shutil.copy(GOLDEN / "mistral" / "model.safetensors.index.json", tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=r"names 6 files, of which model-00001-of-00006\.safetensors, .*not there"
-    ):
-        jaxkv.models.load(tmp_path)
-
-
-def test_a_table_written_twice_and_buffers_are_passed_over(tmp_path):
-    tensors = copy_of("gemma2", tmp_path)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
-    safetensors.write(tmp_path / "model.safetensors", tensors)
-    got = jaxkv.models.load(tmp_path, dtype="float32")
-    jax.tree.map(np.testing.assert_array_equal, got.params, model_of("gemma2").params)
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import re
 import signal
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +20,23 @@ from flax import linen, nnx
 import jaxkv
 from jaxkv.cache.spec import EMPTY, Chunk, Full, LayerSpec, Window
 from jaxkv.errors import CacheError
-from jaxkv.generate import generate, loop, stream
-from jaxkv.generate.sampling import Greedy, MinP, RepetitionPenalty, Temperature, TopK, TopP
+from jaxkv.generate import checks, generate, loop, prefill, reading, score, stream
+from jaxkv.generate.history import History
+from jaxkv.generate.sampling import (
+    Allow,
+    Greedy,
+    MinP,
+    RepetitionPenalty,
+    Sampler,
+    Suppress,
+    Temperature,
+    TopK,
+    TopP,
+)
 from jaxkv.nn.attend import attend
 from jaxkv.nn.rotary import Rotary
 
+stream_file = importlib.import_module("jaxkv.generate.stream")  # the package has a function of that name
 V, D, N, K, H = 29, 16, 2, 1, 8  # vocabulary, width, query heads, kv heads, head size
 B, CAPACITY, MAX_BLOCK = 3, 48, 16
 ROTARY = Rotary()
@@ -130,11 +145,11 @@ def test_random_sampling_is_the_uncached_loop_with_the_documented_keys():
     result = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=12, sampler=RANDOM, key=KEY)
 
     @jax.jit
-    def sample(row, position, logits, seen):
-        return RANDOM(jax.random.fold_in(jax.random.fold_in(KEY, row), position), logits, seen)
+    def sample(row, position, logits, history):
+        return RANDOM(jax.random.fold_in(jax.random.fold_in(KEY, row), position), logits, history)
 
     def choose(i, row, x):
-        return int(sample(i, len(row), x, np.isin(np.arange(V), row)))
+        return int(sample(i, len(row), x, History.of(row, V, prompt_length=len(PROMPTS[i]), size=CAPACITY)))
 
     tokens, log_probs = uncached_loop(TOY, PROMPTS, 12, choose)
     np.testing.assert_array_equal(result.tokens, tokens)
@@ -237,8 +252,8 @@ def test_the_next_turn_goes_on_from_the_cache_and_gives_the_text_of_one_run():
 
 def test_only_what_the_cache_lacks_is_read(monkeypatch):
     read = []
-    prefill = loop._prefill
-    monkeypatch.setattr(loop, "_prefill", lambda *args: (read.append(args[3]), prefill(*args))[1])
+    read_block = reading.read_block
+    monkeypatch.setattr(stream_file, "read_block", lambda *args: (read.append(args[3]), read_block(*args))[1])
     first = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=4)
     assert sum((positions != EMPTY).sum() for positions in read) == sum(len(p) - 1 for p in PROMPTS)
     read.clear()
@@ -327,7 +342,7 @@ def test_many_prompts_compile_a_handful_of_times():
     def forward(params, tokens, positions, cache):  # its own, to count from zero
         return TOY(params, tokens, positions, cache)
 
-    before = loop._decode._cache_size(), loop._prefill._cache_size()
+    before = loop.decode._cache_size(), reading.read_block._cache_size()
     random = np.random.default_rng(0)
     for i in range(100):
         prompts = [random.integers(0, V, n) if n else None for n in random.integers(0, 40, B)]
@@ -335,7 +350,7 @@ def test_many_prompts_compile_a_handful_of_times():
         generate(forward, PARAMS, prompts, TOY.cache(), max_new_tokens=1 + i % 3, stop_tokens=stops)
     for _tokens in stream(forward, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=4):
         pass
-    after = loop._decode._cache_size(), loop._prefill._cache_size()
+    after = loop.decode._cache_size(), reading.read_block._cache_size()
     assert after[0] - before[0] == 1
     assert after[1] - before[1] == 1  # blocks of 16
 
@@ -357,19 +372,19 @@ def test_a_prefix_read_on_the_same_grid_gives_bitwise_the_same_cache_and_text():
 @pytest.mark.parametrize("block", [1, 4, 16, 512])
 def test_prompts_are_cut_row_by_row(block):
     left = np.array([0, 1, 7, 8, 100, 1023])
-    schedule = list(loop._schedule(left, block))
+    schedule = list(reading.schedule(left, block))
     np.testing.assert_array_equal(sum(taken for _, taken in schedule), left)
     assert all(size & (size - 1) == 0 and size <= block for size, _ in schedule)
     assert all((taken <= size).all() for size, taken in schedule)
     assert len({size for size, _ in schedule}) <= max(1, block.bit_length() - 5)
     for row, n in enumerate(left):
-        alone = [(size, taken[0]) for size, taken in loop._schedule(np.array([n]), block)]
+        alone = [(size, taken[0]) for size, taken in reading.schedule(np.array([n]), block)]
         assert [(size, taken[row]) for size, taken in schedule if taken[row]] == alone
 
 
 def test_the_end_of_a_prompt_is_padded_where_that_spares_blocks():
     for n, sizes in ((1023, [512, 512]), (300, [256, 32, 32]), (385, [512]), (384, [256, 128]), (5, [32])):
-        assert [size for size, _ in loop._schedule(np.array([n]), 512)] == sizes
+        assert [size for size, _ in reading.schedule(np.array([n]), 512)] == sizes
 
 
 def test_a_cache_that_takes_one_token_at_a_time_reads_prompts_too():
@@ -434,7 +449,7 @@ def test_a_forward_that_drops_what_begin_returned_under_its_own_jit_is_found_out
 
 def test_only_the_first_token_of_a_stream_waits_for_the_lengths(monkeypatch):
     calls = []
-    monkeypatch.setattr(loop.checks, "check_lengths", lambda *args: calls.append(args))
+    monkeypatch.setattr(checks, "check_lengths", lambda *args: calls.append(args))
     assert len(list(stream(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=3))) == 3
     assert len(calls) == 1
 
@@ -472,7 +487,7 @@ def test_the_decode_loop_makes_no_copy_and_no_temporary_of_cache_size():
     toy, rows, capacity = TOY, 2, 1 << 14  # 0.5 MB per buffer of a Full layer stands out from everything else
     cache = toy.cache(num_rows=rows, capacity=capacity)
     steps = stream(toy, PARAMS, [[1], [2]], cache, max_new_tokens=4)
-    compiled = loop._decode.lower(*steps._decode.args, steps._cache, steps._state, np.int32(4)).compile()
+    compiled = loop.decode.lower(*steps._decode.args, steps._cache, steps._state, np.int32(4)).compile()
     buffer = rows * K * capacity * H * 4
     copies = re.findall(rf"f32\[{rows},{K},{capacity},{H}\]\S* copy\(", compiled.as_text())
     assert not copies
@@ -495,7 +510,7 @@ def test_a_sharded_cache_gives_the_same_tokens_and_compiles_once():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("row"))
     prompts = [PROMPTS[1], None, [4, 2]]
     want = generate(TOY, PARAMS, prompts, TOY.cache(), max_new_tokens=6)
-    before = loop._decode._cache_size()
+    before = loop.decode._cache_size()
     steps = stream(TOY, PARAMS, prompts, TOY.cache(sharding=sharding), max_new_tokens=6)
     for _tokens in steps:
         pass
@@ -503,7 +518,7 @@ def test_a_sharded_cache_gives_the_same_tokens_and_compiles_once():
     cache = steps.result.cache
     assert cache.layers[0].k.sharding.is_equivalent_to(sharding, 4)
     assert cache.lengths.sharding.is_fully_replicated
-    assert loop._decode._cache_size() - before == 1
+    assert loop.decode._cache_size() - before == 1
 
 
 GOOD = {"forward": TOY, "prompts": PROMPTS, "max_new_tokens": 2}
@@ -530,6 +545,13 @@ OTHER = Toy((Full(),))
         ({"held": True, "prompts": [[5], None, None]}, "has 1 tokens, but the row holds 2 already; give the whole"),
         ({"held": True, "prompts": [[5, 5], None, None]}, "with at least one new token, or cache.reset the row"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 or more"),
+        ({"max_new_tokens": [1, 0, 2]}, "max_new_tokens is [1, 0, 2]; it must be 1 or more"),
+        ({"max_new_tokens": [1, 2]}, "max_new_tokens has 2 numbers for a cache of 3 rows; give one, or one per row"),
+        ({"stop_tokens": [1, [2, V]]}, f"stop_tokens has token {V}, outside the model's vocabulary"),
+        (
+            {"stop_tokens": [1, []]},
+            "stop_tokens is [1, []]; give whole token numbers, for instance stop_tokens=[0], or",
+        ),
         ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0; give a whole number, 1 or more"),
         ({"stop_tokens": [V]}, f"stop_tokens has token {V}, outside the model's vocabulary of {V} (0 to {V - 1})"),
         ({"stop_tokens": -1}, "stop_tokens has token -1, outside"),
@@ -542,7 +564,11 @@ OTHER = Toy((Full(),))
         ({"sampler": [TopK(3)]}, "sampler is [TopK(k=3)], which can't be hashed"),
         ({"sampler": lambda key, x: x, "key": KEY}, f"returned float32[{V}] for the logits [V] of one row; it must"),
         ({"forward": None}, "forward is None; give a function forward(params, tokens, positions, cache)"),
-        ({"forward": lambda p, t, q, c: t}, "it must return (logits, cache)"),
+        ({"forward": lambda p, t, q, c: t}, f"forward returned an array [{B}, 1]; it must return (logits, cache)"),
+        (
+            {"forward": lambda p, t, q, c: (c.begin(q)[0], t)},
+            "forward returned the cache first; it must return (logits, cache)",
+        ),
         (
             {"forward": lambda p, t, q, c: (t, c.begin(q)[0])},
             f"forward returned logits ({B}, 1) for tokens ({B}, 1); they must be",
@@ -583,13 +609,286 @@ def test_an_unhashable_forward_is_refused_with_the_cure():
         generate(Unhashable(), PARAMS, PROMPTS, TOY.cache(), max_new_tokens=1)
 
 
-def test_generate_under_jit_is_refused():
-    with pytest.raises(ValueError, match="run on the host; call them outside jit"):
-        jax.jit(lambda cache: generate(TOY, PARAMS, PROMPTS, cache, max_new_tokens=1).tokens)(TOY.cache())
-
-
 def test_prompts_may_be_arrays():
     prompts = jnp.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], jnp.int32)
     want = generate(TOY, PARAMS, prompts.tolist(), TOY.cache(), max_new_tokens=3)
     assert_same(generate(TOY, PARAMS, prompts, TOY.cache(), max_new_tokens=3), want)
     assert_same(generate(TOY, PARAMS, list(prompts), TOY.cache(), max_new_tokens=np.int64(3)), want)
+
+
+def test_the_limit_may_be_each_rows_own():
+    free = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=12)
+    result = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=[3, 12, 1])
+    assert result.reasons == ("length",) * B and result.lengths.tolist() == [3, 12, 1]
+    for row, n in enumerate([3, 12, 1]):
+        np.testing.assert_array_equal(result.tokens[row, :n], free.tokens[row, :n])
+    assert result.cache.lengths.tolist() == [len(p) + n - 1 for p, n in zip(PROMPTS, [3, 12, 1], strict=True)]
+
+
+def test_a_row_ends_with_a_stop_sequence_that_it_wrote_itself():
+    free = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=20)
+    stop = free.tokens[1, 2:5].tolist()
+    stops = [[*stop, V - 1], stop, [V - 2, *stop[:2]]]
+    result = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=20, stop_tokens=stops)
+    for row in range(B):
+        written = free.tokens[row].tolist()
+        end = next((i + 3 for i in range(18) if written[i : i + 3] == stop), None)
+        assert (result.reasons[row], result.lengths[row]) == (("length", 20) if end is None else ("stop", end))
+    assert result.reasons[1] == "stop"
+    # One that began in the prompt is not what the model wrote.
+    first = int(free.tokens[1, 0])
+    result = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=4, stop_tokens=[[PROMPTS[1][-1], first]])
+    assert result.reasons[1] == "length"
+
+
+def test_what_a_sampler_reads_of_a_row_is_its_prompt_and_its_tokens():
+    @dataclasses.dataclass(frozen=True)
+    class Count(Sampler):
+        greedy = True
+        needs_history = True
+
+        def adjust(self, logits, history):
+            # A token that depends on all of the history.
+            total = (
+                jnp.where(history.tokens >= 0, history.tokens, 0).sum()
+                + history.counts[3]
+                + 2 * history.in_prompt[1].astype(jnp.int32)
+            )
+            total += 5 * history.num_generated + 7 * history.prompt_length + 11 * (history.limit - history.length)
+            return jnp.where(jnp.arange(V) == total % V, 1.0, 0.0)
+
+    result = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=[9, 12, 5], sampler=Count())
+    for prompt, limit, tokens in zip(PROMPTS, [9, 12, 5], result.tokens, strict=True):
+        row = list(prompt)
+        for token in tokens[:limit]:
+            new = row[len(prompt) :]
+            total = sum(row) + new.count(3) + 2 * (1 in prompt) + 5 * len(new) + 7 * len(prompt)
+            assert token == (total + 11 * (limit - len(new))) % V
+            row.append(int(token))
+
+
+def test_a_function_that_does_not_read_its_key_needs_none():
+    want = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=6)
+
+    def best(key, logits):
+        return logits.argmax()
+
+    assert_same(generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=6, sampler=best), want)
+
+    def draw(key, logits):
+        return jax.random.categorical(key, logits)
+
+    with pytest.raises(ValueError, match=r"draw.* draws at random but no key is given; give key=jax\.random\.key\(0\)"):
+        generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=6, sampler=draw)
+
+    def broken(key, logits):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=6, sampler=broken)
+
+
+@pytest.mark.parametrize("bad", [-1, V])
+def test_a_sampler_that_answers_with_no_token_is_told_by_name(bad):
+    @dataclasses.dataclass(frozen=True)
+    class Odd:
+        token: int
+        needs_key = False
+        needs_history = True
+
+        def __call__(self, key, logits, history):
+            wrong = (history.num_generated == 2) & (history.prompt_length == len(PROMPTS[1]))
+            return jnp.where(wrong, self.token, logits.argmax()).astype(jnp.int32)
+
+    message = (
+        rf"sampler .*Odd\(token={bad}\) answered with token {bad} for row 1, outside the model's vocabulary of {V}"
+    )
+    with pytest.raises(ValueError, match=message):
+        generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=6, sampler=Odd(bad))
+    steps = stream(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=6, sampler=Odd(bad))
+    next(steps), next(steps)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            next(steps)
+    assert steps.result.reasons == ("running", "sampler", "running")
+    assert steps.result.lengths[1] == 2
+
+
+def test_rules_that_leave_no_token_are_told():
+    with pytest.raises(ValueError, match="-1 says that no token was left to choose from"):
+        generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=6, sampler=Allow(1) | Suppress(1) | Greedy())
+
+
+@pytest.mark.parametrize("case", ["+inf", "-inf", "some -inf"])
+def test_a_row_whose_logits_are_infinite_ends_with_its_tokens_intact(case):
+    def infinite(params, tokens, positions, cache):
+        logits, cache = TOY(params, tokens, positions, cache)
+        here = (positions >= 9)[..., None] & ((jnp.arange(V) == 4) | (case == "-inf"))[None, None]
+        return jnp.where(here, jnp.float32(jnp.inf if case == "+inf" else -jnp.inf), logits), cache
+
+    if case == "some -inf":  # which is how models rule tokens out
+        assert generate(infinite, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=7).reasons == ("length",) * B
+        return
+    want = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=7)
+    result = generate(infinite, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=7)
+    assert result.reasons == ("length", "inf", "inf")
+    assert result.lengths.tolist() == [7, 3, 0]
+    np.testing.assert_array_equal(result.tokens[1, :3], want.tokens[1, :3])
+
+
+class Fails:
+    """A sampler whose host function fails at its nth call."""
+
+    needs_key = False
+
+    def __init__(self, at):
+        self.at, self.calls = at, 0
+
+    def choose(self, logits):
+        self.calls += 1
+        if self.calls > self.at:
+            raise KeyError("the sensor is gone")
+        return np.argmax(logits, -1).astype(np.int32)
+
+    def __call__(self, key, logits):
+        return jax.pure_callback(self.choose, jax.ShapeDtypeStruct((), jnp.int32), logits, vmap_method="expand_dims")
+
+
+def test_a_loop_that_fails_says_so_and_a_stream_keeps_the_tokens_that_came_before():
+    want = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=8, stop_tokens=[5])
+    steps = stream(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=8, sampler=Fails(3))
+    for _ in range(3):
+        next(steps)
+    said = "the compiled loop failed: KeyError: 'the sensor is gone'. stream.result has the 3 tokens per row that came"
+    for _ in range(2):
+        with pytest.raises(CacheError, match=re.escape(said)):
+            next(steps)
+    result = steps.result
+    assert said in result.error and result.cache is None
+    assert result.reasons == ("failed",) * B and result.lengths.tolist() == [3] * B
+    np.testing.assert_array_equal(result.tokens[:, :3], want.tokens[:, :3])
+    np.testing.assert_array_equal(result.log_probs[:, :3], want.log_probs[:, :3])
+    assert (result.tokens[:, 3:] == EMPTY).all()
+    with pytest.raises(CacheError, match="No token had come out of it yet; the cache was donated to it and is lost"):
+        generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=8, sampler=Fails(3))
+
+
+def test_reading_that_fails_says_so(monkeypatch):
+    def forward(params, tokens, positions, cache):
+        logits, cache = TOY(params, tokens, positions, cache)
+
+        def fail(x):
+            raise OSError("no disk")
+
+        return logits + jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32), logits[0, 0, 0]), cache
+
+    for run in (prefill, score):
+        with pytest.raises(CacheError, match=r"failed: OSError: no disk\. The cache was donated to it and is lost"):
+            run(forward, PARAMS, PROMPTS, TOY.cache())
+
+
+def test_a_stream_is_for_one_thread_at_a_time():
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Waits(Fails):
+        def choose(self, logits):
+            inside.set()
+            assert go_on.wait(60)
+            return np.argmax(logits, -1).astype(np.int32)
+
+    steps = stream(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=2, sampler=Waits(9))
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(next, steps)
+        assert inside.wait(60)
+        for use in (lambda: next(steps), lambda: steps.result):
+            with pytest.raises(CacheError, match="another thread is using this stream just now"):
+                use()
+        go_on.set()
+        first.result()
+    assert steps.result.lengths.tolist() == [1] * B
+    next(steps)
+
+
+def test_rows_of_a_stream_can_be_stopped_from_outside():
+    whole = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=6)
+    steps = stream(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=6)
+    next(steps), next(steps)
+    steps.stop(np.array([False, True, False]))
+    assert steps.reasons == ("running", "stop", "running")
+    assert len(list(steps)) == 4
+    result = steps.result
+    assert result.reasons == ("length", "stop", "length") and result.lengths.tolist() == [6, 2, 6]
+    np.testing.assert_array_equal(result.tokens[[0, 2]], whole.tokens[[0, 2]])
+    with pytest.raises(ValueError, match=r"rows is int64\[1\]; give bool \[3\]"):
+        steps.stop([1])
+
+
+def test_prefill_gives_the_logits_that_generate_chooses_from():
+    want = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=4)
+    logits, cache = prefill(TOY, PARAMS, PROMPTS, TOY.cache())
+    assert logits.shape == (B, V)
+    np.testing.assert_array_equal(logits.argmax(1), want.tokens[:, 0])
+    assert cache.lengths.tolist() == [len(p) for p in PROMPTS]
+    rest = generate(
+        TOY,
+        PARAMS,
+        [[*p, t] for p, t in zip(PROMPTS, want.tokens[:, 0].tolist(), strict=True)],
+        cache,
+        max_new_tokens=3,
+    )
+    np.testing.assert_array_equal(rest.tokens, want.tokens[:, 1:])
+    # An idle row, one that does not fit, and one of which the cache holds a part.
+    held = dataclasses.replace(rest.cache.rewind(jnp.array([0, 3, 20])), ok=jnp.array([True, False, True]))
+    logits2, cache = prefill(TOY, PARAMS, [None, PROMPTS[1], PROMPTS[2]], held)
+    assert (logits2[:2] == 0).all() and cache.ok.tolist() == [True, False, True]
+    np.testing.assert_allclose(logits2[2], logits[2], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="the cache that forward returned has 0; forward must return the cache that"):
+        prefill(functools.partial(hidden, drop), PARAMS, PROMPTS, TOY.cache())
+
+
+def test_score_gives_the_log_probabilities_of_given_tokens():
+    made = generate(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=12)
+    texts = history(PROMPTS, made)
+    log_probs, cache = score(TOY, PARAMS, texts, TOY.cache())
+    assert log_probs.shape == (B, 35) and log_probs.dtype == np.float32
+    assert cache.lengths.tolist() == [len(text) - 1 for text in texts]
+    padded = np.zeros((B, CAPACITY), np.int32)
+    for row, text in enumerate(texts):
+        padded[row, : len(text)] = text
+    logits = jax.nn.log_softmax(uncached_logits(TOY, PARAMS, padded))
+    for row, text in enumerate(texts):
+        want = np.asarray(logits)[row, np.arange(len(text) - 1), text[1:]]
+        np.testing.assert_allclose(log_probs[row, 1 : len(text)], want, rtol=1e-5, atol=5e-4)
+        np.testing.assert_allclose(
+            log_probs[row, len(PROMPTS[row]) : len(text)], made.log_probs[row], rtol=1e-5, atol=5e-4
+        )
+        assert log_probs[row, 0] == 0 and (log_probs[row, len(text) :] == 0).all()
+    # What the cache holds is not read again: the first token after it can't be told.
+    again, _ = score(TOY, PARAMS, [None, texts[1], None], cache.rewind(jnp.array([0, 6, 0])))
+    np.testing.assert_allclose(again[1, 7:], log_probs[1, 7 : len(texts[1])], rtol=1e-5, atol=5e-4)
+    assert (again[1, :7] == 0).all() and (again[[0, 2]] == 0).all()
+
+
+@pytest.mark.parametrize("run", [generate, prefill], ids=["generate", "prefill"])
+def test_under_a_transform_of_jax_nothing_runs(run):
+    options = {"max_new_tokens": 1} if run is generate else {}
+    message = "run on the host: they compile their own programs, and can't be called under jit, vmap, grad"
+
+    def of_params(params):
+        return run(TOY, params, PROMPTS, TOY.cache(), **options)
+
+    for transformed in (jax.jit(of_params), jax.grad(of_params)):
+        with pytest.raises(ValueError, match=message):
+            transformed(PARAMS)
+    cache = TOY.cache()
+    for what in (cache, jnp.ones((B, 3), jnp.int32)):
+        with pytest.raises(ValueError, match=message):
+            jax.vmap(lambda x: run(TOY, PARAMS, [[1], x, None], cache, **options))(what)
+
+
+def test_a_model_given_as_forward_is_refused_with_the_cure():
+    model = jaxkv.models.tiny.load()
+    with pytest.raises(
+        ValueError, match=r"call model\.generate\(prompts\), or give its parts: generate\(model\.forward"
+    ):
+        generate(model, model.params, [[1]], TOY.cache(), max_new_tokens=1)

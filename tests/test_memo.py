@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 import pickle
 import random
+import shutil
 import signal
+import sqlite3
 import threading
 import time
 
@@ -214,33 +217,44 @@ def test_damage_on_disk_is_computed_again_and_counted(tmp_path):
     x = items(20, width=500)
     with jaxkv.Memo(disk=tmp_path / "store") as memo:
         memo.wrap(double)(x)
-    (segment,) = (tmp_path / "store").rglob("*.seg")
-    data = bytearray(segment.read_bytes())
+    (database,) = (tmp_path / "store").glob("*.db")
+    data = bytearray(database.read_bytes())
     for place in range(50, len(data), 5_000):
         data[place] ^= 4
-    segment.write_bytes(data)
+    database.write_bytes(data)
     with jaxkv.Memo(memory=None, disk=tmp_path / "store") as memo:
         features = memo.wrap(double)
         np.testing.assert_array_equal(features(x), x * 2)
         stats = memo.stats()
         assert 1 <= stats.computed <= 20
-        assert stats.disk.corrupt + stats.disk.lost > 0
+        assert stats.disk.corrupt + stats.disk.replaced > 0
         np.testing.assert_array_equal(features.lookup(x), x * 2)
 
 
-def test_a_disk_that_fails_costs_no_answer(tmp_path, monkeypatch):
-    def broken(*_, **__):
-        raise OSError(28, "No space left on device")
-
+def test_a_store_that_is_removed_or_fails_costs_no_answer_and_is_written_again(tmp_path):
     with jaxkv.Memo(memory=None, disk=tmp_path / "store") as memo:
-        features = memo.wrap(double)
-        for name in ("writev", "pwritev", "pwrite", "write"):
-            monkeypatch.setattr(f"os.{name}", broken)
-        x = items(3)
-        np.testing.assert_array_equal(features(x), x * 2)
-        assert features.lookup(x) is None
+        features, x = memo.wrap(double), items(3)
+        features(x)
+        shutil.rmtree(tmp_path / "store")
+        (tmp_path / "store").touch()  # nothing can be kept there
+        for _ in range(5):
+            np.testing.assert_array_equal(features(x), x * 2)
+            assert features.lookup(x) is None
         assert memo.stats().disk.errors > 0
-        monkeypatch.undo()
+        (tmp_path / "store").unlink()
+        while features.lookup(x) is None:
+            np.testing.assert_array_equal(features(x), x * 2)
+        assert memo.stats().computed < 150
+        shutil.rmtree(tmp_path / "store")  # a moment is enough
+        features(x)
+        assert features.lookup(x) is not None and labels(tmp_path / "store") == [memo.wrap(double).namespace(x)]
+
+
+def labels(directory) -> list[str]:
+    """The namespaces that are described."""
+    (path,) = directory.glob("*.db")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return [namespace.hex() for (namespace,) in db.execute("select namespace from labels")]
 
 
 def test_two_functions_share_one_memo(memo):
@@ -502,7 +516,7 @@ def test_a_call_that_does_not_fit_the_function_is_a_type_error(memo):
     ("arguments", "message"),
     [
         ({"memory": None}, "neither memory nor disk keeps nothing"),
-        ({"memory": "lots"}, "'lots' is no size"),
+        ({"memory": "lots"}, "'lots' is not a size"),
         ({"policy": "random"}, "policy is 'random', must be one of keep, lru, mru, fifo"),
         ({"disk_budget": "1GiB"}, "said about a disk; give disk=DIR as well"),
     ],
@@ -915,7 +929,7 @@ def test_a_call_that_is_under_way_when_the_memo_is_closed_keeps_nothing(tmp_path
     x = items(3)
     np.testing.assert_array_equal(features(x), x)
     assert memo.stats().memory.items == 0
-    assert not list((tmp_path / "store").glob("*.seg"))
+    assert jaxkv.Memo(disk=tmp_path / "store").stats().disk.items == 0
     with pytest.raises(jaxkv.CacheError, match="this memo is closed"):
         memo.clear()
 
@@ -926,7 +940,7 @@ def test_what_always_changes_does_not_fill_the_directory_with_descriptions(tmp_p
         for i in range(80):
             features(items(1), np.float32(i))
         assert memo.stats().disk.items == 80
-    assert len(list((tmp_path / "store").glob("*.json"))) == 64
+    assert len(labels(tmp_path / "store")) == 64
 
 
 def test_what_was_wrapped_is_named_and_methods_are_wrapped_with_their_object(memo):
@@ -960,7 +974,7 @@ def test_what_was_cleared_is_described_again(tmp_path):
         features = memo.wrap(double)
         for clear in (memo.clear, features.clear, lambda: None):
             features(items(3))
-            assert len(list((tmp_path / "store").glob("*.json"))) == 1
+            assert len(labels(tmp_path / "store")) == 1
             clear()
 
 
@@ -970,3 +984,72 @@ def test_programs_for_values_that_never_come_again_are_let_go(memo):
     for scale in range(70):
         features.namespace(x, scale)
     assert len(features._runners) == 64
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x - x.mean(axis=0, keepdims=True),
+        lambda x: jnp.cumsum(x, axis=0) + len(x) * 0,
+        lambda x: x / x.max(0, keepdims=True),
+    ],
+)
+@pytest.mark.parametrize("batch", ["bucket", "full"])
+def test_rows_that_depend_on_one_another_are_refused_with_the_second_item_met_one_by_one(memo, function, batch):
+    features, x = memo.wrap(function, batch=batch), items(3)
+    features(x[:1]), features(np.repeat(x[:1], 3, axis=0))
+    with pytest.raises(ValueError, match="depends on the other rows of the batch"):
+        features(x[1:2])
+    with pytest.raises(ValueError, match="depends on the other rows of the batch"):
+        features(x[:1])
+    good = memo.wrap(lambda x: jnp.sin(x) @ jnp.ones((6, 2)), batch=batch)
+    for i in range(3):
+        good(x[i : i + 1])
+    assert good.lookup(x) is not None
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_functions_that_split_their_batch_over_devices(memo, devices):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    rows = PartitionSpec("data")
+    split = memo.wrap(jax.shard_map(lambda x: jnp.sin(x) * 2, mesh=mesh, in_specs=rows, out_specs=rows))
+    x = items(12)
+    for part in (x[:8], x[4:9], x[9:10], x):
+        np.testing.assert_allclose(split(part), np.sin(part) * 2, rtol=1e-6)
+    assert memo.stats().computed == 12
+    again = memo.wrap(jax.shard_map(lambda x: jnp.sin(x) * 2, mesh=mesh, in_specs=rows, out_specs=rows))
+    assert again.namespace(x) == split.namespace(x), "whatever the size of the first call"
+    wrong = jax.shard_map(lambda x: x - jax.lax.pmean(x, "data"), mesh=mesh, in_specs=rows, out_specs=rows)
+    with pytest.raises(ValueError, match="depends on the other rows of the batch"):
+        memo.wrap(wrong)(x[:8])
+
+
+def test_a_function_that_cannot_be_traced_fails_as_it_does_itself(memo):
+    for rows in (99, 8):  # also if it fits the call, but not its parts
+        with pytest.raises(TypeError, match="incompatible shapes") as error:
+            memo.wrap(lambda x, rows=rows: x + jnp.ones((rows, 6)))(items(8))
+        assert "was traced for 2 items" in error.value.__notes__[-1]
+
+
+@pytest.mark.parametrize("how", ["params", "module", "captured"])
+def test_parameters_that_were_donated_or_deleted_are_named_for_hits_and_misses(memo, how):
+    weights, x = jnp.ones((6, 2)) * 3, items(4)
+    module = nnx.Linear(6, 2, rngs=nnx.Rngs(0))
+    features, name = {
+        "params": lambda: (memo.wrap(lambda w, x: x @ w["layer"]["kernel"], {"layer": {"kernel": weights}}), "kernel"),
+        "module": lambda: (memo.wrap(module), "kernel"),
+        "captured": lambda: (memo.wrap(lambda x: x @ weights), "captures"),
+    }[how]()
+    features(x[:2])
+    jax.jit(lambda w: w + 1, donate_argnums=0)(module.kernel[...] if how == "module" else weights)
+    assert weights.is_deleted() or module.kernel.get_raw_value().is_deleted()
+    for part in (x[:2], x[2:]):
+        with pytest.raises(ValueError, match=f"{name}.*was deleted"):
+            features(part)
+        with pytest.raises(ValueError, match=f"{name}.*was deleted"):
+            features.lookup(part)
+
+
+def test_pickling_a_memo_names_what_to_give_in_its_place(memo):
+    with pytest.raises(TypeError, match=r"Memo\(memory='16.0 MiB'\) can't be pickled.*features\.source"):
+        pickle.dumps(memo)

@@ -430,6 +430,57 @@ def test_sharding_annotations_arrive_in_the_parameters_and_shard_the_forward_pas
         assert jax.tree.leaves(cache.layers[0].k)[0].sharding.is_equivalent_to(kv, 4)
 
 
+# Dropout
+
+
+def test_dropout_is_asked_for_and_drawn_as_in_flax(flavor):
+    streams = {"keep_rngs": False} if flavor is nnx_attention else {}
+    attn = flavor(num_heads=2, dropout_rate=0.5, deterministic=True, implementation="reference", **streams)
+    if flavor is linen_attention:
+        train = functools.partial(attn.module.apply, {"params": attn.params})
+        key = lambda: {"dropout_rng": jax.random.key(3)}  # noqa: E731
+    else:
+        graphdef = nnx.split(attn.module)[0]
+        train = lambda *a, **k: nnx.merge(graphdef, attn.params)(*a, **k)  # noqa: E731
+        key = lambda: {"rngs": nnx.Rngs(dropout=3)}  # noqa: E731
+    want = attn.apply(attn.params, X)
+    y = train(X, deterministic=False, **key())
+    assert not np.allclose(y, want, atol=1e-3)
+    np.testing.assert_array_equal(train(X, deterministic=False, **key()), y)
+    cache, step = Cache.init([attn.module.layer_spec()], B, T).begin(jnp.tile(jnp.arange(T), (B, 1)))
+    np.testing.assert_allclose(train(X, cache.layers[0], step)[0], want, atol=3e-6)
+    with pytest.raises(ValueError, match="deterministic=False, and a layer was given"):
+        train(X, cache.layers[0], step, deterministic=False)
+    with pytest.raises(ValueError, match=r"dropout_rate=1\.5: give a number from 0 to below 1"):
+        flavor(num_heads=2, dropout_rate=1.5)
+    with pytest.raises(ValueError, match=r"dropout_rate=0\.5, and nothing says whether to apply it; give determin"):
+        jaxkv.linen.Attention(2, dropout_rate=0.5).init(jax.random.key(0), X)
+
+
+def test_dropout_follows_the_mode_of_an_nnx_model_and_the_streams_of_a_linen_one():
+    ours = jaxkv.nnx.Attention(2, D, dropout_rate=0.5, rngs=nnx.Rngs(0))
+    theirs = nnx.MultiHeadAttention(2, D, dropout_rate=0.5, decode=False, rngs=nnx.Rngs(0))
+    for module in (ours, theirs):
+        module.train()
+        assert (module(X) != module(X)).any()  # each call draws anew
+        module.eval()
+        np.testing.assert_array_equal(module(X), module(X))
+    np.testing.assert_array_equal(ours.query.kernel[...], theirs.query.kernel[...])
+    ours.train()
+    with pytest.raises(ValueError, match=r"the model, a Attention, is in training mode .* call model\.eval\(\)"):
+        jaxkv.nnx.functional(ours)
+    bare = jaxkv.nnx.Attention(2, D, dropout_rate=0.5, deterministic=False, keep_rngs=False, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"keep_rngs=False\); give the call one"):
+        bare(X)
+    assert bare(X, rngs=nnx.Rngs(0)).shape == X.shape
+
+    linen = jaxkv.linen.CrossAttention(2, D, E, size=S, dropout_rate=0.5, broadcast_dropout=False, deterministic=False)
+    variables = linen.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, X, encoded=ENCODED)
+    calls = [linen.apply(variables, X, encoded=ENCODED, rngs={"dropout": jax.random.key(i)}) for i in (1, 1, 2)]
+    np.testing.assert_array_equal(calls[0], calls[1])
+    assert (calls[0] != calls[2]).any()
+
+
 # Hidden caches
 
 
@@ -718,6 +769,10 @@ def test_functional_refuses_what_is_no_module_of_its_flavor():
         jaxkv.nnx.functional(LinenTied())
     with pytest.raises(TypeError, match=r"flax\.linen module, got a function"):
         jaxkv.linen.functional(some)
+    with pytest.raises(
+        ValueError, match=r"a Linear can't be called with three arguments.*model\(tokens, positions, cache"
+    ):
+        jaxkv.nnx.functional(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
 
 
 @dataclasses.dataclass
@@ -767,6 +822,17 @@ def test_functional_of_nnx_wants_a_model_in_evaluation_mode(make, message):
         jaxkv.nnx.functional(model)
     model.eval()
     jaxkv.nnx.functional(model)
+
+
+def test_functional_of_nnx_takes_a_model_in_training_mode_that_drops_nothing():
+    rngs = nnx.Rngs(0)
+    parts = [jaxkv.nnx.Attention(2, 4, rngs=rngs), nnx.MultiHeadAttention(2, 4, rngs=rngs), nnx.Dropout(0.0)]
+    model = nnx.Sequential(*parts)
+    model.train()
+    jaxkv.nnx.functional(model)
+    model.layers[2].rate = 0.1
+    with pytest.raises(ValueError, match=r"layers\.2, a Dropout, is in training mode"):
+        jaxkv.nnx.functional(model)
 
 
 # Bad input

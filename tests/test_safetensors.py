@@ -1,6 +1,7 @@
 """Named arrays in files."""
 
 import json
+import os
 import re
 import threading
 
@@ -74,6 +75,28 @@ def test_a_file_that_is_cut_short_is_refused(path, kept):
         safetensors.File(path)
 
 
+@pytest.mark.parametrize("size", [8, 1 << 20, 39 << 30])
+@pytest.mark.parametrize("length", [100_000_001, 39 << 30, 1 << 63, (1 << 64) - 1])
+def test_a_header_that_no_file_has_is_not_read(path, size, length):
+    path.write_bytes(length.to_bytes(8, "little"))
+    with path.open("r+b") as file:
+        file.truncate(size)  # takes no room on the disk
+    with pytest.raises(ValueError, match=rf"is not a safetensors file, or cut short: .* header has {length:,} bytes"):
+        safetensors.File(path)
+
+
+def test_what_is_not_a_file_is_not_opened(path):
+    path.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"model\.safetensors is a device, not a file"):
+        safetensors.File(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"model\.safetensors is a named pipe, not a file"):
+        safetensors.File(path)
+    with pytest.raises(ValueError, match="is a directory, not a file"):
+        safetensors.File(path.parent)
+
+
 def with_header(path, header, size=8):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
@@ -100,6 +123,12 @@ def of(shape, begin, end, dtype="F32"):
         {"w": of([2, 0], 0, 8)},
         {"w": of([0, 2**70], 0, 0), "x": of([2], 0, 8)},
         {"w": of([2**300], 0, 8)},
+        {"w": of([2**32, 2**32], 0, 0), "x": of([2], 0, 8)},
+        {"w": of([2**62, 4], 0, 0), "x": of([2], 0, 8)},
+        {"w": of([2], -8, 0)},
+        {"w": of([2], 0, 2**64 + 8)},
+        {"w": of([2], 0, 8, "F4"), "x": of([1], 8, 4, "F4")},
+        b'{"w": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}',
         {"w": of([1] * 99 + [2], 0, 8)},
         {"w": of("2", 0, 8)},
         {"w": of([2.0], 0, 8)},
@@ -120,7 +149,7 @@ def of(shape, begin, end, dtype="F32"):
     ids=lambda header: str(header)[:60],
 )
 def test_a_header_that_is_damaged_is_refused(path, header):
-    with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file, or damaged or cut short, "):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a safetensors file, or damaged or cut short, "):
         safetensors.File(with_header(path, header))
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+import jaxkv
+from jaxkv.extras import need
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,5 +80,47 @@ def test_an_exact_version_is_found_or_not(find_python):
 
 
 def test_the_version_in_the_changelog_is_that_of_the_package():
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
-    assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert f"\n## {jaxkv.__version__} " in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["hatch"]["version"] == {"path": "jaxkv/__init__.py"}
+
+
+FIRST_IMPORT = """
+import json, sys
+import jaxkv
+first = sorted(name for name in sys.modules if name.startswith(("jax.", "flax", "numpy", "jaxkv.")))
+import jaxkv.generate.stream  # binds the package jaxkv.generate, which must not hide the function
+import jaxkv.models as models
+found = [jaxkv.generate.__module__, models.__name__, jaxkv.nnx.Attention.__module__]
+namespace = {}
+exec("from jaxkv import *", namespace)
+print(json.dumps([first, found, sorted(set(namespace) - {"__builtins__"})]))
+"""
+
+
+def test_importing_takes_nothing_along_and_every_public_name_is_there():
+    command = [sys.executable, "-W", "error", "-c", FIRST_IMPORT]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, found, names = json.loads(done.stdout)
+    assert first == ["jaxkv.logs"]
+    assert found == ["jaxkv.generate.stream", "jaxkv.models", "jaxkv.nn.nnx"]
+    assert names == sorted(jaxkv.__all__)
+
+
+def test_dir_is_the_public_names_and_nothing_else():
+    assert set(dir(jaxkv)) == {*jaxkv.__all__, "__version__"}
+    assert {"Cache", "Memo", "generate", "linen", "models", "nnx", "sampling", "testing"} < set(dir(jaxkv))
+    for name in dir(jaxkv):
+        assert getattr(jaxkv, name) is not None
+    with pytest.raises(AttributeError, match="module 'jaxkv' has no attribute 'Cash'"):
+        jaxkv.Cash  # noqa: B018
+
+
+def test_each_package_that_an_error_names_is_one_that_an_extra_installs():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    with pytest.raises(ImportError, match="pip install ") as raised:
+        need("no_such_package", "a tokenizer", "models")
+    named = str(raised.value).rpartition("pip install ")[2].split()
+    assert named and all(any(wanted.startswith(name) for wanted in extras["models"]) for name in named)

@@ -29,7 +29,7 @@ def test_sizes_are_read(said, meant):
 
 @pytest.mark.parametrize("wrong", ["", "GiB", "-1GB", "1 GiB extra", "0", 0, -5, 1.5, True, None, "1e3", np.True_])
 def test_what_is_no_size_is_refused(wrong):
-    with pytest.raises(ValueError, match="is no size; give one such as 8GB"):
+    with pytest.raises(ValueError, match="is not a size; give one such as 8GB"):
         parse_bytes(wrong)
 
 

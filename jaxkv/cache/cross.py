@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxkv.cache.group import slots_for
 from jaxkv.cache.show import show
@@ -19,7 +20,7 @@ from jaxkv.cache.step import GroupStep
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Encoded:
     """What each row has of an encoder's output."""
 
@@ -37,6 +38,21 @@ class Encoded:
     def num_slots(self) -> int:
         return slots_for(self.reach.size)
 
+    @property
+    def held(self) -> Any:
+        """The places of its output that each row has, EMPTY elsewhere: int32 [R, V]; None for abstract values."""
+        return self.positions(self.lengths) if isinstance(self.lengths, jax.Array | np.ndarray) else None
+
+    @property
+    def why(self) -> str:
+        """Why there are as many slots as there are: the reach says it."""
+        return ""
+
+    @property
+    def filled(self) -> Any:
+        """How many leading slots each row has in use: int32 [R]."""
+        return jnp.maximum(self.lengths, 0)
+
     def positions(self, lengths: Any) -> Any:
         """Returns the slots in use by encoder outputs of these lengths [B], EMPTY for the others: int32 [B, V]."""
         slots = jnp.arange(self.num_slots, dtype=jnp.int32)[None, :]
@@ -44,12 +60,12 @@ class Encoded:
 
     def step(self, rows: Any) -> GroupStep:
         """Returns what queries find in these rows: int32 [B], all of them known; None for all in order."""
-        lengths = self.lengths if rows is None else self.lengths[rows]
+        lengths, filled = (x if rows is None else x[rows] for x in (self.lengths, self.filled))
         return GroupStep(
             slots=None,
             kv_positions=self.positions(lengths),
             kv_spans=None,
-            filled=jnp.maximum(lengths, 0),
+            filled=filled,
             slot_is_position=False,  # a query's position says nothing about the slots that it sees
         )
 

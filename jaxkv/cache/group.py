@@ -15,15 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxkv.cache.arguments import FAR
 from jaxkv.cache.show import show
 from jaxkv.cache.spec import EMPTY, Reach
 
-FAR = 2**30  # above every position
 READ_BLOCK = 64  # buffers are whole multiples of it, so that attend reads whole blocks
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Group:
     """Positions and loss of the layers of one reach."""
 
@@ -55,6 +55,24 @@ class Group:
     @property
     def num_slots(self) -> int:
         return self.positions.shape[-1]
+
+    @property
+    def held(self) -> Any:
+        """The positions each row holds, EMPTY elsewhere: int32 [R, V]."""
+        return self.positions
+
+    @property
+    def why(self) -> str:
+        """Why there are as many slots as there are."""
+        if not self.wraps:
+            return ""
+        seen, sinks = self.reach.size - 1, self.reach.sinks  # type: ignore[operator]
+        parts = [f"{sinks} sink{'s' * (sinks > 1)}"] * bool(sinks) + [
+            f"{seen} before a query",
+            f"{self.ring - seen} for a block",
+        ]
+        rounded = "" if self.num_slots == sinks + self.ring else f", in whole blocks of {READ_BLOCK}"
+        return f" ({' + '.join(parts)}{rounded})"
 
     def slot(self, p: Any) -> Any:
         """Returns the slot of position p >= 0. int32, the shape of p."""

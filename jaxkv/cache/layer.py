@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
+from jaxkv.cache.arguments import integers
 from jaxkv.cache.show import show
-from jaxkv.cache.spec import Cross, LayerSpec
+from jaxkv.cache.spec import EMPTY, Cross, LayerSpec
 from jaxkv.cache.step import Step
+from jaxkv.meshes import automatic, like, spec_of
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Layer:
     """Keys and values of one attention layer, or of a stack of equal layers.
 
@@ -22,7 +27,7 @@ class Layer:
     traced number, `put` returns the same kind, and `.at(None)` is the whole stack again.
     """
 
-    k: Any  # [R, K, V, H]; stacked: [L, R, K, V, H]
+    k: Any  # [R, K, V, H]; stacked: [L, R, K, V, H]; small numbers as bits, H may be packed: see storage and bits
     v: Any  # [R, K, V, Hv]; stacked: [L, R, K, V, Hv]
     index: Any  # None, or int32 scalar: which layer of a stack
     group: int = dataclasses.field(metadata={"static": True})
@@ -40,7 +45,7 @@ class Layer:
         `lax.scan` says that carry input and carry output differ at `index`, which is None and then an array.
 
         Raises:
-          ValueError: if this is no stack: the cache was made without `stacked=True`.
+          ValueError: if this is not a stack (the cache was made without `stacked=True`), or it has no such layer.
 
         >>> spec = jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=2)
         >>> cache = jaxkv.Cache.init([spec] * 3, num_rows=1, capacity=8, stacked=True)
@@ -54,7 +59,11 @@ class Layer:
         """
         if self.num_stacked is None:
             raise ValueError("at() chooses a layer of a stack, but this layer is not stacked: Cache.init(stacked=True)")
-        return dataclasses.replace(self, index=None if index is None else jnp.asarray(index, jnp.int32))
+        if index is None:
+            return dataclasses.replace(self, index=None)
+        if isinstance(index, int | np.integer) and not 0 <= index < self.num_stacked:
+            raise ValueError(f"at({index}): the stack has {self.num_stacked} layers, 0 to {self.num_stacked - 1}")
+        return dataclasses.replace(self, index=integers("index", index))
 
     def put(self, step: Step, k: Any, v: Any) -> Layer:
         """Returns this layer with the keys and values of the call's tokens stored.
@@ -62,7 +71,7 @@ class Layer:
         In place when the cache is donated or the carry of a loop. Every layer puts once per `begin`; tokens of padding
         and of sequences that did not fit are not stored. A Cross layer puts once per `begin_cross`: the whole output of
         the encoder, in place of what the row had. Where a length is beyond what is given here, the missing keys and
-        values are NaN (0 for integers), so that it shows.
+        values are NaN (0 where the storage has no NaN), so that it shows.
 
         Args:
           step: from the `Cache.begin` of this forward pass; for a Cross layer, from `Cache.begin_cross`.
@@ -82,20 +91,7 @@ class Layer:
             want = (b, t, self.spec.num_kv_heads, size)
             if x.shape != want:
                 raise ValueError(f"put: {name} has shape {x.shape}, this layer and step want [B, T, K, H] = {want}")
-        slots = step.groups[self.group].slots
-        if isinstance(reach, Cross):
-            k, v = (_fill_up(x, reach.size) for x in (k, v))
-            slots = slots[:, : reach.size]
-
-        def write(buffers: Any, storage: Any, x: Any) -> Any:
-            return jax.tree.map(
-                lambda buffer, y: self.layout.write(buffer, self.index, step.rows, slots, y, whole=step.whole),
-                buffers,
-                storage.encode(x),
-            )
-
-        k_buffer = write(self.k, self.spec.k_storage, k)
-        return dataclasses.replace(self, k=k_buffer, v=write(self.v, self.spec.v_storage, v))
+        return automatic(_put, like(self))(self, step, k, v)
 
     def read(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
         """Returns slots [start, start + size) of the call's sequences: k [B, K, size, H], v [B, K, size, Hv].
@@ -103,15 +99,8 @@ class Layer:
         The form in which `attend` reads, block by block. `start` may be traced; the stretch must lie within num_slots.
         """
 
-        def read(buffers: Any, storage: Any) -> Any:
-            return storage.decode(
-                jax.tree.map(
-                    lambda buffer: self.layout.read(buffer, self.index, step.rows, start, size, whole=step.whole),
-                    buffers,
-                )
-            )
-
-        return read(self.k, self.spec.k_storage), read(self.v, self.spec.v_storage)
+        k, v = (PartitionSpec(*(self._axes(x, step))) for x in (self.k, self.v))
+        return automatic(functools.partial(_read, size=size), (k, v))(self, step, start)
 
     def get(self, step: Step) -> tuple[Any, Any, Any]:
         """Returns all keys and values of the call's sequences, and who sees what: the reference form.
@@ -127,6 +116,11 @@ class Layer:
         group = step.groups[self.group]
         mask = step.visible(self.spec.reach, group.kv_positions, group.kv_spans)
         return k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None]
+
+    def _axes(self, buffers: Any, step: Step) -> tuple[Any, ...]:
+        """Returns the Explicit mesh axes of [B, K, S, H] read from buffers [R, K, V, H]."""
+        rows, heads, _, size = spec_of(jax.tree.leaves(buffers)[0])[-4:]
+        return rows if step.whole else None, heads, None, size
 
     def check_step(self, step: Step) -> None:
         """Raises ValueError unless queries can read this layer with `step`: same cache, of a stack one layer chosen."""
@@ -155,7 +149,47 @@ class Layer:
             raise ValueError(f"a stack of {self.num_stacked} layers was used as one layer; choose one with stack.at(i)")
 
 
-def _fill_up(x: Any, size: int) -> Any:
-    """Returns x [B, S, K, H] made [B, size, K, H]; nothing that was not given may be read as if it were."""
-    nothing = jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0
-    return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0)), constant_values=nothing)
+def _put(layer: Layer, step: Step, k: Any, v: Any) -> Layer:
+    slots = step.groups[layer.group].slots
+    if step.cross and k.shape[1] < layer.spec.reach.size:
+        missing = step.positions[:, k.shape[1] : layer.spec.reach.size] != EMPTY
+        k, v = (_fill_up(x, missing) for x in (k, v))
+    slots = slots[:, : k.shape[1]]
+
+    def write(buffers: Any, storage: Any, x: Any) -> Any:
+        return jax.tree.map(
+            lambda buffer, y: layer.layout.write(buffer, layer.index, step.rows, slots, y, whole=step.whole),
+            buffers,
+            storage.encode(x),
+        )
+
+    return dataclasses.replace(
+        layer, k=write(layer.k, layer.spec.k_storage, k), v=write(layer.v, layer.spec.v_storage, v)
+    )
+
+
+def _read(layer: Layer, step: Step, start: Any, *, size: int) -> tuple[Any, Any]:
+    def read(buffers: Any, storage: Any, length: int) -> Any:
+        x = storage.decode(
+            jax.tree.map(
+                lambda buffer: layer.layout.read(buffer, layer.index, step.rows, start, size, whole=step.whole),
+                buffers,
+            )
+        )
+        return x if x.shape[-1] == length else x[..., :length]
+
+    spec = layer.spec
+    return read(layer.k, spec.k_storage, spec.head_dim), read(layer.v, spec.v_storage, spec.value_dim)
+
+
+def _fill_up(x: Any, missing: Any) -> Any:
+    """Returns x [B, T, K, H] made longer by the columns of bool [B, S - T], with NaN where it is True.
+
+    What was not given must not be read as if it were. Where nothing is missing no NaN is made, which
+    `jax_debug_nans` would take for a fault.
+    """
+    fill = jnp.zeros(missing.shape, x.dtype)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        fill = fill / (~missing).astype(x.dtype)
+    fill = jnp.broadcast_to(fill[:, :, None, None], (*missing.shape, *x.shape[2:]))
+    return jnp.concatenate([x, fill], 1)

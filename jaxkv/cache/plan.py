@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from jaxkv.cache.cache import Cache, shardings
+from jaxkv.cache.build import shardings
+from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import LayerSpec
 from jaxkv.sizes import format_bytes
 
@@ -23,18 +24,18 @@ class MemoryPlan:
       nbytes_per_device: what one device holds; equal to nbytes without a sharding.
       bytes_per_token: what one more token of one sequence takes in the layers whose slots are as many as the capacity;
         rings, and an encoder's output, have a fixed size and add nothing.
-      groups: per group (reach, number of layers, slots per sequence, bytes).
+      groups: per group (reach, number of layers, slots per sequence, bytes, why a ring is as long as it is).
     """
 
     nbytes: int
     nbytes_per_device: int
     bytes_per_token: int
-    groups: tuple[tuple[Any, int, int, int], ...]
+    groups: tuple[tuple[Any, int, int, int, str], ...]
 
     def __str__(self) -> str:
         lines = [
-            f"{count} layer{'s' * (count > 1)} {reach}: {slots} slots per sequence, {format_bytes(size)}"
-            for reach, count, slots, size in self.groups
+            f"{count} layer{'s' * (count > 1)} {reach}: {slots} slots per sequence{why}, {format_bytes(size)}"
+            for reach, count, slots, size, why in self.groups
         ]
         lines.append(
             f"in all {format_bytes(self.nbytes)}, {format_bytes(self.nbytes_per_device)} per device, "
@@ -68,7 +69,7 @@ def plan_memory(
     for number, group in enumerate(cache.bookkeeping):
         layers = [layer for layer in cache.layers if layer.group == number]
         count = sum(layer.num_stacked or 1 for layer in layers)
-        groups.append((group.reach, count, group.num_slots, _nbytes((layers, group))))
+        groups.append((group.reach, count, group.num_slots, _nbytes((layers, group)), group.why))
     grows = [not group.wraps for group in cache.groups] + [False]
     growing = [layer for layer in cache.layers if grows[layer.group]]
     per_token = sum(_nbytes((layer.k, layer.v)) // (num_rows * layer.num_slots) for layer in growing)

@@ -7,12 +7,18 @@ A layout translates (row, slot) to a place in a buffer and does nothing else. Bu
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jaxkv.meshes import vary_alike
+
+_MOVE_BLOCK = 64  # slots moved at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,26 +49,30 @@ class Rows:
 
     def read(self, buffer: Any, index: Any, rows: Any, start: Any, size: int, *, whole: bool) -> Any:
         """Returns slots [start, start + size) of the sequences in `rows`: [B, K, size, H]."""
-        if whole and index is None:
-            return lax.dynamic_slice_in_dim(buffer, start, size, axis=2)
         if whole:
-            stretch = (1, *buffer.shape[1:3], size, buffer.shape[4])
-            return lax.dynamic_slice(buffer, (index, 0, 0, start, 0), stretch)[0]
+            buffer = buffer if index is None else lax.dynamic_index_in_dim(buffer, index, 0, keepdims=False)
+            return lax.dynamic_slice_in_dim(buffer, start, size, axis=2)
         if index is not None:  # the layers of a stack one after the other: row r of layer i is row i * R + r
             num_rows = buffer.shape[1]
             rows = index * num_rows + jnp.clip(rows, 0, num_rows - 1)
             buffer = buffer.reshape(-1, *buffer.shape[2:])
         one = (1, buffer.shape[1], size, buffer.shape[3])
-        return jax.vmap(lambda row: lax.dynamic_slice(buffer, (row, 0, start, 0), one)[0])(rows)
+        zero, start = jnp.int32(0), jnp.asarray(start, jnp.int32)
+        return jax.vmap(lambda row: lax.dynamic_slice(buffer, (row, zero, start, zero), one)[0])(rows)
 
-    def take(self, buffer: Any, rows: Any) -> Any:
-        """Returns the buffer whose row r is row rows[r] of this one."""
-        return jnp.take(buffer, rows, axis=buffer.ndim - 4, mode="clip")
+    def take(self, buffer: Any, rows: Any, filled: Any) -> Any:
+        """Returns the buffer whose row r is row rows[r] of this one, in slots below `filled` (int32 scalar).
 
-    def copy(self, buffer: Any, src: Any, dst: Any) -> Any:
-        """Returns the buffer with row `src` copied onto row `dst`; a dst past the last row is dropped."""
-        lead = (slice(None),) * (buffer.ndim - 4)
-        return buffer.at[(*lead, dst)].set(buffer[(*lead, src)], mode="drop")
+        As many rows as before are taken in place, block of slots by block.
+        """
+        axis = buffer.ndim - 4
+        if rows.shape[0] != buffer.shape[axis]:
+            return jnp.take(buffer, rows, axis=axis, mode="clip")
+        return _each_block(_take_rows, buffer, filled, rows)
+
+    def copy(self, buffer: Any, src: Any, dst: Any, filled: Any) -> Any:
+        """Returns the buffer with slots below `filled` of row `src` in row `dst`, block by block."""
+        return _each_block(_copy_row, buffer, filled, (src, dst))
 
     def move(self, buffer: Any, row: Any, sources: Any, turn: Callable[[Any], Any]) -> Any:
         """Returns the buffer with slot s of one row replaced by `turn` of what lay in slot sources[s].
@@ -72,3 +82,65 @@ class Rows:
         lead = (slice(None),) * (buffer.ndim - 4)
         moved = jnp.take(buffer[(*lead, row)], sources, axis=-2, mode="clip")  # [K, V, H]
         return buffer.at[(*lead, row)].set(turn(moved))
+
+
+def _take_rows(buffer: Any, rows: Any, start: Any, size: int) -> Any:
+    """Returns the buffer with its rows chosen anew in slots [start, start + size)."""
+    block = lax.dynamic_slice_in_dim(buffer, start, size, axis=-2)
+    taken = jnp.take(block, rows, axis=-4, mode="clip")
+    return lax.dynamic_update_slice_in_dim(buffer, lax.optimization_barrier(taken), start, axis=-2)
+
+
+def _copy_row(buffer: Any, src_dst: Any, start: Any, size: int) -> Any:
+    """Returns the buffer with slots [start, start + size) of one row in another."""
+    src, dst = src_dst
+    block = lax.dynamic_slice_in_dim(buffer, start, size, axis=-2)
+    # Not a slice at `src`, for which XLA would gather a buffer whose rows lie on several devices.
+    row = jnp.expand_dims(jnp.take(block, src, axis=-4, mode="clip"), -4)
+    zero = jnp.int32(0)
+    at = (*[zero] * (buffer.ndim - 4), dst, zero, start, zero)
+    return lax.dynamic_update_slice(buffer, lax.optimization_barrier(row), at)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # a call outside of jit finds its program again
+def _each_block(change: Callable[..., Any], buffer: Any, filled: Any, places: Any) -> Any:
+    """Returns the buffer after change(buffer, places, start, size) of every block of slots below `filled`.
+
+    `change` is linear in the buffer, and treats all slots alike; what it reads must not be read from where it writes
+    (the barriers above).
+    """
+    return _loop(change, *vary_alike((buffer, filled, places)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loop(change: Callable[..., Any], buffer: Any, filled: Any, places: Any) -> Any:
+    size = _block_size(buffer)
+    return lax.fori_loop(0, _num_blocks(filled, size), lambda i, b: change(b, places, i * size, size), buffer)
+
+
+def _forward(change: Callable[..., Any], buffer: Any, filled: Any, places: Any) -> Any:
+    return _loop(change, buffer, filled, places), (filled, places)
+
+
+def _backward(change: Callable[..., Any], saved: Any, d_buffer: Any) -> Any:
+    # A loop as long as what is filled has no reverse derivative; one change of all slots at once has.
+    filled, places = saved
+    size = _block_size(d_buffer)
+
+    def plain(buffer: Any) -> Any:
+        changed = change(buffer, places, jnp.int32(0), buffer.shape[-2])
+        below = jnp.arange(buffer.shape[-2], dtype=jnp.int32) < _num_blocks(filled, size) * size
+        return jnp.where(below[:, None], changed, buffer)
+
+    return *jax.linear_transpose(plain, d_buffer)(d_buffer), None, None
+
+
+_loop.defvjp(_forward, _backward)
+
+
+def _block_size(buffer: Any) -> int:
+    return math.gcd(_MOVE_BLOCK, buffer.shape[-2])
+
+
+def _num_blocks(filled: Any, size: int) -> Any:
+    return (filled + (size - 1)) // size

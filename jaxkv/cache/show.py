@@ -1,4 +1,4 @@
-"""How the parts of a cache are printed: arrays by dtype and shape, as JAX prints them, not by content."""
+"""How a cache and its parts are shown: arrays by dtype and shape, as JAX prints them; what rows hold, by positions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
+
+from jaxkv.sizes import format_bytes
 
 
 def show(node: Any) -> str:
@@ -17,6 +20,49 @@ def show(node: Any) -> str:
     """
     fields = ", ".join(f"{field.name}={_short(getattr(node, field.name))}" for field in dataclasses.fields(node))
     return f"{type(node).__name__}({fields})"
+
+
+def headline(cache: Any) -> str:
+    """Returns the repr of a Cache."""
+    if not hasattr(cache.lengths, "shape"):  # a tree of something else, such as shardings
+        return show(cache)
+    count = sum(layer.num_stacked or 1 for layer in cache.layers)
+    return (
+        f"Cache(layers={count}, num_rows={cache.num_rows}, capacity={cache.capacity}, max_block={cache.max_block}, "
+        f"slack={cache.slack}, layout={cache.layout}, nbytes={format_bytes(cache.nbytes)})"
+    )
+
+
+def describe(cache: Any) -> str:
+    """Returns what `Cache.describe` says."""
+    lines = [repr(cache)]
+    for number, group in enumerate(cache.bookkeeping):
+        layers = [layer for layer in cache.layers if layer.group == number]
+        count = sum(layer.num_stacked or 1 for layer in layers)
+        kept = dict.fromkeys(
+            f"{s.num_kv_heads} x {s.head_dim}" + (f"/{s.value_dim}" if s.value_dim != s.head_dim else "") +
+            f" k {s.k_storage} v {s.v_storage}"
+            for s in (layer.spec for layer in layers)
+        )  # fmt: skip
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((layers, group)))
+        lines.append(
+            f"{count} layer{'s' * (count > 1)} {group.reach}: {', '.join(kept)}, "
+            f"{group.num_slots} slots{group.why}, {format_bytes(size)}"
+        )
+        lines += [f"  row {row}: {text}" for row, text in enumerate(_held(group.held))]
+    return "\n".join(lines)
+
+
+def _held(positions: Any) -> list[str]:
+    """Returns the positions [R, V] that each row holds as runs, "0-9, 12"; nothing for abstract values."""
+    if isinstance(positions, jax.core.Tracer) or not isinstance(positions, jax.Array | np.ndarray):
+        return []
+    texts = []
+    for slots in np.asarray(positions):
+        held = np.sort(slots[slots >= 0])
+        runs = np.split(held, np.flatnonzero(np.diff(held) != 1) + 1) if held.size else []
+        texts.append(", ".join(f"{run[0]}" if run.size == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "empty")
+    return texts
 
 
 def _short(x: Any) -> str:

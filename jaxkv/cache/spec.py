@@ -13,8 +13,8 @@ import types
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
+from jaxkv.cache.arguments import checked_size
 from jaxkv.cache.storage import Dense
 
 EMPTY = -1
@@ -90,8 +90,8 @@ class Window(Reach):
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("Window", "size", self.size, 1)
-        _at_least("Window", "sinks", self.sinks, 0)
+        object.__setattr__(self, "size", checked_size("Window", "size", self.size, 1))
+        object.__setattr__(self, "sinks", checked_size("Window", "sinks", self.sinks, 0))
 
     def first(self, p: Any) -> Any:
         return jnp.maximum(p - (self.size - 1), 0)
@@ -115,7 +115,7 @@ class Chunk(Reach):
     sinks = 0
 
     def __post_init__(self) -> None:
-        _at_least("Chunk", "size", self.size, 1)
+        object.__setattr__(self, "size", checked_size("Chunk", "size", self.size, 1))
 
     def first(self, p: Any) -> Any:
         return p // self.size * self.size
@@ -145,7 +145,7 @@ class Cross(Reach):
     sinks = 0
 
     def __post_init__(self) -> None:
-        _at_least("Cross", "size", self.size, 1)
+        object.__setattr__(self, "size", checked_size("Cross", "size", self.size, 1))
 
     def first(self, p: Any) -> Any:
         return jnp.zeros_like(p)
@@ -193,7 +193,7 @@ class LayerSpec:
         if not isinstance(self.reach, Reach):
             raise ValueError(f"LayerSpec(reach={self.reach!r}): give Full(), Window(size), Chunk(size) or Cross(size)")
         for name in ("num_kv_heads", "head_dim", "value_dim"):
-            _at_least("LayerSpec", name, getattr(self, name), 1)
+            object.__setattr__(self, name, checked_size("LayerSpec", name, getattr(self, name), 1))
         for name in ("k_storage", "v_storage"):
             if not hasattr(getattr(self, name), "zeros"):
                 raise ValueError(f"LayerSpec({name}={getattr(self, name)!r}): give a storage such as Dense('float32')")
@@ -213,8 +213,3 @@ class LayerSpec:
             raise ValueError(
                 f"LayerSpec(rotary={self.rotary!r}) is not hashable; make it a frozen dataclass"
             ) from error
-
-
-def _at_least(owner: str, name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{owner}({name}={value!r}): {name} is a whole number of at least {least}")

@@ -14,7 +14,7 @@ from jaxkv.cache.spec import Reach
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class GroupStep:
     """Where the tokens of one call lie in the layers of one group, and what lies beside them."""
 
@@ -38,7 +38,7 @@ class GroupStep:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Step:
     """Positions and addresses of one forward pass, made by `Cache.begin`; lives as long as the trace it was made in.
 

@@ -7,17 +7,23 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxkv.cache.bits import carrier, pack, per_item, unpack, width
+
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
     """Keeps numbers as they are, in one dtype.
 
+    Floats of 8 bits and less, and integers, saturate: what is beyond their range becomes the largest or the smallest
+    number there is. 4-bit floats have no NaN and keep 0 for it. Gradients flow through float32, float64, float16, and
+    bfloat16 but on CPUs with JAX before 0.12; with smaller floats differentiating is an error.
+
     Args:
       dtype: what is stored; keys and values are cast to it when they are put. Any floating dtype, or an integer dtype
-        for keys and values that are integers of at most its width already.
+        for keys and values that are integers already.
 
     Raises:
-      ValueError: for a dtype that is neither floating nor integer.
+      ValueError: for a dtype that is neither floating nor integer, that JAX can't compute with, or that has no 0.
 
     >>> Dense("float16").dtype
     dtype('float16')
@@ -32,14 +38,18 @@ class Dense:
             raise ValueError(f"Dense(dtype={self.dtype!r}): not a dtype; give for example 'float32'") from error
         if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
             raise ValueError(f"Dense(dtype={dtype}): keys and values are numbers; give a floating or an integer dtype")
+        if width(dtype) not in (2, 4, 8, 16, 32, 64):
+            raise ValueError(f"Dense(dtype={dtype}): JAX has no arrays of {width(dtype)} bits; give 'float8_e4m3fn'")
+        if jnp.issubdtype(dtype, jnp.floating) and not float(jnp.finfo(dtype).min) < 0:
+            raise ValueError(f"Dense(dtype={dtype}): it has neither 0 nor a sign; give for example 'float8_e4m3fn'")
         object.__setattr__(self, "dtype", dtype)
 
     def __repr__(self) -> str:
         return f"Dense({self.dtype.name!r})"
 
     def zeros(self, lead: tuple[int, ...], size: int) -> Any:
-        """Returns what is allocated for vectors of `size` numbers: a pytree of arrays, here one [*lead, size]."""
-        return jnp.zeros((*lead, size), self.dtype)
+        """Returns what is allocated for vectors of `size` numbers: a pytree of arrays, here one [*lead, items]."""
+        return jnp.zeros((*lead, -(-size // per_item(self.dtype))), carrier(self.dtype))
 
     def encode(self, x: Any) -> Any:
         """Returns x [..., H] as it is stored: the pytree of `zeros`, with the leading axes of x."""
@@ -47,8 +57,21 @@ class Dense:
             raise ValueError(
                 f"{x.dtype} numbers would be cut to {self.dtype} by {self}; store them with Dense({x.dtype.name!r})"
             )
-        return x.astype(self.dtype)
+        return pack(self._saturate(x).astype(self.dtype))
 
     def decode(self, stored: Any) -> Any:
-        """Returns the numbers [..., H] that `encode` stored."""
-        return stored
+        """Returns the numbers [..., H] that `encode` stored, of `dtype`; H may be rounded up to whole bytes."""
+        return unpack(stored, self.dtype)
+
+    def _saturate(self, x: Any) -> Any:
+        if x.dtype == self.dtype:
+            return x
+        if jnp.issubdtype(self.dtype, jnp.integer):
+            mine, given = jnp.iinfo(self.dtype), jnp.iinfo(x.dtype)
+            least, most = max(int(mine.min), int(given.min)), min(int(mine.max), int(given.max))
+            return jnp.clip(x, least, most) if (least, most) != (int(given.min), int(given.max)) else x
+        if width(self.dtype) > 8:
+            return x
+        x = x if jnp.issubdtype(x.dtype, jnp.floating) and width(x.dtype) > 8 else x.astype(jnp.float32)
+        largest = float(jnp.finfo(self.dtype).max)
+        return jnp.clip(x, -largest, largest)

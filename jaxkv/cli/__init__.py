@@ -10,10 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-import jax
-
 from jaxkv.cli.options import Failure, UsageError, parser
-from jaxkv.cli.terminal import note
+from jaxkv.cli.terminal import complain, said_of
 from jaxkv.errors import CacheError
 
 _MOST_LINES = 8
@@ -42,18 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes standard output once more when it ends: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (CacheError, Failure, OSError) as error:
-        return _complain(error, 1)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+    except (CacheError, Failure, MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            return _complain("there is not enough memory; jaxkv info DIR says what the model and its cache take", 1)
+        if not isinstance(error, CacheError | Failure | OSError):
             raise
-        return _complain("there is not enough memory; jaxkv info DIR says what the model and its cache take", 1)
+        return _complain(error, 1)
 
 
-def _complain(what: object, status: int) -> int:
+def _complain(what: Exception | str, status: int) -> int:
     """Says what is wrong on one line, or what is wrong with many things on a few."""
-    lines = [" ".join(line.split()) for line in str(what).splitlines()]
-    note(f"error: {lines[0]}" if lines else "error")
+    lines = [" ".join(line.split()) for line in (what if isinstance(what, str) else said_of(what)).splitlines()]
+    complain(lines[0] if lines else "unknown")
     for line in lines[1 : _MOST_LINES + 1]:
         print(f"  {line}", file=sys.stderr)
     if len(lines) > _MOST_LINES + 1:

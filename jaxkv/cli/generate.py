@@ -1,127 +1,115 @@
-"""`jaxkv generate`: continues a text, or several at once."""
+"""`jaxkv generate`: continues a text, several at once, or each line of a file."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+import json
+from typing import Any
+
+import jax
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cli.compare import compare
-from jaxkv.cli.options import MIN_CAPACITY, Failure, UsageError
+from jaxkv.cli.options import UsageError
+from jaxkv.cli.prompts import Prompt, choose_capacity, read_prompts
 from jaxkv.cli.run import Run, check_capacity, choose_sampling, describe_size, sampling_options
 from jaxkv.cli.source import Source, find, told
-from jaxkv.cli.terminal import Text, clean, counted, note, printable, write
+from jaxkv.cli.terminal import Text, counted, note, printable, write
 
-_MAX_NEW_TOKENS = 200
+_ROWS = 8  # of many prompts
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.compare and (args.samples > 1 or sampling_options(args)):
-        raise UsageError("--compare decodes one text, greedily; leave out --samples and the options for sampling")
-    source = find(args.model)
-    chosen = choose_sampling(args, source.generation, source.said_in)
-    check_capacity(args.capacity, source.context)
-    given = _read_prompt(args.prompt)
-    prompt = source.tokenizer.encode(given)
-    if not prompt:
-        raise UsageError("the prompt has no tokens; give some text to continue")
-    if max(prompt) >= source.config.vocab_size:
-        raise Failure(
-            f"the tokenizer makes token {max(prompt):,} of this prompt, and the model knows "
-            f"{source.config.vocab_size:,}; its tokenizer.json belongs to another model"
+    if args.compare and (args.samples > 1 or args.prompts or args.json or sampling_options(args)):
+        raise UsageError(
+            "--compare decodes one text, greedily; leave out --samples, --prompts, --json and the options for sampling"
         )
-    limit, shortened = _limit(args, source, len(prompt))
-    capacity = _capacity(args, len(prompt), limit, source.context)
-    model = source.load(args.dtype, len(prompt) + limit, quiet=args.quiet)
+    source = find(args.model)
+    chosen = choose_sampling(args, source.generation, source.stop_tokens, source.said_in)
+    check_capacity(args.capacity, source.context)
+    prompts = read_prompts(args, source)
+    capacity = choose_capacity(args, prompts, source.context)
+    longest = max(len(prompt.tokens) + prompt.limit for prompt in prompts)
+    model = source.load(args.dtype, longest, quiet=args.quiet)
     if args.compare:
-        return compare(args, model, prompt, limit, capacity)
-    given = printable(given)
-    one = args.samples == 1
-    if one:
-        write(given)
-    decoding = Run([Text(source.tokenizer, prompt) for _ in range(args.samples)])
-    try:
-        with told():
-            cache = Cache.init(model.specs, args.samples, capacity)
-            rows = decoding.tokens(
-                model,
-                [prompt] * args.samples,
-                cache,
-                max_new_tokens=limit,
-                sampler=chosen.sampler,
-                stop_tokens=source.stop_tokens,
-                seed=args.seed,
-            )
-            for texts in rows:
-                if one:
-                    write(texts[0])
-    except KeyboardInterrupt:
-        decoding.stop = True
-    rests = [text.end() for text in decoding.texts]
-    if one:
-        write(rests[0] + "\n")
-    else:
-        for number, text in enumerate(decoding.texts, 1):
-            write(f"--- {number} of {args.samples}\n{given}{text.text}\n")
+        return compare(args, model, prompts[0].tokens, prompts[0].limit, capacity)
+    texts = [prompt for prompt in prompts for _ in range(args.samples)]
+    num_rows = min(args.rows or (_ROWS if args.prompts else args.samples), len(texts))
+    live = len(texts) == 1 and not args.json  # shown as it comes
+    runs: list[Run] = []
+    reasons: set[str] = set()
+    for begin in range(0, len(texts), num_rows):
+        batch = texts[begin : begin + num_rows]
+        decoding = Run([Text(source.tokenizer, prompt.tokens) for prompt in batch])
+        runs.append(decoding)
+        padding = [None] * (num_rows - len(batch))  # so that the last batch is no other program
+        key = jax.random.fold_in(jax.random.key(args.seed), begin) if begin else jax.random.key(args.seed)
+        if live:
+            write(printable(batch[0].text))
+        try:
+            with told():
+                steps = decoding.tokens(
+                    model,
+                    [*(prompt.tokens for prompt in batch), *padding],
+                    Cache.init(model.specs, num_rows, capacity),
+                    max_new_tokens=[*(prompt.limit for prompt in batch), *(1 for _ in padding)],
+                    sampler=chosen.sampler,
+                    stop_tokens=source.stop_tokens,
+                    key=key,
+                )
+                for new in steps:
+                    if live:
+                        write(new[0])
+        except KeyboardInterrupt:
+            decoding.stop = True
+        ended = ["running"] * len(batch) if decoding.result is None else decoding.result.reasons
+        told_reasons = [_reason(*pair, source) for pair in zip(ended, batch, strict=False)]
+        reasons |= set(told_reasons)
+        for number, (prompt, text, reason) in enumerate(zip(batch, decoding.texts, ended, strict=False), begin):
+            rest = text.end()
+            if live:
+                write(f"{rest}\n")
+            else:
+                _show(args, prompt, text, reason, number)
+        if decoding.stop:
+            break
     if not args.quiet:
-        reasons = sorted({"running"} if decoding.result is None else set(decoding.result.reasons))
-        ended = ", ".join(_reason(reason, source, shortened) for reason in reasons)
-        note(f"{decoding.speed()}; read {counted(len(prompt), 'token')}, wrote {decoding.num_tokens:,} ({ended})")
+        _report(runs, prompts, reasons)
         note(f"sampling: {chosen.text}")
-        note(describe_size(model.specs, args.samples, capacity))
-    return 130 if decoding.stop else 0
+        note(describe_size(model.specs, num_rows, capacity))
+    return 130 if runs[-1].stop else 0
 
 
-def _reason(reason: str, source: Source, shortened: bool) -> str:
-    if reason == "length" and shortened:
+def _show(args: argparse.Namespace, prompt: Prompt, text: Text, reason: str, number: int) -> None:
+    """Prints a text that has ended, so that it can be told from the next one."""
+    sample = number % args.samples + 1
+    if args.json:
+        place: dict[str, Any] = {} if prompt.line is None else {"line": prompt.line}
+        place |= {"sample": sample} if args.samples > 1 else {}
+        said = {"prompt": prompt.text, "text": text.text, "tokens": text.tokens, "reason": reason}
+        write(json.dumps(place | said, ensure_ascii=False) + "\n")
+        return
+    where = "" if prompt.line is None else f"line {prompt.line}"
+    which = f"{sample} of {args.samples}" if args.samples > 1 or not where else ""
+    write(f"--- {', '.join(filter(None, (where, which)))}\n{printable(prompt.text)}{text.text}\n")
+
+
+def _report(runs: list[Run], prompts: list[Prompt], reasons: set[str]) -> None:
+    read = sum(len(prompt.tokens) for prompt in prompts)
+    wrote = sum(run.num_tokens for run in runs)
+    ended = ", ".join(sorted(reasons))
+    note(runs[0].speed())
+    note(f"read {counted(read, 'token')}, wrote {wrote:,}: {ended}")
+
+
+def _reason(reason: str, prompt: Prompt, source: Source) -> str:
+    if reason == "length" and prompt.shortened:
         return f"up to the {source.context:,} tokens that the model was made for"
     return {
         "length": "as many as asked for",
         "stop": "up to an end of the text",
         "full": "until the cache was full; a larger --capacity holds more",
         "nan": "until the model's logits were NaN",
+        "inf": "until the model's logits were infinite",
         "running": "until Ctrl-C",
-    }[reason]
-
-
-def _read_prompt(given: str) -> str:
-    text = given
-    if given == "-":
-        if sys.stdin.isatty():
-            note("write what is to be continued, then Ctrl-D")
-        text = sys.stdin.buffer.read().decode(errors="replace").removesuffix("\n")
-    if not text:
-        raise UsageError('the prompt is empty; give some text to continue, for example: jaxkv generate "A list is"')
-    return clean(text)
-
-
-def _limit(args: argparse.Namespace, source: Source, num_tokens: int) -> tuple[int, bool]:
-    """Returns how many tokens may come, and whether the model sets the limit and nobody else."""
-    asked = args.max_new_tokens or source.generation.max_new_tokens or _MAX_NEW_TOKENS
-    if source.context is None:
-        return asked, False
-    left = source.context - num_tokens
-    if left < 1:
-        raise UsageError(
-            f"the prompt has {num_tokens:,} tokens, and the model was made for texts of {source.context:,} in all; "
-            "give a shorter one"
-        )
-    if args.max_new_tokens is not None and asked > left:
-        raise UsageError(
-            f"{counted(num_tokens, 'token')} of prompt and {asked:,} new ones are more than the "
-            f"{source.context:,} that the model was made for; give -n {left} or less"
-        )
-    return min(asked, left), asked > left
-
-
-def _capacity(args: argparse.Namespace, num_tokens: int, limit: int, context: int | None) -> int:
-    needed = num_tokens + limit
-    if args.capacity is None:
-        capacity = max(MIN_CAPACITY, 1 << (needed - 1).bit_length())
-        return capacity if context is None else min(capacity, context)
-    if num_tokens > args.capacity:
-        raise UsageError(
-            f"the prompt has {num_tokens:,} tokens and the cache holds {args.capacity:,}; give a shorter prompt, or "
-            f"--capacity {needed} (without the option it is as large as needed)"
-        )
-    return args.capacity
+    }.get(reason, reason)

@@ -16,23 +16,26 @@ import jax.numpy as jnp
 from jaxkv.cache.plan import plan_memory
 from jaxkv.cache.storage import Dense
 from jaxkv.cli.options import DTYPES
-from jaxkv.cli.source import Source, find, told
+from jaxkv.cli.run import check_capacity
+from jaxkv.cli.source import Source, default_dtype, find, told
 from jaxkv.cli.terminal import printable, write
 from jaxkv.models import Files, Tokenizer, tiny
 from jaxkv.safetensors import File
 from jaxkv.sizes import format_bytes
 
 _MOST = 1 << 30  # positions are int32
+_EXAMPLE = 4096  # tokens, if nobody says how many
 
 
 def run(args: argparse.Namespace) -> int:
     source = find(args.model, text=False)
+    check_capacity(args.capacity, source.context)
     with told():
         counts = _counts(source)
     specs = source.specs()
     facts = {
         "model": f"{source.name} ({source.family})" if source.directory else source.name,
-        "parameters": _parameters(counts),
+        "parameters": _parameters(source.num_params, counts),
         "layers": _layers(specs),
         "attention": _heads(source),
         "context": "not said" if source.context is None else f"made for texts of up to {source.context:,} tokens",
@@ -41,14 +44,21 @@ def run(args: argparse.Namespace) -> int:
     }
     for name, fact in facts.items():
         write(f"{name:<12} {fact}\n")
+    rows, capacity = args.rows, args.capacity or source.context or _EXAMPLE
     memory, where = free_memory() if args.memory is None else (args.memory, "given")
-    write(f"\n{_table(source, specs, sum(counts.values()), memory)}")
-    write(f"\nlongest: tokens of one text beside the parameters in {format_bytes(memory)} ({where})\n")
+    write(f"\n{_table(source, specs, source.num_params, memory, rows, capacity)}")
+    texts = "one text" if rows == 1 else f"each of {rows:,} texts"
+    write(f"\nlongest: tokens of {texts} beside the parameters in {format_bytes(memory)} ({where})\n")
+    dtype = default_dtype() or source.config.dtype.name
+    with told():
+        plan = plan_memory(_of(specs, dtype), rows, capacity)
+    write(f"\ncache for {texts.removeprefix('each of ')} of up to {capacity:,} tokens in {dtype}:\n")
+    write("".join(f"  {line}\n" for line in str(plan).splitlines()))
     return 0
 
 
 def _counts(source: Source) -> dict[str, int]:
-    """Returns how many parameters there are of each dtype, by the headers of the files."""
+    """Returns how many numbers of each dtype there are in the files, by their headers."""
     if source.directory is not None:
         return Files(source.directory).dtypes
     counts: dict[str, int] = {}
@@ -59,9 +69,9 @@ def _counts(source: Source) -> dict[str, int]:
     return counts
 
 
-def _parameters(counts: dict[str, int]) -> str:
+def _parameters(number: int, counts: dict[str, int]) -> str:
     parts = [f"{format_bytes(count * jnp.dtype(name).itemsize)} of {name}" for name, count in counts.items()]
-    return f"{sum(counts.values()):,}, {' and '.join(parts)}"
+    return f"{number:,}, {' and '.join(parts)}"
 
 
 def _layers(specs: Sequence[Any]) -> str:
@@ -93,33 +103,37 @@ def _tokenizer(source: Source) -> str:
     return f"{tokenizer.vocab_size:,} tokens, {chat}"
 
 
-def _table(source: Source, specs: Sequence[Any], num_params: int, memory: int) -> str:
-    example = source.context or 4096
-    rows: list[tuple[str, ...]] = [("dtype", "parameters", "cache per token", f"at {example:,} tokens", "longest")]
+def _table(source: Source, specs: Sequence[Any], num_params: int, memory: int, rows: int, capacity: int) -> str:
+    of = "" if rows == 1 else f", {rows:,} texts"
+    lines: list[tuple[str, ...]] = [
+        ("dtype", "parameters", "cache per token", f"at {capacity:,} tokens{of}", "longest")
+    ]
     for dtype in DTYPES:
-        specs = [dataclasses.replace(spec, k_storage=Dense(dtype), v_storage=Dense(dtype)) for spec in specs]
-        nbytes = num_params * jnp.dtype(dtype).itemsize
-        plan = plan_memory(specs, 1, example)
-        left = memory - nbytes
-        if left < 0:
-            longest = "too large"
-        elif source.context is not None and plan.nbytes <= left:
-            longest = f"all {example:,}"
+        nbytes, cached = num_params * jnp.dtype(dtype).itemsize, _of(specs, dtype)
+        with told():
+            plan = plan_memory(cached, rows, capacity)
+        longest = _longest(cached, rows, memory - nbytes, source.context or _MOST)
+        if memory < nbytes:
+            said = "too large"
         else:
-            longest = f"{_longest(specs, left, source.context or _MOST):,}"
-        rows.append(
-            (dtype, format_bytes(nbytes), format_bytes(plan.bytes_per_token), format_bytes(plan.nbytes), longest)
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "".join("   ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + "\n" for row in rows)
+            said = f"all {longest:,}" if longest == source.context else f"{longest:,}"
+        lines.append((dtype, format_bytes(nbytes), format_bytes(plan.bytes_per_token), format_bytes(plan.nbytes), said))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "".join(
+        "   ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + "\n" for line in lines
+    )
 
 
-def _longest(specs: Sequence[Any], memory: int, most: int) -> int:
+def _of(specs: Sequence[Any], dtype: str) -> list[Any]:
+    return [dataclasses.replace(spec, k_storage=Dense(dtype), v_storage=Dense(dtype)) for spec in specs]
+
+
+def _longest(specs: Sequence[Any], rows: int, memory: int, most: int) -> int:
     """Returns the largest capacity whose cache fits, 0 if none does."""
-    low, high = 0, most
+    low, high = most if plan_memory(specs, rows, most).nbytes <= memory else 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        if plan_memory(specs, 1, middle).nbytes <= memory:
+        if plan_memory(specs, rows, middle).nbytes <= memory:
             low = middle
         else:
             high = middle - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -12,8 +13,6 @@ from typing import Any
 from jaxkv.cli.options import UsageError
 from jaxkv.cli.terminal import counted, note, printable, progress_bar, write
 from jaxkv.memo import upkeep
-from jaxkv.memo.prune import prune
-from jaxkv.memo.record import NAMESPACE_BYTES
 from jaxkv.sizes import format_bytes
 
 _SHORT = 12  # characters of a namespace that are shown
@@ -53,15 +52,10 @@ def _list(args: argparse.Namespace) -> int:
 
 def _stat(args: argparse.Namespace) -> int:
     found = upkeep.survey(args.directory)
-    winnable = found.copies + found.damaged + found.strays
     facts = {
         "size": format_bytes(found.nbytes),
         "items": f"{found.items:,} of {counted(len(found.namespaces), 'namespace')}",
-        "segments": f"{found.segments:,}, {found.writers:,} being written to",
-        "replaced": format_bytes(found.copies),
-        "torn": format_bytes(found.damaged),
-        "left over": format_bytes(found.strays),
-        "can be won": f"{format_bytes(winnable)}{', by prune --damaged' if winnable else ''}",
+        "left over": f"{format_bytes(found.strays)}{', which prune --damaged removes' if found.strays else ''}",
     }
     for name, fact in facts.items():
         write(f"{name:<11} {fact}\n")
@@ -70,35 +64,33 @@ def _stat(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     with progress_bar("verify", show=sys.stderr.isatty()) as progress:
-        found = upkeep.verify(args.directory, progress)
-    for damage in found.damages[:_MOST_DAMAGES]:
-        whose = "" if damage.key is None else f", of namespace {damage.key[:NAMESPACE_BYTES].hex()[:_SHORT]}"
-        write(f"{printable(damage.path)}: at {damage.offset:,}: {damage.what}{whose}\n")
-    if len(found.damages) > _MOST_DAMAGES:
-        write(f"and {len(found.damages) - _MOST_DAMAGES:,} more\n")
-    write(f"{counted(found.records, 'record')} whole, {counted(len(found.damages), 'damaged place')}\n")
-    if found.damages:
+        whole, damages = upkeep.verify(args.directory, progress)
+    for damage in damages[:_MOST_DAMAGES]:
+        write(f"{printable(damage)}\n")
+    if len(damages) > _MOST_DAMAGES:
+        write(f"and {len(damages) - _MOST_DAMAGES:,} more\n")
+    write(f"{counted(whole, 'record')} whole, {counted(len(damages), 'damaged place')}\n")
+    if damages:
         note("damaged records count as misses and are computed again; prune --damaged frees their room")
-    return 1 if found.damages else 0
+    return 1 if damages else 0
 
 
 def _prune(args: argparse.Namespace) -> int:
     if args.to is None and not args.namespace and not args.damaged:
         raise UsageError("say what to remove: --to SIZE, --namespace NAME or --damaged")
-    known = [space.key for space in upkeep.survey(args.directory).namespaces] if args.namespace else []
-    names = [_meant(name, known) for name in args.namespace]
+    before = upkeep.survey(args.directory)
+    names = [_meant(name, [space.key for space in before.namespaces]) for name in args.namespace]
     with progress_bar("prune", show=sys.stderr.isatty()) as progress:
-        done = prune(args.directory, size=args.to, namespaces=names, damaged=args.damaged, progress=progress)
-    write(f"{format_bytes(done.before)} before, {format_bytes(done.after)} now; removed: {counted(done.items, 'item')}")
-    write(f", {counted(done.damaged, 'damaged place')}\n" if done.damaged else "\n")
-    if done.live:
-        note(f"left alone, because a program is writing to it: {counted(done.live, 'segment')}")
-    if args.to is None or done.after <= args.to:
+        items, damaged = upkeep.prune(args.directory, args.to, names, args.damaged, progress)
+    after = upkeep.survey(args.directory)
+    write(f"{format_bytes(before.nbytes)} before, {format_bytes(after.nbytes)} now; removed: {counted(items, 'item')}")
+    write(f", {counted(damaged, 'damaged place')}\n" if damaged else "\n")
+    if args.to is None or after.nbytes <= args.to:
         return 0
-    if done.after <= done.labels:
-        note(f"what says that this is a store, {format_bytes(done.labels)}, stays")
+    if not after.items and not after.strays:
+        note(f"the empty database, {format_bytes(after.nbytes)}, stays")
         return 0
-    cure = "run it again when those programs have ended" if done.live else "--damaged removes what is left over"
+    cure = "--damaged removes what is left over" if after.strays else "run it again when other programs have ended"
     note(f"this is more than {format_bytes(args.to)}; {cure}")
     return 1
 
@@ -133,9 +125,13 @@ def _date(used: int) -> str:
         return "?"
 
 
-def _told(about: dict[str, Any]) -> str:
-    """Returns what a namespace is, in one line; whoever wrote the file may have written anything."""
-    if not about:
+def _told(said: bytes | None) -> str:
+    """Returns what a namespace is, in one line; whoever wrote it may have written anything."""
+    try:
+        about = json.loads(said or b"")
+    except (TypeError, ValueError, RecursionError):
+        about = {}
+    if not about or not isinstance(about, dict):
         return "not described"
     version = f", version {about['version']}" if about.get("version") is not None else ""
     sides = " -> ".join(_arrays(about.get(side)) for side in ("inputs", "outputs"))

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
+import os
 import platform
 import textwrap
+from collections.abc import Callable
 from typing import Any, NoReturn
 
+from jaxkv import __version__
 from jaxkv.sizes import parse_bytes
 
 MIN_CAPACITY = 1024  # a power of two, so that most calls share their compiled programs
 DTYPES = ("float32", "bfloat16", "float16")
-SAMPLING = ("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty")
+_MOST_TOKENS = 1 << 30  # of a sequence: positions are int32
+_MOST_SEED = (1 << 32) - 1  # JAX reads 32 bits
+
+# What may be typed at one's turn in `jaxkv chat`: (command, what it does).
+COMMANDS = (
+    ("/help", "show these commands"),
+    ("/undo", "forget the last exchange"),
+    ("/reset", "forget everything but the system message"),
+    ("/save FILE", "write the conversation to a file, as JSON"),
+    ("/load FILE", "go on with a conversation from a file"),
+    ("/quit", "end; so do Ctrl-D, and Ctrl-C twice"),
+)
 
 
 class UsageError(Exception):
@@ -30,6 +45,22 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"jaxkv: error: {message}; see {self.prog} --help\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        words = [word for word in rest if not word.startswith("-")]
+        only_words = bool(rest) and words == rest
+        if only_words and found.command == "chat":
+            start = "chat takes no text here: start it and then write"
+            self.exit(2, f"jaxkv: error: {start}; a checkpoint goes after --model: --model {words[0]}\n")
+        if only_words and found.command == "generate":
+            if found.model is None and os.path.isdir(found.prompt):
+                self.exit(2, f"jaxkv: error: a checkpoint goes after --model: --model {found.prompt}\n")
+            prompt = " ".join([found.prompt, *words])
+            self.exit(2, f'jaxkv: error: the prompt is more than one word: put it in quotes, "{prompt}"\n')
+        if rest:
+            self.exit(2, f"jaxkv: error: {' '.join(rest)} is not known; see jaxkv {found.command} --help\n")
+        return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,6 +107,7 @@ examples:
   jaxkv generate "A list is" --samples 4 --top-p 0.9    four texts, decoded together in one cache
   echo "An iterator" | jaxkv generate -q                prompt from standard input, no report
   jaxkv generate "A list is" --compare                  what the cache saves
+  jaxkv generate --prompts prompts.txt --json > out.jsonl   one prompt a line, one JSON object a text
   jaxkv generate --model Qwen3-0.6B "Once"              with a checkpoint, as its makers want it sampled""",
     )
     command.set_defaults(command="generate")
@@ -83,12 +115,17 @@ examples:
     add(
         "prompt",
         nargs="?",
-        default="-",
         metavar="PROMPT",
         help="what to continue; standard input if it is - or left out",
     )
     _add_decoding(command, "200", f"what is needed, at least {MIN_CAPACITY:,}")
-    add("--samples", type=_count, default=1, metavar="N", help="how many texts, decoded together (default: 1)")
+    add("--samples", type=_count, default=1, metavar="N", help="how many texts of each prompt (default: 1)")
+    prompts_help = "continue each line of this file, or of standard input for -; empty lines are left out"
+    add("--prompts", metavar="FILE", help=prompts_help)
+    rows_help = "how many texts are decoded at once (default: all samples of one prompt, 8 with --prompts)"
+    add("--rows", type=_count, metavar="N", help=rows_help)
+    json_help = "print one JSON object for each text: line (with --prompts), prompt, text, tokens, reason"
+    add("--json", action="store_true", help=json_help)
     add(
         "--compare",
         action="store_true",
@@ -104,14 +141,13 @@ def _add_chat(commands: Any) -> None:
         help="write a text in turns with the model",
         description="You write a line, the model answers if its checkpoint has a chat template, else it continues the "
         "text. All of it stays in the cache, so only what is new is read; a note after each turn says how many tokens "
-        "did not have to be read again. When the cache is full, the oldest part is forgotten. (The model that comes "
-        "with jaxkv continues text; nobody taught it to answer.)",
-        epilog="""\
+        "the cache saved. When the cache is full, the oldest part is forgotten. (The model that comes with jaxkv "
+        "continues text; nobody taught it to answer.)",
+        epilog=f"""\
 at your turn:
-  /reset    forget everything
-  /quit     end; so do Ctrl-D and Ctrl-C
+{describe_commands()}
 at the model's turn:
-  Ctrl-C    stop it; what it wrote stays""",
+  Ctrl-C        stop it; what it wrote stays""",
     )
     command.set_defaults(command="chat")
     _add_decoding(
@@ -129,13 +165,18 @@ def _add_info(commands: Any) -> None:
         "and what they see, bytes of cache per token, and the longest text that fits into memory. Reads no weights.",
         epilog="""\
 examples:
-  jaxkv info                                the model that comes with jaxkv
-  jaxkv info Qwen3-0.6B --memory 8GB        on another machine""",
+  jaxkv info                                         the model that comes with jaxkv
+  jaxkv info Qwen3-0.6B --memory 8GB                 on another machine
+  jaxkv info Qwen3-0.6B --rows 16 --capacity 4096    16 texts at once, of up to 4,096 tokens""",
     )
     command.set_defaults(command="info")
     command.add_argument("model", nargs="?", metavar="DIR", help="directory of a checkpoint")
     memory_help = "how much there is for parameters and cache (default: what is free here)"
     command.add_argument("--memory", type=_size, metavar="SIZE", help=memory_help)
+    rows_help = "how many texts the cache is to hold at once (default: 1)"
+    command.add_argument("--rows", type=_count, default=1, metavar="N", help=rows_help)
+    capacity_help = "tokens of each text (default: as many as the model was made for)"
+    command.add_argument("--capacity", type=_tokens, metavar="N", help=capacity_help)
 
 
 def _add_memo(commands: Any) -> None:
@@ -143,7 +184,7 @@ def _add_memo(commands: Any) -> None:
         "memo",
         help="look at what a memo keeps on disk, check it, shrink it",
         description="Looks at a directory that a memo keeps its outputs in (disk=), checks it, or shrinks it. Programs "
-        "may be using it meanwhile: what they are writing to is left alone.",
+        "may be using it meanwhile.",
         epilog="""\
 examples:
   jaxkv memo ls features                     the functions whose outputs are there
@@ -171,8 +212,7 @@ examples:
     add_action(
         "stat",
         "say how much there is",
-        "Says how many bytes, items and segments there are, how many processes are writing, what is damaged, and what "
-        "prune could win. Reads no payloads.",
+        "Says how many bytes and items there are, and how many bytes belong to nothing. Reads no payloads.",
         "  jaxkv memo stat features",
     )
     add_action(
@@ -185,13 +225,13 @@ examples:
     prune = add_action(
         "prune",
         "shrink it",
-        "Removes what is asked for, and copies that others have replaced. What stays is in new files on the disk "
-        "before the old ones go: ended in between, nothing is lost. It takes room for one segment more meanwhile.",
+        "Removes what is asked for, some records at a time, so that programs that use it need not wait: ended in "
+        "between, what is left is whole.",
         """\
   jaxkv memo prune features --to 20GiB             what was used least recently goes
   jaxkv memo prune features --to 0                 everything goes
   jaxkv memo prune features --namespace 3f2a91c0   all outputs of one function
-  jaxkv memo prune features --damaged              only what is damaged, torn or belongs to nothing""",
+  jaxkv memo prune features --damaged              only what is damaged or belongs to nothing""",
     )
     prune.add_argument("--to", type=_size_or_0, metavar="SIZE", help="at most so much stays, such as 20GiB, or 0")
     namespace_help = "remove this namespace (its first characters suffice); may be given several times"
@@ -206,16 +246,13 @@ def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: str, capacit
     dtype_help = "of parameters, computation and cache (default: float32 on a CPU, else the checkpoint's own)"
     add("--dtype", choices=DTYPES, help=dtype_help)
     length_help = f"at most this many new tokens (default: what generation_config.json says, else {max_new_tokens})"
-    add("-n", "--max-new-tokens", type=_count, metavar="N", help=length_help)
-    add("--temperature", type=float, metavar="T", help="below 1 more predictable, above 1 less")
-    add("--top-k", type=int, metavar="K", help="choose among the K most probable tokens")
-    add("--top-p", type=float, metavar="P", help="choose among the fewest tokens that together have probability P")
-    add("--min-p", type=float, metavar="P", help="leave out tokens less probable than P times the most probable one")
-    add("--repetition-penalty", type=float, metavar="R", help="above 1: tokens that have occurred become less probable")
+    add("-n", "--max-new-tokens", type=_tokens, metavar="N", help=length_help)
+    for name, (kind, metavar, help) in SAMPLING.items():
+        add(option(name), type=kind, metavar=metavar, help=help)
     add("--greedy", action="store_true", help="always the most probable token")
-    add("--seed", type=int, default=0, metavar="N", help="another seed gives another text (default: 0)")
+    add("--seed", type=_seed, default=0, metavar="N", help="another seed gives another text (default: 0)")
     capacity_help = f"tokens that the cache can hold (default: {capacity}, but no more than the model was made for)"
-    add("--capacity", type=_count, metavar="N", help=capacity_help)
+    add("--capacity", type=_tokens, metavar="N", help=capacity_help)
 
 
 def _size(text: str) -> int:
@@ -229,18 +266,64 @@ def _size_or_0(text: str) -> int:
     return 0 if text.strip() == "0" else _size(text)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a count; give 1 or more")
-    return int(text)
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give one such as 0.8")
+    return number
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; give one such as 40") from None
+
+
+def _between(least: int, most: int | None, what: str) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        number = int(text) if text.isdecimal() and len(text) < 20 else -1
+        if number < least or (most is not None and number > most):
+            possible = f"{least:,} or more" if most is None else f"a whole number from {least:,} to {most:,}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}; give {possible}")
+        return number
+
+    return read
+
+
+_count = _between(1, None, "a count")
+_tokens = _between(1, _MOST_TOKENS, "a number of tokens")
+_seed = _between(0, _MOST_SEED, "a seed")
+
+# What makes a sampler: the argument of jaxkv.sampling.sampler and so the name of the option, its kind, and its help.
+SAMPLING: dict[str, tuple[Callable[[str], Any], str, str]] = {
+    "temperature": (_number, "T", "below 1 more predictable, above 1 less"),
+    "top_k": (_whole, "K", "choose among the K most probable tokens"),
+    "top_p": (_number, "P", "choose among the fewest tokens that together have probability P"),
+    "min_p": (_number, "P", "leave out tokens less probable than P times the most probable one"),
+    "repetition_penalty": (_number, "R", "above 1: tokens that have occurred become less probable"),
+    "frequency_penalty": (_number, "A", "above 0: the more often a token was written, the less probable it becomes"),
+    "presence_penalty": (_number, "A", "above 0: tokens that were written become less probable"),
+    "no_repeat_ngram_size": (_whole, "N", "no N tokens stand in the text twice in the same order"),
+    "min_new_tokens": (_whole, "N", "the text does not end before it has N new tokens"),
+}
+DRAWING = ("temperature", "top_k", "top_p", "min_p")  # what greedy decoding has no use for
+
+
+def option(name: str) -> str:
+    """Returns the option of an argument."""
+    return f"--{name.replace('_', '-')}"
+
+
+def describe_commands() -> str:
+    return "\n".join(f"  {command:<12}  {what}" for command, what in COMMANDS)
 
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        try:
-            jaxkv = importlib.metadata.version("jaxkv")
-        except importlib.metadata.PackageNotFoundError:
-            jaxkv = "(a checkout that was never installed)"
         jax, flax = importlib.metadata.version("jax"), importlib.metadata.version("flax")
-        print(f"jaxkv {jaxkv} (jax {jax}, flax {flax}, Python {platform.python_version()})")
+        print(f"jaxkv {__version__} (jax {jax}, flax {flax}, Python {platform.python_version()})")
         parser.exit()

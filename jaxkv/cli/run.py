@@ -15,7 +15,7 @@ import jax
 
 from jaxkv.cache.plan import plan_memory
 from jaxkv.cache.spec import EMPTY
-from jaxkv.cli.options import SAMPLING, UsageError
+from jaxkv.cli.options import DRAWING, SAMPLING, Failure, UsageError, option
 from jaxkv.cli.terminal import Text, note
 from jaxkv.generate import sampling, stream
 from jaxkv.sizes import format_bytes
@@ -46,55 +46,56 @@ class Sampling:
     text: str
 
 
-def choose_sampling(args: argparse.Namespace, generation: Any, said_in: str) -> Sampling:
+def choose_sampling(args: argparse.Namespace, generation: Any, stop_tokens: Sequence[int], said_in: str) -> Sampling:
     """Returns what the options say, and where they say nothing what the model's makers do.
 
     One option that is about drawing lets a model draw that would be greedy.
     """
-    given = {name: getattr(args, name) for name in _names() if getattr(args, name) is not None}
-    drawing = set(given) - {"repetition_penalty"}
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    drawing = sorted(set(given) & set(DRAWING))
     if args.greedy and drawing:
-        options = " and ".join(sorted(_option(name) for name in drawing))
-        raise UsageError(f"--greedy takes the most probable token; leave out {options}")
+        names = " and ".join(map(option, drawing))
+        raise UsageError(f"--greedy takes the most probable token; leave out {names}")
+    for name, value in given.items():
+        try:
+            sampling.sampler(**{name: value, "stop_tokens": stop_tokens})
+        except ValueError as error:
+            raise UsageError(f"argument {option(name)}: {str(error).partition(': ')[2]}") from error
     told = generation.sampling
     if args.greedy:
-        given["temperature"], told = 0, {"repetition_penalty": generation.repetition_penalty}
+        told = {name: value for name, value in told.items() if name not in DRAWING} | {"temperature": 0}
     elif drawing and generation.greedy:
         told = dataclasses.replace(generation, greedy=False).sampling
     numbers = {name: value for name, value in (told | given).items() if value is not None}
     try:
-        sampler = sampling.sampler(**numbers)
+        sampler = sampling.sampler(**{"stop_tokens": stop_tokens, **numbers})
     except ValueError as error:
-        raise UsageError(error) from error
+        raise Failure(f"{said_in}: {error}") from error
     greedy = numbers.get("temperature") == 0
     parts: dict[str, list[str]] = {}
     for name, value in {"temperature": 1, **numbers}.items():
-        if greedy and name not in ("temperature", "repetition_penalty"):
+        if name == "stop_tokens" or (greedy and name in DRAWING and name != "temperature"):
             continue
-        what = "greedy" if greedy and name == "temperature" else f"{name.replace('_', ' ')} {value:g}"
+        if name == "temperature" and greedy:
+            where = "as asked" if args.greedy or name in given else said_in
+            parts.setdefault(where, []).append("greedy")
+            continue
+        number = f" {value:g}" if isinstance(value, int | float) else ""
         where = "as asked" if name in given else said_in if name in numbers else "the default"
-        parts.setdefault(where, []).append(what)
+        parts.setdefault(where, []).append(f"{name.replace('_', ' ')}{number}")
     return Sampling(sampler, "; ".join(f"{', '.join(what)} ({where})" for where, what in parts.items()))
 
 
 def sampling_options(args: argparse.Namespace) -> list[str]:
     """Returns the options for sampling that were given."""
-    return [_option(name) for name in _names() if getattr(args, name) is not None]
-
-
-def _names() -> list[str]:
-    return [option[2:].replace("-", "_") for option in SAMPLING]
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return [option(name) for name in SAMPLING if getattr(args, name) is not None]
 
 
 def check_capacity(capacity: int | None, context: int | None) -> None:
     if capacity is not None and context is not None and capacity > context:
         raise UsageError(
-            f"--capacity {capacity} is beyond the {context:,} tokens that the model was made for; leave it out, or "
-            f"give at most {context}"
+            f"argument --capacity: {capacity:,} is beyond the {context:,} tokens that the model was made for; leave it "
+            f"out, or give at most {context}"
         )
 
 
@@ -109,7 +110,7 @@ class Run:
     """One run of the compiled loop: its texts, and when its tokens came.
 
     Args:
-      texts: one per row, to be continued.
+      texts: one per row, to be continued; rows behind them have no prompt.
 
     Attributes:
       texts: what each row has got.
@@ -128,37 +129,31 @@ class Run:
     def tokens(
         self,
         model: Any,
-        prompts: list[list[int]],
+        prompts: Sequence[list[int] | None],
         cache: Any,
         *,
-        max_new_tokens: int,
+        max_new_tokens: Any,
         sampler: Any,
         stop_tokens: Sequence[int],
-        seed: int,
+        key: Any,
     ) -> Iterator[list[str]]:
-        """Yields what each row has got by one more step, as text."""
+        """Yields what each row has got by one more step, as text; `result` is what became of it, however it ends."""
+        silent = {EMPTY, *stop_tokens}
         with self._watching_jax():
             self._begin = time.perf_counter()
-            steps = stream(
-                model.forward,
-                model.params,
-                prompts,
-                cache,
-                max_new_tokens=max_new_tokens,
-                sampler=sampler,
-                stop_tokens=stop_tokens,
-                key=jax.random.key(seed),
-            )
-            silent = {EMPTY, *stop_tokens}
-            for step in steps:
-                self._last = time.perf_counter()
-                rows = [[] if token in silent else [int(token)] for token in step]
-                if not self._first:
-                    self._first, self._with_first = self._last, sum(map(len, rows))
-                yield [text.take(row) for text, row in zip(self.texts, rows, strict=True)]
-                if self.stop:
-                    break
-            self.result = steps.result
+            options = {"max_new_tokens": max_new_tokens, "sampler": sampler, "stop_tokens": stop_tokens, "key": key}
+            steps = stream(model.forward, model.params, prompts, cache, **options)
+            try:
+                for step in steps:
+                    self._last = time.perf_counter()
+                    rows = [[] if token in silent else [int(token)] for token in step]
+                    if not self._first:
+                        self._first, self._with_first = self._last, sum(map(len, rows))
+                    yield [text.take(row) for text, row in zip(self.texts, rows, strict=False)]
+                    if self.stop:
+                        break
+            finally:
+                self.result = steps.result
 
     @contextlib.contextmanager
     def _watching_jax(self) -> Iterator[None]:
@@ -174,16 +169,27 @@ class Run:
             jax.monitoring.unregister_event_duration_listener(listen)
 
     def speed(self) -> str:
-        """Returns how long the first token took, and how many came per second after it."""
+        """Returns how long the first token took, what of that was spent on programs, and how many came per second."""
         if not self._first:
             return "no token came"
+        first = self._first - self._begin
+        speed = f"first token after {first:.2f} s ({self.preparing:.2f} s of it preparing programs)"
+        more = self.num_tokens - self._with_first
+        return speed + (f", then {_rate(more / (self._last - self._first))} tokens/s" if more else "")
+
+    @property
+    def preparing(self) -> float:
+        """How many seconds before the first token went into tracing, compiling or fetching programs."""
         preparing, until = 0.0, self._begin
         for begin, end in sorted(self._preparing):  # one may lie inside another
             preparing += max(0.0, min(end, self._first) - max(begin, until))
             until = max(until, end)
-        speed = f"first token after {self._first - self._begin:.2f} s ({preparing:.2f} s of it preparing programs)"
-        more = self.num_tokens - self._with_first
-        return speed + (f", then {_rate(more / (self._last - self._first))} tokens/s" if more else "")
+        return preparing
+
+    @property
+    def seconds(self) -> float:
+        """How long it took, from the beginning to the last token."""
+        return max(self._last - self._begin, 0.0)
 
     @property
     def num_tokens(self) -> int:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import re
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jaxkv.cli.options import Failure, UsageError
 from jaxkv.cli.run import keep_compiled_programs
@@ -28,7 +29,8 @@ from jaxkv.models import (
     read_config,
     tiny,
 )
-from jaxkv.models.checkpoint import context_of
+from jaxkv.models.config import context_of
+from jaxkv.models.files import config_path
 from jaxkv.models.model import abstract
 from jaxkv.nn.nnx import functional, fuse
 
@@ -75,13 +77,42 @@ class Source:
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """Tokens that end a text, as far as the model knows them."""
-        return tuple(token for token in self.generation.stop_tokens if token < self.config.vocab_size)
+        return self._known(self.generation.stop_tokens)
+
+    @property
+    def ends_of_turn(self) -> tuple[int, ...]:
+        """Tokens that end an answer: `stop_tokens`, and what the tokenizer writes behind one."""
+        return self._known((*self.generation.stop_tokens, *self.tokenizer.stop_tokens))
+
+    def _known(self, tokens: Iterable[int]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(token for token in tokens if token < self.config.vocab_size))
+
+    def known(self, tokens: list[int]) -> list[int]:
+        """Returns tokens of the tokenizer, all of which the model knows.
+
+        Raises:
+          Failure: if it does not.
+        """
+        if tokens and max(tokens) >= self.config.vocab_size:
+            raise Failure(
+                f"the tokenizer makes token {max(tokens):,} of this text, and the model knows "
+                f"{self.config.vocab_size:,}; its tokenizer.json belongs to another model"
+            )
+        return tokens
+
+    @functools.cached_property
+    def module(self) -> Any:
+        """The module of the model; no weights are read."""
+        return self.shipped.module if self.shipped else abstract(FAMILIES[self.family].module, self.config)
+
+    @property
+    def num_params(self) -> int:
+        """How many parameters it has."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(self.module)))
 
     def specs(self) -> list[Any]:
-        """Returns what a cache must keep, layer by layer; no weights are read."""
-        if self.shipped is not None:
-            return list(self.shipped.specs)
-        return abstract(FAMILIES[self.family].module, self.config).specs()
+        """Returns what a cache must keep, layer by layer."""
+        return list(self.module.specs())
 
     def load(self, dtype: str | None, num_tokens: int, *, quiet: bool) -> Model:
         """Returns the model, its weights laid out for decoding where that is faster.
@@ -125,19 +156,19 @@ def find(given: str | None, *, text: bool = True) -> Source:
       text: whether only a model that continues text will do.
 
     Raises:
-      UsageError: if it is no directory, or a model that will not do.
+      UsageError: if it is not a directory, or a model that will not do.
       Failure: if something in it is missing, can't be read, or is not computed here.
     """
     if given is None:
         model = tiny.load()
         return Source(_SHIPPED, "bytes", model.config, model.context, model.generation, None, model)
     directory = Path(given).expanduser()
-    if not directory.is_dir():
-        raise UsageError(_no_directory(given, directory))
-    if not (directory / "config.json").is_file():
-        raise Failure(_no_checkpoint(given, directory))
     with told():
-        family, config, parsed = read_config(directory)
+        try:
+            path = config_path(given)
+        except FileNotFoundError as error:
+            raise (Failure if directory.is_dir() else UsageError)(error) from error
+        family, config, parsed = read_config(path)
         if text and not isinstance(config, DecoderConfig):
             raise UsageError(
                 f"{given} is a {family} model: it reads audio, and the command text; in Python "
@@ -154,24 +185,3 @@ def told() -> Iterator[None]:
         yield
     except (ValueError, ImportError) as error:
         raise Failure(error) from error
-
-
-def _no_directory(given: str, directory: Path) -> str:
-    if directory.exists():
-        return f"{given} is a file; give the directory that holds it, with its config.json"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", given):
-        name = given.split("/")[1]
-        return (
-            f"{given} is no directory here; if it is a model of the Hugging Face hub, fetch it first: "
-            f"hf download {given} --local-dir {name}; then give {name} instead"
-        )
-    return f"{given} is no directory; give one that holds a checkpoint: config.json, model.safetensors, tokenizer.json"
-
-
-def _no_checkpoint(given: str, directory: Path) -> str:
-    snapshots = sorted((directory / "snapshots").glob("*/config.json"))
-    if snapshots:
-        return f"{given} is a folder of the hub's cache; the checkpoint lies in {snapshots[-1].parent}"
-    return (
-        f"{given} has no config.json; give a directory as Hugging Face publishes them: hf download NAME --local-dir DIR"
-    )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 # Control characters: a model may write what commands a terminal.
 _UNPRINTABLE = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+_COLORS = {"own": "1;36", "note": "2"}  # bold cyan, dim
+_PLAIN = "\033[0m"
 
 
 def write(text: str) -> None:
@@ -16,7 +21,58 @@ def write(text: str) -> None:
 
 
 def note(text: str) -> None:
-    print(f"jaxkv: {text}", file=sys.stderr, flush=True)
+    begin = color("note", sys.stderr)
+    print(f"{begin}jaxkv: {text}{_PLAIN if begin else ''}", file=sys.stderr, flush=True)
+
+
+def complain(text: str) -> None:
+    print(f"jaxkv: error: {text}", file=sys.stderr, flush=True)
+
+
+def said_of(error: Exception) -> str:
+    """Returns what an error says; of a file, its name and what is wrong with it, without a number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error)
+
+
+def color(what: str, stream: TextIO) -> str:
+    """Returns what begins a color; nothing where no terminal shows colors, or where NO_COLOR asks for none."""
+    shows = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
+    return f"\033[{_COLORS[what]}m" if shows else ""
+
+
+def ask(prompt: str) -> str | None:
+    """Returns the line that is typed, or that comes from a pipe, without its end; None at the end of the input.
+
+    Raises:
+      KeyboardInterrupt: at Ctrl-C, unless something was typed, which it wipes away.
+    """
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    editor: Any = None
+    with contextlib.suppress(ImportError):
+        import readline as editor  # input() edits lines by it
+    begin = color("own", sys.stdout)
+    if begin and editor is not None:
+        prompt = f"\001{begin}\002{prompt}"  # between 1 and 2: takes no room on the line
+    elif begin:
+        prompt = begin + prompt
+    while True:
+        try:
+            return input(prompt)
+        except EOFError:
+            write("\n")
+            return None
+        except KeyboardInterrupt:
+            typed = editor is not None and editor.get_line_buffer()
+            write("\n")
+            if not typed:
+                raise
+        finally:
+            if begin:
+                write(_PLAIN)
 
 
 @contextlib.contextmanager

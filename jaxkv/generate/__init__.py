@@ -1,6 +1,8 @@
 """Generation: compiled loops over a model that is passed in as a function. Imports no model."""
 
-from jaxkv.generate.loop import Generation as Generation
-from jaxkv.generate.loop import Stream as Stream
-from jaxkv.generate.loop import generate as generate
-from jaxkv.generate.loop import stream as stream
+from jaxkv.generate.generation import Generation as Generation
+from jaxkv.generate.reading import prefill as prefill
+from jaxkv.generate.reading import score as score
+from jaxkv.generate.stream import Stream as Stream
+from jaxkv.generate.stream import generate as generate
+from jaxkv.generate.stream import stream as stream

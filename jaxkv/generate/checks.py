@@ -1,18 +1,23 @@
-"""What `generate` and `stream` check on the host before anything is touched."""
+"""What is checked on the host before anything is touched, and what is said when a compiled program fails."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import operator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.cache.arguments import integers
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY
 from jaxkv.errors import CacheError
+from jaxkv.generate.history import History
+from jaxkv.meshes import beside
+from jaxkv.tracing import is_tracing
 
 _CURE = (
     "forward must return the cache that begin returned, with its layers put back: cache, step = "
@@ -20,13 +25,24 @@ _CURE = (
 )
 
 
-def check_cache(cache: Any) -> None:
+_NOWHERE = -2  # equal to no token, and not to EMPTY
+
+
+def check_call(forward: Any, params: Any, prompts: Any, cache: Any) -> tuple[Cache, list[np.ndarray], np.ndarray, int]:
+    """Returns the cache in JAX's arrays, the checked prompts, what each row holds [B], and the vocabulary's size."""
+    if is_tracing():
+        raise ValueError(
+            "generate, stream, prefill and score run on the host: they compile their own programs, and can't be called "
+            "under jit, vmap, grad or another transform of JAX. Call them outside; many prompts are the rows of one "
+            "cache, not a vmap"
+        )
     if not isinstance(cache, Cache):
         raise ValueError(f"cache is a {type(cache).__name__}; give a jaxkv.Cache, from Cache.init or result.cache")
-    leaves = jax.tree.leaves(cache)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        raise ValueError("generate and stream run on the host; call them outside jit (they compile their own loop)")
-    check_alive(leaves)
+    check_alive(jax.tree.leaves(cache))
+    cache = beside(params, jax.tree.map(jnp.asarray, cache))
+    held = np.array(cache.lengths)
+    vocab_size = check_forward(forward, params, cache)
+    return cache, check_prompts(prompts, held, cache.capacity, vocab_size), held, vocab_size
 
 
 def check_alive(leaves: Any) -> None:
@@ -37,8 +53,31 @@ def check_alive(leaves: Any) -> None:
         )
 
 
+@contextlib.contextmanager
+def failures_told(doing: str) -> Iterator[None]:
+    """Turns the failure of a compiled program that the cache was donated to into a CacheError that says so."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise CacheError(
+            f"{doing} failed: {cause_of(error)}. The cache was donated to it and is lost: make a new one with "
+            "Cache.init"
+        ) from error
+
+
+def cause_of(error: BaseException) -> str:
+    """Returns what an error says, in one line: of a traceback as text, which JAX makes of others' errors, the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 def check_forward(forward: Any, params: Any, cache: Cache) -> int:
     """Returns the size of the vocabulary, from the shape of the logits."""
+    if type(forward).__name__ == "Model" and type(forward).__module__.startswith("jaxkv.models."):
+        raise ValueError(
+            "forward is a jaxkv.models.Model; call model.generate(prompts), or give its parts: "
+            "generate(model.forward, model.params, prompts, cache)"
+        )
     flavor = _flax_flavor(forward)
     if flavor is not None:
         cure = {
@@ -60,8 +99,11 @@ def check_forward(forward: Any, params: Any, cache: Cache) -> int:
     one = np.zeros((cache.num_rows, 1), np.int32)
     out = _forward.eval_shape(forward, params, one, one, cache)
     if not isinstance(out, tuple) or len(out) != 2:
-        raise ValueError(f"forward returned {type(out).__name__}; it must return (logits, cache)")
+        what = f"an array {list(out.shape)}" if hasattr(out, "shape") else f"a {type(out).__name__}"
+        raise ValueError(f"forward returned {what}; it must return (logits, cache)")
     logits, after = out
+    if isinstance(logits, Cache):
+        raise ValueError("forward returned the cache first; it must return (logits, cache), in this order")
     shape = getattr(logits, "shape", None)
     if shape is None or len(shape) != 3 or shape[:2] != one.shape:
         raise ValueError(f"forward returned logits {shape} for tokens {one.shape}; they must be [B, T, V]")
@@ -147,26 +189,60 @@ def check_prompts(prompts: Any, held: np.ndarray, capacity: int, vocab_size: int
     return checked
 
 
-def check_max_new_tokens(value: Any) -> int:
+def check_max_new_tokens(value: Any, num_rows: int) -> np.ndarray:
+    """Returns int32 [B], most new tokens of each row."""
     try:
-        value = operator.index(value)
-    except TypeError:
-        raise ValueError(f"max_new_tokens is {value!r}; give a whole number, 1 or more") from None
-    if value < 1:
-        raise ValueError(f"max_new_tokens is {value}; it must be 1 or more")
-    return value
+        most = np.asarray(integers("max_new_tokens", value))
+    except ValueError:
+        raise ValueError(f"max_new_tokens is {value!r}; give a whole number, 1 or more, or one per row") from None
+    if most.ndim == 1 and most.size != num_rows:
+        raise ValueError(
+            f"max_new_tokens has {most.size} numbers for a cache of {num_rows} rows; give one, or one per row"
+        )
+    if most.ndim > 1:
+        raise ValueError(f"max_new_tokens is {value!r}; give a whole number, 1 or more, or one per row")
+    if (most < 1).any():
+        raise ValueError(f"max_new_tokens is {value!r}; it must be 1 or more")
+    return np.broadcast_to(most, (num_rows,))
 
 
 def check_stop_tokens(stop_tokens: Any, vocab_size: int) -> np.ndarray:
-    """Returns int32 [S], padded with EMPTY to a power of two, so that few lengths are compiled."""
-    tokens = np.atleast_1d(np.asarray(stop_tokens))
-    if tokens.size == 0:
-        tokens = tokens.astype(np.int32)
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"stop_tokens is {stop_tokens!r}; give whole token numbers, for instance stop_tokens=[0]")
-    _check_tokens("stop_tokens", tokens, vocab_size)
-    size = max(8, 1 << (tokens.size - 1).bit_length()) if tokens.size else 8
-    return np.pad(tokens.astype(np.int32), (0, size - tokens.size), constant_values=EMPTY)
+    """Returns int32 [S, L], a token or sequence of tokens a line, as `loop.decode` takes them.
+
+    Padded to powers of two, so that few shapes are compiled.
+    """
+    lines = stop_sequences(stop_tokens)
+    for line in lines:
+        _check_tokens("stop_tokens", line, vocab_size)
+    longest = max((line.size for line in lines), default=1)
+    shape = max(8, _power_of_two(len(lines))), _power_of_two(longest)
+    table = np.full(shape, _NOWHERE, np.int32)
+    for i, line in enumerate(lines):
+        table[i] = np.pad(line, (shape[1] - line.size, 0), constant_values=EMPTY)
+    return table
+
+
+def stop_sequences(stop_tokens: Any) -> list[np.ndarray]:
+    """Returns stop tokens, one or several, and sequences among them, as sequences.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    try:
+        lines = [np.atleast_1d(np.asarray(stop)) for stop in stop_tokens]
+    except (TypeError, ValueError):  # one number; or a sequence of sequences
+        lines = [np.asarray([stop_tokens])]
+    if not all(line.ndim == 1 and line.size and np.issubdtype(line.dtype, np.integer) for line in lines):
+        raise ValueError(
+            f"stop_tokens is {stop_tokens!r}; give whole token numbers, for instance stop_tokens=[0], or sequences of "
+            "them, stop_tokens=[0, [13, 10]]"
+        )
+    return lines
+
+
+def _power_of_two(n: int) -> int:
+    """Returns the smallest one that is n or more."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def _check_tokens(what: str, tokens: np.ndarray, vocab_size: int) -> None:
@@ -178,7 +254,7 @@ def _check_tokens(what: str, tokens: np.ndarray, vocab_size: int) -> None:
         )
 
 
-def check_sampler(sampler: Any, key: Any) -> Any:
+def check_sampler(sampler: Any, key: Any, vocab_size: int) -> Any:
     """Returns the key as a typed one; None for samplers that don't need one."""
     if isinstance(sampler, type):
         raise ValueError(f"sampler is the class {sampler.__name__}; give an instance of it, like Temperature(0.8)")
@@ -190,7 +266,8 @@ def check_sampler(sampler: Any, key: Any) -> Any:
         ) from None
     if not callable(sampler):
         raise ValueError(f"sampler is {sampler!r}; give one of jaxkv.sampling, or a function sample(key, logits)")
-    if not getattr(sampler, "needs_key", True):
+    needs_key = getattr(sampler, "needs_key", None)  # None: a function of the user's own, which nobody knows
+    if needs_key is False or (needs_key is None and key is None and _works_without_key(sampler, vocab_size)):
         return None
     if key is None:
         raise ValueError(f"sampler {sampler} draws at random but no key is given; give key=jax.random.key(0)")
@@ -202,3 +279,21 @@ def check_sampler(sampler: Any, key: Any) -> Any:
     if key.shape:
         raise ValueError(f"key has shape {key.shape}; give one key, rows and steps derive theirs from it")
     return key
+
+
+def _works_without_key(sampler: Any, vocab_size: int) -> bool:
+    args = [jax.ShapeDtypeStruct((vocab_size,), jnp.float32)]
+    if getattr(sampler, "needs_history", False):
+        args.append(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, History.of([0], vocab_size))))
+    try:
+        _answer.eval_shape(sampler, None, *args)
+    except Exception:  # noqa: BLE001  (a sampler may fail in any way)
+        _answer.eval_shape(sampler, jax.random.key(0), *args)  # if it fails with a key too, it says why itself
+        return False
+    return True
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _answer(sampler: Any, key: Any, *args: Any) -> Any:
+    # Under jit, so that later calls find out without tracing.
+    return sampler(key, *args)

@@ -1,340 +1,216 @@
-"""The memo's disk tier: payloads under 32-byte keys in append-only files that several processes share."""
+"""The memo's disk tier: payloads under 32-byte keys in a database that several processes share."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import operator
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from jaxkv.memo.catalog import Catalog, Counts, Segment
-from jaxkv.memo.forking import Lock
-from jaxkv.memo.layout import check_format, room_taken, write_format
-from jaxkv.memo.memory import POLICIES
-from jaxkv.memo.payload import load_zstandard, pack_payload
-from jaxkv.memo.prune import remove
-from jaxkv.memo.reading import Place, read_places
-from jaxkv.memo.record import HEADER_BYTES, KEY_BYTES, Header, checksum
-from jaxkv.memo.room import Room
-from jaxkv.memo.segment import Handle, Writer, need_locks, sync_files, write_whole
-from jaxkv.memo.trouble import Troubles
+from jaxkv.memo import database, record
+from jaxkv.memo.current import Current
+from jaxkv.memo.memory import BY_USE, POLICIES
+from jaxkv.memo.record import KEY_BYTES, LARGE, NAMESPACE_BYTES, DamagedError, Record
+from jaxkv.sizes import format_bytes
 
-_SEGMENT_LEAST, _SEGMENT_MOST = 1 << 16, 1 << 28
-_SEGMENT_SHARE = 32  # a segment is at most this part of the budget: so much is evicted at once
+BUDGET_LEAST = 2 * database.LEAST_BYTES
+_ORDER = {"lru": "used", "mru": "used desc", "fifo": "rowid"}
 
 
 @dataclasses.dataclass(frozen=True)
 class DiskStats:
     """What a disk tier holds, and what became of the calls of this process."""
 
-    items: int  # records that this process knows
-    nbytes: int  # of all files, as the file system says
-    hits: int
-    misses: int
-    written: int
-    evicted: int  # records removed to make room
-    corrupt: int  # records, or stretches of a file, that were found damaged
-    lost: int  # records that were known and are gone: cut off, unreadable, or removed by somebody else
-    errors: int  # calls to the operating system that failed
+    items: int = 0  # records
+    nbytes: int = 0  # of all files
+    hits: int = 0
+    misses: int = 0
+    written: int = 0
+    evicted: int = 0  # records removed to make room
+    corrupt: int = 0  # records that were found damaged
+    lost: int = 0  # records whose file was gone
+    replaced: int = 0  # databases that were damaged, and gave way to a new one
+    busy: int = 0  # calls that gave up because another process held the database
+    errors: int = 0  # calls that the operating system or the database failed
 
 
 class Disk:
     """Payloads of fixed meaning under 32-byte keys, kept in a directory that several processes may share.
 
     A reader gets what was written under the key or None; never anything else and never an exception, whatever happened
-    to the files: each record is checked against its key and a checksum each time it is read. What can't be written is
-    not kept. `stats()` counts what was lost.
-
-    Files are read by `pread`, not mapped: a mapped file that somebody cuts off kills the process by SIGBUS. Each
-    process appends to a segment of its own, locked while it lives. What another process writes is found at the next
-    miss. Data reaches the disk when the system sees fit, or by `flush`; a torn record is a miss.
+    to the files: each record is held against its key and a checksum each time it is read. What can't be written is not
+    kept. `stats()` counts what was lost. What one process has written, all find.
 
     Args:
       directory: where the files go; made if it isn't there. It can't hold anything else.
-      budget: most bytes of all files together; None sets no limit. Processes that write at the same moment may each
-        exceed it by the batch they are writing.
-      policy: what happens when the budget is reached. "keep" admits nothing more; "lru", "mru" and "fifo" remove whole
-        segments that nobody writes to: least recently used, most recently used, oldest first.
+      budget: most bytes of all files together, 64 KiB or more; None sets no limit. Processes that write at the same
+        moment may each exceed it by the batch they are writing.
+      policy: what happens then. "keep" admits nothing more; the others remove records: "lru" the least recently used,
+        "mru" the most recently used, "fifo" the oldest.
       compress: "zstd" compresses payloads that become smaller by it.
-      segment_bytes: size from which a segment is followed by the next; None: a small part of the budget.
 
     Raises:
       ValueError: for wrong arguments, and if the directory holds something else.
-      NotSupportedError: where files can't be locked (Windows).
-
-    >>> import tempfile
-    >>> disk = Disk(tempfile.mkdtemp(), budget=1 << 20)
-    >>> disk.write([b"a" * 32, b"b" * 32], [b"first", b"second"])
-    2
-    >>> found, missing = disk.read([b"a" * 32, b"c" * 32], 5)
-    >>> bytes(found), missing
-    (b'first', None)
     """
 
     def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        budget: int | None = None,
-        policy: str = "keep",
-        compress: str | None = None,
-        segment_bytes: int | None = None,
+        self, directory: Any, *, budget: int | None = None, policy: str = "keep", compress: Any = None
     ) -> None:
-        need_locks()
         if policy not in POLICIES:
             raise ValueError(f"policy is {policy!r}, must be one of {', '.join(POLICIES)}")
         if compress not in (None, "zstd"):
             raise ValueError(f"compress is {compress!r}, must be None or 'zstd'")
-        for name, size in (("budget", budget), ("segment_bytes", segment_bytes)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name} is {size}; give bytes, 1 or more, or None")
-        checksum(b"")
-        if not os.fspath(directory):
-            raise ValueError("disk is an empty path; give a directory")
-        self.directory = os.path.abspath(os.path.expanduser(os.fspath(directory)))
+        if budget is not None and budget < BUDGET_LEAST:
+            raise ValueError(f"the budget of a disk is {budget}; give {BUDGET_LEAST:,} bytes or more, or None")
+        if not isinstance(directory, str | os.PathLike) or "\0" in os.fsdecode(directory) or not os.fspath(directory):
+            raise ValueError(f"disk is {directory!r}; give the path of a directory")
+        self.directory = os.path.abspath(os.path.expanduser(os.fsdecode(directory)))
         self.budget, self.policy, self.compress = budget, policy, compress
-        share = _SEGMENT_MOST if budget is None else budget // _SEGMENT_SHARE
-        self.segment_bytes = segment_bytes or min(max(share, _SEGMENT_LEAST), _SEGMENT_MOST)
-        if compress is not None:
-            load_zstandard()
-        self._lock = Lock(self._forked)
-        self._counts = Counts()
-        self._catalog = Catalog(self.directory, self._counts)
-        self._writer: Writer | None = None
-        self._troubles = Troubles(self.directory, self._counts)
-        self._unsynced: set[str] = set()  # segments
-        self._room = Room(budget, policy, self._catalog, self._counts, self._troubles)
-        self._prepare()
-        self._catalog.refresh(force=True)
+        record.pack(b"", b"", compress is not None)  # are the libraries there?
+        self._labels: dict[bytes, bytes] = {}
+        self._unsynced: set[str] = set()
+        self._current = Current(self.directory)
 
     def read(self, keys: Sequence[bytes], nbytes: int) -> list[Any]:
-        """Returns the payload of each key, bytes or memoryview of `nbytes` bytes; None for those that aren't there."""
-        values: list[Any] = [None] * len(keys)
-        missing = self._fetch(keys, range(len(keys)), nbytes, values)
-        if missing:
-            with self._lock:
-                self._catalog.refresh()
-            self._fetch(keys, missing, nbytes, values)
-        with self._lock:
-            misses = sum(value is None for value in values)
-            self._counts.misses += misses
-            self._counts.hits += len(keys) - misses
-        return values
-
-    def _fetch(self, keys: Sequence[bytes], wanted: Iterable[int], nbytes: int, values: list[Any]) -> list[int]:
-        """Puts what is known into `values`, and returns which of the wanted aren't, or not where they were."""
-        places: list[Place] = []
-        missing = []
-        files: dict[str, Handle | None] = {}
-        with self._lock:
-            for i in wanted:
-                found = self._catalog.find(keys[i])
-                if found is not None and found[0].stem not in files:
-                    files[found[0].stem] = self._open(found[0])
-                if found is None or files[found[0].stem] is None:
-                    missing.append(i)
-                else:
-                    places.append((*found, i))
-        opened = {stem: handle for stem, handle in files.items() if handle is not None}
-        outcome = read_places(places, opened, keys, nbytes)
-        for i, value in outcome.values.items():
-            values[i] = value
-        if outcome.gone or outcome.damaged or (outcome.used and self._room.by_use):
-            with self._lock:
-                for segment, offset, _, i in outcome.gone:
-                    self._counts.lost += self._catalog.forget(keys[i], segment, offset)
-                for segment, offset, _, i in outcome.damaged:
-                    self._counts.corrupt += self._catalog.forget(keys[i], segment, offset)
-                if outcome.problem is not None:
-                    self._troubles.failed("reading", outcome.problem)
-                if outcome.gone or outcome.damaged:
-                    self._troubles.say("damage", "records were lost or damaged; they count as misses")
-                self._room.touch(outcome.used)
-        return missing
-
-    def _open(self, segment: Segment) -> Handle | None:
-        try:
-            return self._catalog.file(segment)
-        except FileNotFoundError:  # evicted, or put together with others: the next look says where its records are
-            self._catalog.look_again()
-        except OSError as error:
-            self._troubles.failed("reading", error)
-        return None
+        """Returns the payload of each key, bytes-like of `nbytes` bytes; None for those that aren't there."""
+        current, asked = self._current, list(dict.fromkeys(keys))
+        folder, rows = current.do("reading", lambda db: (db.folder, db.with_keys(database.SELECT, asked)), ("", []))
+        values: dict[bytes, Any] = {}
+        wrong: dict[int, str] = {}
+        for number, *fields in rows:
+            try:
+                values[fields[0]] = record.unpack(Record(*fields), folder)
+            except DamagedError:
+                wrong[number] = "corrupt"
+            except (FileNotFoundError, IsADirectoryError):
+                wrong[number] = "lost"
+            except (OSError, MemoryError, ImportError) as error:
+                current.failed("reading", error)
+        if wrong:
+            rows = {number: payload for number, *_, payload in rows if number in wrong}
+            there = current.do("removing", operator.methodcaller("remove_these", rows), ())
+            wrong = {n: what for n, what in wrong.items() if n in there or what == "corrupt"}  # others may have evicted
+        if wrong:
+            current.say("damage", "records were damaged or lost; they count as misses")
+        found = [value if (value := values.get(key)) is not None and len(value) == nbytes else None for key in keys]
+        hits = sum(value is not None for value in found)
+        if hits and self.policy in BY_USE and current.may_write():
+            current.do("writing", lambda db: db.with_keys(f"update items set used = {db.now()}", list(values)), [])
+        with current.lock:
+            current.counts.update([*wrong.values()], hits=hits, misses=len(keys) - hits)
+        return found
 
     def write(self, keys: Sequence[bytes], payloads: Sequence[Any]) -> int:
-        """Keeps payloads (bytes-like, contiguous) under their keys, and returns how many are on disk now.
+        """Keeps payloads (bytes-like, contiguous) under their keys, unless they are there: a key has one meaning.
 
-        A key that is there already is not written again: a key has one meaning.
-
-        Raises:
-          ValueError: for keys that aren't 32 bytes, or another number of keys than of payloads.
+        Returns how many are known to be on disk now. Raises ValueError for keys that aren't 32 bytes.
         """
         if len(keys) != len(payloads) or any(len(key) != KEY_BYTES for key in keys):
             raise ValueError(f"give one payload for each key, and keys of {KEY_BYTES} bytes")
-        records = {}
-        for key, payload in zip(keys, payloads, strict=True):
-            if key not in records and key not in self._catalog.places:
-                records[bytes(key)] = pack_payload(bytes(key), payload, self.compress is not None)
-        with self._lock:
-            fresh = [record for key, record in records.items() if key not in self._catalog.places]
-            if fresh and self._troubles.may_write():
-                self._append(fresh)
-            return sum(key in self._catalog.places for key in keys)
+        given = dict(zip(map(bytes, keys), payloads, strict=True))
+        if not self._current.may_write():
+            return 0
+        looking = operator.methodcaller("with_keys", database.KEYS, list(given))
+        rows = self._current.do("looking", looking, None, create=True)
+        there = {key for (key,) in rows or ()}
+        if rows is not None and len(there) < len(given):
+            records = [record.pack(key, given[key], self.compress is not None) for key in given if key not in there]
+            there |= self._keep(self._current.do("reading", lambda db: self._admitted(db, records), []))
+        return sum(key in there for key in keys)
 
-    def _append(self, records: list[tuple[Header, Any]]) -> None:
-        if self.budget is not None:
-            self._catalog.refresh()
-        while records:
-            writer = self._ready_writer()
-            if writer is None:
-                return
-            count, size = 0, writer.end
-            while count < len(records) and (count == 0 or size < self.segment_bytes):
-                size += HEADER_BYTES + records[count][0].stored
-                count += 1
-            admitted = self._room.admit(records[:count], writer.stem, self._seal)
-            records = records[count:]
-            if not admitted:
-                continue
-            writer = self._ready_writer()  # making room may have taken it
-            if writer is None:
-                return
-            segment = self._catalog.segments[writer.stem]
-            offsets, problem = writer.append(admitted)
-            headers = [header for header, _ in admitted[: len(offsets)]]
-            self._catalog.add(segment, [h.key for h in headers], offsets, [h.stored for h in headers])
-            self._catalog.resize(segment, writer.end, writer.index_end)
-            self._counts.written += len(offsets)
-            self._unsynced.add(writer.stem)
-            self._room.touch({writer.stem})
-            if problem is not None:
-                self._troubles.failed("writing", problem)
-                if len(segment.keys):
-                    self._seal()
-                return
-            self._troubles.wrote()
+    def _admitted(self, db: database.Database, records: list[Record]) -> list[Record]:
+        """Returns the records that may find room: what surely doesn't is not even written to a file."""
+        if self.budget is None:
+            return records
+        left = self.budget - (db.room_taken() if self.policy == "keep" else database.LEAST_BYTES)
+        fit = [one for one in records if one.stored + database.ROW_BYTES <= left]
+        if len(fit) < len(records):
+            self._refused(max(one.stored for one in records))
+        return fit
 
-    def _ready_writer(self) -> Writer | None:
-        """Returns the segment to append to: a new one if the old one is full, or no longer what it was."""
-        if self._writer is not None:
-            if self._writer.stem not in self._catalog.segments or not self._writer.is_sound():
-                self._seal()
-                self._catalog.refresh(force=True)
-            elif self._writer.end >= self.segment_bytes:
-                self._seal()
-        if self._writer is None:
-            try:
-                if not self._prepare():
-                    return None
-                self._writer = Writer(self.directory, self._catalog.next_sequence())
-            except (OSError, ValueError) as error:  # ValueError: something else has taken the directory's place
-                self._troubles.failed("writing", error)
-                return None
-            segment = self._catalog.new(self._writer.stem)
-            segment.live = True
-        return self._writer
+    def _keep(self, records: list[Record]) -> set[bytes]:
+        """Writes records, and returns the keys of those that were written."""
+        kept = set[bytes]()
+        aside: dict[bytes, str] = {}  # the files of large ones
+        try:
+            for i, one in enumerate(records):
+                if one.stored >= LARGE:
+                    aside[one.key], records[i] = record.put_aside(one, self._current.folder)
+            if records:
+                self._current.do("writing", lambda db: self._insert(db, records, aside, kept), None)
+        except OSError as error:
+            self._current.failed("writing", error)
+        finally:
+            database.unlink([path for key, path in aside.items() if key not in kept])
+        self._unsynced.update(path for key, path in aside.items() if key in kept)
+        return kept
 
-    def _seal(self) -> None:
-        """Gives the segment up: it stays, and is open to eviction."""
-        if self._writer is not None:
-            stem, end = self._writer.stem, self._writer.end
-            self._writer.close()
-            self._writer = None
-            if stem in self._catalog.segments:
-                self._catalog.segments[stem].live = False
-                if end == 0:
-                    self._room.remove(stem)
+    def _insert(self, db: Any, records: Sequence[Record], aside: dict[bytes, str], kept: set[bytes]) -> None:
+        """Adds the keys of those that it inserts to `kept`, also if it fails on the way."""
+        evicted = 0
+        try:
+            with db.transaction():
+                others = {key for (key,) in db.with_keys(database.KEYS, [one.key for one in records])}
+                others |= {key for key, path in aside.items() if not os.path.exists(path)}  # prune or clear took it
+                fresh = [one for one in records if one.key not in others]
+                for namespace in {one.key[:NAMESPACE_BYTES] for one in fresh} & set(self._labels):
+                    db.execute("insert or ignore into labels values (?, ?)", (namespace, self._labels[namespace]))
+                used = db.now()
+                db.executemany(database.INSERT, [(*one[:4], used, one.payload) for one in fresh])
+                while self.budget is not None and db.room_taken() > self.budget:
+                    order = _ORDER.get(self.policy)
+                    if not (count := db.make_room(self.budget, order, used) if order else 0):
+                        raise _FullError
+                    evicted += count
+        except _FullError:
+            if not (half := len(records) // 2):
+                self._refused(records[0].stored)
+            for some in (records[:half], records[half:]) if half else ():
+                self._insert(db, some, aside, kept)
+            return
+        kept.update(one.key for one in fresh)
+        self._current.counts.update(written=len(fresh), evicted=evicted)
+
+    def _refused(self, size: int) -> None:
+        budget, need = self.budget or 0, f"{max(self.budget or 0, size) + BUDGET_LEAST:,} bytes or more"
+        what = f"the budget of {format_bytes(budget)} has no room for a record of {format_bytes(size)}; it is not kept"
+        cure = f'give a disk_budget of {need}, or disk_policy="lru", or make room by jaxkv memo prune'
+        self._current.say("budget", f"{what}: {cure}")
 
     def describe(self, namespace: bytes, about: Callable[[], dict[str, Any]]) -> None:
-        """Writes down what a namespace is, for `jaxkv memo ls`: as JSON, unless it stands there."""
-        path = self._catalog.path(f"{namespace.hex()}.json")
-        if os.path.exists(path):
-            return
-        text = json.dumps(about(), indent=1).encode()
-        try:
-            with self._lock:
-                if self._room.has(len(text)):
-                    write_whole(path, text)
-                    self._catalog.refresh(force=True)
-        except OSError as error:
-            self._troubles.failed("writing", error)
+        """Says what a namespace is, for `jaxkv memo ls`; it is written down with the namespace's next record."""
+        if namespace not in self._labels:
+            self._labels[namespace] = json.dumps(about()).encode()
 
     def stats(self) -> DiskStats:
         """Returns what the tier holds, and what became of the calls so far."""
-        with self._lock:
-            self._catalog.refresh()
-            try:
-                nbytes = room_taken(self.directory)
-            except OSError:
-                nbytes = 0
-            return DiskStats(items=len(self._catalog.places), nbytes=nbytes, **dataclasses.asdict(self._counts))
+        taken = self._current.do("reading", lambda db: (db.tell(database.COUNT), db.room_taken()), (0, 0))
+        return DiskStats(*taken, **self._current.counts)
 
     def flush(self) -> None:
         """Has the system bring to the disk what this process wrote."""
-        with self._lock:
-            written = [self._catalog.path(f"{stem}.{ending}") for stem in self._unsynced for ending in ("seg", "idx")]
-            try:
-                sync_files([*written, self.directory] if written else [])
-                self._unsynced.clear()
-            except OSError as error:
-                self._troubles.failed("flushing", error)
+        new, self._unsynced = self._unsynced, set()
+        self._current.do("flushing", operator.methodcaller("flush", [*new, self._current.folder, self.directory]), None)
 
     def clear(self, namespaces: Collection[bytes] | None = None) -> None:
-        """Removes all records, or those of some namespaces; segments that another process is writing to stay."""
-        with self._lock:
-            self._seal()
-            handle = self._room.hold()
-            if handle is None:
-                self._troubles.say("clearing", "another process is removing files; nothing was cleared")
-                return
-            try:
-                with handle:
-                    if namespaces is None:
-                        remove(self.directory, size=0)
-                    else:
-                        remove(self.directory, namespaces=namespaces)
-            except (OSError, ValueError) as error:
-                self._troubles.failed("clearing", error)
-            before = self._counts.lost
-            self._catalog.refresh(force=True)
-            self._counts.lost = before
+        """Removes all records, or those of some namespaces."""
+        if namespaces is None:
+            self._current.do("clearing", lambda db: self._current.exchange(rescue=False), None)
+        for one in namespaces or ():
+            self._current.do("clearing", operator.methodcaller("remove_all", database.OF_NAMESPACE, (one, one)), 0)
 
     def close(self) -> None:
-        """Lets go of all files. The tier may be used again, with a new segment."""
-        with self._lock:
-            self._seal()
-            self._catalog.close_files()
+        """Lets go of all files. The tier may be used again."""
+        with self._current.lock:
+            self._current.close()
 
     def __reduce__(self) -> Any:
-        settings = {
-            "budget": self.budget,
-            "policy": self.policy,
-            "compress": self.compress,
-            "segment_bytes": self.segment_bytes,
-        }
-        return _reopened, (self.directory, settings)
-
-    def _prepare(self) -> bool:
-        """Makes the directory and says what it is; whether it can be written to."""
-        try:
-            os.makedirs(self.directory, exist_ok=True)
-            if not check_format(self.directory):
-                write_format(self.directory)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(f"{self.directory} is no directory; give one, or a name that is free") from error
-        except OSError as error:
-            self._troubles.failed("writing", error)
-            return False
-        return True
-
-    def _forked(self) -> None:
-        """In the child: the segment belongs to the parent, which goes on writing to it."""
-        if self._writer is not None:
-            self._catalog.disown(self._writer.stem)
-            self._writer.close()  # the parent's copies stay open, and so does its lock
-            self._writer = None
+        settings = {"budget": self.budget, "policy": self.policy, "compress": self.compress}
+        return functools.partial(Disk, **settings), (self.directory,)
 
 
-def _reopened(directory: str, settings: dict[str, Any]) -> Disk:
-    return Disk(directory, **settings)
+class _FullError(Exception):
+    """The budget doesn't allow it."""

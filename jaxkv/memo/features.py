@@ -220,6 +220,7 @@ class Features:
                 if not self._state.one_program(old):
                     self._runners.clear()
                     self._count_trace()
+            self._state.check_there(self._function.name)
             # Types, because the class of an enum may be defined anew.
             form = call.form, *map(type, call.statics), *(getattr(jax.config, name, None) for name in _CONFIG)
             runner = self._runners.get(form)

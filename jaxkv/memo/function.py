@@ -221,6 +221,17 @@ class State:
                 for leaf, before, known in zip(self._leaves, old._leaves, old._digests, strict=True)
             ]
 
+    def check_there(self, name: str) -> None:
+        """Raises ValueError if an array was deleted, by donation too: hits would still answer, and misses fail."""
+        if not any(map(_is_deleted, self._leaves)) and not any(map(_is_deleted, self.around.values)):
+            return
+        gone = [path for path, leaf in zip(paths_of(self.arrays), self._leaves, strict=True) if _is_deleted(leaf)]
+        what = f"parameter {gone[0]} of {name}" if gone else f"an array that {name} captures"
+        raise ValueError(
+            f"{what} was deleted, or donated to another function (donate_argnums); give the memo arrays of its own: "
+            "memo.wrap(f, jax.tree.map(jnp.copy, params))"
+        )
+
     def one_program(self, other: State) -> bool:
         """Returns whether what was traced for one state serves the other."""
         mine, its = (
@@ -239,6 +250,10 @@ class State:
 def _kind(leaf: Any) -> tuple[Any, ...]:
     python = type(leaf) if isinstance(leaf, bool | int | float | complex) else None
     return python, np.shape(leaf), jnp.result_type(leaf), getattr(leaf, "weak_type", False)
+
+
+def _is_deleted(value: Any) -> bool:
+    return isinstance(value, jax.Array) and value.is_deleted()
 
 
 def _is_module(value: Any) -> bool:

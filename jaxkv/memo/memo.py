@@ -29,10 +29,10 @@ class Memo:
     Args:
       memory: bytes to keep in memory, such as "1GiB"; None keeps nothing there.
       disk: a directory, made if it isn't there, which several processes may share; None keeps nothing on disk.
-      disk_budget: bytes to keep there; None means no bound.
+      disk_budget: bytes to keep there, 64 KiB or more; None means no bound.
       policy: what happens when memory is full: "keep" takes nothing more (best for epochs that visit everything in
         random order), "lru" drops what was used longest ago, "mru" what was used last, "fifo" what came first.
-      disk_policy: the same for the disk, where whole segments of records go; None means policy.
+      disk_policy: the same for the disk; None means policy.
       hash: of items and parameters: "xxh3_128"; "blake3" or "blake2b" where others may put items into the store whom
         you don't trust; "device" reads arrays where they lie, on an accelerator.
       compress: None, or "zstd" for records on disk.
@@ -125,7 +125,7 @@ class Memo:
         return self._tiers.stats()
 
     def clear(self) -> None:
-        """Forgets everything, on disk too, but for what another process is writing just now."""
+        """Forgets everything, on disk too."""
         self._tiers.clear()
 
     def flush(self) -> None:
@@ -136,6 +136,12 @@ class Memo:
     def close(self) -> None:
         """Ends the use of the directory and frees the memory; wrapped functions raise CacheError from then on."""
         self._tiers.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{self!r} can't be pickled: its memory belongs to this process. Give others features.source(examples), "
+            "which reads what has been computed, or have them make a Memo of their own for the same disk"
+        )
 
     def __repr__(self) -> str:
         memory, disk = self._tiers.memory, self._tiers.disk

@@ -33,6 +33,7 @@ class Program:
       out: pytree of ShapeDtypeStruct.
       text: digest of the program, in hex.
       used: for each leaf of params whether the program reads it.
+      is_split: whether it splits arrays over devices itself.
 
     Raises:
       NotSupportedError: if it calls back into Python, and there is no version.
@@ -47,6 +48,7 @@ class Program:
         traced = jax.jit(memoized).trace(*jax.tree.map(_unplaced, (params, *arguments)))
         self.out = traced.out_info
         primitives = {eqn.primitive.name for eqn in _equations(traced.jaxpr.jaxpr)}
+        self.is_split = "shard_map" in primitives
         callbacks = sorted(name for name in primitives if "callback" in name or name == "debug_print")
         if callbacks and version is None:
             raise NotSupportedError(

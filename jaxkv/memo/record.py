@@ -1,210 +1,84 @@
-"""What lies in a file of the disk tier: records, and the index beside them.
-
-A segment `<sequence>-<random>.seg` is records one after the other, each a header and its payload. It is the truth. The
-file `.idx` beside it is a redundancy, named as one: it says where the records lie, so that a million of them are found
-without reading the segment. Nothing rests on it: whatever is read is held against the header's check and key and the
-payload's checksum, and where the index is damaged, short or gone, the segment is searched.
-
-The random half of the name goes into every check. So records and entries count only in the file that they were written
-to, and a payload that happens to hold the bytes of another store's segment isn't taken for records.
-"""
+"""One record of the disk tier: a row of the database, with its payload in it or, from 64 KB on, in a file beside it."""
 
 from __future__ import annotations
 
 import os
 import re
-import struct
-import zlib
-from collections.abc import Sequence
+import secrets
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxkv.extras import need
+from jaxkv.whole import written
 
 KEY_BYTES = 32
 NAMESPACE_BYTES = 16  # of a key, at its beginning: which function it is of
-_MAGIC = b"JKV\x01"
-# Magic, crc of what follows, flags, stored bytes, raw bytes, key, xxh3 of the payload.
-_HEADER = struct.Struct("<4sIQQQ32sQ")
-HEADER_BYTES = _HEADER.size
-ENTRY = np.dtype([("key", f"V{KEY_BYTES}"), ("offset", "<u8"), ("stored", "<u8"), ("check", "<u8")])
-_NAME = re.compile(r"(\d{12})-([0-9a-f]{16})\.seg")
-_WINDOW = 1 << 20
-_READ_MOST = 1 << 30  # Linux reads at most 2 GiB at once
+LARGE = 1 << 16  # bytes from which a payload lies in a file
+_FOR = ('compress="zstd"', "memo")
+_LEVEL = 1  # of zstd: features are noise for the most part, so more effort wins little
+_NAME = re.compile(rb"[0-9a-f]{32}")
 
 
-class Header(NamedTuple):
-    flags: int
-    stored: int  # bytes of the payload as it lies there
-    raw: int  # bytes of the payload as it was given
+class Record(NamedTuple):
+    """What a row says."""
+
     key: bytes
-    check: int
+    raw: int  # bytes of the payload as it was given
+    stored: int  # bytes of it as it lies there: fewer if it is compressed
+    check: bytes  # of key, raw, and the payload as it lies there
+    payload: Any  # that, or the name of its file
 
 
-class Contents(NamedTuple):
-    """Where the records of a segment lie, in the order they were written."""
-
-    keys: list[bytes]
-    offsets: np.ndarray  # [N] uint64
-    stored: np.ndarray  # [N] uint64
-    damaged: int  # stretches that hold no record where there should be some
-    lost: int  # records that the index knows and the segment no longer has
-    mended: bool  # records were found that the index did not have
+class DamagedError(Exception):
+    """A record that isn't what was written."""
 
 
-def checksum(payload: Any) -> int:
-    """Returns the checksum of a payload."""
-    return need("xxhash", "the disk tier", "memo").xxh3_64_intdigest(payload)
+def pack(key: bytes, payload: Any, compress: bool) -> Record:
+    """Returns a payload as a record: compressed if that makes it smaller, and not yet in its file."""
+    view = memoryview(payload)
+    data: Any = view.cast("B") if view.nbytes else b""
+    raw = view.nbytes
+    if compress:
+        packed = need("zstandard", *_FOR).ZstdCompressor(level=_LEVEL).compress(data)
+        data = packed if len(packed) < raw else data
+    return Record(key, raw, len(data), _check(key, raw, data), data)
 
 
-def segment_seed(name: str) -> tuple[int, int] | None:
-    """Returns the sequence number and the seed in a segment's file name; None if it isn't one."""
-    match = _NAME.fullmatch(name)
-    return (int(match[1]), int(match[2], 16)) if match else None
+def put_aside(record: Record, folder: str) -> tuple[str, Record]:
+    """Writes the payload to a file of the folder whose name nobody else will use; returns its path, and the record."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, secrets.token_hex(16))
+    with written(path) as file:
+        file.write(record.payload)
+    return path, record._replace(payload=os.path.basename(path).encode())
 
 
-def pack_header(header: Header, seed: int) -> bytes:
-    body = _HEADER.pack(_MAGIC, 0, header.flags, header.stored, header.raw, header.key, header.check)
-    return body[:4] + zlib.crc32(body[8:], seed & 0xFFFFFFFF).to_bytes(4, "little") + body[8:]
+def path_of_file(name: Any, folder: str) -> str | None:
+    """Returns the path of a payload's file, None if that can't be its name."""
+    return os.path.join(folder, name.decode()) if isinstance(name, bytes) and _NAME.fullmatch(name) else None
 
 
-def unpack_header(data: Any, seed: int) -> Header | None:
-    """Returns the header that lies at the beginning of `data`, None if there is no intact one."""
-    if len(data) < HEADER_BYTES:
-        return None
-    magic, crc, *fields = _HEADER.unpack_from(data)
-    if magic != _MAGIC or crc != zlib.crc32(data[8:HEADER_BYTES], seed & 0xFFFFFFFF):
-        return None
-    return Header(*fields)
+def unpack(record: Record, folder: str) -> Any:
+    """Returns the payload as it was given.
 
-
-def pack_entries(keys: Sequence[bytes], offsets: Any, stored: Any, seed: int) -> np.ndarray:
-    """Returns the entries of an index. [N] ENTRY."""
-    entries = np.zeros(len(keys), ENTRY)
-    entries["key"] = np.frombuffer(b"".join(keys), f"V{KEY_BYTES}")
-    entries["offset"] = offsets
-    entries["stored"] = stored
-    entries["check"] = _entry_checks(entries, seed)
-    return entries
-
-
-def unpack_entries(data: bytes, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the entries in the bytes of an index, and which of them are intact. [N] ENTRY, [N] bool."""
-    entries = np.frombuffer(data, ENTRY, len(data) // ENTRY.itemsize)
-    return entries, entries["check"] == _entry_checks(entries, seed)
-
-
-def index_limit(size: int) -> int:
-    """Returns the most bytes that the index of a segment of this size has: a damaged file may be of any length."""
-    return size // HEADER_BYTES * ENTRY.itemsize
-
-
-def _entry_checks(entries: np.ndarray, seed: int) -> np.ndarray:
-    """A word per entry. Each step can be undone, so a change within one word of the entry always shows."""
-    words = entries.view("<u8").reshape(len(entries), ENTRY.itemsize // 8)
-    checks = np.full(len(entries), seed, np.uint64)
-    for column in range(words.shape[1] - 1):
-        checks ^= words[:, column]
-        checks *= np.uint64(0x9E3779B97F4A7C15)
-        checks ^= checks >> np.uint64(29)
-    return checks
-
-
-def unpack_record(data: memoryview, seed: int, key: bytes) -> tuple[Header, memoryview] | None:
-    """Returns header and payload of the record that `data` is all of, None if it is damaged or has another key."""
-    header, payload = unpack_header(data, seed), data[HEADER_BYTES:]
-    if header is None or (header.key, header.stored) != (key, len(payload)) or checksum(payload) != header.check:
-        return None
-    return header, payload
-
-
-def read_at(fd: int, count: int, offset: int) -> bytes:
-    """Returns `count` bytes of a file, fewer only where the file ends."""
-    data = os.pread(fd, min(count, _READ_MOST), offset)
-    if len(data) == count:
-        return data
-    parts = [data]
-    while data and (count := count - len(data)) > 0:
-        offset += len(data)
-        data = os.pread(fd, min(count, _READ_MOST), offset)
-        parts.append(data)
-    return b"".join(parts)
-
-
-def scan(fd: int, begin: int, end: int, seed: int) -> tuple[list[tuple[bytes, int, int]], int]:
-    """Searches bytes [begin, end) of a segment for records, without reading what they hold.
-
-    Returns:
-      (key, offset, stored bytes) of each record, and how many stretches between them are no records.
+    Raises DamagedError if it isn't what was written under this key, OSError if its file can't be read.
     """
-    found: list[tuple[bytes, int, int]] = []
-    damaged, in_damage = 0, False
-    window, start, at = b"", begin, begin
-    while at < end:
-        if at + HEADER_BYTES > start + len(window):
-            window, start = read_at(fd, min(_WINDOW, end - at), at), at
-        here = at - start
-        header = unpack_header(window[here : here + HEADER_BYTES], seed)
-        if header is not None and at + HEADER_BYTES + header.stored <= end:
-            found.append((header.key, at, header.stored))
-            at += HEADER_BYTES + header.stored
-            in_damage = False
-            continue
-        damaged += not in_damage
-        in_damage = True
-        if len(window) - here < HEADER_BYTES:
-            break
-        following = window.find(_MAGIC, here + 1)
-        at = start + following if following >= 0 else start + len(window) - len(_MAGIC) + 1
-    return found, damaged
+    if list(map(type, record)) != [bytes, int, int, bytes, bytes]:
+        raise DamagedError
+    data: Any = record.payload
+    if len(data) != record.stored:
+        if (path := path_of_file(data, folder)) is None:
+            raise DamagedError
+        # A FIFO would be waited for.
+        with open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+            if os.fstat(file.fileno()).st_size != record.stored:
+                raise DamagedError
+            data = file.readall()
+    if _check(record.key, record.raw, data) != record.check:
+        raise DamagedError
+    return data if record.stored == record.raw else need("zstandard", *_FOR).ZstdDecompressor().decompress(data)
 
 
-def read_contents(path: str, seed: int, *, search: bool = True) -> Contents:
-    """Returns what lies in a segment: by its index, and by searching what that lacks.
-
-    Args:
-      path: of the segment.
-      seed: of its name.
-      search: False while somebody writes to it, where what the index doesn't have yet is no damage.
-
-    Raises:
-      OSError: if the segment can't be read.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size = os.fstat(fd).st_size
-        try:
-            with open(os.path.splitext(path)[0] + ".idx", "rb") as file:
-                data = file.read(index_limit(size))
-        except OSError:
-            data = b""
-        entries, intact = unpack_entries(data, seed)
-        limit = np.uint64(max(size - HEADER_BYTES, 0))
-        inside = (entries["offset"] <= limit) & (entries["stored"] <= limit)
-        inside &= entries["offset"] + entries["stored"] <= limit
-        inside &= size >= HEADER_BYTES
-        lost = int((intact & ~inside).sum())
-        if not (intact & inside).all():
-            entries = entries[intact & inside]
-        offsets, stored = entries["offset"], entries["stored"]
-        if (offsets[:-1] > offsets[1:]).any():
-            entries = entries[np.argsort(offsets, kind="stable")]
-            offsets, stored = entries["offset"], entries["stored"]
-        ends = offsets + stored + np.uint64(HEADER_BYTES)
-        begins = np.concatenate([np.zeros(1, np.uint64), ends])
-        stops = np.concatenate([offsets, np.array([size], np.uint64)])
-        keys = entries["key"].tolist()
-        damaged, mended = 0, False
-        gaps = np.flatnonzero(begins < stops) if search else np.zeros(0, np.intp)
-        for gap in gaps[::-1]:  # from the back, so that places before stay what they are
-            found, holes = scan(fd, int(begins[gap]), int(stops[gap]), seed)
-            damaged += holes
-            if found:
-                mended = True
-                keys[gap:gap] = [key for key, _, _ in found]
-                offsets = np.insert(offsets, gap, [offset for _, offset, _ in found])
-                stored = np.insert(stored, gap, [count for _, _, count in found])
-    finally:
-        os.close(fd)
-    return Contents(keys, offsets, stored, damaged, lost, mended)
+def _check(key: bytes, raw: int, data: Any) -> bytes:
+    state = need("xxhash", "the disk tier", "memo").xxh3_64(b"%b%d" % (key, raw))
+    state.update(data)
+    return state.digest()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -63,20 +65,24 @@ class Runner:
                 return out
             return jax.tree.map(lambda leaf: _cast(leaf, settings.output_dtype), out)
 
-        columns = tuple(
-            jax.ShapeDtypeStruct((_TRACED, *leaf[2]), jax.dtypes.canonicalize_dtype(leaf[1]))
-            for leaf in form.leaves
-            if leaf[0] == "item"
-        )
-        self._trace = lambda state, shared: Program(run, state.arrays, (columns, shared), settings.version)
+        def trace(size: int, state: State, shared: Any) -> Program:
+            columns = tuple(
+                jax.ShapeDtypeStruct((size, *leaf[2]), jax.dtypes.canonicalize_dtype(leaf[1]))
+                for leaf in form.leaves
+                if leaf[0] == "item"
+            )
+            return Program(run, state.arrays, (columns, shared), settings.version)
+
         try:
-            self._program = self._trace(state, call.shared)
+            traced, self._program = _first_that_fits(lambda size: trace(size, state, call.shared), call.size)
         except Exception as error:
             error.add_note(
                 f"jaxkv: {function.name} was traced for {_TRACED} items of {form}. It must be made of JAX's functions; "
                 'arrays that belong to all items are named: memo.wrap(f, shared=("mask",))'
             )
             raise
+        self._trace = functools.partial(trace, traced)
+        self._unit = traced if self._program.is_split else 1  # batches are multiples of it
         self._name = function.name
         self._settings = settings
         self._hash = hashing
@@ -84,7 +90,7 @@ class Runner:
         self._run = jax.jit(run)
         outputs = tuple(
             Output(path, leaf.dtype, leaf.shape[1:])
-            for path, leaf in zip(paths_of(self._program.out), self._outputs(self._program.out, _TRACED), strict=True)
+            for path, leaf in zip(paths_of(self._program.out), self._outputs(self._program.out, traced), strict=True)
         )
         if not outputs:
             raise ValueError(f"{self._name} gives no arrays, so there is nothing to keep")
@@ -93,6 +99,7 @@ class Runner:
         self._largest = 0
         self._sizes: set[int] = set()
         self._checked = not settings.check
+        self._lone: tuple[np.ndarray, ...] | None = None  # the row of a batch that had no other
         self.state = state
         self.entry = Entry(form, self._namespace(state, form), template, outputs)
 
@@ -137,7 +144,7 @@ class Runner:
             return self.entry.payloads([array[np.asarray(rows)] for array in arrays])
         # A power of two, but no larger than the largest batch seen: ceil(log2(B)) + 1 programs for batches of up to B.
         self._largest = max(self._largest, call.size)
-        size = min(1 << (len(rows) - 1).bit_length(), self._largest)
+        size = -(-min(1 << (len(rows) - 1).bit_length(), self._largest) // self._unit) * self._unit
         index = np.asarray([*rows, *[rows[-1]] * (size - len(rows))])
         arrays = self._compute(call, None if np.array_equal(index, np.arange(call.size)) else index, size)
         return self.entry.payloads([array[: len(rows)] for array in arrays])
@@ -159,7 +166,7 @@ class Runner:
                     "changed and that a memo doesn't watch (an object's fields, a file, a clock, random numbers of "
                     "NumPy); give it that as an argument, and wrap it anew"
                 )
-            if not self._checked and size > 1:
+            if not self._checked:
                 self._check_rows(columns, call.shared, arrays)
             if is_new and self._sizes and self._settings.check:
                 self._check_size(columns, call.shared, arrays)
@@ -185,8 +192,9 @@ class Runner:
         for kept in np.array_split(np.random.default_rng(0).permutation(size), 2):
             index = np.resize(np.roll(kept, 1), size)
             mixed = _rows(columns, index)
-            if all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(mixed, columns, strict=True)):
-                return  # the rows are alike: another batch must tell
+            if _same(mixed, columns):  # the rows are alike: they tell beside another one
+                self._check_alone(_rows(columns, index[:1]), shared)
+                return
             again = jax.tree.leaves(self._run(self.state.arrays, mixed, shared))
             for output, array, other in zip(self.entry.outputs, arrays, again, strict=True):
                 if not _alike(array[index], np.asarray(other)):
@@ -196,7 +204,17 @@ class Runner:
                         'an array belong to all items (shared=("mask",)), or have no batch axis? Is BatchNorm or '
                         "Dropout in training mode? If rows only round differently: memo.wrap(..., check=False)"
                     )
-        self._checked = True
+        self._checked, self._lone = True, None
+
+    def _check_alone(self, row: tuple[np.ndarray, ...], shared: Sequence[Any]) -> None:
+        """Checks rows that came without any other, once there are two of them."""
+        if self._lone is None or _same(self._lone, row):
+            self._lone = row
+            return
+        index = np.resize(np.arange(2), max(2, self._unit))
+        pair = tuple(np.concatenate(parts)[index] for parts in zip(self._lone, row, strict=True))
+        out = self._run(self.state.arrays, pair, shared)
+        self._check_rows(pair, shared, [np.asarray(leaf) for leaf in self._outputs(out, len(index))])
 
     def _check_size(self, columns: Sequence[Any], shared: Sequence[Any], arrays: Sequence[np.ndarray]) -> None:
         """Raises if most values come out otherwise in a batch of a size that there was before.
@@ -216,6 +234,27 @@ class Runner:
                     f"item: it is another in a batch of {before} than in one of {size}. Divide by a constant in place "
                     "of it; clear() of what wrap returned forgets what was kept"
                 )
+
+
+def _first_that_fits(trace: Callable[[int], Program], size: int) -> tuple[int, Program]:
+    """Returns how many items a function is traced for to be named, and its program.
+
+    A function that splits its batch over devices takes no fewer items than those. The name must not depend on the size
+    of the first call, so powers of two are tried before that.
+    """
+    try:
+        return _TRACED, trace(_TRACED)
+    except Exception:
+        for count in (*(1 << power for power in range(2, size.bit_length() + 1)), size):
+            with contextlib.suppress(Exception):
+                program = trace(count)
+                if program.is_split:
+                    return count, program
+        raise
+
+
+def _same(rows: Sequence[Any], others: Sequence[Any]) -> bool:
+    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(rows, others, strict=True))
 
 
 def _rows(columns: Sequence[Any], index: np.ndarray) -> tuple[np.ndarray, ...]:

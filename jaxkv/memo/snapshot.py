@@ -25,21 +25,21 @@ class Snapshot:
     """
 
     def __init__(self, values: Sequence[Any], structure: Any) -> None:
-        self._values = values
+        self.values = values
         self._structure = structure
         self._arrays = {i: _content(value) for i, value in enumerate(values) if isinstance(value, np.ndarray | set)}
 
     def holds(self, values: Sequence[Any], structure: Any) -> bool:
         """Returns whether these are the same values, unchanged. (Called before each lookup: is_ and map are quick.)"""
-        if len(values) != len(self._values) or not _equal(structure, self._structure):
+        if len(values) != len(self.values) or not _equal(structure, self._structure):
             return False
-        same = all(map(operator.is_, values, self._values)) or all(map(_is_same, values, self._values))
+        same = all(map(operator.is_, values, self.values)) or all(map(_is_same, values, self.values))
         return same and all(_content(values[i]) == content for i, content in self._arrays.items())
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Snapshot) or len(self._values) != len(other._values):
+        if not isinstance(other, Snapshot) or len(self.values) != len(other.values):
             return False
-        pairs = enumerate(zip(self._values, other._values, strict=True))
+        pairs = enumerate(zip(self.values, other.values, strict=True))
         alike = all(_is_same(mine, its) or (i in self._arrays and i in other._arrays) for i, (mine, its) in pairs)
         return alike and self._arrays == other._arrays and _equal(self._structure, other._structure)
 

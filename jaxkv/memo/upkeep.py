@@ -1,88 +1,40 @@
-"""Looking at a disk tier while others use it: what is behind `jaxkv memo`, with `prune`."""
+"""Looking at a disk tier, and shrinking it, while others use it: what is behind `jaxkv memo`."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import sqlite3
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
 
-from jaxkv.memo.catalog import record_bytes
-from jaxkv.memo.layout import FORMAT, check_format, is_ours, room_taken
-from jaxkv.memo.record import (
-    HEADER_BYTES,
-    NAMESPACE_BYTES,
-    Contents,
-    Header,
-    read_at,
-    read_contents,
-    segment_seed,
-    unpack_record,
-)
-from jaxkv.memo.segment import Handle, is_live, need_locks
+from jaxkv.errors import CacheError
+from jaxkv.memo import database
+from jaxkv.memo.database import Database
+from jaxkv.memo.record import LARGE, NAMESPACE_BYTES, DamagedError, Record, unpack
 
-BATCH_BYTES = 1 << 24
+_WAIT = 10.0  # seconds
+_READ_AT_ONCE = 64  # rows: meanwhile nobody can write
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-def no_progress(done: int, total: int) -> None:
-    pass
-
-
-@dataclasses.dataclass(frozen=True)
-class Namespace:
+class Namespace(NamedTuple):
     """The outputs of one function, as `describe` told, and what they take."""
 
     key: bytes
-    about: dict[str, Any]  # empty if it was never described
     items: int
-    nbytes: int  # of their records and index entries
-    used: int  # when its files were last written to, or used where the policy asks for it; in ns
+    nbytes: int  # of their payloads, as they lie there
+    used: int  # when one was last written, or read where the policy asks for it; in ns
+    about: bytes | None  # JSON, if nobody has changed it
 
 
-@dataclasses.dataclass(frozen=True)
-class Survey:
+class Survey(NamedTuple):
     """What lies in a directory."""
 
-    namespaces: tuple[Namespace, ...]  # last used first
-    nbytes: int  # of all files
-    segments: int
-    writers: int  # segments that a process is writing to
+    namespaces: list[Namespace]  # last used first
     items: int
-    copies: int  # bytes of records that another one with the same key has replaced
-    damaged: int  # bytes of segments that are no records
+    nbytes: int  # of all files
     strays: int  # bytes of files that belong to nothing
-
-
-@dataclasses.dataclass(frozen=True)
-class Damage:
-    path: str
-    offset: int
-    key: bytes | None  # None: no record can be made out there
-    what: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Verified:
-    records: int  # that are whole
-    nbytes: int  # read
-    damages: tuple[Damage, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One segment as it lies there."""
-
-    stem: str
-    path: str
-    seed: int
-    live: bool
-    size: int  # of the segment
-    nbytes: int  # with its index
-    used: int  # time of the last use in ns
-    contents: Contents
 
 
 def survey(directory: str) -> Survey:
@@ -90,145 +42,94 @@ def survey(directory: str) -> Survey:
 
     Raises:
       ValueError: if the directory is no store.
+      CacheError: if its database is damaged, or held by another process.
     """
-    check_store(directory)
-    counts: dict[bytes, list[int]] = {}
-    seen: set[bytes] = set()
-    copies = damaged = writers = 0
-    parts = list(read_parts(directory))
-    for part in reversed(parts):
-        writers += part.live
-        held = 0
-        for key, stored in zip(part.contents.keys[::-1], part.contents.stored[::-1].tolist(), strict=True):
-            held += HEADER_BYTES + stored
-            if key in seen:
-                copies += record_bytes(stored)
-                continue
-            seen.add(key)
-            count = counts.setdefault(key[:NAMESPACE_BYTES], [0, 0, 0])
-            count[0] += 1
-            count[1] += record_bytes(stored)
-            count[2] = max(count[2], part.used)
-        damaged += 0 if part.live else part.size - held
-    described = _described(directory)
-    for key, (_, since) in described.items():
-        counts.setdefault(key, [0, 0, since])
-    namespaces = [Namespace(key, described.get(key, ({}, 0))[0], *count) for key, count in counts.items()]
-    return Survey(
-        # Of those in one file, what was written last comes first: so they were found above, and sorting is stable.
-        namespaces=tuple(sorted(namespaces, key=lambda space: -space.used)),
-        nbytes=room_taken(directory),
-        segments=len(parts),
-        writers=writers,
-        items=len(seen),
-        copies=copies,
-        damaged=damaged,
-        strays=sum(size for _, size in find_strays(directory)),
-    )
+    with _opened(directory) as db:
+        groups = f"select substr(key, 1, {NAMESPACE_BYTES}) as name, count(*), cast(total(stored) as int), "
+        groups += "max(ifnull(cast(used as int), 0)) from items where typeof(key) = 'blob' group by name"
+        groups = f"({groups}) left join labels on name = namespace"
+        spaces = [Namespace._make([*row[:4], row[5]]) for row in db.execute(f"select * from {groups} order by 4 desc")]
+        strays = sum(size for _, size in _strays(db))
+        return Survey(spaces, db.tell(database.COUNT), db.room_taken() + strays, strays)
 
 
-def verify(directory: str, progress: Progress = no_progress) -> Verified:
-    """Reads every record and returns which are damaged.
+def verify(directory: str, progress: Progress) -> tuple[int, list[str]]:
+    """Reads every record, and returns how many are whole, and what is damaged. Raises as `survey`."""
+    with _opened(directory) as db:
+        rows = list(_read_all(db, progress))
+        said = [f"record {number:,}: {what}" for number, what in rows if what]
+        checked = [text.decode() for (text,) in db.execute("pragma integrity_check(20)") if text != b"ok"]
+        return len(rows) - len(said), said + checked
 
-    Raises:
-      ValueError: if the directory is no store.
+
+def prune(
+    directory: str, size: int | None, namespaces: Collection[bytes], damaged: bool, progress: Progress
+) -> tuple[int, int]:
+    """Shrinks a store that others may be using; ended at any time, what is left is whole. Raises as `survey`.
+
+    Returns how many records went that were whole, and how many that were damaged.
+
+    Args:
+      size: at most so many bytes stay, None for any; the records least recently used go first.
+      namespaces: all records of these go.
+      damaged: whether every record is read, and what is damaged or belongs to nothing goes.
     """
-    check_store(directory)
-    parts = list(read_parts(directory))
-    total, done, whole = sum(part.size for part in parts), 0, 0
-    damages: list[Damage] = []
-    for part in parts:
-        at = 0
-        for row, record in read_records(part, range(len(part.contents.keys))):
-            offset, stored = int(part.contents.offsets[row]), int(part.contents.stored[row])
-            if offset > at and not part.live:
-                damages.append(Damage(part.path, at, None, f"{offset - at} bytes are no record"))
-            at = offset + HEADER_BYTES + stored
-            if record is None:
-                damages.append(Damage(part.path, offset, part.contents.keys[row], "damaged record"))
-            else:
-                whole += 1
-            progress(done + at, total)
-        if at < part.size and not part.live:
-            damages.append(Damage(part.path, at, None, f"{part.size - at} bytes are no record"))
-        if part.contents.lost:
-            damages.append(Damage(part.path, part.size, None, f"cut off: {part.contents.lost} records are missing"))
-        done += part.size
-        progress(done, total)
-    return Verified(whole, total, tuple(damages))
+    with _opened(directory) as db:
+        items = broken = 0
+        if damaged:
+            for number, what in _read_all(db, progress):
+                broken += db.remove_all(f"rowid = {number}") if what else 0
+            with db.transaction():  # in which whoever wrote a file looks whether it is still there
+                database.unlink([stray for stray, _ in _strays(db)])
+        for namespace in namespaces:
+            items += db.remove_all(database.OF_NAMESPACE, (namespace, namespace))
+        count = 1
+        while size is not None and count and db.room_taken() > size:
+            with db.transaction():
+                items += (count := db.make_room(size, "used"))
+        return items, broken
 
 
-def read_records(part: Part, rows: Sequence[int]) -> Iterator[tuple[int, tuple[Header, Any] | None]]:
-    """Yields each row with its header and payload, None if they are damaged."""
-    keys, offsets, stored = part.contents.keys, part.contents.offsets.tolist(), part.contents.stored.tolist()
-    handle = Handle(part.path, os.O_RDONLY)
-    window, start = memoryview(b""), 0
-    for row in rows:
-        begin, end = offsets[row], offsets[row] + HEADER_BYTES + stored[row]
-        if end > start + len(window) or begin < start:
-            window, start = memoryview(read_at(handle.fd, max(end - begin, BATCH_BYTES), begin)), begin
-        data = window[begin - start : end - start]
-        yield row, unpack_record(data, part.seed, keys[row])
+@contextlib.contextmanager
+def _opened(directory: str) -> Iterator[Database]:
+    try:
+        path = database.path_of(directory, database.numbers(directory)[-1])
+        with contextlib.closing(Database(path, _WAIT)) as db:
+            yield db
+    except (IndexError, FileNotFoundError, NotADirectoryError) as error:
+        what = "it holds no store of a memo" if isinstance(error, IndexError) else os.strerror(error.errno or 0)
+        raise ValueError(f"{directory!r}: {what}; give the directory that was named as disk=") from error
+    except sqlite3.Error as error:
+        cure = "the next program that uses it goes on with a new one, and what can be read of this one"
+        if database.code_of(error) in database.BUSY:
+            cure = "try again when the program that writes to it is done"
+        raise CacheError(f"the database of {directory}: {error}; {cure}") from error
 
 
-def check_store(directory: str) -> None:
-    need_locks()
-    cure = "give the directory that was named as disk="
-    if not directory:
-        raise ValueError(f"the path of the store is empty; {cure}")
-    if not os.path.exists(directory):
-        raise ValueError(f"{directory} does not exist; {cure}")
-    if not os.path.isdir(directory):
-        raise ValueError(f"{directory} is a file, no directory; {cure}")
-    names = sorted(os.listdir(directory))
-    if FORMAT not in names and not any(map(segment_seed, names)):
-        holds = f"holds other files, such as {names[0]!r}" if names else "is empty"
-        within = [path for name in names if os.path.exists(os.path.join(path := os.path.join(directory, name), FORMAT))]
-        cure += f": is it {within[0]}?" if within else ""
-        raise ValueError(f"{directory} is no store of a memo, it {holds}; {cure}")
-    check_format(directory)
-
-
-def read_parts(directory: str) -> Iterator[Part]:
-    """Yields the segments in order of their numbers."""
-    for name in sorted(os.listdir(directory)):
-        found = segment_seed(name)
-        if found is None:
-            continue
-        path = os.path.join(directory, name)
-        with contextlib.suppress(FileNotFoundError):  # removed just now
-            live = is_live(path)
-            contents = read_contents(path, found[1], search=not live)
-            size, index, used = os.stat(path).st_size, 0, os.stat(path).st_mtime_ns
-            with contextlib.suppress(FileNotFoundError):
-                about = os.stat(f"{path[:-4]}.idx")
-                index, used = about.st_size, about.st_mtime_ns
-            yield Part(name[:-4], path, found[1], live, size, size + index, used, contents)
-
-
-def _described(directory: str) -> dict[bytes, tuple[dict[str, Any], int]]:
-    """Returns what each namespace is said to be, and when that was written, in ns."""
-    described = {}
-    for name in sorted(os.listdir(directory)):
-        if is_ours(name) and name.endswith(".json"):
-            since = 0
+def _read_all(db: Database, progress: Progress) -> Iterator[tuple[int, str]]:
+    """Yields each row's number, and what is wrong with it."""
+    size, total, number, done = db.room_taken(), db.tell(database.COUNT), -(1 << 62), 0
+    select = f"{database.SELECT} where rowid > ? order by rowid limit {_READ_AT_ONCE}"
+    while rows := db.execute(select, (number,)).fetchall():
+        if rows[-1][0] <= number:
+            raise sqlite3.DatabaseError("rows are out of order")
+        for number, *fields in rows:
             try:
-                with open(os.path.join(directory, name), "rb") as file:
-                    since = os.fstat(file.fileno()).st_mtime_ns
-                    about = json.load(file)
-            except (OSError, ValueError, RecursionError):
-                about = {}
-            described[bytes.fromhex(name[:-5])] = about if isinstance(about, dict) else {}, since
-    return described
+                unpack(Record(*fields), db.folder)
+                yield number, ""
+            except (DamagedError, OSError) as error:
+                yield number, str(error) or "damaged"
+        progress(size * (done := done + len(rows)) // max(total, done), size)
 
 
-def find_strays(directory: str) -> Iterator[tuple[str, int]]:
-    """Yields files, and their bytes, that killed processes left and nobody will ever finish."""
-    names = set(os.listdir(directory))
-    for name in sorted(names):
-        path = os.path.join(directory, name)
-        unfinished = is_ours(name) and name.endswith(".tmp") and not is_live(path)
-        alone = is_ours(name) and name.endswith(".idx") and f"{name[:-4]}.seg" not in names
-        if unfinished or alone:
-            with contextlib.suppress(FileNotFoundError):
-                yield path, os.stat(path).st_size
+def _strays(db: Database) -> list[tuple[str, int]]:
+    """Returns files, and their bytes, that killed processes left and nobody will ever finish."""
+    known = {name for (name,) in db.execute(f"select payload from items where stored >= {LARGE}")}
+    paths, found = database.lower(db.folder.removesuffix("-files")), []
+    for folder in (db.folder, *paths):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            paths += [os.path.join(folder, name) for name in os.listdir(folder) if os.fsencode(name) not in known]
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # writers finish theirs at any time
+            found.append((path, os.stat(path).st_size))
+    return found

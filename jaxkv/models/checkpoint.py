@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ import numpy as np
 from flax import nnx
 
 from jaxkv import safetensors
-from jaxkv.errors import NotSupportedError
+from jaxkv.logs import log
+from jaxkv.models.config import check_layers, context_of, read_config, text_fields
 from jaxkv.models.families import FAMILIES
-from jaxkv.models.families.table import Family, Fields, Tensor
-from jaxkv.models.files import INDEX, SINGLE, Files, is_floating, read_json, write_json
+from jaxkv.models.families.table import Tensor
+from jaxkv.models.files import INDEX, SINGLE, Files, config_path, is_floating, write_json
 from jaxkv.models.generation import GenerationConfig
 from jaxkv.models.model import Model, abstract
+from jaxkv.models.places import Contents, entries
 from jaxkv.models.tokenizer import Tokenizer
 from jaxkv.nn.leaves import name_of, named
 
@@ -40,13 +42,16 @@ def load(
     fuse: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """Returns the model of a checkpoint directory, ready for `Cache.init` and `generate`.
+    """Returns the model of a checkpoint directory, ready to generate texts.
+
+    Where files and config.json differ and one of them is right, it is taken: as transformers would. Each such choice is
+    a line of `Model.notes`, and a warning of the logger "jaxkv".
 
     Args:
       directory: with config.json and model.safetensors, or several files and their index; tokenizer.json and
         generation_config.json if they are there.
-      dtype: of the parameters and the computation; None takes that of the checkpoint. Scales of norms of which the
-        checkpoint holds scale - 1 stay float32.
+      dtype: of the parameters and the computation; None takes that of most parameters in the checkpoint, and float32
+        for float64. Scales of norms of which the checkpoint holds scale - 1 stay float32.
       sharding: None, a `jax.sharding.Sharding` for all parameters, or a function (name, shape) -> Sharding such as
         `tensor_parallel(mesh)`. Each device then reads its own part.
       context: how many tokens sequences may reach; None: as many as the model was made for. Only LongRoPE (Phi-3 with
@@ -55,35 +60,45 @@ def load(
       progress: called with (bytes read, bytes in all) after each tensor.
 
     Raises:
-      OSError: if a file is missing or can't be read.
+      OSError: if a file is missing or can't be opened; FileNotFoundError says how to get it.
       NotSupportedError: for a family or a feature that is not computed here; before any weight is read.
-      ValueError: naming every tensor that is missing, unknown or of another shape or kind.
+      ValueError: for a file that is damaged or not a regular one; naming every tensor that is missing, unknown or of
+        another shape or kind.
 
     ```python
     model = jaxkv.models.load("Llama-3.2-1B-Instruct", dtype="bfloat16")
-    cache = jaxkv.Cache.init(model.specs, num_rows=1, capacity=4096)
-    prompt = model.tokenizer.encode("The capital of France is")
-    result = jaxkv.generate(model.forward, model.params, [prompt], cache, stop_tokens=model.generation.stop_tokens)
+    print(model.generate("The capital of France is", max_new_tokens=50).text)
+    print(model.generate([{"role": "user", "content": "Where is Paris?"}]).text)
     ```
     """
+    name, config, source = read_config(config_path(directory), context=context)
     directory = Path(directory).expanduser()
-    name, config, source = read_config(directory, context=context)
     generation = GenerationConfig.read(directory)
     files = Files(directory)
-    config = _with_dtype(config, dtype if dtype is not None else files.dtype)
+    check_layers(source, files, directory / "config.json")
     family = FAMILIES[name]
+    contents = Contents(family, files)
+    config = _with_dtype(config, _computed(files.dtype if dtype is None else dtype, given=dtype is not None))
+    notes = list(files.notes)
+    if config.tied and not contents.is_tied(config.dtype):
+        config = dataclasses.replace(config, tied=False)
+        notes.append(
+            'config.json has "tie_word_embeddings": true, but the files hold an output head of other numbers than the '
+            "embedding: that head is used, as in transformers"
+        )
     module = abstract(family.module, config)
     state = nnx.state(module)
-    params = named(state)
-    places = _places(family, params, files)
-    sizes = {name: math.prod(leaf.shape) * files.kind(places[name].name).itemsize for name, leaf in params.items()}
-    done, total = 0, sum(sizes.values())
+    places = contents.places(named(state))
+    notes += contents.notes(config)
+    for line in notes:
+        log.warning("%s: %s", directory, line)
+    done, total = 0, sum(place.nbytes for place in places.values())
 
     def fetch(path: Any, like: Any) -> Any:
         nonlocal done
         name = name_of(path)
         array = places[name].read(files, like, None if sharding is None else _sharding_of(sharding, name, like))
-        done += sizes[name]
+        done += places[name].nbytes
         if progress is not None:
             progress(done, total)
         return array
@@ -96,8 +111,9 @@ def load(
     return Model.of(
         module,
         context=context_of(source) if context is None else context,
-        generation=generation,
+        generation=generation.within(config.vocab_size),
         source=source,
+        notes=tuple(notes),
         make_tokenizer=functools.partial(Tokenizer, directory),
     )
 
@@ -132,7 +148,8 @@ def save(
     written; copy them.
 
     Args:
-      directory: made if it isn't there. Files of the same names are replaced.
+      directory: made if it isn't there. Files of the same names are replaced; a single file or an index that would be
+        read in place of what is written is removed.
       model: from `load` or `init`, not fused.
       dtype: of the tensors in the file; None: that of the model's computation.
       max_shard_bytes: about the largest size of a file, in bytes; with more than one there is an index.
@@ -144,16 +161,12 @@ def save(
     if not model.source:
         raise ValueError("this model did not come from a config.json; make it by jaxkv.models.init(config, rngs=...)")
     name, _, _ = read_config(model.source)
-    dtype = jnp.dtype(model.config.dtype if dtype is None else dtype)
-    if not is_floating(dtype):
-        raise ValueError(
-            f"dtype={dtype.name}: checkpoints hold parameters as they are; give bfloat16, float16 or float32"
-        )
+    dtype = _floating(model.config.dtype if dtype is None else dtype)
     family = FAMILIES[name]
     params = named(model.params)
     tensors: dict[str, Any] = {}
     left = set(params)
-    for tensor, file, names in _entries(family, params):
+    for tensor, file, names in entries(family, params):
         left -= set(names)
         tensors[file] = _Written(tensor, [params[name] for name in names])
     if left:
@@ -171,52 +184,13 @@ def save(
         total = sum(math.prod(tensor.shape) for tensor in tensors.values()) * dtype.itemsize
         weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        (directory / SINGLE).unlink(missing_ok=True)  # it would be read instead
     else:
         (directory / INDEX).unlink(missing_ok=True)
-    source = {key: value for key, value in _text_fields(model.source).items() if key != "torch_dtype"}
-    write_json(directory / "config.json", {**source, "dtype": dtype.name})
-
-
-def read_config(
-    source: Mapping[str, Any] | str | os.PathLike[str], *, context: int | None = None
-) -> tuple[str, Any, dict[str, Any]]:
-    """Returns (family, config, parsed config.json), and reads no weights.
-
-    Args:
-      source: a checkpoint directory, a path of config.json, or what was parsed from it.
-      context: as for `load`.
-
-    Raises:
-      OSError: if there is no such file.
-      NotSupportedError: for an unknown family or a feature that is not computed here, naming the field.
-      ValueError: for a field that is missing or makes no sense.
-
-    >>> name, config, _ = read_config({"model_type": "gpt2", "vocab_size": 8, "n_embd": 4, "n_layer": 1, "n_head": 2})
-    >>> name, config.norm, config.max_positions
-    ('gpt2', 'layer', 1024)
-    """
-    if not isinstance(source, Mapping):
-        path = Path(source)
-        source = read_json(path / "config.json" if path.is_dir() or path.suffix != ".json" else path)
-    source = dict(source)
-    name = source.get("model_type")
-    if name not in FAMILIES:
-        raise NotSupportedError(
-            f'config.json has "model_type": {name!r}, which is not known here; known are {", ".join(FAMILIES)}. '
-            "docs/families.md says how to add one"
-        )
-    if source.get("quantization_config") is not None:
-        method = source["quantization_config"].get("quant_method")
-        raise NotSupportedError(
-            f'config.json has "quantization_config" ({method}): weights that are quantized can\'t be read; fetch the '
-            "model in bfloat16 or float16, or save it dequantized"
-        )
-    family = FAMILIES[name]
-    try:
-        config = family.config(Fields(_text_fields(source), family, context))
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"config.json has a field of a wrong kind: {error}") from error
-    return name, config, source
+    of_others = ("torch_dtype", "quantization_config")  # the older name of "dtype"; weights are written unpacked
+    source = {key: value for key, value in text_fields(model.source).items() if key not in of_others}
+    source |= {"tie_word_embeddings": model.config.tied, "dtype": dtype.name}
+    write_json(directory / "config.json", source)
 
 
 def tensor_parallel(mesh: jax.sharding.Mesh, axis: str | None = None) -> Callable[[str, tuple[int, ...]], Any]:
@@ -258,35 +232,6 @@ def tensor_parallel(mesh: jax.sharding.Mesh, axis: str | None = None) -> Callabl
     return place
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where in the files a param lies."""
-
-    tensor: Tensor
-    name: str  # of the file's tensor
-    stretch: slice | None  # of its joined axis; None: it is the param's alone
-
-    def read(self, files: Files, like: Any, sharding: Any) -> jax.Array:
-        """Returns the param: of like's shape, and like's dtype but for scales that become one larger."""
-        dtype = jnp.dtype("float32") if self.tensor.form == "minus_one" else like.dtype
-        x = files[self.name]
-        if self.stretch is not None:
-            x = x[self.stretch] if self.tensor.joined_axis == 0 else x[..., self.stretch]
-        x = self.tensor.decode(x, like.shape)
-        if sharding is None:
-            # Turned round on the way, then cast, by XLA, which is faster than NumPy at both. What needs neither would
-            # stay part of the file, and change with it.
-            as_it_is = x.dtype == dtype and x.flags.c_contiguous
-            param = jax.device_put(np.array(x) if as_it_is else x)
-            param = param if param.dtype == dtype else _cast(param, dtype)
-        else:
-            param = jax.make_array_from_callback(like.shape, sharding, lambda index: x[index].astype(dtype))
-        return param + 1 if self.tensor.form == "minus_one" else param
-
-
-_cast = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
-
-
 class _Written:
     """A tensor of a file, put together from its params when it is written."""
 
@@ -298,62 +243,6 @@ class _Written:
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         parts = [self.tensor.encode(np.asarray(param)) for param in self.params]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, self.tensor.joined_axis)
-
-
-def _entries(family: Family, names: Iterable[str]) -> Iterator[tuple[Tensor, str, list[str]]]:
-    """Yields (tensor, its name in the file, names of its params) for all that a model with these params has."""
-    names = set(names)
-    numbers = sorted({int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)})
-    for tensor in family.tensors:
-        for number in numbers if "{}" in tensor.file else [0]:
-            params = [param.format(number) for param in tensor.params]
-            if params[0] in names:
-                yield tensor, tensor.file.format(number), params
-
-
-def _places(family: Family, params: Mapping[str, Any], files: Files) -> dict[str, _Place]:
-    """Returns where each param lies, or raises with all that doesn't fit."""
-    there: dict[str, str] = {}  # the names that the family knows, and those in the files
-    for name in files:
-        known = name
-        for pattern, replacement in family.renames:
-            known = re.sub(pattern, replacement, known)
-        there[known] = name
-    places: dict[str, _Place] = {}
-    expected = set()
-    problems = []
-    for tensor, file, names in _entries(family, params):
-        expected.add(file)
-        want = tensor.joined_shape([params[name].shape for name in names])
-        if file not in there:
-            problems.append(f"missing: {file} {want}")
-            continue
-        if files.shape(there[file]) != want:
-            problems.append(f"shape: {file} is {files.shape(there[file])} in the file, {want} in the model")
-        elif not is_floating(kind := files.kind(there[file])):
-            problems.append(f"kind: {file} is {kind.name}; quantized weights can't be read")
-        begin = 0
-        for name in names:
-            end = begin + tensor.file_shape(params[name].shape)[tensor.joined_axis]
-            places[name] = _Place(tensor, there[file], None if len(names) == 1 else slice(begin, end))
-            begin = end
-    for known, name in there.items():
-        if known not in expected and not any(re.fullmatch(pattern, known) for pattern in family.ignored):
-            problems.append(f"unknown: {name} {files.shape(name)}")
-    if problems:
-        raise ValueError(f"{files.directory} does not fit its config.json:\n  " + "\n  ".join(problems))
-    if lost := set(params) - set(places):
-        raise ValueError(f"the family's table has no tensor for {', '.join(sorted(lost))}")
-    return places
-
-
-def _text_fields(source: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the config.json of the text part of a model that sees images too, or of the whole if that is all."""
-    text = source.get("text_config")
-    if not isinstance(text, Mapping):
-        return source
-    shared = {key: source[key] for key in ("tie_word_embeddings", "eos_token_id") if key in source}
-    return {**shared, **text, "model_type": text.get("model_type", f"{source.get('model_type')}_text")}
 
 
 def _shards(tensors: Mapping[str, Any], itemsize: int, most: int) -> list[list[str]]:
@@ -370,15 +259,36 @@ def _shards(tensors: Mapping[str, Any], itemsize: int, most: int) -> list[list[s
     return shards
 
 
+def _floating(dtype: Any) -> Any:
+    """Returns the dtype that a user's word means.
+
+    Raises:
+      ValueError: unless parameters can have it.
+    """
+    try:
+        found = jnp.dtype(dtype)
+        if is_floating(found):
+            return found
+        dtype = found.name
+    except TypeError:
+        pass
+    raise ValueError(f"dtype={dtype}: checkpoints hold parameters as they are; give bfloat16, float16 or float32")
+
+
+def _computed(dtype: Any, given: bool) -> Any:
+    """Returns the dtype of the computation for that of the files, or a given one."""
+    found = _floating(dtype)
+    if found != jnp.float64:
+        return found
+    if not given:
+        return jnp.dtype("float32")
+    if not jax.config.read("jax_enable_x64"):
+        raise ValueError('dtype=float64: JAX has it after jax.config.update("jax_enable_x64", True); give float32')
+    return found
+
+
 def _with_dtype(config: Any, dtype: Any) -> Any:
     return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-
-
-def context_of(source: Mapping[str, Any]) -> int | None:
-    """Returns how long the sequences are that a model was made for, by its parsed config.json; None if it is silent."""
-    fields = _text_fields(source)
-    names = ("max_position_embeddings", "n_positions", "max_target_positions")
-    return next((int(fields[name]) for name in names if fields.get(name) is not None), None)
 
 
 def _sharding_of(sharding: Any, name: str, like: Any) -> Any:

@@ -15,11 +15,13 @@ from flax import nnx
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Full, LayerSpec, Reach
+from jaxkv.meshes import like, rows_of
 from jaxkv.models.experts import Experts
 from jaxkv.nn.fuse import Joined, Transposed
 from jaxkv.nn.heads import PROJECTIONS, rms_norm
 from jaxkv.nn.nnx import Attention
 from jaxkv.nn.rotary import Rotary
+from jaxkv.nn.spread import spread
 
 NORMS = ("rms", "layer")
 ACTIVATIONS = {
@@ -105,7 +107,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in ("vocab_size", "width", "num_layers", "num_heads")}
         if self.head_dim is None and self.num_heads > 0 and self.width % self.num_heads:
-            raise ValueError(f"width={self.width} is no multiple of num_heads={self.num_heads}; give head_dim")
+            raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}; give head_dim")
         defaults = {"num_kv_heads": self.num_heads, "mlp_dim": 4 * self.width}
         defaults["head_dim"] = self.width // max(self.num_heads, 1)
         for name, default in defaults.items():
@@ -117,8 +119,8 @@ class DecoderConfig:
                 raise ValueError(f"DecoderConfig({name}={size}): {name} is at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}: every key head serves "
-                "as many query heads"
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: every key head "
+                "serves as many query heads"
             )
         if self.max_positions is not None and self.max_positions < 1:
             raise ValueError(f"max_positions={self.max_positions}: a table has at least 1; None for no table")
@@ -300,6 +302,10 @@ class Decoder(nnx.Module):
             don't fit tokens, or, as far as sizes tell, the learned table; for a cache made for other layers.
         """
         self._check(tokens, positions, cache)
+        specs = rows_of(tokens) if cache is None else (rows_of(tokens), like(cache))
+        return spread(Decoder._run, specs, self, tokens, positions, cache)
+
+    def _run(self, tokens: Any, positions: Any, cache: Cache | None) -> Any:
         layers: Any = (None,) * len(self.layers)
         step = None
         if cache is not None:

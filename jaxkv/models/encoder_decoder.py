@@ -17,8 +17,10 @@ from flax import nnx
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY, LayerSpec
+from jaxkv.meshes import like, rows_of
 from jaxkv.models.decoder import MLP, DecoderConfig, Norm
 from jaxkv.nn.nnx import Attention, CrossAttention
+from jaxkv.nn.spread import spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,13 +250,18 @@ class EncoderDecoder(nnx.Module):
           ValueError: while tracing, for shapes that don't fit, or a cache made for other layers.
         """
         self._check(tokens, positions, cache, features)
+        if cache is None:
+            lengths = self._frames(features, lengths)
+        specs = rows_of(tokens) if cache is None else (rows_of(tokens), like(cache))
+        return spread(EncoderDecoder._run, specs, self, tokens, positions, cache, features, lengths)
+
+    def _run(self, tokens: Any, positions: Any, cache: Cache | None, features: Any, lengths: Any) -> Any:
         if positions is None:
             x = self.embed(tokens) + self.positions(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :])
         else:  # NaN of an unknown token in padding would spread
             x = self.embed(jnp.where(positions < 0, 0, tokens)) + self.positions(jnp.maximum(positions, 0))
         layers: list[Any] = []
         if cache is None:
-            lengths = self._frames(features, lengths)
             encoded, lengths = self.encoder(features, lengths), encoded_lengths(lengths)
             for block in self.layers:
                 x, _ = block(x, positions, encoded, lengths, None, None, None)
@@ -274,7 +281,8 @@ class EncoderDecoder(nnx.Module):
           features: float [B, frames, num_mel_bins], at most `config.max_frames` frames.
           lengths: int [B], frames of each row that are real; None means all.
         """
-        return self.encoder(features, self._frames(features, lengths))
+        lengths = self._frames(features, lengths)
+        return spread(lambda self, *args: self.encoder(*args), rows_of(features), self, features, lengths)
 
     def write(self, encoded: Any, cache: Cache, lengths: Any = None, rows: Any = None) -> Cache:
         """Returns the cache with what `encode` gave in its Cross layers.
@@ -288,6 +296,9 @@ class EncoderDecoder(nnx.Module):
         """
         self._check_cache(cache)
         lengths = jnp.full(encoded.shape[:1], encoded.shape[1], jnp.int32) if lengths is None else lengths
+        return spread(EncoderDecoder._write, like(cache), self, encoded, cache, lengths, rows)
+
+    def _write(self, encoded: Any, cache: Cache, lengths: Any, rows: Any) -> Cache:
         cache, step = cache.begin_cross(lengths, rows)
         layers: list[Any] = []
         for block, layer, cross_layer in zip(self.layers, cache.layers[::2], cache.layers[1::2], strict=True):
@@ -306,8 +317,8 @@ class EncoderDecoder(nnx.Module):
           lengths: int [B], frames of each row that are real; None means all. A negative one brings nothing.
           rows: int [B], the sequence of each batch row; None: batch row b is sequence b.
         """
-        lengths = self._frames(features, lengths)
-        return self.write(self.encoder(features, lengths), cache, encoded_lengths(lengths), rows)
+        encoded = self.encode(features, lengths)
+        return self.write(encoded, cache, encoded_lengths(self._frames(features, lengths)), rows)
 
     def specs(self, k_storage: Any = None, v_storage: Any = None) -> list[LayerSpec]:
         """Returns what a cache for this model must keep: for each layer that of its past, then that of the encoder.

@@ -1,4 +1,4 @@
-"""Model: what `jaxkv.models.load` returns, ready for `Cache.init` and `generate`."""
+"""Model: what `jaxkv.models.load` returns, from which one call makes texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import LayerSpec
+from jaxkv.models.completing import start
+from jaxkv.models.completion import Completion, TextStream
 from jaxkv.models.generation import GenerationConfig
 from jaxkv.nn.nnx import Forward, functional
 
@@ -42,6 +45,7 @@ class Model:
       context: tokens of the longest sequence it was made for; None if nobody says.
       generation: stop tokens, and how its makers want it to be sampled.
       source: the parsed config.json of its checkpoint, empty if there is none.
+      notes: what was decided in loading where its files don't agree, a line each.
     """
 
     forward: Forward
@@ -51,6 +55,7 @@ class Model:
     context: int | None = None
     generation: GenerationConfig = GenerationConfig()
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = dataclasses.field(default=(), repr=False)
     make_tokenizer: Callable[[], Any] | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
@@ -80,3 +85,105 @@ class Model:
         if self.make_tokenizer is None:
             raise FileNotFoundError("this model came without a tokenizer; make one: jaxkv.models.Tokenizer(directory)")
         return self.make_tokenizer()
+
+    def init_cache(self, num_rows: int = 1, capacity: int | None = None, **options: Any) -> Cache:
+        """Returns an empty cache for this model.
+
+        Args:
+          num_rows: sequences that it holds.
+          capacity: tokens that a sequence can hold; None: as many as the model was made for.
+          **options: of `jaxkv.Cache.init`, such as `sharding`.
+
+        Raises:
+          ValueError: for sizes that make no sense, or no capacity where the model does not say what it was made for.
+
+        >>> from jaxkv.models import tiny
+        >>> tiny.load().init_cache(num_rows=2).capacity
+        512
+        """
+        capacity = self.context if capacity is None else capacity
+        if capacity is None:
+            raise ValueError("nobody says for how long texts this model was made; give capacity=, in tokens")
+        return Cache.init(self.specs, num_rows, capacity, **options)
+
+    def generate(self, prompts: Any = None, **options: Any) -> Completion:
+        """Continues texts, answers messages, or goes on from tokens: one prompt or many, all rows together.
+
+        As the checkpoint's makers want it: with their sampler, stop tokens (the tokenizer's own too) and chat template;
+        what is given here takes the place of what they say.
+
+        Args:
+          prompts: a text, which is continued; a list of messages ({"role": ..., "content": ...}), which are written
+            down by the chat template and answered; a list of token numbers; or a list of such prompts, one per row of
+            the cache, None for a row that stays idle. An encoder-decoder takes None: as its makers let a text begin.
+          max_new_tokens: most tokens per row; one number, or one per row. None: what the checkpoint says, else 256, but
+            no more than the model was made for.
+          cache: None makes one, of 1,024 tokens or as many as are needed. The Completion of an earlier call goes on
+            from it: what its cache holds is not read again. Or a Cache: an empty one, or for prompts of tokens one that
+            holds the beginning of each. It is donated.
+          sampler: in place of the checkpoint's, see `jaxkv.generate`.
+          stop_tokens: in place of the checkpoint's, see `jaxkv.generate`.
+          stop_strings: in place of the checkpoint's. A row ends where one of these stands in what was generated, with
+            the reason "stop". The text is cut there. (The host looks at the text after each step.)
+          seed: a whole number from 0 to 2**32 - 1. Another one gives another text where tokens are drawn. 0 by default:
+            the same text each time.
+          key: a PRNG key in place of the seed.
+          chat: variables for the chat template, such as {"enable_thinking": False}.
+          features, feature_lengths: what an encoder-decoder hears, as for `EncoderDecoder.encode_into`, one per row.
+          **options: arguments of `jaxkv.sampling.sampler`, such as temperature=0.8, each in place of what the
+            checkpoint says; None leaves that out. temperature=0 is greedy.
+
+        Returns:
+          A Completion: `texts`, `tokens`, `reasons`, `cache` and more, with one entry per prompt; `text` of one.
+
+        Raises:
+          ValueError: for arguments that don't fit, before anything is touched.
+          TypeError: for the name of an option that there is not.
+          CacheError: if the cache was donated before.
+          ImportError, OSError: if the checkpoint's tokenizer is needed and can't be read.
+
+        >>> from jaxkv.models import tiny
+        >>> result = tiny.load().generate(["Return the ", "A list"], max_new_tokens=8, temperature=0)
+        >>> result.texts, result.reasons
+        (('number o', ' of all '), ('length', 'length'))
+        """
+        return self.stream(prompts, **options).run()
+
+    def stream(
+        self,
+        prompts: Any = None,
+        *,
+        max_new_tokens: Any = None,
+        cache: Cache | Completion | None = None,
+        sampler: Any = None,
+        stop_tokens: Any = None,
+        stop_strings: Any = None,
+        seed: int = 0,
+        key: Any = None,
+        chat: Mapping[str, Any] = types.MappingProxyType({}),
+        features: Any = None,
+        feature_lengths: Any = None,
+        **options: Any,
+    ) -> TextStream:
+        """Returns an iterator over the text that `generate` returns, as it comes: strings, or tuples for many prompts.
+
+        >>> from jaxkv.models import tiny
+        >>> steps = tiny.load().stream("Return the ", max_new_tokens=8, temperature=0)
+        >>> "".join(steps), steps.result.reasons
+        ('number o', ('length',))
+        """
+        return start(
+            self,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            cache=cache,
+            sampler=sampler,
+            stop_tokens=stop_tokens,
+            stop_strings=stop_strings,
+            seed=seed,
+            key=key,
+            chat=chat,
+            features=features,
+            feature_lengths=feature_lengths,
+            numbers=options,
+        )

@@ -1,26 +1,22 @@
-"""Text to tokens and back: a checkpoint's tokenizer.json and chat template, and plain bytes.
-
-What is written here about chat templates follows Hugging Face transformers 5, so that the same messages give the same
-tokens. https://huggingface.co/docs/transformers/chat_templating
-"""
+"""Text to tokens and back, and conversations to text: a checkpoint's tokenizer.json and chat template."""
 
 from __future__ import annotations
 
-import codecs
-import datetime
 import functools
 import json
 import operator
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxkv.extras import need
-from jaxkv.models.files import read_json
+from jaxkv.models import chat, pipelines, special
+from jaxkv.models.files import MOST_LISTED, read_json, read_text
+from jaxkv.models.template import TemplateLimit, render
+from jaxkv.models.tools import schemas
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OTHER_FORMATS = (
     "tokenizer.model",
     "spiece.model",
@@ -29,6 +25,8 @@ _OTHER_FORMATS = (
     "vocab.txt",
     "tekken.json",
 )
+_LONGEST_TEMPLATE = 1 << 22  # bytes; the longest that are published have 2**15
+_NUMBERS = 1 << 32  # that tokens can have in the library
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders give for bytes that are no text, or not yet
 
@@ -42,6 +40,7 @@ class Tokenizer:
 
     Attributes:
       directory: where it was read.
+      template_limit: how much a chat template may take; `tokenizer.template_limit = TemplateLimit(seconds=60)` is more.
       special_tokens: the texts that chat templates know by name, {"bos_token": "<s>", ...}.
       templates: chat templates by name; the usual one is "default". Empty if there is none.
 
@@ -62,42 +61,45 @@ class Tokenizer:
     'one two'
     """
 
+    template_limit = TemplateLimit()
+
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
         tokenizers = need("tokenizers", "a tokenizer", "models")
         path = self.directory / "tokenizer.json"
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(_missing(self.directory))
-        text = path.read_text(encoding="utf-8")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises no kind of its own
-            raise ValueError(f"{path} can't be read by tokenizers {tokenizers.__version__}: {error}") from error
+        text = read_text(path, most=MOST_LISTED)
+        where = self.directory / "tokenizer_config.json"
+        config = read_json(where, needed=False)
+        self.templates = _templates(self.directory, config)
+        kind = pipelines.kind_of(self.directory, config, lambda: '"ByteLevel"' in text)
+        tokens = special.read(self.directory, config, pipelines.names_of(kind))
+        self.special_tokens = tokens.texts
+        self._library = f"{path}: tokenizers {tokenizers.__version__}"
+        _check_merges(path, text)
+        self._tokenizer = self._ask("read it", tokenizers.Tokenizer.from_str, text)
         # A file may ask for both; they are meant for training.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        config = read_json(self.directory / "tokenizer_config.json", needed=False)
-        self.special_tokens = _special_tokens(self.directory, config)
-        self.templates = _templates(self.directory, config)
-        self._mark_special(tokenizers.AddedToken)
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(token for token, text in added.items() if text.special)
-        decoder = self._tokenizer.decoder
+        self._ask("read it", pipelines.apply, self._tokenizer, kind, config, self.special_tokens, where)
+        resets = kind == "Qwen2Tokenizer"
+        self._ask("add tokens", special.add, self._tokenizer, tokens, tokenizers.AddedToken, resets=resets)
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        _check_numbers(path, text, self._tokenizer)
         # Such decoders read bytes by the run: whether one is text is known when its run has ended.
-        self._byte_fallback = decoder is not None and decoder.decode(["a", "<0x41>"]) == "aA"
+        decoder = self._tokenizer.decoder
+        self._byte_fallback = decoder is not None and self._ask("decode", decoder.decode, ["a", "<0x41>"]) == "aA"
+        self._special = frozenset(token for token, added in self._added.items() if added.special)
 
-    def _mark_special(self, kind: Any) -> None:
-        """Makes special what the config names, even if tokenizer.json doesn't."""
-        added = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
-        for text in self.special_tokens.values():
-            token = added.get(text)
-            if self._tokenizer.token_to_id(text) is None or (token is not None and token.special):
-                continue
-            # Added anew, a token forgets which spaces belong to it.
-            sides = (
-                {} if token is None else {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
-            )
-            self._tokenizer.add_special_tokens([kind(text, normalized=False, special=True, **sides)])
+    def _ask(self, doing: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Returns what the library answers; what it raises is of no kind, and where its Rust panics, no Exception."""
+        try:
+            return function(*args, **options)
+        except (ValueError, MemoryError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise ValueError(f"{self._library} can't {doing}: {error}") from error
 
     def __repr__(self) -> str:
         return f"Tokenizer({os.fspath(self.directory)!r}, vocab_size={self.vocab_size})"
@@ -112,6 +114,35 @@ class Tokenizer:
         """The chat template in use, None if there is none."""
         return self.templates.get("default")
 
+    @functools.cached_property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a text or a turn, by the tokenizer's own files; empty if they name none.
+
+        They are its eos_token and eot_token, and what the chat template writes after an assistant's last message. If it
+        writes nothing there, it is what stands between that message and the next one.
+        """
+        texts = [self.special_tokens[name] for name in ("eos_token", "eot_token") if name in self.special_tokens]
+        found = [*map(self._tokenizer.token_to_id, texts), self._end_of_turn()]
+        return tuple(dict.fromkeys(token for token in found if token is not None))
+
+    def _end_of_turn(self) -> int | None:
+        if self.chat_template is None:
+            return None
+        texts = "the-question", "the-answer", "the-next-question"
+        turns = zip(("user", "assistant", "user"), texts, strict=True)
+        messages = [{"role": role, "content": text} for role, text in turns]
+        # gpt-oss ends a part of a turn by one token, and the turn by another, which stands only behind the last.
+        for said in (messages[:2], messages):
+            try:
+                text = self.render(said, add_generation_prompt=False)
+                behind = self.encode(text.rpartition(texts[1])[2].partition(texts[2])[0], special=False)
+            except ValueError:
+                continue  # templates may refuse what they don't know: then they name no token
+            known = [token for token in behind if token in self._added and not self._added[token].content.isspace()]
+            if known:
+                return min(known, key=lambda token: token not in self._special)  # the first special one, if any is
+        return None
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Returns the tokens of a text.
 
@@ -119,8 +150,18 @@ class Tokenizer:
           text: special tokens in it, such as "<|im_start|>", are read as such.
           special: whether the tokens that frame a text are added, such as the one that begins it. Which, says the
             post-processor of tokenizer.json alone, as in transformers 5; add_bos_token is of no account beside it.
+
+        Raises:
+          ValueError: for what is no text, has no UTF-8 (half of a surrogate pair), or the tokenizer has no tokens for.
         """
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        if not isinstance(text, str):
+            raise ValueError(f"text is a {type(text).__name__}, must be a str; chat takes messages")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            cure = "text.encode(errors='replace').decode() replaces it"
+            raise ValueError(f"text[{error.start}] is {text[error.start]!r}, half of a character; {cure}") from None
+        return self._ask("encode this text", self._tokenizer.encode, text, add_special_tokens=special).ids
 
     def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
         """Returns the text of tokens.
@@ -133,7 +174,8 @@ class Tokenizer:
         Raises:
           TypeError: if tokens are not integers.
         """
-        return self._tokenizer.decode([t for t in _numbers(tokens) if t >= 0], skip_special_tokens=not special)
+        known = [token for token in map(operator.index, tokens) if 0 <= token < _NUMBERS]
+        return self._ask("decode these tokens", self._tokenizer.decode, known, skip_special_tokens=not special)
 
     def stream(self) -> TokenizerStream:
         """Returns a decoder for tokens as they come."""
@@ -141,55 +183,75 @@ class Tokenizer:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Any],
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
         template: str | None = None,
+        tools: Sequence[Any] | None = None,
         **variables: Any,
     ) -> str:
         """Returns a conversation as the text that the model was taught to read.
 
         Args:
-          messages: such as [{"role": "user", "content": "Hello"}].
-          add_generation_prompt: whether the answer's beginning follows, so that the model goes on with an answer.
+          messages: such as [{"role": "user", "content": "Hello"}]. A content may be a text or a list of parts,
+            [{"type": "text", "text": "Hello"}]; the arguments of tool calls an object or JSON text; reasoning stands
+            under reasoning_content, thinking or reasoning: templates get what they read.
+          add_generation_prompt: whether the answer's beginning follows, so that the model goes on with an answer; None
+            is yes, unless the last message is continued.
+          continue_final_message: whether the text ends within the last message, so that the model goes on with it:
+            True for its content, or the name of another field of it.
           template: name of the template; None takes "tool_use" if tools are given and there is one, else "default".
-          **variables: further ones that the template reads, such as `tools` or `enable_thinking`.
+          tools: functions with annotations and docstrings (see `jaxkv.models.tools.schema`), or JSON schemas.
+          **variables: further ones that the template reads, such as `documents` or `enable_thinking`.
 
         Raises:
           ImportError: without the extra `jaxkv[models]`.
-          ValueError: if there is no such template, or it refuses the messages.
+          ValueError: if there is no such template, it refuses the messages, never reads a variable that is given, or
+            takes more time or memory than `template_limit`.
         """
-        if not messages:
-            raise ValueError('messages is empty; give at least one: [{"role": "user", "content": "..."}]')
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        elif add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "add_generation_prompt begins a new answer and continue_final_message goes on with the last message; "
+                "give one of them"
+            )
+        messages = chat.check(messages)
         if template is None:
-            template = "tool_use" if variables.get("tools") is not None and "tool_use" in self.templates else "default"
+            template = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
         if template not in self.templates:
-            others = ", ".join(map(repr, sorted(self.templates)))
+            names = ", ".join(map(repr, sorted(self.templates)))
             cure = (
-                f"it has {others}: give template="
-                if others
-                else "encode plain text, or put a chat_template.jinja there"
+                f"it has {names}: give template=" if names else "encode plain text, or put a chat_template.jinja there"
             )
             raise ValueError(f"{self.directory} has no chat template {template!r}; {cure}")
-        jinja2 = need("jinja2", "a chat template", "models")
+        if tools is not None:
+            variables["tools"] = schemas(tools)
         where = f"the chat template {template!r} of {self.directory}"
-        told = {"tools": None, "documents": None, **self.special_tokens, **variables}
-        said = [{name: value for name, value in message.items() if value is not None} for message in messages]
-        try:
-            compiled = _environment().from_string(self.templates[template])
-            return compiled.render(messages=said, add_generation_prompt=add_generation_prompt, **told)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{where} can't be read: {error.message} (its line {error.lineno})") from error
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"{where} refuses these messages: {error}") from error
+        source = self.templates[template]
+        said = ""
+        if continue_final_message:
+            field = continue_final_message if isinstance(continue_final_message, str) else "content"
+            messages, said = chat.continued(messages, field, source)
+        told = {
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.special_tokens,
+            **chat.plain(variables),
+        }
+        given = [name for name, value in variables.items() if value is not None and value != []]
 
-    def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
-    ) -> list[int]:
-        """Returns the tokens of a conversation; the template writes the special ones itself. See `render`."""
-        return self.encode(
-            self.render(messages, add_generation_prompt=add_generation_prompt, **variables), special=False
-        )
+        def run(form: list[dict[str, Any]]) -> str:
+            return render(source, where, {**told, "messages": form}, given, self.template_limit)
+
+        text = chat.render(run, messages)
+        return chat.cut(text, said, where) if continue_final_message else text
+
+    def chat(self, messages: Sequence[Any], **options: Any) -> list[int]:
+        """Returns the tokens of a conversation; the template writes the special ones itself. Options: see `render`."""
+        return self.encode(self.render(messages, **options), special=False)
 
 
 class TokenizerStream:
@@ -200,115 +262,38 @@ class TokenizerStream:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._owner, self._tokenizer = tokenizer, tokenizer._tokenizer
+        self._owner = tokenizer
+        self._name = tokenizer._tokenizer.id_to_token
         self._window: list[int] = []  # what was last given, as context, and what was not given yet
         self._given = 0  # characters of the window's text
 
     def take(self, tokens: Iterable[int]) -> str:
         """Returns the text that these tokens complete. A character waits for its last byte."""
-        new = [token for token in _numbers(tokens) if token >= 0 and token not in self._owner._special]
-        texts = [self._tokenizer.id_to_token(token) for token in new]
-        self._window += [token for token, text in zip(new, texts, strict=True) if text is not None]
-        if not self._window or (
-            self._owner._byte_fallback and _BYTE.fullmatch(self._tokenizer.id_to_token(self._window[-1]))
-        ):
+        new = [token for token in map(operator.index, tokens) if 0 <= token < _NUMBERS]
+        self._window += [token for token in new if token not in self._owner._special and self._name(token) is not None]
+        if not self._window or (self._owner._byte_fallback and _BYTE.fullmatch(self._name(self._window[-1]))):
             return ""
-        text = self._tokenizer.decode(self._window)
+        text = self._owner.decode(self._window)
         sure = text.removesuffix(_REPLACEMENT)
         found = sure[self._given :]
         if sure == text:
             # Decoders treat the first token of a text in their own way: the last one stays, to be the first.
             del self._window[:-1]
-            self._given = len(self._tokenizer.decode(self._window))
+            self._given = len(self._owner.decode(self._window))
         else:
             self._given += len(found)
         return found
 
     def end(self) -> str:
         """Returns the rest: what stands for a character that was never finished."""
-        rest = self._tokenizer.decode(self._window)[self._given :]
+        rest = self._owner.decode(self._window)[self._given :]
         self._given += len(rest)
         return rest
 
 
-class ByteTokenizer:
-    """Bytes as tokens, for models that read UTF-8; it has the methods of `Tokenizer`.
-
-    Args:
-      special: tokens that stand for no text, such as a byte 0 between documents.
-
-    >>> tokenizer = ByteTokenizer()
-    >>> tokenizer.encode("é!")
-    [195, 169, 33]
-    >>> tokenizer.decode([195, 169, 33, 0, -1])
-    'é!'
-    """
-
-    vocab_size = 256
-    chat_template = None
-
-    def __init__(self, special: Iterable[int] = (0,)) -> None:
-        self._special = frozenset(special)
-
-    def __repr__(self) -> str:
-        return f"ByteTokenizer({sorted(self._special)})"
-
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Returns the bytes of a text; `special` makes no difference: nothing frames it."""
-        return list(text.encode())
-
-    def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
-        """Returns the text of tokens, with a replacement character for what is not UTF-8.
-
-        Args:
-          tokens: ints or an integer array [T]; anything outside [0, 256) is left out, as EMPTY after a text's end.
-          special: whether special tokens are kept, as the characters that they are.
-
-        Raises:
-          TypeError: if tokens are not integers.
-        """
-        return self._bytes(tokens, special).decode(errors="replace")
-
-    def stream(self) -> ByteStream:
-        """Returns a decoder for tokens as they come."""
-        return ByteStream(self)
-
-    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """Raises ValueError: there is no chat template."""
-        raise ValueError("a model that reads bytes has no chat template; encode plain text")
-
-    def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """Raises ValueError: there is no chat template."""
-        return self.encode(self.render(messages, **variables))
-
-    def _bytes(self, tokens: Iterable[int], special: bool) -> bytes:
-        kept = (token for token in _numbers(tokens) if 0 <= token < 256)
-        return bytes(token for token in kept if special or token not in self._special)
-
-
-class ByteStream:
-    """Bytes into text as they come; together it is what `decode` gives for all of them."""
-
-    def __init__(self, tokenizer: ByteTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def take(self, tokens: Iterable[int]) -> str:
-        """Returns the text that these tokens complete. A character waits for its last byte."""
-        return self._decoder.decode(self._tokenizer._bytes(tokens, special=False))
-
-    def end(self) -> str:
-        """Returns the rest: what stands for a character that was never finished."""
-        return self._decoder.decode(b"", final=True)
-
-
-def _numbers(tokens: Iterable[Any]) -> list[int]:
-    return list(map(operator.index, tokens))  # not int(): 1.5 is no token
-
-
 def _missing(directory: Path) -> str:
     if not directory.is_dir():
-        return f"{directory} is no directory; give one that holds a checkpoint, with its tokenizer.json"
+        return f"{directory} is not a directory; give one that holds a checkpoint, with its tokenizer.json"
     others = [name for name in _OTHER_FORMATS if (directory / name).is_file()]
     if others:
         return (
@@ -321,16 +306,31 @@ def _missing(directory: Path) -> str:
     )
 
 
-def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    given = dict(config)
-    if "added_tokens_decoder" not in config:  # checkpoints of old keep them in a file of their own
-        given |= read_json(directory / "special_tokens_map.json", needed=False)
-    if isinstance(given.get("extra_special_tokens"), dict):
-        given |= given["extra_special_tokens"]
-    named = [*_NAMED, *(name for name in given if name.endswith("_token") and name not in _NAMED)]
-    texts = {name: given.get(name) for name in named}
-    texts = {name: text["content"] if isinstance(text, dict) else text for name, text in texts.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+def _check_merges(path: Path, text: str) -> None:
+    """Raises ValueError for what makes tokenizers 0.23 cut a character in two, which ends this process."""
+    if not re.search(r'"continuing_subword_prefix"\s*:\s*"(?!")', text) or '"merges"' not in text:
+        return
+    try:
+        model = json.loads(text)["model"]
+        prefix, merges = model["continuing_subword_prefix"], model["merges"]
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        wrong = next((pair for pair in pairs if not pair[1].startswith(prefix)), None)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return  # the library says what is wrong
+    if wrong is not None:
+        raise ValueError(f"{path}: the merge {wrong!r} does not go on with continuing_subword_prefix, {prefix!r}")
+
+
+def _check_numbers(path: Path, text: str, tokenizer: Any) -> None:
+    """Raises ValueError if a token of tokenizer.json has not the number there: the library counts by itself."""
+    begin = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
+    for token in json.JSONDecoder().raw_decode(text, begin.end())[0] if begin else ():
+        got = tokenizer.token_to_id(token["content"])
+        if got != token["id"] and token["content"]:
+            raise ValueError(
+                f"{path}: added_tokens has {token['content']!r} as token {token['id']}, but it becomes {got}: the "
+                "numbers of added tokens follow one another; save it anew with transformers: save_pretrained(DIR)"
+            )
 
 
 def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -338,69 +338,18 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     places = {"default": directory / "chat_template.jinja"}
     for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
         places[path.stem] = path
-    found = {name: path.read_text(encoding="utf-8") for name, path in places.items() if path.is_file()}
+    found = {name: read_text(path, most=_LONGEST_TEMPLATE) for name, path in places.items() if path.exists()}
     given = config.get("chat_template")
-    if found or not given:
+    if found or given is None:
         return found
-    if isinstance(given, str):
-        return {"default": given}
-    try:
-        return dict(given) if isinstance(given, dict) else {entry["name"]: entry["template"] for entry in given}
-    except (TypeError, KeyError) as error:
-        where = directory / "tokenizer_config.json"
-        raise ValueError(f"{where}: chat_template is neither a text nor a list of named ones") from error
-
-
-@functools.cache
-def _environment() -> Any:
-    """Returns the sandbox that chat templates run in: they are code from elsewhere."""
-    jinja2 = need("jinja2", "a chat template", "models")
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    class Generation(Extension):
-        """{% generation %} marks what an assistant says, which matters in training only."""
-
-        tags = {"generation"}  # noqa: RUF012  (as jinja2 has it)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
-
-    class PublicNamespace(Namespace):
-        """jinja2's `namespace`, closed to names by which templates reach into Python."""
-
-        def __init__(*args: Any, **kwargs: Any) -> None:
-            self, *rest = args
-            for name in (values := dict(*rest, **kwargs)):
-                _check_public(name)
-            Namespace.__init__(self, values)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _check_public(name)
-            super().__setitem__(name, value)
-
-    def _check_public(name: Any) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a chat template may not set {name!r} on a namespace")
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        # jinja2's own escapes HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.globals["namespace"] = PublicNamespace
-    environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
-    return environment
+    named = {"default": given} if isinstance(given, str) else given
+    if isinstance(given, list) and all(
+        isinstance(entry, dict) and {"name", "template"} <= set(entry) for entry in given
+    ):
+        named = {entry["name"]: entry["template"] for entry in given}
+    if not isinstance(named, dict) or not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise ValueError(
+            f"{directory / 'tokenizer_config.json'}: chat_template is a {type(given).__name__}, must be a text, or a "
+            'list of {"name": ..., "template": ...} with texts'
+        )
+    return named

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv.cache.cache import Cache
-from jaxkv.cache.layer import Layer
 from jaxkv.cache.spec import LayerSpec, Reach
 from jaxkv.cache.storage import Dense
-from jaxkv.nn.attend import attend, cross_attend, self_attend
+from jaxkv.nn.attend import attend
+from jaxkv.nn.dropout import check_rate
+from jaxkv.nn.uncached import cross_attend, self_attend
 
 PROJECTIONS = ("query", "key", "value", "out")
 
@@ -32,6 +33,8 @@ class Heads:
       softcap: None, or the bound of the scores.
       scale: factor of the scores; None means head_dim ** -0.5.
       implementation: of `attend`.
+      dropout_rate: share of the attention weights left out in training.
+      broadcast_dropout: whether all rows and heads leave out the same.
 
     Raises:
       ValueError: for counts that are below 1 or don't divide, or a rotary that does not fit head_dim.
@@ -48,6 +51,8 @@ class Heads:
     softcap: float | None = None
     scale: float | None = None
     implementation: str = "auto"
+    dropout_rate: float = 0.0
+    broadcast_dropout: bool = True
 
     @classmethod
     def choose(
@@ -87,6 +92,7 @@ class Heads:
             )
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap={self.softcap}: it bounds the scores, so it is above 0; None turns it off")
+        check_rate(self.dropout_rate)
         if self.rotary is not None:
             if not callable(getattr(self.rotary, "rotate", None)):
                 raise ValueError(f"rotary={self.rotary!r} has no rotate(x, positions); give for example jaxkv.Rotary()")
@@ -105,84 +111,18 @@ class Heads:
             rotary=self.rotary,
         )
 
-    def check_call(self, x: Any, layer: Any, step: Any, positions: Any, spans: Any) -> None:
-        """Raises ValueError if the arguments of a module's call don't belong together or to this module."""
-        _check_input("x", x)
-        if layer is None and step is None:
-            return
-        if step is None and _is_array(layer):
-            raise ValueError(
-                f"the second argument is {layer.dtype}{layer.shape}, an array; with a cache it is a layer. No mask is "
-                "passed: the reach says who sees whom, and without a cache, by name, attn(x, positions=positions, "
-                "spans=spans). Keys and values of other inputs than x are for CrossAttention"
-            )
-        if not isinstance(layer, Layer) or step is None:
-            given = f"layer is a {type(layer).__name__}, step is a {type(step).__name__}"
-            raise ValueError(
-                f"{given}; with a cache call attn(x, layer, step), both from it: cache, step = cache.begin(positions), "
-                "layer = cache.layers[i]. Without a cache give positions by name: attn(x, positions=positions)"
-            )
-        if positions is not None or spans is not None:
-            raise ValueError(
-                "positions and spans are given to cache.begin(positions, spans=spans); the step carries them, so "
-                "attn(x, layer, step) takes neither"
-            )
-        if x.shape[:2] != step.positions.shape:
-            raise ValueError(
-                f"x has [B, T] = {x.shape[:2]}, the step was begun for {step.positions.shape}; they must agree"
-            )
-        self._check_layer(layer)
-
-    def check_cross_call(self, x: Any, layer: Any, step: Any, encoded: Any) -> None:
-        """Raises ValueError if the arguments of a cross-attention's call don't belong together or to this module."""
-        _check_input("x", x)
-        if encoded is None:
-            if step is None and _is_array(layer):
-                raise ValueError(
-                    f"the second argument is {layer.dtype}{layer.shape}, an array; with a cache it is a layer. Give "
-                    "an encoder's output by name, attn(x, encoded=encoded, encoded_lengths=lengths); no mask is passed"
-                )
-            if not isinstance(layer, Layer) or step is None:
-                raise ValueError(
-                    f"layer is a {type(layer).__name__}, step is a {type(step).__name__}; with a cache call "
-                    "attn(x, layer, step), both from it: cache, step = cache.begin(positions), layer = "
-                    "cache.layers[i]; without one attn(x, encoded=encoded)"
-                )
-            self._check_layer(layer)
-        elif layer is not None or step is not None:
-            raise ValueError(
-                "encoded was given, and a layer or step too; with a cache the encoder's output goes in once, "
-                "layer = attn.write(encoded, layer, step), and attn(x, layer, step) reads it from there"
-            )
-        else:
-            self.check_encoded(encoded)
-            if encoded.shape[0] != x.shape[0]:
-                raise ValueError(f"encoded has {encoded.shape[0]} batch rows, x has {x.shape[0]}; they must agree")
-
-    def check_encoded(self, encoded: Any, layer: Any = None) -> None:
-        """Raises ValueError unless `encoded` is an encoder's output that the reach, and the layer, can hold."""
-        _check_input("encoded", encoded)
-        if layer is not None:
-            self._check_layer(layer)
-        size = self.reach.size
-        if size is not None and encoded.shape[1] > size:
-            raise ValueError(
-                f"encoded has {encoded.shape[1]} places, this module was made for size={size} at most; give it a "
-                "larger size"
-            )
-
-    def _check_layer(self, layer: Any) -> None:
-        mine = self.layer_spec(layer.spec.k_storage, layer.spec.v_storage)
-        for name in ("reach", "num_kv_heads", "head_dim", "value_dim", "rotary"):
-            here, there = getattr(mine, name), getattr(layer.spec, name)
-            if here != there:
-                raise ValueError(
-                    f"the layer was made for {name}={there}, this module has {name}={here}; make the cache from the "
-                    "modules: Cache.init([attn.layer_spec(), ...], ...)"
-                )
-
     def attend(
-        self, q: Any, k: Any, v: Any, layer: Any, step: Any, *, positions: Any, spans: Any, sink_logits: Any
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        layer: Any,
+        step: Any,
+        *,
+        positions: Any,
+        spans: Any,
+        sink_logits: Any,
+        dropout_key: Any,
     ) -> tuple[Any, Any]:
         """Returns what the heads read, [B, T, N, H], and the layer after its put (None without a cache).
 
@@ -193,13 +133,9 @@ class Heads:
           positions: int32 [B, T] or None (0, 1, 2, ...); without a layer only.
           spans: int32 [B, T] or None; without a layer only.
           sink_logits: float [N] or None.
+          dropout_key: a PRNG key, or None for no dropout.
         """
-        rest = {
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "sink_logits": sink_logits,
-            "implementation": self.implementation,
-        }
+        rest = self._options | {"sink_logits": sink_logits}
         if layer is not None:
             q, k = self._rotate(q, k, step.positions)
             layer = layer.put(step, k, v)
@@ -207,9 +143,11 @@ class Heads:
         if self.rotary is not None:
             there = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] if positions is None else positions
             q, k = self._rotate(q, k, there)
-        return self_attend(q, k, v, reach=self.reach, positions=positions, spans=spans, **rest), None
+        return self_attend(
+            q, k, v, reach=self.reach, positions=positions, spans=spans, **rest, **self._dropout(dropout_key)
+        ), None
 
-    def cross_attend(self, q: Any, layer: Any, step: Any, k: Any, v: Any, *, lengths: Any) -> Any:
+    def cross_attend(self, q: Any, layer: Any, step: Any, k: Any, v: Any, *, lengths: Any, dropout_key: Any) -> Any:
         """Returns what the heads read of an encoder's output: [B, T, N, H].
 
         Args:
@@ -217,11 +155,24 @@ class Heads:
           layer, step: where the output was put; or None, and instead
           k, v: [B, S, K, H];
           lengths: int [B] or None, how many keys are real.
+          dropout_key: a PRNG key, or None for no dropout.
         """
-        rest: Any = {"scale": self.scale, "softcap": self.softcap, "implementation": self.implementation}
         if layer is not None:
-            return attend(q, layer, step, **rest)
-        return cross_attend(q, k, v, lengths=lengths, **rest)
+            return attend(q, layer, step, **self._options)
+        return cross_attend(q, k, v, lengths=lengths, **self._options, **self._dropout(dropout_key))
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"scale": self.scale, "softcap": self.softcap, "implementation": self.implementation}
+
+    def _dropout(self, key: Any) -> dict[str, Any]:
+        if key is None:
+            return {}
+        return {
+            "dropout_rate": self.dropout_rate,
+            "dropout_key": key,
+            "broadcast_dropout": self.broadcast_dropout,
+        }
 
     def own_cache(
         self, num_rows: int, capacity: int, dtype: Any, k_storage: Any = None, v_storage: Any = None, **options: Any
@@ -247,16 +198,6 @@ class Heads:
             return q, k
         positions = positions[:, :, None, None]
         return self.rotary.rotate(q, positions), self.rotary.rotate(k, positions)
-
-
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
-def _check_input(name: str, x: Any) -> None:
-    if getattr(x, "ndim", None) != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
-        what = f"{x.dtype}{x.shape}" if hasattr(x, "shape") else type(x).__name__
-        raise ValueError(f"{name} is {what}; attention wants floating numbers [B, T, D]: a batch of sequences")
 
 
 def biased(use_bias: bool | Collection[str]) -> frozenset[str]:

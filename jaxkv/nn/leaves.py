@@ -199,7 +199,7 @@ def as_array(x: Any) -> Any:
     except (TypeError, ValueError, RuntimeError) as error:  # such as PyTorch's, of bfloat16 and of gradients
         raise ValueError(f"a {type(x).__name__} that NumPy can't read: {error}") from error
     if not any(jnp.issubdtype(array.dtype, kind) for kind in _KINDS):
-        raise ValueError(f"a {type(x).__name__}, which is no array")
+        raise ValueError(f"a {type(x).__name__}, which is not an array")
     return array
 
 

@@ -12,41 +12,25 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxkv.cache.cache import Cache
-from jaxkv.cache.spec import Cross, Full, LayerSpec, Reach
+from jaxkv.cache.spec import Cross, Full, Reach
+from jaxkv.meshes import dot_general, forward
+from jaxkv.nn.arguments import check_call
 from jaxkv.nn.heads import PROJECTIONS, Heads, biased, rms_norm
+from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
+from jaxkv.nn.porting import attention_params as attention_params
 
 
-class Attention(nn.Module):
-    """Causal self-attention that reads its past out of a cache layer, or, without one, out of its own input.
+class Attention(AttentionModule, nn.Module):
+    __doc__ = f"""Causal self-attention that reads its past out of a cache layer, or, without one, out of its own input.
 
     With the default arguments the parameters are those of `flax.linen.MultiHeadDotProductAttention`, so its checkpoints
-    load unchanged and give the numbers that it gives under a causal mask. There is no dropout on attention weights.
+    load unchanged and give the numbers that it gives under a causal mask. Dropout draws from the stream "dropout".
 
     Attributes:
       num_heads: query heads N.
       in_features: size D of the input; None takes it from the input.
-      qkv_features: num_heads * head_dim, in all; None means in_features.
-      out_features: size of the output; None means in_features.
-      num_kv_heads: heads K of keys and values, a divisor of num_heads; None means num_heads.
-      head_dim: size H of a head, instead of qkv_features.
-      reach: which past tokens a query may see, with a cache and without: Full(), Window(size, sinks) or Chunk(size).
-      rotary: None, or `jaxkv.Rotary(...)`, which turns q and k by their positions.
-      qk_norm: whether each head's q and k are RMS-normalized before they are turned, as in Qwen 3 and Gemma 3 (whose
-        checkpoints hold scale - 1).
-      qk_norm_epsilon: added to the mean square.
-      softcap: None, or the bound c of c * tanh(scores / c).
-      scale: factor of the scores; None means head_dim ** -0.5.
-      sink_logits: whether one learned score per query head joins the softmax and brings no value (gpt-oss).
-      use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out".
-      dtype: of the computation; None infers it from input and parameters.
-      param_dtype: of the parameters.
-      precision: of the projections, see `jax.lax.Precision`.
-      kernel_init, bias_init: initializers of the projections, called as Flax calls them. Sharding annotations come with
-        them: `nn.with_partitioning(init, (None, "heads", None))` for query, key and value, whose kernels are
-        [D, N, H], [D, K, H], [D, K, H].
-      out_kernel_init, out_bias_init: the same for the output, whose kernel is [N, H, out_features]; None means
-        kernel_init, bias_init.
-      implementation: of `jaxkv.attend`.
+      {SIZES}
+      {OPTIONS}
       decode: whether calls read and write the module's own cache, see `__call__`.
       cache_capacity: tokens a sequence of that cache can hold; None takes the length of the input of `init`.
 
@@ -80,6 +64,9 @@ class Attention(nn.Module):
     scale: float | None = None
     sink_logits: bool = False
     use_bias: bool | Collection[str] = True
+    dropout_rate: float = 0.0
+    broadcast_dropout: bool = True
+    deterministic: bool | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None
@@ -100,6 +87,8 @@ class Attention(nn.Module):
         *,
         positions: Any = None,
         spans: Any = None,
+        deterministic: bool | None = None,
+        dropout_rng: Any = None,
         decode: bool | None = None,
     ) -> Any:
         """Returns attention over the layer after storing the call's tokens in it, or over x itself without a layer.
@@ -116,6 +105,8 @@ class Attention(nn.Module):
           positions: without a layer: int32 [B, T], EMPTY for padding; None means 0, 1, 2, ... in every row, or with
             `decode` that every row continues where it ended.
           spans: without a layer: int32 [B, T]; tokens of the same span other than 0 see each other in both directions.
+          deterministic: without a layer: overrides the attribute of this name; False for dropout.
+          dropout_rng: without a layer: the key of the dropout, instead of `make_rng("dropout")`.
           decode: overrides the attribute of this name.
 
         Returns:
@@ -135,7 +126,7 @@ class Attention(nn.Module):
         """
         decode = self.decode if decode is None else decode
         heads = self._heads(x.shape[-1])
-        heads.check_call(x, layer, step, positions, spans)
+        check_call(heads, x, layer, step, positions, spans)
         hidden = None
         if decode:
             if layer is not None:
@@ -155,34 +146,22 @@ class Attention(nn.Module):
         q, k, v = (linear[name](name=name)(x) for name in ("query", "key", "value"))
         if self.qk_norm:
             size = heads.head_dim
-            q = rms_norm(q, RMSScale(self.param_dtype, name="query_norm")(size), self.qk_norm_epsilon)
-            k = rms_norm(k, RMSScale(self.param_dtype, name="key_norm")(size), self.qk_norm_epsilon)
+            q = rms_norm(q, RMSScale(size, self.param_dtype, name="query_norm")(), self.qk_norm_epsilon)
+            k = rms_norm(k, RMSScale(size, self.param_dtype, name="key_norm")(), self.qk_norm_epsilon)
         sinks = None
         if self.sink_logits:
             sinks = self.param("sink_logits", nn.initializers.zeros_init(), (heads.num_heads,), self.param_dtype)
-        y, layer = heads.attend(q, k, v, layer, step, positions=positions, spans=spans, sink_logits=sinks)
+        key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, dropout_rng))
+        y, layer = heads.attend(
+            q, k, v, layer, step, positions=positions, spans=spans, sink_logits=sinks, dropout_key=key
+        )
         y = linear["out"](name="out")(y)
         if hidden is not None and cache is not None:
             hidden.value = cache.with_layers([layer])
             return y
         return y if layer is None else (y, layer)
 
-    def layer_spec(self, *, k_storage: Any = None, v_storage: Any = None) -> LayerSpec:
-        """Returns what a cache must keep for this module: its reach, kv heads, head size and rotary.
-
-        Args:
-          k_storage, v_storage: how keys and values are kept; None means `Dense` of the dtype of the computation.
-
-        Raises:
-          ValueError: if none of head_dim, qkv_features and in_features was given.
-
-        >>> jaxkv.linen.Attention(num_heads=2, head_dim=4, reach=jaxkv.Window(4)).layer_spec().reach
-        Window(size=4, sinks=0)
-        """
-        dtype = self.param_dtype if self.dtype is None else self.dtype
-        return self._heads(None).layer_spec(k_storage, v_storage, dtype)
-
-    def _heads(self, features: int | None) -> Heads:
+    def _heads(self, features: int | None = None) -> Heads:
         if self.in_features is not None and features is not None and features != self.in_features:
             raise ValueError(f"x has {features} features, this module was made for in_features={self.in_features}")
         features = self.in_features if features is None else features
@@ -197,6 +176,8 @@ class Attention(nn.Module):
             softcap=self.softcap,
             scale=self.scale,
             implementation=self.implementation,
+            dropout_rate=self.dropout_rate,
+            broadcast_dropout=self.broadcast_dropout,
         )
 
     def _own_cache(self, heads: Heads, x: Any) -> Cache:
@@ -206,28 +187,18 @@ class Attention(nn.Module):
                 "decode: the module has no cache yet and nothing says how long it is; give cache_capacity to the "
                 "module, or make the cache by init with an input of that length"
             )
-        dtype = self.param_dtype if self.dtype is None else self.dtype
-        return heads.own_cache(x.shape[0], x.shape[1] if capacity is None else capacity, dtype)
+        return heads.own_cache(x.shape[0], x.shape[1] if capacity is None else capacity, self._kept_dtype)
 
 
-class CrossAttention(nn.Module):
-    """Attention over an encoder's output, which lies in a cache layer, or, without one, is given to the call.
+class CrossAttention(CrossAttentionModule, nn.Module):
+    __doc__ = f"""Attention over an encoder's output that lies in a cache layer, or, without one, is given to the call.
 
     Every query sees all of its row's output, whatever its position. With a cache the output goes in once, by `write`;
     afterwards `attn(x, layer, step)` reads it in every forward pass. With the default arguments the parameters, and the
     numbers, are those of `flax.linen.MultiHeadDotProductAttention` called with (x, encoded).
 
     Attributes:
-      num_heads: query heads N.
-      in_features: size D of the input x.
-      encoded_features: size of the encoder's output; None means in_features.
-      qkv_features: num_heads * head_dim, in all; None means in_features.
-      out_features: size of the output; None means in_features.
-      num_kv_heads: heads K of keys and values, a divisor of num_heads; None means num_heads.
-      size: most places that an encoder's output has.
-      head_dim: size H of a head, instead of qkv_features.
-      qk_norm, qk_norm_epsilon, softcap, scale, use_bias, dtype, param_dtype, precision, kernel_init, bias_init,
-        out_kernel_init, out_bias_init, implementation: as in `Attention`.
+      {CROSS}
 
     Raises:
       ValueError: when called, for sizes that don't fit together, naming both.
@@ -258,6 +229,9 @@ class CrossAttention(nn.Module):
     softcap: float | None = None
     scale: float | None = None
     use_bias: bool | Collection[str] = True
+    dropout_rate: float = 0.0
+    broadcast_dropout: bool = True
+    deterministic: bool | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None
@@ -268,84 +242,44 @@ class CrossAttention(nn.Module):
     implementation: str = "auto"
 
     def setup(self) -> None:
-        self.heads = self._heads()
+        heads = self._heads()
         out_features = self.in_features if self.out_features is None else self.out_features
         self.query, self.key, self.value, self.out = (
-            _projection(self, self.heads, out_features, name) for name in PROJECTIONS
+            _projection(self, heads, out_features, name) for name in PROJECTIONS
         )
-        if self.qk_norm:
-            self.query_norm, self.key_norm = RMSScale(self.param_dtype), RMSScale(self.param_dtype)
+        norms = [RMSScale(heads.head_dim, self.param_dtype) if self.qk_norm else None for _ in range(2)]
+        self.query_norm, self.key_norm = norms
 
     def __call__(
-        self, x: Any, layer: Any = None, step: Any = None, *, encoded: Any = None, encoded_lengths: Any = None
+        self,
+        x: Any,
+        layer: Any = None,
+        step: Any = None,
+        *,
+        encoded: Any = None,
+        encoded_lengths: Any = None,
+        deterministic: bool | None = None,
+        dropout_rng: Any = None,
     ) -> Any:
         """Returns attention over what was written into the layer, or over `encoded` without a layer.
 
-        Reading leaves the layer as it is, so it is not returned: hand on the one you gave.
-
         Args:
-          x: [B, T, D], floating.
-          layer: None, or this module's layer of a cache, made from `layer_spec()`.
-          step: None, or the step of this forward pass from `cache.begin`.
-          encoded: without a layer: the encoder's output, [B, S, encoded_features].
-          encoded_lengths: without a layer: int [B], how many places of each row are real; None means all.
+          x, layer, step, encoded, encoded_lengths: as in `jaxkv.nnx.CrossAttention`.
+          deterministic: without a layer: overrides the attribute of this name; False for dropout.
+          dropout_rng: without a layer: the key of the dropout, instead of `make_rng("dropout")`.
 
         Returns:
-          [B, T, out_features]; zeros before the output projection where nothing was written.
+          [B, T, out_features]; the layer stays as it is.
 
         Raises:
           ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
         """
-        self.heads.check_cross_call(x, layer, step, encoded)
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
-        q = self.query(x)
-        if self.qk_norm:
-            q = rms_norm(q, self.query_norm(self.heads.head_dim), self.qk_norm_epsilon)
-        k = v = None
-        if encoded is not None:
-            k, v = self._project(encoded)
-        elif self.is_initializing():  # what `write` needs is made here too
+        key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, dropout_rng))
+        y = self._read(x, layer, step, encoded, encoded_lengths, key)
+        if encoded is None and self.is_initializing():  # what `write` needs is made here too
             features = self.in_features if self.encoded_features is None else self.encoded_features
             self._project(jnp.zeros((1, 1, features), x.dtype))
-        return self.out(self.heads.cross_attend(q, layer, step, k, v, lengths=encoded_lengths))
-
-    def write(self, encoded: Any, layer: Any, step: Any) -> Any:
-        """Returns the layer with the keys and values of an encoder's output in it.
-
-        Args:
-          encoded: [B, S, encoded_features], S at most `size`; what lies beyond a row's length is padding.
-          layer: this module's layer of a cache.
-          step: from `cache.begin_cross(lengths)`.
-
-        Raises:
-          ValueError: while tracing, for shapes that don't fit, or a step of `begin`.
-        """
-        self.heads.check_encoded(encoded, layer)
-        k, v = self._project(encoded)
-        return layer.put(step, k, v)
-
-    def _project(self, encoded: Any) -> tuple[Any, Any]:
-        features = self.in_features if self.encoded_features is None else self.encoded_features
-        if encoded.shape[-1] != features:
-            raise ValueError(
-                f"encoded has {encoded.shape[-1]} features, this module was made for encoded_features={features}"
-            )
-        k, v = self.key(encoded), self.value(encoded)
-        if self.qk_norm:
-            k = rms_norm(k, self.key_norm(self.heads.head_dim), self.qk_norm_epsilon)
-        return k, v
-
-    def layer_spec(self, *, k_storage: Any = None, v_storage: Any = None) -> LayerSpec:
-        """Returns what a cache must keep for this module: Cross(size), its kv heads and head size.
-
-        Args:
-          k_storage, v_storage: how keys and values are kept; None means `Dense` of the dtype of the computation.
-
-        >>> jaxkv.linen.CrossAttention(num_heads=2, in_features=8, size=10).layer_spec().reach
-        Cross(size=10)
-        """
-        return self._heads().layer_spec(k_storage, v_storage, self.param_dtype if self.dtype is None else self.dtype)
+        return y
 
     def _heads(self) -> Heads:
         return Heads.choose(
@@ -358,6 +292,8 @@ class CrossAttention(nn.Module):
             softcap=self.softcap,
             scale=self.scale,
             implementation=self.implementation,
+            dropout_rate=self.dropout_rate,
+            broadcast_dropout=self.broadcast_dropout,
         )
 
 
@@ -373,6 +309,7 @@ def _projection(module: Any, heads: Heads, out_features: int, which: str, **name
         features,
         axis=(-2, -1) if which == "out" else -1,
         use_bias=which in biased(module.use_bias),
+        dot_general=dot_general,
         kernel_init=_named(kernel_init),
         bias_init=_named(bias_init),
         dtype=module.dtype,
@@ -380,6 +317,11 @@ def _projection(module: Any, heads: Heads, out_features: int, which: str, **name
         precision=module.precision,
         **name,
     )
+
+
+def _draw(module: Any, key: Any) -> Any:
+    """Returns a key for dropout: that of the call, or one of the stream "dropout"."""
+    return module.make_rng("dropout") if key is None else key
 
 
 def _named(init: Any) -> Any:
@@ -419,12 +361,13 @@ class _Flat(nn.meta.AxisMetadata[Any]):
 class RMSScale(nn.Module):
     """The learned scale of an RMS norm. Parameter: `scale` [features], ones."""
 
+    features: int
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: int) -> Any:
+    def __call__(self) -> Any:
         """Returns the scale, [features]."""
-        return self.param("scale", nn.initializers.ones_init(), (features,), self.param_dtype)
+        return self.param("scale", nn.initializers.ones_init(), (self.features,), self.param_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,8 +390,8 @@ class Forward:
         """
         if "params" in params:
             raise ValueError("params holds a collection 'params'; give the parameters alone: variables['params']")
-        out: Any = self.module.apply({"params": params}, tokens, positions, cache)
-        return out
+        apply = self.module.apply
+        return forward(lambda params, *args: apply({"params": params}, *args), params, tokens, positions, cache)
 
     @functools.cached_property
     def _hash(self) -> int:

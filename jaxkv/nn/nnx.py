@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -12,44 +13,29 @@ from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from jaxkv.cache.cache import Cache
-from jaxkv.cache.spec import Cross, Full, LayerSpec, Reach
+from jaxkv.cache.spec import Cross, Full, Reach
+from jaxkv.meshes import dot_general, forward
+from jaxkv.nn.arguments import check_call
 from jaxkv.nn.fuse import Joined, Transposed
 from jaxkv.nn.fuse import fuse as fuse
 from jaxkv.nn.heads import Heads, biased, rms_norm
+from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
+from jaxkv.nn.porting import attention_params as attention_params
 
 
-class Attention(nnx.Module):
-    """Causal self-attention that reads its past out of a cache layer, or, without one, out of its own input.
+class Attention(AttentionModule, nnx.Module):
+    __doc__ = f"""Causal self-attention that reads its past out of a cache layer, or, without one, out of its own input.
 
     With the default arguments the parameters are those of `flax.nnx.MultiHeadAttention`, so its checkpoints load
-    unchanged and give the numbers that it gives under a causal mask. There is no dropout on attention weights.
+    unchanged and give the numbers that it gives under a causal mask.
 
     Args:
       num_heads: query heads N.
       in_features: size D of the input.
-      qkv_features: num_heads * head_dim, in all; None means in_features.
-      out_features: size of the output; None means in_features.
-      num_kv_heads: heads K of keys and values, a divisor of num_heads; None means num_heads.
-      head_dim: size H of a head, instead of qkv_features.
-      reach: which past tokens a query may see, with a cache and without: Full(), Window(size, sinks) or Chunk(size).
-      rotary: None, or `jaxkv.Rotary(...)`, which turns q and k by their positions.
-      qk_norm: whether each head's q and k are RMS-normalized before they are turned, as in Qwen 3 and Gemma 3 (whose
-        checkpoints hold scale - 1).
-      qk_norm_epsilon: added to the mean square.
-      softcap: None, or the bound c of c * tanh(scores / c).
-      scale: factor of the scores; None means head_dim ** -0.5.
-      sink_logits: whether one learned score per query head joins the softmax and brings no value (gpt-oss).
-      use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out".
-      dtype: of the computation; None infers it from input and parameters.
-      param_dtype: of the parameters.
-      precision: of the projections, see `jax.lax.Precision`.
-      kernel_init, bias_init: initializers of the projections, called as Flax calls them. Sharding annotations come with
-        them: `nnx.with_partitioning(init, (None, "heads", None))` for query, key and value, whose kernels are
-        [D, N, H], [D, K, H], [D, K, H].
-      out_kernel_init, out_bias_init: the same for the output, whose kernel is [N, H, out_features]; None means
-        kernel_init, bias_init.
-      implementation: of `jaxkv.attend`.
-      rngs: random streams of the parameters.
+      {SIZES}
+      {OPTIONS}
+      rngs: random streams of the parameters, and of the dropout.
+      keep_rngs: whether the module keeps a stream for its dropout; False: each call is given `rngs`.
 
     Raises:
       ValueError: for sizes that don't fit together, naming both.
@@ -83,6 +69,9 @@ class Attention(nnx.Module):
         scale: float | None = None,
         sink_logits: bool = False,
         use_bias: bool | Collection[str] = True,
+        dropout_rate: float = 0.0,
+        broadcast_dropout: bool = True,
+        deterministic: bool | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         precision: Any = None,
@@ -92,6 +81,7 @@ class Attention(nnx.Module):
         out_bias_init: Any = None,
         implementation: str = "auto",
         rngs: nnx.Rngs,
+        keep_rngs: bool = True,
     ) -> None:
         self.heads = Heads.choose(
             num_heads,
@@ -104,37 +94,40 @@ class Attention(nnx.Module):
             softcap=softcap,
             scale=scale,
             implementation=implementation,
+            dropout_rate=dropout_rate,
+            broadcast_dropout=broadcast_dropout,
         )
         self.in_features = in_features
         self.out_features = in_features if out_features is None else out_features
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.qk_norm_epsilon = qk_norm_epsilon
-        self.query: Any
-        self.key: Any
-        self.value: Any
-        self.out: Any
-        self.query, self.key, self.value, self.out = _projections(
-            self.heads,
-            in_features,
-            in_features,
-            self.out_features,
+        _fill(
+            self,
+            (in_features, in_features, self.out_features),
             biased(use_bias),
             (kernel_init, bias_init),
             (out_kernel_init or kernel_init, out_bias_init or bias_init),
+            qk_norm_epsilon if qk_norm else None,
+            deterministic,
+            keep_rngs,
             dtype=dtype,
             param_dtype=param_dtype,
             precision=precision,
             rngs=rngs,
         )
-        size = self.heads.head_dim
-        self.query_norm = RMSScale(size, param_dtype=param_dtype) if qk_norm else nnx.data(None)
-        self.key_norm = RMSScale(size, param_dtype=param_dtype) if qk_norm else nnx.data(None)
         self.sink_logits = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sink_logits else nnx.data(None)
         self.qkv: Joined | None = nnx.data(None)  # instead of query, key and value, after `fuse`
         self.cache: nnx.Cache | None = nnx.data(None)
 
-    def __call__(self, x: Any, layer: Any = None, step: Any = None, *, positions: Any = None, spans: Any = None) -> Any:
+    def __call__(
+        self,
+        x: Any,
+        layer: Any = None,
+        step: Any = None,
+        *,
+        positions: Any = None,
+        spans: Any = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+    ) -> Any:
         """Returns attention over the layer after storing the call's tokens in it, or over x itself without a layer.
 
         Args:
@@ -143,6 +136,8 @@ class Attention(nnx.Module):
           step: None, or the step of this forward pass from `cache.begin`.
           positions: without a layer: int32 [B, T], EMPTY for padding; None means 0, 1, 2, ... in every row.
           spans: without a layer: int32 [B, T]; tokens of the same span other than 0 see each other in both directions.
+          deterministic: without a layer: overrides the attribute of this name; False for dropout.
+          rngs: without a layer: where dropout draws from, instead of the module's own stream.
 
         Returns:
           y [B, T, out_features], or with a layer (y, the layer with the call's tokens).
@@ -150,15 +145,18 @@ class Attention(nnx.Module):
         Raises:
           ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
         """
-        self.heads.check_call(x, layer, step, positions, spans)
+        check_call(self.heads, x, layer, step, positions, spans)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
         q, k, v = (self.query(x), self.key(x), self.value(x)) if self.qkv is None else self.qkv(x)
-        if self.query_norm is not None and self.key_norm is not None:
-            q = rms_norm(q, self.query_norm.scale[...], self.qk_norm_epsilon)
-            k = rms_norm(k, self.key_norm.scale[...], self.qk_norm_epsilon)
+        if self.query_norm is not None:
+            q = rms_norm(q, self.query_norm(), self.qk_norm_epsilon)
+            k = rms_norm(k, self.key_norm(), self.qk_norm_epsilon)
         sinks = None if self.sink_logits is None else self.sink_logits[...]
-        y, layer = self.heads.attend(q, k, v, layer, step, positions=positions, spans=spans, sink_logits=sinks)
+        key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, rngs))
+        y, layer = self.heads.attend(
+            q, k, v, layer, step, positions=positions, spans=spans, sink_logits=sinks, dropout_key=key
+        )
         y = self.out(y)
         return y if layer is None else (y, layer)
 
@@ -168,19 +166,6 @@ class Attention(nnx.Module):
             self.qkv = Joined([self.query, self.key, self.value])
             self.query = self.key = self.value = nnx.data(None)
             self.out = Transposed(self.out)
-
-    def layer_spec(self, *, k_storage: Any = None, v_storage: Any = None) -> LayerSpec:
-        """Returns what a cache must keep for this module: its reach, kv heads, head size and rotary.
-
-        Args:
-          k_storage, v_storage: how keys and values are kept; None means `Dense` of the dtype of the computation.
-
-        >>> from flax import nnx
-        >>> attn = jaxkv.nnx.Attention(2, 8, reach=jaxkv.Window(4), rngs=nnx.Rngs(0))
-        >>> attn.layer_spec().reach
-        Window(size=4, sinks=0)
-        """
-        return self.heads.layer_spec(k_storage, v_storage, self.param_dtype if self.dtype is None else self.dtype)
 
     def init_cache(
         self,
@@ -219,8 +204,8 @@ class Attention(nnx.Module):
                 f"init_cache got num_rows={num_rows!r}, capacity={capacity!r}; unlike Flax's it takes no shape but two "
                 "numbers, init_cache(num_rows, capacity): the sequences, and the tokens that each of them can hold"
             )
-        dtype = self.param_dtype if self.dtype is None else self.dtype
-        self.cache = nnx.Cache(self.heads.own_cache(num_rows, capacity, dtype, k_storage, v_storage, **options))
+        own = self.heads.own_cache(num_rows, capacity, self._kept_dtype, k_storage, v_storage, **options)
+        self.cache = nnx.Cache(own)
 
     def decode(self, x: Any, positions: Any = None, *, spans: Any = None) -> Any:
         """Returns attention over the module's own cache, which takes the tokens of x: one token or a whole prompt.
@@ -246,24 +231,16 @@ class Attention(nnx.Module):
         return y
 
 
-class CrossAttention(nnx.Module):
-    """Attention over an encoder's output, which lies in a cache layer, or, without one, is given to the call.
+class CrossAttention(CrossAttentionModule, nnx.Module):
+    __doc__ = f"""Attention over an encoder's output that lies in a cache layer, or, without one, is given to the call.
 
     Every query sees all of its row's output, whatever its position. With a cache the output goes in once, by `write`;
     afterwards `attn(x, layer, step)` reads it in every forward pass. With the default arguments the parameters, and the
     numbers, are those of `flax.nnx.MultiHeadAttention` called with (x, encoded).
 
     Args:
-      num_heads: query heads N.
-      in_features: size D of the input x.
-      encoded_features: size of the encoder's output; None means in_features.
-      qkv_features: num_heads * head_dim, in all; None means in_features.
-      out_features: size of the output; None means in_features.
-      num_kv_heads: heads K of keys and values, a divisor of num_heads; None means num_heads.
-      size: most places that an encoder's output has.
-      head_dim: size H of a head, instead of qkv_features.
-      qk_norm, qk_norm_epsilon, softcap, scale, use_bias, dtype, param_dtype, precision, kernel_init, bias_init,
-        out_kernel_init, out_bias_init, implementation, rngs: as in `Attention`.
+      {CROSS}
+      rngs, keep_rngs: as in `Attention`.
 
     Raises:
       ValueError: for sizes that don't fit together, naming both.
@@ -296,6 +273,9 @@ class CrossAttention(nnx.Module):
         softcap: float | None = None,
         scale: float | None = None,
         use_bias: bool | Collection[str] = True,
+        dropout_rate: float = 0.0,
+        broadcast_dropout: bool = True,
+        deterministic: bool | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         precision: Any = None,
@@ -305,6 +285,7 @@ class CrossAttention(nnx.Module):
         out_bias_init: Any = None,
         implementation: str = "auto",
         rngs: nnx.Rngs,
+        keep_rngs: bool = True,
     ) -> None:
         self.heads = Heads.choose(
             num_heads,
@@ -316,35 +297,36 @@ class CrossAttention(nnx.Module):
             softcap=softcap,
             scale=scale,
             implementation=implementation,
+            dropout_rate=dropout_rate,
+            broadcast_dropout=broadcast_dropout,
         )
         self.in_features = in_features
         self.encoded_features = in_features if encoded_features is None else encoded_features
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.qk_norm_epsilon = qk_norm_epsilon
-        self.query: Any
-        self.key: Any
-        self.value: Any
-        self.out: Any
-        self.query, self.key, self.value, self.out = _projections(
-            self.heads,
-            in_features,
-            self.encoded_features,
-            in_features if out_features is None else out_features,
+        _fill(
+            self,
+            (in_features, self.encoded_features, in_features if out_features is None else out_features),
             biased(use_bias),
             (kernel_init, bias_init),
             (out_kernel_init or kernel_init, out_bias_init or bias_init),
+            qk_norm_epsilon if qk_norm else None,
+            deterministic,
+            keep_rngs,
             dtype=dtype,
             param_dtype=param_dtype,
             precision=precision,
             rngs=rngs,
         )
-        head_dim = self.heads.head_dim
-        self.query_norm = RMSScale(head_dim, param_dtype=param_dtype) if qk_norm else nnx.data(None)
-        self.key_norm = RMSScale(head_dim, param_dtype=param_dtype) if qk_norm else nnx.data(None)
 
     def __call__(
-        self, x: Any, layer: Any = None, step: Any = None, *, encoded: Any = None, encoded_lengths: Any = None
+        self,
+        x: Any,
+        layer: Any = None,
+        step: Any = None,
+        *,
+        encoded: Any = None,
+        encoded_lengths: Any = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> Any:
         """Returns attention over what was written into the layer, or over `encoded` without a layer.
 
@@ -356,6 +338,8 @@ class CrossAttention(nnx.Module):
           step: None, or the step of this forward pass from `cache.begin`.
           encoded: without a layer: the encoder's output, [B, S, encoded_features].
           encoded_lengths: without a layer: int [B], how many places of each row are real; None means all.
+          deterministic: without a layer: overrides the attribute of this name; False for dropout.
+          rngs: without a layer: where dropout draws from, instead of the module's own stream.
 
         Returns:
           [B, T, out_features]; zeros before the output projection where nothing was written.
@@ -363,82 +347,59 @@ class CrossAttention(nnx.Module):
         Raises:
           ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
         """
-        self.heads.check_cross_call(x, layer, step, encoded)
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
-        q = self.query(x)
-        if self.query_norm is not None:
-            q = rms_norm(q, self.query_norm.scale[...], self.qk_norm_epsilon)
-        k, v = (None, None) if encoded is None else self._project(encoded)
-        return self.out(self.heads.cross_attend(q, layer, step, k, v, lengths=encoded_lengths))
-
-    def write(self, encoded: Any, layer: Any, step: Any) -> Any:
-        """Returns the layer with the keys and values of an encoder's output in it.
-
-        Args:
-          encoded: [B, S, encoded_features], S at most `size`; what lies beyond a row's length is padding.
-          layer: this module's layer of a cache.
-          step: from `cache.begin_cross(lengths)`.
-
-        Raises:
-          ValueError: while tracing, for shapes that don't fit, or a step of `begin`.
-        """
-        self.heads.check_encoded(encoded, layer)
-        k, v = self._project(encoded)
-        return layer.put(step, k, v)
-
-    def _project(self, encoded: Any) -> tuple[Any, Any]:
-        if encoded.shape[-1] != self.encoded_features:
-            raise ValueError(
-                f"encoded has {encoded.shape[-1]} features, this module was made for "
-                f"encoded_features={self.encoded_features}"
-            )
-        k, v = self.key(encoded), self.value(encoded)
-        if self.key_norm is not None:
-            k = rms_norm(k, self.key_norm.scale[...], self.qk_norm_epsilon)
-        return k, v
+        key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, rngs))
+        return self._read(x, layer, step, encoded, encoded_lengths, key)
 
     def fuse(self) -> None:
         """Lays the weights out for decoding. See `jaxkv.nnx.fuse`."""
         if not isinstance(self.out, Transposed):
             self.out = Transposed(self.out)
 
-    def layer_spec(self, *, k_storage: Any = None, v_storage: Any = None) -> LayerSpec:
-        """Returns what a cache must keep for this module: Cross(size), its kv heads and head size.
 
-        Args:
-          k_storage, v_storage: how keys and values are kept; None means `Dense` of the dtype of the computation.
-
-        >>> from flax import nnx
-        >>> jaxkv.nnx.CrossAttention(2, 8, size=4, rngs=nnx.Rngs(0)).layer_spec().reach
-        Cross(size=4)
-        """
-        return self.heads.layer_spec(k_storage, v_storage, self.param_dtype if self.dtype is None else self.dtype)
-
-
-def _projections(
-    heads: Heads,
-    in_features: int,
-    kv_features: int,
-    out_features: int,
+def _fill(
+    module: Any,
+    features: tuple[int, int, int],
     with_bias: Collection[str],
     inner_inits: tuple[Any, Any],
     out_inits: tuple[Any, Any],
+    norm_epsilon: float | None,
+    deterministic: bool | None,
+    keep_rngs: bool,
     **kind: Any,
-) -> tuple[Any, Any, Any, Any]:
-    """Returns query, key, value and out; inits are (of the kernel, of the bias)."""
+) -> None:
+    """Gives a module with `heads` its parameters and what else both kinds of attention have.
+
+    Features are those of (queries, keys, output), inits (of the kernel, of the bias).
+    """
+    heads = module.heads
 
     def linear(features: Any, shape: Any, name: str, inits: tuple[Any, Any], **options: Any) -> Any:
         options |= {"kernel_init": inits[0], "bias_init": inits[1], "use_bias": name in with_bias}
-        return nnx.LinearGeneral(features, shape, **options, **kind)
+        return nnx.LinearGeneral(features, shape, dot_general=dot_general, **options, **kind)
 
     queries, keys = ((count, heads.head_dim) for count in (heads.num_heads, heads.num_kv_heads))
-    return (
-        linear(in_features, queries, "query", inner_inits),
-        linear(kv_features, keys, "key", inner_inits),
-        linear(kv_features, keys, "value", inner_inits),
-        linear(queries, out_features, "out", out_inits, axis=(-2, -1)),
-    )
+    module.query = linear(features[0], queries, "query", inner_inits)
+    module.key = linear(features[1], keys, "key", inner_inits)
+    module.value = linear(features[1], keys, "value", inner_inits)
+    module.out = linear(queries, features[2], "out", out_inits, axis=(-2, -1))
+    module.dtype, module.param_dtype = kind["dtype"], kind["param_dtype"]
+    module.qk_norm_epsilon = norm_epsilon
+    for name in ("query_norm", "key_norm"):
+        norm = nnx.data(None) if norm_epsilon is None else RMSScale(heads.head_dim, param_dtype=module.param_dtype)
+        setattr(module, name, norm)
+    module.dropout_rate, module.deterministic = heads.dropout_rate, deterministic
+    module.rngs = kind["rngs"].dropout.fork() if keep_rngs and heads.dropout_rate else nnx.data(None)
+
+
+def _draw(module: Any, rngs: Any) -> Any:
+    """Returns a key for dropout: from the call's rngs, or the module's own."""
+    rngs = module.rngs if rngs is None else rngs
+    if rngs is None:
+        raise ValueError(
+            f"dropout_rate={module.dropout_rate}, and the module keeps no random stream (keep_rngs=False); give the "
+            "call one: attn(x, rngs=nnx.Rngs(dropout=0))"
+        )
+    return rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
 
 
 class RMSScale(nnx.Module):
@@ -446,6 +407,10 @@ class RMSScale(nnx.Module):
 
     def __init__(self, features: int, *, param_dtype: Any = jnp.float32) -> None:
         self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+
+    def __call__(self) -> Any:
+        """Returns the scale, [features]."""
+        return self.scale[...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,7 +431,7 @@ class Forward:
           positions: int32 [B, T], EMPTY for padding.
           cache: what the tokens continue.
         """
-        return nnx.merge(self.graphdef, params)(tokens, positions, cache)
+        return forward(lambda params, *args: nnx.merge(self.graphdef, params)(*args), params, tokens, positions, cache)
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -488,7 +453,8 @@ def functional(model: nnx.Module) -> tuple[Forward, Any]:
 
     Raises:
       TypeError: if model is not an nnx module.
-      ValueError: if a module in it is in training mode, as Dropout and BatchNorm are until `model.eval()`.
+      ValueError: if a module in it is in training mode, as BatchNorm, and Dropout of a rate above 0, are until
+        `model.eval()`; or if it can't be called so.
 
     >>> from flax import nnx
     >>> class Model(nnx.Module):
@@ -508,9 +474,17 @@ def functional(model: nnx.Module) -> tuple[Forward, Any]:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"functional wants a flax.nnx module, got a {type(model).__name__}")
+    try:
+        inspect.signature(model).bind(None, None, None)
+    except TypeError:
+        raise ValueError(
+            f"a {type(model).__name__} can't be called with three arguments; jaxkv calls a model as "
+            "model(tokens, positions, cache) and gets (logits, cache)"
+        ) from None
     for path, module in nnx.iter_modules(model):
+        drops = getattr(module, "dropout_rate", getattr(module, "rate", None)) != 0
         for name in ("deterministic", "use_running_average"):
-            if getattr(module, name, None) is False:
+            if drops and getattr(module, name, None) is False:
                 raise ValueError(
                     f"{'.'.join(map(str, path)) or 'the model'}, a {type(module).__name__}, is in training mode "
                     f"({name}=False); call model.eval() before functional(model)"

@@ -15,6 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.cache.export import exportable
+
 
 @runtime_checkable
 class Scaling(Protocol):
@@ -28,6 +30,7 @@ class Scaling(Protocol):
         """Returns the frequencies to use. float64 [dim / 2], radians per token, falling; the same out."""
 
 
+@exportable
 @dataclasses.dataclass(frozen=True)
 class LinearScaling:
     """Position interpolation: every frequency is divided by `factor`. Chen et al. 2023, https://arxiv.org/abs/2306.15595.
@@ -55,6 +58,7 @@ class LinearScaling:
         return frequencies / self.factor
 
 
+@exportable
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
     """YaRN: fast dimensions stay, slow ones are interpolated, those between blend, and q and k grow a little.
@@ -127,6 +131,7 @@ class YarnScaling:
         return frequencies / self.factor * interpolated + frequencies * (1.0 - interpolated)
 
 
+@exportable
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
     """Llama 3's scaling: long wavelengths are interpolated, short ones stay, those between blend.
@@ -167,6 +172,7 @@ class Llama3Scaling:
         return (1.0 - kept) * frequencies / self.factor + kept * frequencies
 
 
+@exportable
 @dataclasses.dataclass(frozen=True)
 class LongRopeScaling:
     """LongRoPE: every frequency is divided by a factor of its own, found by search, and q and k grow a little.
@@ -221,6 +227,7 @@ class LongRopeScaling:
         return frequencies / np.array(self.factors)
 
 
+@exportable
 @dataclasses.dataclass(frozen=True)
 class Rotary:
     """Rotary position embedding of one layer. Frozen and hashable: give the same to the module and to its LayerSpec.

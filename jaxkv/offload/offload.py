@@ -91,7 +91,7 @@ class Offload:
           loader: gives dicts from names to pytrees.
           to: as for Offload, and so are budget and spill.
           device: None, or the device or sharding that NumPy arrays are to come back on, as arrays of JAX.
-          progress: shows a bar, by tqdm (`pip install "jaxkv[memo]"`).
+          progress: shows a bar, by tqdm (`pip install tqdm`).
 
         Raises:
           ImportError: if `progress` needs tqdm and it is not installed.

@@ -168,6 +168,6 @@ def choose(to: Any, name: str = "to") -> Place:
     if isinstance(to, str) and to in kinds:
         return Memory(to)
     raise ValueError(
-        f"{name}={to!r} is no place: there are 'numpy', the memories of this device ({', '.join(map(repr, kinds))}), "
-        'a Sharding, None (keep in place), and a directory, with a slash ("./activations") or as a pathlib.Path'
+        f"{name}={to!r} is not a place: use 'numpy', a memory of this device ({', '.join(map(repr, kinds))}), "
+        'a Sharding, None (keep in place), or a directory, with a slash ("./activations") or as a pathlib.Path'
     )

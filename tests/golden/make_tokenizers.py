@@ -23,6 +23,9 @@ TEXTS = [
     "",
     "<|user|>typed as text</s>",
     "a <|eot|>  spaces <|user|>  around",
+    " ab",
+    "ab</s> ab  a",
+    "a <new> b<new>c New  [PAD] <|im_start|> ab<|im_end|>\n",
 ]
 MESSAGES = {
     "one": [{"role": "user", "content": " Hello? "}],
@@ -151,6 +154,60 @@ def metaspace() -> Tokenizer:
     return tokenizer
 
 
+def pieces() -> Tokenizer:
+    """BPE with spaces as U+2581 and bytes for what is unknown, as files of Llama 2 made by transformers 4 have it."""
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyzHTS,.!<>|/_"]
+    merges = [("▁", "a"), ("a", "b"), ("▁a", "b"), ("▁", "▁"), ("▁", "ab"), ("l", "l"), ("▁", "<")]
+    names = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        *letters,
+        *("".join(pair) for pair in merges),
+    ]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(names))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def heard() -> Tokenizer:
+    """As Whisper's: a text is framed by tokens that say what is to be done."""
+    tokenizer = byte_level()
+    names = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|translate|>", "<|notimestamps|>"]
+    tokenizer.add_special_tokens(names)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftranscript|> <|notimestamps|> $A <|endoftext|>",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in (names[0], names[1], names[-1])],
+    )
+    return tokenizer
+
+
+def numbered(make: Any, *tokens: dict[str, Any] | str, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns a tokenizer_config.json whose added_tokens_decoder has further tokens behind those of tokenizer.json."""
+    tokenizer = make()
+    kinds = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    known = {
+        i: {kind: getattr(token, kind) for kind in kinds} for i, token in tokenizer.get_added_tokens_decoder().items()
+    }
+    for i, token in enumerate(tokens, tokenizer.get_vocab_size()):
+        known[i] = {"content": token, "special": True} if isinstance(token, str) else token
+    return {"added_tokens_decoder": {str(i): token for i, token in known.items()}, **(config or {})}
+
+
+def following(make: Any, *texts: str) -> dict[str, int]:
+    """Returns an added_tokens.json of tokens behind those of tokenizer.json."""
+    return {text: i for i, text in enumerate(texts, make().get_vocab_size())}
+
+
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
 # name: (tokenizer, tokenizer_config.json, further files)
 KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
     "qwen": (
@@ -186,6 +243,82 @@ KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
         {"eos_token": "<|user|>"},
         {"chat_template.jinja": ODD, "additional_chat_templates/tool_use.jinja": CHATML},
     ),
+    # Tokens that only the other files know.
+    "fine_tune": (
+        pieces,
+        numbered(
+            pieces,
+            "<|im_start|>",
+            {"content": "<|im_end|>", "special": False, "normalized": False, "rstrip": True},
+            {"content": "<new>", "lstrip": True, "single_word": True, "normalized": True, "special": False},
+            {"content": "New", "single_word": True, "normalized": False},
+            config={"eos_token": "<|im_end|>", "chat_template": CHATML, "pad_token": "[PAD]"},
+        ),
+        {},
+    ),
+    "reflagged": (
+        byte_level,
+        {
+            "added_tokens_decoder": {
+                str(byte_level().token_to_id("<|eot|>")): {"content": "<|eot|>", "lstrip": True, "special": False},
+                str(byte_level().token_to_id("<|user|>")): {"content": "<|user|>", "special": True},
+            },
+            "eos_token": "<|eot|>",
+            "pad_token": {"__type": "AddedToken", "content": "[PAD]", "lstrip": True, "special": True},
+        },
+        {},
+    ),
+    "added_file": (
+        pieces,
+        {"chat_template": CHATML, "additional_special_tokens": ["<new>"]},
+        {
+            "added_tokens.json": json.dumps(following(pieces, "<new>", "<|im_end|>", "<|im_start|>", "New")),
+            "special_tokens_map.json": json.dumps({"eos_token": {"content": "<|im_end|>", "lstrip": False}}),
+        },
+    ),
+    "map_file": (
+        byte_level,
+        {},
+        {
+            "special_tokens_map.json": json.dumps(
+                {
+                    "additional_special_tokens": ["<new>", "New"],
+                    "pad_token": {"content": "[PAD]", "lstrip": True, "normalized": True},
+                }
+            )
+        },
+    ),
+    "extra_list": (byte_level, {"extra_special_tokens": ["<new>", "<|im_start|>", "New"]}, {}),
+    "extra_dict": (pieces, {"extra_special_tokens": {"new": "<new>", "x_token": "New"}, "boi_token": "[PAD]"}, {}),
+    # Classes whose pipeline is not that of tokenizer.json.
+    "llama_class": (pieces, {**LLAMA, "legacy": False}, {}),
+    "llama_legacy": (pieces, {**LLAMA, "legacy": True, "tokenizer_class": "LlamaTokenizerFast"}, {}),
+    "llama_null": (pieces, {**LLAMA, "legacy": None, "add_bos_token": False, "add_eos_token": True}, {}),
+    "llama_no_space": (pieces, {**LLAMA, "add_prefix_space": False}, {}),
+    "llama_names": (pieces, {"tokenizer_class": "LlamaTokenizer", "chat_template": LLAMA2}, {}),
+    "llama_fine_tune": (
+        pieces,
+        numbered(pieces, "<|im_start|>", "<|im_end|>", config={**LLAMA, "eos_token": "<|im_end|>"}),
+        {"config.json": '{"model_type": "llama"}'},
+    ),
+    "llama_bytes": (byte_level, {"tokenizer_class": "LlamaTokenizer", "bos_token": "<|begin|>"}, {}),
+    "mistral": (pieces, LLAMA, {"config.json": '{"model_type": "mistral"}'}),
+    "phi3": (pieces, LLAMA, {"config.json": '{"model_type": "phi3"}'}),
+    "gemma_class": (pieces, {"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}, {}),
+    "gemma3": (pieces, {"tokenizer_class": None}, {"config.json": '{"model_type": "gemma3_text"}'}),
+    "qwen2": (byte_level, LLAMA, {"config.json": '{"model_type": "qwen2"}'}),
+    "qwen3": (byte_level, {"tokenizer_class": None}, {"config.json": '{"model_type": "qwen3"}'}),
+    "gpt2": (
+        byte_level,
+        {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True, "eos_token": "<|end|>"},
+        {"config.json": '{"model_type": "gpt2"}'},
+    ),
+    "whisper": (heard, {"tokenizer_class": "WhisperTokenizer"}, {"config.json": '{"model_type": "whisper"}'}),
+    "gpt_oss": (
+        byte_level,
+        {"eos_token": "<|end|>", "bos_token": "<|begin|>"},
+        {"config.json": '{"model_type": "gpt_oss"}'},
+    ),
 }
 
 
@@ -195,6 +328,8 @@ def build(kind: str, directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer().save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    if config["tokenizer_class"] is None:
+        del config["tokenizer_class"]
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     for name, text in files.items():
         (directory / name).parent.mkdir(exist_ok=True)
@@ -207,11 +342,16 @@ def expected(kind: str, directory: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    facts: dict[str, Any] = {"texts": [], "chats": {}}
+    kinds = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    added = {i: [getattr(token, kind) for kind in kinds] for i, token in tokenizer.added_tokens_decoder.items()}
+    facts: dict[str, Any] = {"added": sorted([i, *token] for i, token in added.items()), "texts": [], "chats": {}}
+    facts["named"] = tokenizer.special_tokens_map
     for text in TEXTS:
         framed, plain = tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)
         shown = tokenizer.decode(framed), tokenizer.decode(framed, skip_special_tokens=True)
         facts["texts"].append([framed, plain, *shown])
+    if tokenizer.chat_template is None:
+        return facts
     for name, messages in MESSAGES.items():
         for prompt in (True, False):
             for tools in (None, TOOLS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxkv.models.families.gemma import GEMMA2, GEMMA3
+from jaxkv.models.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from jaxkv.models.families.gpt2 import GPT2
 from jaxkv.models.families.gpt_oss import GPT_OSS
 from jaxkv.models.families.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
@@ -15,7 +15,7 @@ FAMILIES = {
     "qwen3": QWEN3,
     "phi3": PHI3,
     "gemma2": GEMMA2,
-    "gemma3_text": GEMMA3,
+    "gemma3_text": GEMMA3_TEXT,
     "gemma3": GEMMA3,
     "gpt2": GPT2,
     "gpt_oss": GPT_OSS,

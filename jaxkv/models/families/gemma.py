@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 from jaxkv.models.decoder import DecoderConfig
-from jaxkv.models.families import llama
-from jaxkv.models.families.table import Family, Fields, norm
-from jaxkv.nn.rotary import Rotary
+from jaxkv.models.families import llama, rope
+from jaxkv.models.families.fields import (
+    ACTIVATION,
+    FLAG,
+    HEADS,
+    LAYERS,
+    LENGTH,
+    POSITIVE,
+    VOCABULARY,
+    WIDTH,
+    Field,
+    Fields,
+)
+from jaxkv.models.families.reach import FULL, LAYER_TYPES, SLIDING, reaches
+from jaxkv.models.families.table import Family, Ignored, norm
 
 _LAYER, _OURS = "model.layers.{}", "layers.{}"
 _TENSORS = (
@@ -29,13 +42,13 @@ _TENSORS = (
 def _shared(fields: Fields) -> dict[str, Any]:
     return {
         **llama.sizes(fields),
-        "activation": fields.activation("hidden_activation"),
-        "use_bias": llama.biases(fields.get("attention_bias", False)),
+        "activation": fields["hidden_activation"],
+        "use_bias": llama.biases(fields["attention_bias"]),
         "post_norms": True,
         "embed_scale": math.sqrt(fields["hidden_size"]),
         "attention_scale": fields["query_pre_attn_scalar"] ** -0.5,
-        "attention_softcap": fields.get("attn_logit_softcapping"),
-        "logit_softcap": fields.get("final_logit_softcapping"),
+        "attention_softcap": fields["attn_logit_softcapping"],
+        "logit_softcap": fields["final_logit_softcapping"],
     }
 
 
@@ -43,64 +56,65 @@ def _gemma2(fields: Fields) -> DecoderConfig:
     shared = _shared(fields)
     return DecoderConfig(
         **shared,
-        reaches=fields.reaches(("sliding_attention", "full_attention")),
-        rotary=fields.rotary(shared["head_dim"]),
+        reaches=reaches(fields, fields["sliding_window"], (SLIDING, FULL)),
+        rotary=rope.rotary(fields, shared["head_dim"]),
     )
 
 
 def _gemma3(fields: Fields) -> DecoderConfig:
     shared = _shared(fields)
-    windows = ("sliding_attention",) * (fields.get("sliding_window_pattern", 6) - 1)
-    reaches = fields.reaches((*windows, "full_attention"))
-    full = fields.rotary(shared["head_dim"], kind="full_attention", theta=1_000_000.0)
-    if "sliding_attention" in fields.get("rope_parameters", {}):
-        window = fields.rotary(shared["head_dim"], kind="sliding_attention")
-    else:
-        window = Rotary(float(fields.get("rope_local_base_freq", 10_000.0)))
+    windows = (SLIDING,) * (fields["sliding_window_pattern"] - 1)
+    found = reaches(fields, fields["sliding_window"], (*windows, FULL))
+    full = rope.rotary_of(fields, FULL, shared["head_dim"], theta=fields["rope_theta"] or 1_000_000.0)
+    window = rope.rotary_of(fields, SLIDING, shared["head_dim"], theta=fields["rope_local_base_freq"])
     return DecoderConfig(
-        **shared,
+        **{**shared, "attention_softcap": None},  # Gemma 3 has none, whatever its config.json says
         qk_norm=True,
-        reaches=reaches,
-        rotary=tuple(full if reach.size is None else window for reach in reaches),
+        reaches=found,
+        rotary=tuple(full if reach.size is None else window for reach in found),
     )
 
 
-_REQUIRED = {"use_bidirectional_attention": (None, False)}
-_GEMMA = {"tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256}
-GEMMA2 = Family(
-    _gemma2,
-    _TENSORS,
-    {
-        **_GEMMA,
-        "head_dim": 256,
-        "sliding_window": 4096,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-    },
-    _REQUIRED,
-    ignored=llama.IGNORED,
-)
-# The larger Gemma 3 see images too; their checkpoints hold the text model among other parts, and leave out of its
-# config what is as usual.
-GEMMA3 = Family(
+_FIELDS = {
+    **llama.FIELDS,
+    "num_key_value_heads": Field(HEADS, 4),
+    "head_dim": Field(HEADS, 256),
+    "hidden_activation": Field(ACTIVATION, "gelu_pytorch_tanh"),
+    "query_pre_attn_scalar": Field(POSITIVE, 256),
+    "attention_bias": Field(FLAG, False),
+    "attn_logit_softcapping": Field(POSITIVE, 50.0, null=None),
+    "final_logit_softcapping": Field(POSITIVE, 30.0, null=None),
+    "sliding_window": Field(LENGTH, 4096, null=None),
+    "layer_types": LAYER_TYPES,
+    "use_bidirectional_attention": Field(FLAG, False, only=(False,)),
+    "tie_word_embeddings": Field(FLAG, True),
+}
+GEMMA2 = Family(_gemma2, {**_FIELDS, "max_position_embeddings": Field(LENGTH, 8192)}, _TENSORS, ignored=llama.IGNORED)
+GEMMA3_TEXT = Family(
     _gemma3,
-    _TENSORS,
     {
-        **_GEMMA,
-        "vocab_size": 262_208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "sliding_window": 4096,
-        "max_position_embeddings": 131_072,
+        **_FIELDS,
+        # The larger Gemma 3 see images too; what is as usual is left out of the config of their text model.
+        "vocab_size": Field(VOCABULARY, 262_208),
+        "hidden_size": Field(WIDTH, 2304),
+        "intermediate_size": Field(WIDTH, 9216),
+        "num_hidden_layers": dataclasses.replace(_FIELDS["num_hidden_layers"], default=26),
+        "num_attention_heads": Field(HEADS, 8),
+        "max_position_embeddings": Field(LENGTH, 131_072),
+        "attn_logit_softcapping": Field(POSITIVE, None),
+        "final_logit_softcapping": Field(POSITIVE, None),
+        "sliding_window_pattern": Field(LAYERS, 6),
+        "rope_local_base_freq": Field(POSITIVE, 10_000.0),
     },
-    {**_REQUIRED, "attn_logit_softcapping": (None,)},
+    _TENSORS,
+    context=rope.context_of_full,
     renames=(
         (r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model."),
         (r"^language_model\.lm_head\.", "lm_head."),
     ),
-    ignored=(*llama.IGNORED, r"(model\.)?vision_tower\..*", r"(model\.)?multi_modal_projector\..*"),
+    ignored=(
+        *llama.IGNORED,
+        Ignored(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\..*", "not read, it is for images; text is"),
+    ),
 )
+GEMMA3 = dataclasses.replace(GEMMA3_TEXT, part="text_config")

@@ -1,10 +1,12 @@
-"""gpt-oss: learned sinks, every second layer with a window, YaRN, and experts. Not its four-bit weights."""
+"""gpt-oss: learned sinks, every second layer with a window, YaRN, and experts, whose weights may come in four bits."""
 
 from __future__ import annotations
 
 from jaxkv.models.decoder import DecoderConfig
-from jaxkv.models.families import llama
-from jaxkv.models.families.table import Family, Fields, Tensor, linear
+from jaxkv.models.families import llama, rope
+from jaxkv.models.families.fields import ACTIVATION, EPSILON, FLAG, HEADS, LENGTH, POSITIVE, Field, Fields
+from jaxkv.models.families.reach import FULL, LAYER_TYPES, SLIDING, reaches
+from jaxkv.models.families.table import Family, Tensor, linear
 
 _MLP, _OURS = "model.layers.{}.mlp", "layers.{}.mlp"
 _TENSORS = (
@@ -12,9 +14,9 @@ _TENSORS = (
     *llama.ATTENTION,
     Tensor("model.layers.{}.self_attn.sinks", ("layers.{}.attention.sink_logits",)),
     *linear(f"{_MLP}.router", f"{_OURS}.router"),
-    Tensor(f"{_MLP}.experts.gate_up_proj", (f"{_OURS}.gate_up",)),
+    Tensor(f"{_MLP}.experts.gate_up_proj", (f"{_OURS}.gate_up",), packed=True),
     Tensor(f"{_MLP}.experts.gate_up_proj_bias", (f"{_OURS}.gate_up_bias",)),
-    Tensor(f"{_MLP}.experts.down_proj", (f"{_OURS}.down",)),
+    Tensor(f"{_MLP}.experts.down_proj", (f"{_OURS}.down",), packed=True),
     Tensor(f"{_MLP}.experts.down_proj_bias", (f"{_OURS}.down_bias",)),
     *llama.NORMS,
     llama.HEAD,
@@ -23,14 +25,18 @@ _TENSORS = (
 
 def _gpt_oss(fields: Fields) -> DecoderConfig:
     shared = llama.sizes(fields)
+    experts = fields["num_local_experts"]
+    each = fields["num_experts_per_tok"]
+    if each > experts:
+        raise fields.wrong("num_experts_per_tok", f'{each} of them is more than the {experts} in "num_local_experts"')
     return DecoderConfig(
         **shared,
-        reaches=fields.reaches(("sliding_attention", "full_attention")),
-        rotary=fields.rotary(shared["head_dim"], theta=150_000.0),
+        reaches=reaches(fields, fields["sliding_window"], (SLIDING, FULL)),
+        rotary=rope.rotary(fields, shared["head_dim"], theta=150_000.0),
         sink_logits=True,
         use_bias=llama.biases(fields["attention_bias"]),
-        num_experts=fields["num_local_experts"],
-        experts_per_token=fields.get("num_experts_per_tok", fields.get("experts_per_token", 4)),
+        num_experts=experts,
+        experts_per_token=each,
     )
 
 
@@ -42,10 +48,20 @@ _YARN = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-GPT_OSS = Family(
-    _gpt_oss,
-    _TENSORS,
-    {"head_dim": 64, "rms_norm_eps": 1e-5, "sliding_window": 128, "attention_bias": True, "rope_scaling": _YARN},
-    {"hidden_act": ("silu",), "swiglu_alpha": (1.702,), "swiglu_limit": (7.0, 7)},
-    ignored=llama.IGNORED,
-)
+_FIELDS = {
+    **llama.FIELDS,
+    "num_key_value_heads": Field(HEADS, 8, null=None),
+    "head_dim": Field(HEADS, 64, null=None),
+    "max_position_embeddings": Field(LENGTH, 131_072),
+    "rms_norm_eps": Field(EPSILON, 1e-5),
+    "sliding_window": Field(LENGTH, 128, null=None),
+    "layer_types": LAYER_TYPES,
+    "attention_bias": Field(FLAG, True),
+    "num_local_experts": Field(HEADS, also=("num_experts",)),
+    "num_experts_per_tok": Field(HEADS, 4),
+    "hidden_act": Field(ACTIVATION, "silu", only=("silu",)),
+    "swiglu_alpha": Field(POSITIVE, 1.702, only=(1.702,)),
+    "swiglu_limit": Field(POSITIVE, 7.0, only=(7.0,)),
+    **rope.declared(default=_YARN),
+}
+GPT_OSS = Family(_gpt_oss, _FIELDS, _TENSORS, quantized=("mxfp4",), ignored=llama.IGNORED)

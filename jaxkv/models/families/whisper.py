@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+
 from jaxkv.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from jaxkv.models.families.table import Family, Fields, Tensor, linear, norm
+from jaxkv.models.families.fields import ACTIVATION, FLAG, HEADS, LAYERS, TABLE, VOCABULARY, WIDTH, Field, Fields
+from jaxkv.models.families.table import Family, Tensor, linear, norm
 
 
 def _attention(file: str, ours: str) -> tuple[Tensor, ...]:
@@ -49,9 +52,15 @@ _TENSORS = (
 
 
 def _whisper(fields: Fields) -> EncoderDecoderConfig:
+    width = fields["d_model"]
+    if width % 2 or width < 4:
+        raise fields.wrong("d_model", "it must be an even number of at least 4")
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        if width % fields[name]:
+            raise fields.wrong(name, f'it must divide the {width} in "d_model"')
     return EncoderDecoderConfig(
         vocab_size=fields["vocab_size"],
-        width=fields["d_model"],
+        width=width,
         num_mel_bins=fields["num_mel_bins"],
         encoder_layers=fields["encoder_layers"],
         encoder_heads=fields["encoder_attention_heads"],
@@ -61,23 +70,33 @@ def _whisper(fields: Fields) -> EncoderDecoderConfig:
         decoder_mlp_dim=fields["decoder_ffn_dim"],
         max_source_positions=fields["max_source_positions"],
         max_positions=fields["max_target_positions"],
-        activation=fields.activation("activation_function"),
+        activation=fields["activation_function"],
         tied=fields["tie_word_embeddings"],
     )
 
 
+_FIELDS = {
+    "vocab_size": Field(VOCABULARY),
+    "d_model": Field(WIDTH, also=("hidden_size",)),
+    "num_mel_bins": Field(WIDTH, 80),
+    "encoder_layers": Field(LAYERS, also=("num_hidden_layers",), counts="model.encoder.layers.{}."),
+    "encoder_attention_heads": Field(HEADS, also=("num_attention_heads",)),
+    "encoder_ffn_dim": Field(WIDTH),
+    "decoder_layers": Field(LAYERS, counts="model.decoder.layers.{}."),
+    "decoder_attention_heads": Field(HEADS),
+    "decoder_ffn_dim": Field(WIDTH),
+    "max_source_positions": Field(TABLE, 1500),
+    "max_target_positions": Field(TABLE, 448),
+    "activation_function": Field(ACTIVATION, "gelu"),
+    "tie_word_embeddings": Field(FLAG, True),
+    "scale_embedding": Field(FLAG, False, only=(False,)),
+    "is_encoder_decoder": Field(FLAG, True, only=(True,)),
+}
 WHISPER = Family(
     _whisper,
+    _FIELDS,
     _TENSORS,
-    {
-        "num_mel_bins": 80,
-        "max_source_positions": 1500,
-        "max_target_positions": 448,
-        "activation_function": "gelu",
-        "tie_word_embeddings": True,
-    },
-    {"scale_embedding": (False,), "is_encoder_decoder": (True,)},
+    context=operator.itemgetter("max_target_positions"),
     renames=((r"^(?!model\.|proj_out\.)", "model."),),  # as WhisperModel saves it, without the head
-    ignored=(r"proj_out\.weight",),  # the table once more
     module=EncoderDecoder,
 )

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.cache.spec import Full, Window
+from jaxkv.models.bytes import ByteTokenizer
 from jaxkv.models.decoder import Decoder, DecoderConfig
 from jaxkv.models.generation import GenerationConfig
 from jaxkv.models.model import Model, abstract
-from jaxkv.models.tokenizer import ByteTokenizer
 from jaxkv.nn.state import load_state
 
 PATH = Path(__file__).parent / "model.safetensors"

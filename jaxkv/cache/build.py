@@ -1,0 +1,148 @@
+"""Making a cache: what is asked for, checked; its parts, empty; and where they are placed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+
+from jaxkv.cache.arguments import checked_size
+from jaxkv.cache.cross import Encoded
+from jaxkv.cache.group import READ_BLOCK, Group
+from jaxkv.cache.layer import Layer
+from jaxkv.cache.spec import Cross, LayerSpec, Reach
+
+_LONGEST_BLOCK = 512  # by default; longer ones make a prompt hardly faster
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of a cache, as they are kept."""
+
+    num_rows: int
+    capacity: int
+    max_block: int
+    slack: int
+
+    @classmethod
+    def of(cls, specs: Sequence[LayerSpec], num_rows: Any, capacity: Any, max_block: Any, slack: Any) -> Sizes:
+        """Returns them checked, with the default of max_block."""
+        num_rows = checked_size("Cache.init", "num_rows", num_rows, 1)
+        capacity = checked_size("Cache.init", "capacity", capacity, 1)
+        slack = checked_size("Cache.init", "slack", slack, 0)
+        if max_block is None:
+            max_block = default_block([spec.reach for spec in specs], capacity)
+        max_block = checked_size("Cache.init", "max_block", max_block, 1)
+        return cls(num_rows, capacity, min(max_block, capacity), slack)
+
+
+def default_block(reaches: Iterable[Reach], capacity: int) -> int:
+    """Returns how many tokens of one sequence a `begin` takes unless the user says it.
+
+    A ring is this much longer than its reach. As long as the shortest reach that wraps, it doubles the ring at most.
+
+    >>> import jaxkv
+    >>> default_block([jaxkv.Full(), jaxkv.Window(128)], 4096), default_block([jaxkv.Full()], 4096)
+    (128, 512)
+    """
+    wrapping = [
+        reach.size
+        for reach in reaches
+        if reach.size is not None and reach.size < capacity and not isinstance(reach, Cross)
+    ]
+    shortest = min([_LONGEST_BLOCK, *wrapping])
+    return max(READ_BLOCK, 1 << (shortest.bit_length() - 1))
+
+
+def checked_specs(specs: Any) -> tuple[LayerSpec, ...]:
+    """Returns the specs of all layers.
+
+    Raises:
+      ValueError: for anything else, with what to give instead.
+    """
+    kind = type(specs).__name__
+    if isinstance(specs, LayerSpec):
+        raise ValueError(f"Cache.init got one {specs}; give one per layer, in a list: Cache.init([spec] * num_layers)")
+    if hasattr(specs, "specs"):
+        call = "()" if callable(specs.specs) else ""
+        raise ValueError(f"Cache.init got a {kind}; give the specs of its layers: Cache.init(model.specs{call}, ...)")
+    if hasattr(specs, "layer_spec"):
+        raise ValueError(f"Cache.init got a {kind}; give its spec, in a list: Cache.init([layer.layer_spec()], ...)")
+    if not isinstance(specs, Iterable):
+        raise ValueError(
+            f"Cache.init got a {kind}; give a list with one jaxkv.LayerSpec per layer of the model, such as "
+            "[block.attention.layer_spec() for block in model.blocks] of jaxkv's attention modules"
+        )
+    specs = tuple(specs)
+    for spec in specs:
+        if not isinstance(spec, LayerSpec):
+            given = f"a {type(spec).__name__}" if callable(spec) else repr(spec)
+            instead = "its layer_spec()" if hasattr(spec, "layer_spec") else "one jaxkv.LayerSpec per layer"
+            raise ValueError(f"specs holds {given}; give {instead}")
+    if not specs:
+        raise ValueError("specs is empty; give one jaxkv.LayerSpec per layer of the model")
+    crosses = list(dict.fromkeys(spec.reach for spec in specs if isinstance(spec.reach, Cross)))
+    if len(crosses) > 1:
+        raise ValueError(
+            f"{crosses[0]} and {crosses[1]} in one cache: all Cross layers read the output of one encoder; give "
+            "them the larger size"
+        )
+    return specs
+
+
+def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool) -> tuple[Any, Any, Any]:
+    """Returns the layers, the groups, and the bookkeeping of Cross layers or None, all empty."""
+    reaches = list(dict.fromkeys(spec.reach for spec in specs if not isinstance(spec.reach, Cross)))
+    crosses = list(dict.fromkeys(spec.reach for spec in specs if isinstance(spec.reach, Cross)))
+    behind = max(sizes.max_block, sizes.slack)
+    groups = tuple(Group.init(reach, sizes.num_rows, sizes.capacity, behind) for reach in reaches)
+    encoded = Encoded.init(crosses[0], sizes.num_rows) if crosses else None
+    books: list[Any] = [*groups, encoded]
+
+    def layer(spec: LayerSpec, num_stacked: int | None) -> Layer:
+        group = [*reaches, *crosses].index(spec.reach)
+        num_slots = books[group].num_slots
+        lead = layout.lead(sizes.num_rows, spec.num_kv_heads, num_slots)
+        lead = lead if num_stacked is None else (num_stacked, *lead)
+        return Layer(
+            k=spec.k_storage.zeros(lead, spec.head_dim),
+            v=spec.v_storage.zeros(lead, spec.value_dim),
+            index=None,
+            group=group,
+            spec=spec,
+            layout=layout,
+            num_slots=num_slots,
+            num_stacked=num_stacked,
+        )
+
+    if stacked:
+        return tuple(layer(spec, specs.count(spec)) for spec in dict.fromkeys(specs)), groups, encoded
+    return tuple(layer(spec, None) for spec in specs), groups, encoded
+
+
+def shardings(cache: Any, sharding: Any) -> Any:
+    """Returns a tree of shardings for a cache: `sharding` (axes R, K, V, H) for buffers, replicated bookkeeping."""
+    mesh, spec = sharding.mesh, sharding.spec
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    whole = jax.tree.map(lambda _: replicated, cache)
+
+    def place(buffer: Any) -> Any:
+        stack = (None,) * (len(buffer.shape) - 4)
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack, *spec))
+
+    layers = tuple(
+        dataclasses.replace(layer, k=jax.tree.map(place, layer.k), v=jax.tree.map(place, layer.v))
+        for layer in cache.layers
+    )
+    return dataclasses.replace(whole, layers=layers)
+
+
+def place(build: Any, sharding: Any) -> Any:
+    """Returns the cache that `build` makes, each device making its part."""
+    if sharding is None:
+        return build()
+    places = shardings(jax.eval_shape(build), sharding)
+    # The second does nothing but under `jax_disable_jit`, which makes jit forget where things go.
+    return jax.device_put(jax.jit(build, out_shardings=places)(), places)

@@ -1,0 +1,127 @@
+"""Editing: forgetting, moving and copying what sequences hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.cache.arguments import FAR
+from jaxkv.cache.group import resume
+from jaxkv.cache.layer import Layer
+from jaxkv.cache.spec import Cross, LayerSpec
+
+
+def resume_point(cache: Any, row: Any, known: Any, position: Any) -> Any:
+    """Returns `Cache.resume_point` of a row that is known."""
+    position = jnp.clip(position, 0, jnp.where(known, cache.lengths[row], 0))
+    return _resume(cache, position, [group.lost[row] for group in cache.groups])
+
+
+def rewind(cache: Any, lengths: Any) -> Any:
+    """Returns `Cache.rewind`; lengths int32 [R]."""
+    landed = _resume(cache, jnp.clip(lengths, 0, cache.lengths), [group.lost for group in cache.groups])
+    landed = jnp.where(lengths >= cache.lengths, cache.lengths, landed)
+    return dataclasses.replace(cache, groups=tuple(group.truncate(landed) for group in cache.groups), lengths=landed)
+
+
+def reset(cache: Any, mask: Any) -> Any:
+    """Returns `Cache.reset`; mask bool [R]."""
+    cache = rewind(cache, jnp.where(mask, 0, FAR))
+    encoded = None if cache.encoded is None else cache.encoded.reset(mask)
+    return dataclasses.replace(cache, ok=cache.ok | mask, encoded=encoded)
+
+
+def remove(cache: Any, row: Any, known: Any, begin: Any, end: Any) -> Any:
+    """Returns `Cache.remove` with an end; row int32, one that there is."""
+    length = jnp.where(known, cache.lengths[row], 0)
+    begin = jnp.clip(begin, 0, length)
+    end = jnp.clip(end, begin, length)
+    moves = [group.remove(row, begin, end) for group in cache.groups]
+
+    def moved(layer: Layer) -> Layer:
+        if isinstance(layer.spec.reach, Cross):
+            return layer
+        _, sources, delta = moves[layer.group]
+
+        def move(turn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            return lambda buffer: layer.layout.move(buffer, row, sources, turn)
+
+        k = jax.tree.map(move(_turn_keys(layer.spec, delta)), layer.k)
+        return dataclasses.replace(layer, k=k, v=jax.tree.map(move(lambda x: x), layer.v))
+
+    return dataclasses.replace(
+        cache,
+        layers=tuple(moved(layer) for layer in cache.layers),
+        groups=tuple(group for group, _, _ in moves),
+        lengths=cache.lengths.at[row].add(begin - end),
+    )
+
+
+def copy_prefix(cache: Any, src: Any, src_known: Any, dst: Any, dst_known: Any, length: Any) -> Any:
+    """Returns `Cache.copy_prefix`; src and dst int32, rows that there are."""
+    held = jnp.where(src_known, cache.lengths[src], 0)
+    landed = resume_point(cache, src, src_known, length)
+    untouched = (src == dst) & src_known & (length >= held)  # as rewind says
+    landed = jnp.where(untouched, held, landed)
+    filled = [group.filled(held if group.wraps else landed) for group in cache.groups]
+    if cache.encoded is not None:
+        filled.append(jnp.where(src_known, cache.encoded.filled[src], 0))
+    filled = [jnp.where(dst_known, x, 0) for x in filled]
+    to = jnp.where(dst_known, dst, cache.num_rows)
+    return dataclasses.replace(
+        cache,
+        layers=_map_buffers(cache.layers, lambda layer, x: layer.layout.copy(x, src, dst, filled[layer.group])),
+        groups=tuple(group.copy_prefix(src, to, landed) for group in cache.groups),
+        encoded=None if cache.encoded is None else cache.encoded.copy(src, src_known, to),
+        lengths=cache.lengths.at[to].set(landed, mode="drop"),
+        ok=cache.ok.at[to].set(True, mode="drop"),
+    )
+
+
+def take(cache: Any, rows: Any) -> Any:
+    """Returns `Cache.take`; rows int32 [R2]."""
+    known = (rows >= 0) & (rows < cache.num_rows)
+    rows = jnp.clip(rows, 0, cache.num_rows - 1)
+    lengths = jnp.where(known, cache.lengths[rows], 0)
+    filled = [group.filled(lengths).max(initial=0) for group in cache.groups]
+    if cache.encoded is not None:
+        filled.append(jnp.where(known, cache.encoded.filled[rows], 0).max(initial=0))
+    return dataclasses.replace(
+        cache,
+        layers=_map_buffers(cache.layers, lambda layer, x: layer.layout.take(x, rows, filled[layer.group])),
+        groups=tuple(group.take(rows, known) for group in cache.groups),
+        encoded=None if cache.encoded is None else cache.encoded.take(rows, known),
+        lengths=lengths,
+        ok=jnp.where(known, cache.ok[rows], True),
+    )
+
+
+def _resume(cache: Any, position: Any, lost: list[Any]) -> Any:
+    for _ in range(2 * len(cache.groups)):  # one group's fallback may move another's
+        for group, interval in zip(cache.groups, lost, strict=True):
+            position = resume(group.reach, interval, position)
+    return position
+
+
+def _map_buffers(layers: Iterable[Layer], f: Callable[[Layer, Any], Any]) -> tuple[Layer, ...]:
+    def one(layer: Layer) -> Layer:
+        k, v = jax.tree.map(lambda x: f(layer, x), (layer.k, layer.v))
+        return dataclasses.replace(layer, k=k, v=v)
+
+    return tuple(one(layer) for layer in layers)
+
+
+def _turn_keys(spec: LayerSpec, delta: Any) -> Callable[[Any], Any]:
+    """Returns the function that turns stored keys [..., V, H] by delta [V]."""
+
+    def turn(stored: Any) -> Any:
+        k = spec.k_storage.decode(stored)[..., : spec.head_dim]
+        by = delta.reshape((1,) * (k.ndim - 2) + (-1, 1))
+        by = jnp.broadcast_to(by, (*k.shape[:-1], 1))
+        return jnp.where(by != 0, spec.k_storage.encode(spec.rotary.shift(k, by)), stored)
+
+    return turn

@@ -1,0 +1,160 @@
+"""What the types of arrays say of meshes: the axes they vary over inside `shard_map`, and which axes are Explicit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def vary_alike(tree: Any) -> Any:
+    """Returns the tree with all arrays varying over the mesh axes that one of them varies over.
+
+    Inside `jax.shard_map` a loop's carry keeps its type: what starts replicated may not become different from device to
+    device. Elsewhere nothing changes.
+    """
+    axes = frozenset[str]().union(*(_varying(x) for x in jax.tree.leaves(tree)))
+    return _vary(tree, axes)
+
+
+def vary_like(x: Any, tree: Any) -> Any:
+    """Returns the tree with its arrays varying over the mesh axes that x varies over."""
+    return _vary(tree, _varying(x))
+
+
+def _vary(tree: Any, axes: frozenset[str]) -> Any:
+    def one(x: Any) -> Any:
+        missing = tuple(sorted(axes - _varying(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
+
+
+def _varying(x: Any) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def explicit_mesh(tree: Any) -> Any:
+    """Returns the mesh with Explicit axes that an array of the tree lies on, or None."""
+    for x in jax.tree.leaves(tree):
+        mesh = jax.typeof(x).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def spec_of(x: Any) -> tuple[Any, ...]:
+    """Returns the Explicit mesh axes of each of an array's axes, None where there are none."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (jax.typeof(x).ndim - len(spec))
+
+
+def like(tree: Any) -> Any:
+    """Returns the PartitionSpecs of a tree's arrays, in their place."""
+    return jax.tree.map(lambda x: PartitionSpec(*spec_of(x)), tree)
+
+
+def rows_of(x: Any) -> PartitionSpec:
+    """Returns the PartitionSpec of an array with x's first axis, whose other axes are not sharded."""
+    return PartitionSpec(*spec_of(x)[:1])
+
+
+def constrain(x: Any, place: NamedSharding) -> Any:
+    """Returns x where `place` says, while tracing, whatever the kinds of the mesh's axes."""
+    mesh, types = place.mesh, place.mesh.axis_types
+    if AxisType.Explicit in types:
+        x = jax.sharding.reshard(x, NamedSharding(mesh, _only(AxisType.Explicit, place)))
+    if AxisType.Auto in types:
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _only(AxisType.Auto, place)))
+    return x
+
+
+def _only(kind: AxisType, place: NamedSharding) -> PartitionSpec:
+    """Returns the PartitionSpec of `place` without the mesh axes of other kinds."""
+    kinds = dict(zip(place.mesh.axis_names, place.mesh.axis_types, strict=True))
+
+    def one(names: Any) -> tuple[str, ...]:
+        names = names if isinstance(names, tuple) else (names,) if names else ()
+        return tuple(name for name in names if kinds[name] == kind)
+
+    return PartitionSpec(*map(one, place.spec))
+
+
+def beside(params: Any, tree: Any) -> Any:
+    """Returns the tree's arrays on every device of the mesh that an array of params lies on, if they lie on no mesh.
+
+    A program wants all of its arrays on the same mesh, and so does a loop in which some of them come from others.
+    """
+    mesh = next((place.mesh for place in map(_place, jax.tree.leaves(params)) if place), None)
+    if mesh is None or any(map(_place, jax.tree.leaves(tree))):
+        return tree
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def _place(x: Any) -> NamedSharding | None:
+    place = getattr(x, "sharding", None)
+    return place if isinstance(place, NamedSharding) else None
+
+
+def resized(x: Any, axis: int, size: int) -> PartitionSpec:
+    """Returns the PartitionSpec of an array if one axis had another size: mesh axes that don't divide it drop out."""
+    spec, mesh = list(spec_of(x)), jax.typeof(x).sharding.mesh
+    names = spec[axis] if isinstance(spec[axis], tuple) else [spec[axis]] if spec[axis] else []
+    if size % math.prod(mesh.shape[name] for name in names):
+        spec[axis] = None
+    return PartitionSpec(*spec)
+
+
+def automatic(function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
+    """Returns the function run as on Auto axes, where XLA chooses the shardings in between.
+
+    Where no argument lies on a mesh with Explicit axes the function runs as it is.
+
+    Args:
+      function: of arrays and pytrees of arrays.
+      specs: of its results, a tree of PartitionSpecs, or the beginning of one.
+    """
+
+    def call(*args: Any) -> Any:
+        mesh = explicit_mesh(args)
+        if mesh is None:
+            return function(*args)
+        places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        axes = tuple(
+            name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+        )
+        run = jax.sharding.auto_axes(function, axes=axes, out_sharding=places)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
+        return run(*args) if traced else jax.jit(run)(*args)
+
+    return call
+
+
+def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, *, out_sharding: Any = None, **options: Any) -> Any:
+    """Returns `jax.lax.dot_general`, also where an axis that is summed over is split over Explicit mesh axes.
+
+    JAX then asks for the sharding of the result: it is that of the axes that are left. To be given to Flax's layers.
+    """
+
+    def product(lhs: Any, rhs: Any, out_sharding: Any = None) -> Any:
+        return jax.lax.dot_general(lhs, rhs, dimension_numbers, out_sharding=out_sharding, **options)
+
+    if out_sharding is not None:
+        return product(lhs, rhs, out_sharding)
+    (summed, others_summed), (batch, others_batch) = dimension_numbers
+    gone = {*summed, *batch}, {*others_summed, *others_batch}
+    left, right = ([n for i, n in enumerate(spec_of(x)) if i not in g] for x, g in zip((lhs, rhs), gone, strict=True))
+    return automatic(product, PartitionSpec(*(spec_of(lhs)[i] for i in batch), *left, *right))(lhs, rhs)
+
+
+def forward(function: Callable[..., Any], params: Any, tokens: Any, positions: Any, cache: Any) -> Any:
+    """Returns function(params, tokens, positions, cache), a model's (logits, cache), also on a mesh with Explicit axes.
+
+    There the logits are sharded over rows as the tokens are, and the cache stays as it is.
+    """
+    if explicit_mesh((params, tokens, positions, cache)) is None:
+        return function(params, tokens, positions, cache)
+    return automatic(function, (rows_of(tokens), like(cache)))(params, tokens, positions, cache)

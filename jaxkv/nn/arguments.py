@@ -1,0 +1,100 @@
+"""Whether the arguments of an attention module's call belong together, and to the module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxkv.cache.layer import Layer
+from jaxkv.nn.heads import Heads
+
+
+def check_call(heads: Heads, x: Any, layer: Any, step: Any, positions: Any, spans: Any) -> None:
+    """Raises ValueError if the arguments of a module's call don't belong together or to this module."""
+    _check_input("x", x)
+    if layer is None and step is None:
+        return
+    if step is None and _is_array(layer):
+        raise ValueError(
+            f"the second argument is {layer.dtype}{layer.shape}, an array; with a cache it is a layer. No mask is "
+            "passed: the reach says who sees whom, and without a cache, by name, attn(x, positions=positions, "
+            "spans=spans). Keys and values of other inputs than x are for CrossAttention"
+        )
+    if not isinstance(layer, Layer) or step is None:
+        given = f"layer is a {type(layer).__name__}, step is a {type(step).__name__}"
+        raise ValueError(
+            f"{given}; with a cache call attn(x, layer, step), both from it: cache, step = cache.begin(positions), "
+            "layer = cache.layers[i]. Without a cache give positions by name: attn(x, positions=positions)"
+        )
+    if positions is not None or spans is not None:
+        raise ValueError(
+            "positions and spans are given to cache.begin(positions, spans=spans); the step carries them, so "
+            "attn(x, layer, step) takes neither"
+        )
+    if x.shape[:2] != step.positions.shape:
+        raise ValueError(
+            f"x has [B, T] = {x.shape[:2]}, the step was begun for {step.positions.shape}; they must agree"
+        )
+    _check_layer(heads, layer)
+
+
+def check_cross_call(heads: Heads, x: Any, layer: Any, step: Any, encoded: Any) -> None:
+    """Raises ValueError if the arguments of a cross-attention's call don't belong together or to this module."""
+    _check_input("x", x)
+    if encoded is None:
+        if step is None and _is_array(layer):
+            raise ValueError(
+                f"the second argument is {layer.dtype}{layer.shape}, an array; with a cache it is a layer. Give "
+                "an encoder's output by name, attn(x, encoded=encoded, encoded_lengths=lengths); no mask is passed"
+            )
+        if not isinstance(layer, Layer) or step is None:
+            raise ValueError(
+                f"layer is a {type(layer).__name__}, step is a {type(step).__name__}; with a cache call "
+                "attn(x, layer, step), both from it: cache, step = cache.begin(positions), layer = "
+                "cache.layers[i]; without one attn(x, encoded=encoded)"
+            )
+        _check_layer(heads, layer)
+    elif layer is not None or step is not None:
+        raise ValueError(
+            "encoded was given, and a layer or step too; with a cache the encoder's output goes in once, "
+            "layer = attn.write(encoded, layer, step), and attn(x, layer, step) reads it from there"
+        )
+    else:
+        check_encoded(heads, encoded)
+        if encoded.shape[0] != x.shape[0]:
+            raise ValueError(f"encoded has {encoded.shape[0]} batch rows, x has {x.shape[0]}; they must agree")
+
+
+def check_encoded(heads: Heads, encoded: Any, layer: Any = None) -> None:
+    """Raises ValueError unless `encoded` is an encoder's output that the reach, and the layer, can hold."""
+    _check_input("encoded", encoded)
+    if layer is not None:
+        _check_layer(heads, layer)
+    size = heads.reach.size
+    if size is not None and encoded.shape[1] > size:
+        raise ValueError(
+            f"encoded has {encoded.shape[1]} places, this module was made for size={size} at most; give it a "
+            "larger size"
+        )
+
+
+def _check_layer(heads: Heads, layer: Any) -> None:
+    mine = heads.layer_spec(layer.spec.k_storage, layer.spec.v_storage)
+    for name in ("reach", "num_kv_heads", "head_dim", "value_dim", "rotary"):
+        here, there = getattr(mine, name), getattr(layer.spec, name)
+        if here != there:
+            raise ValueError(
+                f"the layer was made for {name}={there}, this module has {name}={here}; make the cache from the "
+                "modules: Cache.init([attn.layer_spec(), ...], ...)"
+            )
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _check_input(name: str, x: Any) -> None:
+    if getattr(x, "ndim", None) != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+        what = f"{x.dtype}{x.shape}" if hasattr(x, "shape") else type(x).__name__
+        raise ValueError(f"{name} is {what}; attention wants floating numbers [B, T, D]: a batch of sequences")
