@@ -11,8 +11,8 @@ from . import logs
 
 __version__ = "0.1.0"
 
-# Each public name is said once, in __init__.pyi, and imported when it is first asked for: who decodes never waits for the
-# memo, and the command's --help not for JAX.
+# Each public name is said once, in __init__.pyi, and imported when it is first asked for: who decodes never waits for
+# the memo, and the command's --help not for JAX.
 _HOMES = {
     alias.name: f"{__name__}.{node.module or ''}".rstrip(".")
     for node in ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or b"").body
