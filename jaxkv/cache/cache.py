@@ -132,7 +132,7 @@ class Cache:
 
     @property
     def num_free(self) -> Any:
-        """How many pages each pool has left: int32 [G] in the order of `bookkeeping`; on rows there are none, int32 [0]."""
+        """How many pages each group has left: int32 [G], in the order of `bookkeeping`; int32 [0] on rows."""
         free = [group.pages.num_free for group in self.bookkeeping if group.pages is not None]
         return jnp.stack(free) if free else jnp.zeros((0,), jnp.int32)
 

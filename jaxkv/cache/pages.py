@@ -66,8 +66,8 @@ class Pages:
         """Raises ValueError if a cache of these sizes can't lie so."""
         if self.page_size > capacity:
             raise ValueError(
-                f"{self}: a page of {self.page_size} slots is larger than the capacity, {capacity}; give a page_size of "
-                "at most that"
+                f"{self}: a page of {self.page_size} slots is larger than the capacity, {capacity}; give a page_size "
+                "of at most that"
             )
         if self.num_pages * self.page_size < max_block:
             raise ValueError(

@@ -67,7 +67,7 @@ class _Writes:
     def wants(self, pool: Pool) -> Any:
         """Returns which of them need a page if all get one: bool [N].
 
-        Those without one do, and those that share theirs; but where all who share a page write to it, the last keeps it.
+        Those without one do, and those that share theirs; but where all who share a page write to it the last keeps it.
         """
         order = jnp.argsort(self.pages, stable=True)
         pages, number = self.pages[order], jnp.arange(order.size, dtype=jnp.int32)
