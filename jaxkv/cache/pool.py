@@ -121,7 +121,8 @@ def _one_by_one(pools: Any, writes: Any, wants: Any, fit: Any) -> Any:
         served = fit[row] & jnp.stack([n <= m for n, m in zip(asked, free, strict=True)]).all()
         wanted = [want & served for want in wanted]
         left = [
-            others.at[w.shared].add(want.astype(jnp.int32)) for w, others, want in zip(writes, left, wanted, strict=True)
+            others.at[w.shared].add(want.astype(jnp.int32))
+            for w, others, want in zip(writes, left, wanted, strict=True)
         ]
         free = [m - jnp.where(served, n, 0) for n, m in zip(asked, free, strict=True)]
         return (left, free, [a | b for a, b in zip(needs, wanted, strict=True)]), served

@@ -49,6 +49,10 @@ class Rows:
     def keep(self, pages: None, held: Any, rows: Any = None) -> None:
         """Returns the bookkeeping when row r is what row rows[r] was, and has positions `held`."""
 
+    def describe(self, pages: None) -> str:
+        """Returns what is to be said of the bookkeeping."""
+        return ""
+
     def step(self, pages: None, rows: Any, copies: Any = None) -> None:
         """Returns what the layers must know of the bookkeeping in one call."""
 
