@@ -320,8 +320,8 @@ class Cache:
         mask = jnp.asarray(mask)
         if mask.shape != (self.num_rows, self.capacity) or mask.dtype != bool:
             raise ValueError(
-                f"keep: mask is {mask.dtype}{list(mask.shape)}; give bool {[self.num_rows, self.capacity]}, one per row "
-                "and position"
+                f"keep: mask is {mask.dtype}{list(mask.shape)}; give bool [R, capacity] = "
+                f"{[self.num_rows, self.capacity]}"
             )
         return automatic(edit.keep, like(self))(self, mask)
 
