@@ -95,7 +95,7 @@ class Cache:
             sequences share.
           max_block: most tokens of one sequence in one `begin`; rings are this much longer than their reach. More than
             the capacity counts as the capacity. None chooses: as many as the shortest reach that wraps, as a power of
-            two from 64 to 512.
+            two from 64 to 512, and no more than a pool of pages can hold.
           slack: tokens that a `rewind` may go back in a ring beyond what its queries see; speculation wants its draft
             length here.
           stacked: equal specs share one Layer with buffers [L, ...], for models that scan over their layers.
@@ -108,9 +108,9 @@ class Cache:
             capacity, a pool that can't hold max_block tokens, or one divided over rows.
         """
         specs = checked_specs(specs)
-        sizes = Sizes.of(specs, num_rows, capacity, max_block, slack)
         if not isinstance(layout, Rows | Pages):
             raise ValueError(f"Cache.init(layout={layout!r}): give Rows() or Pages(num_pages, page_size)")
+        sizes = Sizes.of(specs, num_rows, capacity, max_block, slack, layout)
         layout.check(sizes.capacity, sizes.max_block, sharding)
 
         def build() -> Cache:

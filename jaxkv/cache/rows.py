@@ -29,6 +29,10 @@ class Rows:
     def check(self, capacity: int, max_block: int, sharding: Any) -> None:
         """Raises ValueError if a cache of these sizes can't lie so."""
 
+    def most(self, capacity: int) -> int:
+        """Returns how many tokens one sequence can bring at most."""
+        return capacity
+
     def round_up(self, num_slots: int) -> int:
         """Returns how many slots a row has of which `num_slots` are asked for."""
         return num_slots
