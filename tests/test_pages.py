@@ -223,6 +223,15 @@ def test_gradients_flow_through_the_copy_of_a_page():
     assert untouched[copied, 0, 1].tolist() == [3, 3]
 
 
+def test_another_rows_nan_is_not_read_where_a_row_has_no_page():
+    cache = fill(make(), 1, 1, 1)
+    ill = cache.groups[0].pages.table[:, 0].tolist().index(4)
+    cache = cache.with_layers([dataclasses.replace(x, v=x.v.at[4].set(jnp.nan)) for x in cache.layers])
+    *_, out, gets = _feed(cache, np.array([[1, -1, -1, -1]] * 3), np.ones((3, BLOCK), bool))
+    for x in (*out, *(v for _, v, _ in gets)):
+        assert np.isnan(x).any((1, 2, 3)).tolist() == [row == ill for row in range(3)]
+
+
 # ---------------------------------------------------------------- what it costs
 
 
