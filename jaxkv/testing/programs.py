@@ -21,6 +21,7 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross
 from jaxkv.nn.attend import attend
 from jaxkv.testing.oracle import EMPTY, Oracle
+from jaxkv.testing.pages import assert_only_written, assert_pages_sound, assert_unchanged
 
 Choose = Callable[[int, int], int]  # (least, most) -> a whole number between them, both included
 
@@ -90,7 +91,21 @@ class Retry:
     mask: tuple[bool, ...]
 
 
-Operation = Begin | BeginCross | Remove | Rewind | CopyPrefix | Take | Reset | Retry
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """`cache.keep(mask)` with a mask that is False at these positions of each row, and True elsewhere."""
+
+    forgets: tuple[tuple[int, ...], ...]
+
+    def mask(self, capacity: int) -> np.ndarray:
+        """Returns the mask: bool [R, capacity]."""
+        mask = np.ones((len(self.forgets), capacity), bool)
+        for row, positions in zip(mask, self.forgets, strict=True):
+            row[list(positions)] = False
+        return mask
+
+
+Operation = Begin | BeginCross | Remove | Rewind | CopyPrefix | Take | Reset | Retry | Keep
 
 
 def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: bool = True) -> Operation:
@@ -113,9 +128,12 @@ def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: b
     def near(length: int) -> int:
         return choose(0, length + 2)
 
-    kind = choose(0, 15)
+    kind = choose(0, 16)
     if not all(oracle.ok) and chance(40):  # or most of a program would be spent on sequences that take nothing
         full = [n >= oracle.capacity - max_block for n in oracle.lengths]
+        dry = any(pool.num_free < num_rows for pool in oracle.pools.values())
+        if dry and chance(50):
+            full[choose(0, num_rows - 1)] = True
         if any(full) and chance(50):
             return Reset(tuple(full))
         return Retry(tuple(not ok for ok in oracle.ok))
@@ -146,8 +164,20 @@ def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: b
         return Remove(row, near(oracle.lengths[row]), near(oracle.lengths[row]) if shift else None)
     if kind == 14:
         return Remove(row, near(oracle.lengths[row]))
+    if kind == 15:
+        return Keep(tuple(_some_positions(n, choose, chance) for n in oracle.lengths))
     mask = tuple(chance(30) for _ in range(num_rows))
     return Retry(mask) if chance(40) else Reset(mask)
+
+
+def _some_positions(length: int, choose: Choose, chance: Any) -> tuple[int, ...]:
+    """Returns some of the first `length` positions: mostly none or a stretch, or here and there."""
+    if not length or chance(40):
+        return ()
+    if chance(50):
+        return tuple(p for p in range(length) if chance(30))
+    begin = choose(0, length - 1)
+    return tuple(range(begin, choose(begin, length - 1) + 1))
 
 
 def _random_begin(oracle: Oracle, choose: Choose, chance: Any, shape: tuple[int, int], rows: Any) -> Begin:
@@ -238,7 +268,7 @@ def encode(cache: Cache, lengths: Any, rows: Any, ks: Any, vs: Any) -> Any:
 # Compiled once per kind of cache, for all machines.
 OPERATIONS: dict[str, Callable[..., Any]] = {
     name: jax.jit(functools.partial(_call, name))
-    for name in ("remove", "rewind", "copy_prefix", "take", "reset", "retry", "resume_point", "can_resume")
+    for name in ("remove", "rewind", "copy_prefix", "take", "reset", "retry", "keep", "resume_point", "can_resume")
 }
 
 
@@ -290,6 +320,8 @@ class Machine:
             capacity=cache.capacity,
             max_block=cache.max_block,
             slack=cache.slack,
+            num_pages=getattr(cache.layout, "num_pages", None),
+            page_size=getattr(cache.layout, "page_size", 1),
         )
         self.program: list[Operation] = []
         self.counts: collections.Counter[str] = collections.Counter()
@@ -309,6 +341,7 @@ class Machine:
         """
         self.program.append(operation)
         self.counts[type(operation).__name__] += 1
+        before = self.cache
         match operation:
             case Begin():
                 self._begin(operation)
@@ -316,17 +349,13 @@ class Machine:
                 self._begin_cross(operation)
             case Remove(row, begin, end):
                 self._change("remove", row, begin, *([] if end is None else [end]))
-                self.oracle.remove(row, begin, end)
-                self._turns += end is not None
-                self._settle([row] if end is None else [])
+                self._remove(row, begin, end)
             case Rewind(lengths):
                 self._change("rewind", lengths)
                 self.oracle.rewind(lengths)
-                self._settle(range(self.oracle.num_rows))
             case CopyPrefix(src, dst, length):
                 self._change("copy_prefix", src, dst, length)
                 self.oracle.copy_prefix(src, dst, length)
-                self._settle([dst])
             case Take(rows):
                 self._change("take", rows)
                 self.oracle.take(rows)
@@ -336,10 +365,16 @@ class Machine:
             case Retry(mask):
                 self._change("retry", mask)
                 self.oracle.retry(mask)
+            case Keep():
+                mask = operation.mask(self.oracle.capacity)
+                self._change("keep", mask)
+                self.oracle.keep(mask)
+        self._settle()
         self._same("lengths", np.asarray(self.cache.lengths), np.array(self.oracle.lengths))
         self._same("ok", np.asarray(self.cache.ok), np.array(self.oracle.ok))
         encoded = np.array([output is not None for output in self.oracle.encoded])
         self._same("encoder_cached", np.asarray(self.cache.encoder_cached), encoded)
+        self._compare_pages(before, operation)
 
     def compare_resume_points(self, row: int, position: int) -> None:
         """Compares `resume_point` and `can_resume`; on a row with gaps the cache may answer lower, never higher.
@@ -357,8 +392,14 @@ class Machine:
             self._fail(f"can_resume({row}, {position}) is {can}, but resume_point({row}, {position}) is {got}")
 
     def _change(self, name: str, *args: Any) -> None:
-        arrays = [np.asarray(x, bool if name in ("reset", "retry") else np.int32) for x in args]
+        arrays = [np.asarray(x, bool if name in ("reset", "retry", "keep") else np.int32) for x in args]
         self.cache = OPERATIONS[name](self.cache, *arrays)
+
+    def _remove(self, row: int, begin: int, end: int | None) -> None:
+        known = 0 <= row < self.oracle.num_rows
+        moved = known and int(self.cache.lengths[row]) != self.oracle.lengths[row]
+        self.oracle.remove(row, begin, end, held=self._held()[row] if moved else None)
+        self._turns += end is not None
 
     # ------------------------------------------------------------ forward passes
 
@@ -468,13 +509,57 @@ class Machine:
 
     # ------------------------------------------------------------ comparing
 
-    def _settle(self, rows: Iterable[int]) -> None:
-        for row in rows:
-            if 0 <= row < self.oracle.num_rows:
-                try:
-                    self.oracle.settle(row, int(self.cache.lengths[row]))
-                except ValueError as error:
-                    self._fail(str(error))
+    def _settle(self) -> None:
+        """Compares lengths and all that is held, and follows the cache where it may hold less."""
+        for row, (length, held) in enumerate(zip(np.asarray(self.cache.lengths).tolist(), self._held(), strict=True)):
+            try:
+                self.oracle.settle(row, length, held)
+            except ValueError as error:
+                self._fail(str(error))
+
+    def _held(self) -> list[dict[Any, list[int]]]:
+        """Returns the positions that the cache holds of each row and reach."""
+        rows: list[dict[Any, list[int]]] = [{} for _ in range(self.cache.num_rows)]
+        for group in self.cache.groups:
+            for row, held in zip(rows, np.asarray(group.held), strict=True):
+                row[group.reach] = held[held != EMPTY].tolist()
+        return rows
+
+    def _compare_pages(self, before: Cache, operation: Operation) -> None:
+        """Compares who shares which pages, and whether the operation left alone what it has no business with."""
+        if not self.oracle.pools:
+            return
+        try:
+            assert_pages_sound(self.cache)
+            match operation:
+                case Begin(positions, rows):
+                    assert_only_written(before, self.cache, positions, rows)
+                case BeginCross(_, rows):
+                    assert_unchanged(before, self.cache, encoded=range(before.num_rows) if rows is None else rows)
+                case Remove(row, begin):
+                    moved = {(row, p) for p in range(max(0, begin), before.capacity)}
+                    assert_unchanged(before, self.cache, written=moved)
+                case Take(rows):
+                    assert_unchanged(before, self.cache, sources=rows)
+                case CopyPrefix(src, dst):
+                    rows = tuple(src if row == dst else row for row in range(before.num_rows))
+                    assert_unchanged(before, self.cache, sources=rows)
+                case _:
+                    assert_unchanged(before, self.cache)
+        except AssertionError as error:
+            self._fail(str(error))
+        for book in self.cache.bookkeeping:
+            pool = self.oracle.pools[book.reach]
+            table = np.asarray(book.pages.table)
+            got = [
+                {i: set(np.flatnonzero(table[:, i] == page).tolist()) for i, page in enumerate(row) if page < pool.size}
+                for row in table
+            ]
+            if got != pool.table:
+                self._fail(
+                    f"pages of {book.reach}, each with the rows that have it, are\n{got}\nexpected\n{pool.table}"
+                )
+            self._same(f"free pages of {book.reach}", np.asarray(book.pages.num_free), np.array(pool.num_free))
 
     def _same(self, name: str, got: np.ndarray, want: np.ndarray) -> None:
         if got.shape != want.shape or (got != want).any():
