@@ -280,8 +280,8 @@ class Oracle:
         Args:
           row: which sequence; an unknown one changes nothing.
           begin, end: the positions; None truncates.
-          held: what the cache then held of each reach, unless it refused. On a row with gaps it may have forgotten more,
-            and then needs fewer pages.
+          held: what the cache then held of each reach, unless it refused. On a row with gaps it may have forgotten
+            more, and then needs fewer pages.
         """
         if not 0 <= row < self.num_rows:
             return

@@ -15,9 +15,10 @@ from jaxkv.cache.spec import EMPTY, Cross
 def assert_pages_sound(cache: Cache) -> None:
     """Checks page tables, reference counts and free lists of a cache on pages against one another.
 
-    In every pool: a table entry is a page, or the number past the last for none; a row has a page exactly where it holds
-    a position; each count is how often tables name the page; the free list has every page that no table names, once, and
-    no other; rows share a page at one place of their tables only, and agree on the positions that they both hold in it.
+    In every pool: a table entry is a page, or the number past the last for none; a row has a page exactly where it
+    holds a position; each count is how often tables name the page; the free list has every page that no table names,
+    once, and no other; rows share a page at one place of their tables only, and agree on the positions that they both
+    hold in it.
 
     Args:
       cache: any cache, not traced. One on rows has no pools, so nothing can be wrong with them.
