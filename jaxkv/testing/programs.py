@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache.cache import Cache
+from jaxkv.cache.pages import Pages
 from jaxkv.cache.spec import Cross
 from jaxkv.nn.attend import attend
 from jaxkv.testing.oracle import EMPTY, Oracle
@@ -216,13 +217,16 @@ def _call(name: str, cache: Cache, *args: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="num_heads")
-def forward(cache: Cache, positions: Any, rows: Any, spans: Any, ks: Any, vs: Any, *, num_heads: int) -> Any:
+def forward(
+    cache: Cache, positions: Any, rows: Any, spans: Any, ks: Any, vs: Any, wheres: Any = None, *, num_heads: int
+) -> Any:
     """Returns what one forward pass through all layers gives: the way a model uses a cache, without a model.
 
     Args:
       cache: any cache.
       positions, rows, spans: as `Cache.begin` takes them.
       ks, vs: for each layer, stacked ones too, keys [B, T, K, H] and values [B, T, K, Hv]; Cross layers don't put them.
+      wheres: for each layer, stacked ones too, what `put` takes as `where`; None for none.
       num_heads: query heads per kv head; the keys themselves are the queries, head h of them times h + 1.
 
     Returns:
@@ -230,13 +234,14 @@ def forward(cache: Cache, positions: Any, rows: Any, spans: Any, ks: Any, vs: An
     """
     cache, step = cache.begin(positions, rows, spans)
     ks, vs, layers, seen = list(ks), list(vs), [], []
+    wheres = [None] * len(ks) if wheres is None else list(wheres)
     for layer in cache.layers:
         stacked = layer.num_stacked is not None
         for i in range(layer.num_stacked or 1):
-            k, v = ks.pop(0), vs.pop(0)
+            k, v, where = ks.pop(0), vs.pop(0), wheres.pop(0)
             layer = layer.at(i) if stacked else layer
             if not isinstance(layer.spec.reach, Cross):
-                layer = layer.put(step, k, v)
+                layer = layer.put(step, k, v, where)
             q = jnp.stack([k.astype(jnp.float32) * (h + 1) for h in range(num_heads)], 3)
             q = q.reshape(*k.shape[:2], -1, k.shape[3])  # [B, T, K * num_heads, H]
             seen.append((step.groups[layer.group].kv_positions, *layer.get(step), attend(q, layer, step)))
@@ -245,22 +250,24 @@ def forward(cache: Cache, positions: Any, rows: Any, spans: Any, ks: Any, vs: An
 
 
 @jax.jit
-def encode(cache: Cache, lengths: Any, rows: Any, ks: Any, vs: Any) -> Any:
+def encode(cache: Cache, lengths: Any, rows: Any, ks: Any, vs: Any, wheres: Any = None) -> Any:
     """Returns the cache after an encoder's output went into its Cross layers, and the step's ok.
 
     Args:
       cache: a cache with Cross layers.
       lengths, rows: as `Cache.begin_cross` takes them.
       ks, vs: for each layer, stacked ones too, keys [B, S, K, H] and values [B, S, K, Hv]; Cross layers put them.
+      wheres: for each layer, stacked ones too, what `put` takes as `where`; None for none.
     """
     cache, step = cache.begin_cross(lengths, rows)
     ks, vs, layers = list(ks), list(vs), []
+    wheres = [None] * len(ks) if wheres is None else list(wheres)
     for layer in cache.layers:
         stacked = layer.num_stacked is not None
         for i in range(layer.num_stacked or 1):
-            k, v = ks.pop(0), vs.pop(0)
+            k, v, where = ks.pop(0), vs.pop(0), wheres.pop(0)
             if isinstance(layer.spec.reach, Cross):
-                layer = (layer.at(i) if stacked else layer).put(step, k, v)
+                layer = (layer.at(i) if stacked else layer).put(step, k, v, where)
         layers.append(layer.at(None) if stacked else layer)
     return cache.with_layers(layers), step.ok
 
@@ -320,12 +327,12 @@ class Machine:
             capacity=cache.capacity,
             max_block=cache.max_block,
             slack=cache.slack,
-            num_pages=getattr(cache.layout, "num_pages", None),
-            page_size=getattr(cache.layout, "page_size", 1),
+            **(dataclasses.asdict(cache.layout) if isinstance(cache.layout, Pages) else {}),
         )
         self.program: list[Operation] = []
         self.counts: collections.Counter[str] = collections.Counter()
-        self._written: list[tuple[int, list[np.ndarray], list[np.ndarray]]] = []  # token: position, k and v by layer
+        # By token: its position, and by layer k, v and whether it was kept.
+        self._written: list[tuple[int, list[np.ndarray], list[np.ndarray], list[bool]]] = []
         self._turns = 0
 
     @property
@@ -408,8 +415,10 @@ class Machine:
         rows = None if operation.rows is None else np.array(operation.rows, np.int32)
         # One compiled form with and without spans: all 0 is causal.
         spans = np.zeros_like(positions) if operation.spans is None else np.array(operation.spans, np.int32)
-        tokens, ks, vs = self._new_tokens(positions)
-        cache, got_positions, ok, seen = forward(self.cache, positions, rows, spans, ks, vs, num_heads=self.HEADS)
+        tokens, ks, vs, wheres = self._new_tokens(positions)
+        cache, got_positions, ok, seen = forward(
+            self.cache, positions, rows, spans, ks, vs, wheres, num_heads=self.HEADS
+        )
         ok, names = np.asarray(ok), range(len(positions)) if rows is None else rows.tolist()
         wanted = [row for b, row in enumerate(names) if (positions[b] >= 0).any()]
         refused = {row for b, row in enumerate(names) if not ok[b] and row in wanted}
@@ -430,18 +439,22 @@ class Machine:
         lengths = np.array(operation.lengths, np.int32)
         rows = None if operation.rows is None else np.array(operation.rows, np.int32)
         size = 0 if self.oracle.cross is None else self.oracle.cross.size
-        tokens, ks, vs = self._new_tokens(np.tile(np.arange(size), (len(lengths), 1)))
-        self.cache, ok = encode(self.cache, lengths, rows, ks, vs)
+        tokens, ks, vs, wheres = self._new_tokens(np.tile(np.arange(size), (len(lengths), 1)))
+        self.cache, ok = encode(self.cache, lengths, rows, ks, vs, wheres)
         want = self.oracle.begin_cross(operation.lengths, operation.rows, tokens=tokens)
         self.counts["did not fit"] += int((~want).sum())
         self._same("step.ok", np.asarray(ok), want)
 
-    def _new_tokens(self, positions: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-        """Draws keys and values of every layer; token n is the n-th ever written, padding included."""
+    def _new_tokens(self, positions: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray], list[Any]]:
+        """Draws keys and values of every layer, and which tokens layers with `drops` keep.
+
+        Token n is the n-th ever written, padding included.
+        """
         first = len(self._written)
         random = np.random.default_rng(first)
         ks: list[np.ndarray] = []
         vs: list[np.ndarray] = []
+        wheres = [random.random(positions.shape) < 0.7 if spec.drops else None for spec in self.layers]
         for spec in self.layers:
             for out, size, storage in ((ks, spec.head_dim, spec.k_storage), (vs, spec.value_dim, spec.v_storage)):
                 x = random.normal(size=(*positions.shape, spec.num_kv_heads, size))
@@ -449,8 +462,9 @@ class Machine:
                 out.append(np.round(4 * x).astype(storage.dtype) if whole else x.astype(np.float32))
         tokens = first + np.arange(positions.size).reshape(positions.shape)
         for b, t in np.ndindex(positions.shape):
-            self._written.append((int(positions[b, t]), [k[b, t] for k in ks], [v[b, t] for v in vs]))
-        return tokens, ks, vs
+            kept = [where is None or bool(where[b, t]) for where in wheres]
+            self._written.append((int(positions[b, t]), [k[b, t] for k in ks], [v[b, t] for v in vs], kept))
+        return tokens, ks, vs, wheres
 
     def _compare_layer(self, i: int, spec: Any, arrays: list[np.ndarray], want: Any, queries: np.ndarray) -> None:
         slots, k, v, mask, out = arrays
@@ -463,7 +477,8 @@ class Machine:
         for b, t in np.ndindex(batch, length):
             sees = want.sees[b][t]
             if sees is not None:
-                expected[b, t, list(sees[spec.reach])] = 1
+                sees = {p: token for p, token in sees[spec.reach].items() if self._written[token][3][i]}
+                expected[b, t, list(sees)] = 1
             visible = np.flatnonzero(mask[b, 0, t])
             if (slots[b, visible] < 0).any():
                 self._fail(
@@ -471,7 +486,7 @@ class Machine:
                 )
             np.add.at(seen, (b, t, slots[b, visible]), 1)
             if sees is not None and (seen[b, t] == expected[b, t]).all():
-                tokens[b, visible] = [sees[spec.reach][p] for p in slots[b, visible]]
+                tokens[b, visible] = [sees[p] for p in slots[b, visible]]
         if (expected != seen).any():
             b = int(np.argwhere(expected != seen)[0][0])
             self._fail(
