@@ -103,6 +103,137 @@ def test_oracle_refuses_to_follow_a_cache_without_a_reason():
         oracle.settle(0, 0)
 
 
+# ---------------------------------------------------------------- the oracle's pages
+
+
+def paged(*reaches, num_pages, page_size=2, num_rows=3, capacity=8, max_block=4):
+    return Oracle(
+        reaches,
+        num_rows=num_rows,
+        capacity=capacity,
+        max_block=max_block,
+        num_pages=num_pages,
+        page_size=page_size,
+    )
+
+
+def give(oracle, *positions):
+    """Gives each row tokens at these positions in one call, and returns which rows were served."""
+    longest = max(map(len, positions))
+    positions = [[*row, *[-1] * (longest - len(row))] for row in positions]
+    return oracle.begin(positions, tokens=np.zeros_like(positions)).ok.tolist()
+
+
+def sharers(oracle):
+    """Returns for each row, place by place, which rows have the page, of the first reach."""
+    pool, *_ = oracle.pools.values()
+    return [{i: "".join(map(str, sorted(page))) for i, page in row.items()} for row in pool.table]
+
+
+def test_oracle_gives_each_pool_what_its_reach_needs():
+    reaches = Full(), Window(3, sinks=1), Window(90), Cross(3)  # 7 + 1 slots in the ring, 8 in the long window
+    sizes = [pool.size for pool in paged(*reaches, num_pages=99, page_size=3).pools.values()]
+    assert sizes == [99, 3 * 3, 3 * 3, 3 * 1]
+    assert [pool.size for pool in paged(*reaches, num_pages=5, page_size=3).pools.values()] == [5, 5, 5, 3]
+
+
+def test_oracle_serves_rows_in_order_while_there_are_pages():
+    oracle = paged(Full(), num_pages=4)
+    assert give(oracle, (0, 1, 2), (0, 1, 2, 3), (0,)) == [True, True, False]
+    assert sharers(oracle) == [{0: "0", 1: "0"}, {0: "1", 1: "1"}, {}]
+    oracle.reset([True, False, True])
+    assert give(oracle, (0, 1, 2, 3), (4, 5), (0,)) == [True, False, False]  # row 0 took the two pages
+    oracle = paged(Full(), num_pages=4)
+    assert give(oracle, (0, 1, 2), (0, 1, 2, 3, 4), (0,)) == [True, False, True]  # a small one after a large one
+
+
+def test_oracle_takes_pages_of_all_reaches_or_of_none():
+    oracle = paged(Full(), Window(2), num_pages=3, num_rows=2)  # 5 slots in the ring: 3 pages a row
+    assert give(oracle, (0, 1, 2, 3), ()) == [True, True]
+    oracle.remove(0, 0, 2)
+    assert [pool.num_free for pool in oracle.pools.values()] == [2, 2]
+    assert give(oracle, (2, 3), (0, 1, 2, 3)) == [True, False]
+    assert [pool.num_free for pool in oracle.pools.values()] == [1, 1]
+
+
+def test_oracle_lets_the_last_sharer_keep_a_page():
+    oracle = paged(Full(), num_pages=3)
+    give(oracle, (0,), (), ())
+    oracle.take([0, 0, 0])
+    assert sharers(oracle) == [{0: "012"}] * 3
+    assert give(oracle, (1,), (1,), (1,)) == [True, True, True]  # three pages are enough for three rows
+    assert sharers(oracle) == [{0: "0"}, {0: "1"}, {0: "2"}]
+
+
+def test_oracle_copies_for_the_last_sharer_when_another_was_refused_or_does_not_write():
+    oracle = paged(Full(), num_pages=2)
+    give(oracle, (0,), (), ())
+    oracle.take([0, 0, 0])
+    assert give(oracle, (1,), (1,), (1,)) == [True, False, False]
+    assert sharers(oracle) == [{0: "0"}, {0: "12"}, {0: "12"}]
+    oracle = paged(Full(), num_pages=2)
+    give(oracle, (0,), (), ())
+    oracle.take([0, 0, 0])
+    assert give(oracle, (1,), (), (1,)) == [True, True, False]
+
+
+def test_oracle_gives_back_pages_in_which_nothing_is_held():
+    oracle = paged(Full(), num_pages=9)
+    give(oracle, (0, 1, 2, 3), (0, 1, 2), ())
+    oracle.copy_prefix(0, 2, 3)
+    assert sharers(oracle) == [{0: "02", 1: "02"}, {0: "1", 1: "1"}, {0: "02", 1: "02"}]
+    oracle.rewind([2, 9, 9])
+    assert sharers(oracle) == [{0: "02"}, {0: "1", 1: "1"}, {0: "02", 1: "2"}]
+    oracle.keep(np.arange(8) == np.array([[0], [2], [9]]))
+    assert sharers(oracle) == [{0: "0"}, {1: "1"}, {}]
+    oracle.reset([True, True, True])
+    assert oracle.pools[Full()].num_free == 9
+
+
+def test_oracle_remembers_what_a_mask_names_and_where_the_row_goes_on():
+    oracle = paged(Full(), num_pages=9)
+    give(oracle, (0, 1, 2, 3), (), ())
+    oracle.keep(np.arange(8)[None].repeat(3, 0) % 2 == 0)
+    assert oracle.lengths[0] == 4
+    step = oracle.begin([[4], [-1], [-1]], tokens=[[7], [0], [0]])
+    assert sorted(step.sees[0][0][Full()]) == [0, 2, 4]
+
+
+def test_oracle_moves_tokens_down_only_with_pages_of_its_own():
+    oracle = paged(Full(), num_pages=4)
+    give(oracle, (0, 1, 2, 3, 4), (), ())
+    oracle.copy_prefix(0, 1, 5)
+    oracle.remove(1, 0, 2)  # moves into two shared pages, and there is one page left
+    assert (oracle.ok[1], oracle.lengths[1], oracle.pools[Full()].num_free) == (False, 5, 1)
+    oracle.remove(1, 2, 4)  # moves into one
+    assert (oracle.lengths[1], sharers(oracle)[1]) == (3, {0: "01", 1: "1"})
+    oracle.remove(1, 3, 9)  # there is nothing to move
+    assert oracle.ok[1] is False
+    assert sharers(oracle)[0] == {0: "01", 1: "0", 2: "0"}
+
+
+def test_oracle_never_lacks_pages_for_an_encoder_output():
+    oracle = paged(Cross(3), num_pages=1)
+    tokens = np.zeros((3, 3), int)
+    oracle.begin_cross([3, -1, -1], tokens=tokens)
+    oracle.take([0, 0, 0])
+    assert oracle.begin_cross([3, 1, -1], tokens=tokens).tolist() == [True, True, True]
+    assert sharers(oracle) == [{0: "0", 1: "0"}, {0: "1"}, {0: "2", 1: "2"}]
+
+
+def test_oracle_follows_a_cache_that_holds_less_only_where_it_may():
+    oracle = Oracle([Full(), Window(2)], num_rows=1, capacity=8, max_block=2)
+    oracle.begin([[0, 1]], tokens=[[0, 1]])
+    with pytest.raises(ValueError, match=r"row 0 must hold positions \[0, 1\] of Full\(\), not \[1\]"):
+        oracle.settle(0, 2, {Full(): [1], Window(2): [0, 1]})
+    oracle.begin([[4, 5]], tokens=[[4, 5]])  # gaps
+    held = {Full(): [0, 1, 4, 5], Window(2): [4, 5]}
+    with pytest.raises(ValueError, match=r"of Full\(\), not \[0, 4, 5\]"):
+        oracle.settle(0, 6, held | {Full(): [0, 4, 5]})
+    oracle.settle(0, 6, held)
+    assert sorted(oracle.kept[0][Window(2)]) == [4, 5]
+
+
 # ---------------------------------------------------------------- programs
 
 
