@@ -25,6 +25,8 @@ _MOVE_BLOCK = 64  # slots moved at a time
 class Rows:
     """One contiguous stretch of slots per sequence."""
 
+    page_size = 1  # slots that rows can have in common only together
+
     def lead(self, num_rows: int, num_kv_heads: int, num_slots: int) -> tuple[int, ...]:
         """Returns the shape of a buffer without its last axis."""
         return num_rows, num_kv_heads, num_slots

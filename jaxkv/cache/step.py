@@ -52,6 +52,7 @@ class Step:
     groups: tuple[Any, ...]  # GroupSteps; None: layers that have no part in the call
     whole: bool = dataclasses.field(metadata={"static": True})  # batch row b is sequence b
     cross: bool = dataclasses.field(default=False, metadata={"static": True})  # made by begin_cross
+    shared: Any = None  # int32 scalar: the first positions, so many, are alike in all rows; None: not promised
 
     __repr__ = show
 
