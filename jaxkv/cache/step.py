@@ -27,6 +27,11 @@ class GroupStep:
 
     __repr__ = show
 
+    @property
+    def page_size(self) -> int:
+        """How many slots lie together, wherever the others are: stretches of whole pages are read fastest."""
+        return 1 if self.pages is None else self.kv_positions.shape[-1] // self.pages.table.shape[-1]
+
     def of_row(self, one: Callable[[Any], Any]) -> GroupStep:
         """Returns this for one batch row; `one` cuts it out of an array [B, ...] or None."""
         return dataclasses.replace(

@@ -62,6 +62,7 @@ def attend(
         )
     layer.check_step(step)
     if shared is not None:
-        most = layer.num_slots if step.groups[layer.group].slot_is_position else FAR
-        step = dataclasses.replace(step, shared=shared_length(shared, layer.layout.page_size, most))
+        group = step.groups[layer.group]
+        most = layer.num_slots if group.slot_is_position else FAR
+        step = dataclasses.replace(step, shared=shared_length(shared, group.page_size, most))
     return call.run(q, layer, step, scale, softcap, sink_logits, implementation)
