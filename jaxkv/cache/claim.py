@@ -42,8 +42,8 @@ def claim(cache: Any, positions: Any, rows: Any, known: Any, spans: Any, *, whol
         fit &= group.fits(lowest, highest, top, dense)
     fitting = jnp.where(fit.at[sequence].get(mode="fill", fill_value=False), sequence, num_rows)
     books = [group.pages for group in cache.groups]
-    slots = [group.slot(positions) for group in cache.groups]
-    fit, claimed = cache.layout.claim(books, [fitting] * len(books), slots, fit)
+    wanted = [group.slot(positions) for group in cache.groups]
+    fit, claimed = cache.layout.claim(books, [fitting] * len(books), wanted, fit)
     lengths = jnp.where(fit, jnp.maximum(cache.lengths, highest + 1), cache.lengths)
 
     token_fits = real & fit.at[sequence].get(mode="fill", fill_value=False)

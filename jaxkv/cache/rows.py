@@ -45,11 +45,15 @@ class Rows:
     def claim(
         self, pages: Sequence[None], rows: Sequence[Any], slots: Sequence[Any], fit: Any
     ) -> tuple[Any, list[tuple[None, None]]]:
-        """Returns which rows [R] of those that fit have room for what is written: all; and per group (pages, copies)."""
+        """Returns which rows [R] of those that fit have room for what they write: all. And per group pages, copies."""
         return fit, [(None, None) for _ in pages]
 
     def keep(self, pages: None, held: Any, rows: Any = None) -> None:
         """Returns the bookkeeping when row r is what row rows[r] was, and has positions `held`."""
+
+    def describe(self, pages: None) -> str:
+        """Returns what is to be said of the bookkeeping."""
+        return ""
 
     def step(self, pages: None, rows: Any, copies: Any = None) -> None:
         """Returns what the layers must know of the bookkeeping in one call."""

@@ -122,6 +122,8 @@ def read_block(
         positions = jnp.where(again[None], EMPTY, positions)
     spans = None if group.kv_spans is None else lax.dynamic_slice_in_dim(group.kv_spans, at, size, 1)
     see = step.visible(plan.reach, positions, spans)
+    if layer.spec.drops:
+        see &= layer.stored(step, at, size)[:, None]
     used = see.any(1)[:, None, :, None]
     if stretch.source is not None:
         step, used = stretch.source, used.any(0, keepdims=True)
