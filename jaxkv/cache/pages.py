@@ -131,6 +131,14 @@ class Pages:
         held = held.reshape(*table.shape, self.page_size).any(-1)
         return Pool.of(jnp.where(held, table, pages.num_pages), pages.num_pages)
 
+    def describe(self, pages: Pool) -> str:
+        """Returns how many pages there are and, unless the values are abstract, how many are used, shared and free."""
+        text = f", a pool of {pages.num_pages} pages of {self.page_size}"
+        if isinstance(pages.refs, jax.core.Tracer) or not isinstance(pages.refs, jax.Array | np.ndarray):
+            return text
+        used, shared = (int((np.asarray(pages.refs) > n).sum()) for n in (0, 1))
+        return f"{text}: {used} used ({shared} shared), {int(pages.num_free)} free"
+
     def step(self, pages: Pool, rows: Any, copies: Any = None) -> PageStep:
         """Returns what the layers must know of the bookkeeping in one call of rows [B], None for all in order."""
         return PageStep(pages.table if rows is None else pages.table[rows], copies)

@@ -26,6 +26,8 @@ _MOVE_BLOCK = 64  # slots moved at a time
 class Rows:
     """One contiguous stretch of slots per sequence."""
 
+    page_size = 1  # rows can have any number of slots in common
+
     def check(self, capacity: int, max_block: int, sharding: Any) -> None:
         """Raises ValueError if a cache of these sizes can't lie so."""
 
@@ -48,6 +50,10 @@ class Rows:
 
     def keep(self, pages: None, held: Any, rows: Any = None) -> None:
         """Returns the bookkeeping when row r is what row rows[r] was, and has positions `held`."""
+
+    def describe(self, pages: None) -> str:
+        """Returns what is to be said of the bookkeeping."""
+        return ""
 
     def step(self, pages: None, rows: Any, copies: Any = None) -> None:
         """Returns what the layers must know of the bookkeeping in one call."""
