@@ -22,6 +22,7 @@ from .errors import CacheFullError as CacheFullError
 from .errors import NotSupportedError as NotSupportedError
 from .generate import sampling as sampling
 from .generate.beams import beam_search as beam_search
+from .generate.best_of import best_of as best_of
 from .generate.candidates import Candidates as Candidates
 from .generate.generation import Generation as Generation
 from .generate.reading import prefill as prefill

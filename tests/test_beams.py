@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 
 import jaxkv
 from jaxkv import Chunk, Full, Window, models, sampling
+from jaxkv.generate import beam_loop, beams
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -71,6 +73,7 @@ ROWS, CAPACITY, BEAMS = 7, 24, 3  # two prompts with three beams each, and a row
 RANDOM = np.random.default_rng(1)
 SHAPES = {"embed": (V, D), "at": (CAPACITY, D), "q": (2, D, D), "v": (2, D, D), "out": (D, V)}
 PARAMS = {name: RANDOM.normal(size=shape).astype(np.float32) * 0.8 for name, shape in SHAPES.items()}
+TRACED: dict = {}  # the shapes of tokens that each toy was traced with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Toy:
     inf_after: int = -1
 
     def __call__(self, params, tokens, positions, cache):
+        TRACED.setdefault(self, set()).add(tokens.shape)
         cache, step = cache.begin(positions)
         x = params["embed"][tokens] + params["at"][jnp.maximum(positions, 0)]
         layers = []
@@ -111,7 +115,7 @@ class Toy:
         return x[-1] @ PARAMS["out"] + bad
 
 
-def plain_search(toy, prompt, limit, n, penalty, early, stops, adjust=None, capacity=CAPACITY):
+def plain_search(toy, prompt, limit, n, penalty, early, stops, adjust=None):
     """Returns [(score, new tokens, reason)], best first: beam search as the textbooks have it."""
     beams, ended = [(0.0, ())], []
 
@@ -123,9 +127,13 @@ def plain_search(toy, prompt, limit, n, penalty, early, stops, adjust=None, capa
     for count in range(1, limit + 1):
         continued = []
         for total, new in beams:
-            text, logits = (*prompt, *new), toy.after((*prompt, *new))
-            if len(text) > capacity or np.isnan(logits).any() or np.isinf(logits).any():
-                close(total, new, "full" if len(text) > capacity else "nan" if np.isnan(logits).any() else "inf")
+            text = (*prompt, *new)
+            if len(text) > CAPACITY:
+                close(total, new, "full")
+                continue
+            logits = toy.after(text)
+            if not np.isfinite(logits).all():
+                close(total, new, "nan" if np.isnan(logits).any() else "inf")
                 continue
             log_probs = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
             log_probs = log_probs if adjust is None else adjust(text, len(prompt), log_probs)
@@ -167,7 +175,7 @@ def log_probs_of(toy, prompt, tokens):
 def drawn(seed):
     """Returns random prompts and settings, of one shape each."""
     random = np.random.default_rng(seed)
-    prompts = [tuple(random.integers(0, V, random.integers(1, 12)).tolist()) for _ in range(2)]
+    prompts = [tuple(random.integers(0, V, random.integers(1, CAPACITY)).tolist()) for _ in range(2)]
     stops = [tuple(random.integers(0, V, size).tolist()) for size in (1, 1, 2, 2, 2)]
     settings = dict(
         max_new_tokens=random.integers(1, 11, 2).tolist(),
@@ -177,13 +185,16 @@ def drawn(seed):
     return prompts, stops, settings
 
 
-LAYOUTS = [jaxkv.Rows(), jaxkv.Pages(64, page_size=4)]
+TOY = Toy(REACHES["window and full"])
+BROKEN = Toy(REACHES["sinks and chunk"], nan_after=3, inf_after=7)
 
 
-@pytest.mark.parametrize(("reaches", "layout"), [*zip(REACHES.values(), LAYOUTS, strict=True)], ids=[*REACHES])
-def test_it_is_the_textbook_search_for_random_prompts_stops_and_settings(reaches, layout):
-    toy = Toy(reaches)
-    for seed in range(40):
+@pytest.mark.parametrize(
+    ("toy", "layout"), [(TOY, jaxkv.Rows()), (BROKEN, jaxkv.Pages(64, page_size=4))], ids=["rows", "pages, nan, inf"]
+)
+def test_it_is_the_textbook_search_for_random_prompts_stops_and_settings(toy, layout):
+    ended = set()
+    for seed in range(25):
         prompts, stops, settings = drawn(seed)
         cache = toy.cache(layout=layout)
         result = jaxkv.beam_search(
@@ -195,11 +206,15 @@ def test_it_is_the_textbook_search_for_random_prompts_stops_and_settings(reaches
                 toy, prompt, limit, BEAMS, settings["length_penalty"], settings["early_stopping"], stops
             )
             assert_found(result, i, wanted, 2)
+            ended |= set(result.reasons[i])
             best = result.tokens[i, 0][: result.lengths[i, 0]].tolist()
             log_probs = result.log_probs[i, 0]
             np.testing.assert_allclose(log_probs[: len(best)], log_probs_of(toy, prompt, best), atol=1e-4)
             assert not log_probs[len(best) :].any()
         assert_goes_on(toy, prompts, result)
+    if toy is BROKEN:
+        assert TRACED[toy] == {(2, 8), (ROWS, 1)}  # prompts are read once, not once per beam
+    assert ended >= {"stop", "length", "full"} | ({"nan", "inf"} if toy is BROKEN else set())
 
 
 def assert_goes_on(toy, prompts, result):
@@ -210,5 +225,149 @@ def assert_goes_on(toy, prompts, result):
     rows = [text if len(text) <= capacity else None for text in texts]
     logits, _ = jaxkv.prefill(toy, PARAMS, [*rows, *[None] * idle], result.cache)
     for i, text in enumerate(rows):
-        if text is not None:
+        if text is not None and np.isfinite(toy.after(text)).all():
             np.testing.assert_allclose(logits[i], toy.after(text), atol=1e-3)
+
+
+def settled(**settings):
+    return {"num_beams": BEAMS, "max_new_tokens": 6, **settings}
+
+
+def test_one_beam_is_greedy_decoding():
+    prompts = [[1, 2, 3], [5], [4] * 12]
+    options = dict(max_new_tokens=8, stop_tokens=[2, [9, 1]])
+    greedy = jaxkv.generate(TOY, PARAMS, prompts, TOY.cache(num_rows=3), **options)
+    result = jaxkv.beam_search(TOY, PARAMS, prompts, TOY.cache(num_rows=3), num_beams=1, **options)
+    np.testing.assert_array_equal(result.tokens[:, 0], greedy.tokens)
+    np.testing.assert_allclose(result.log_probs[:, 0], greedy.log_probs, rtol=1e-6, atol=1e-6)
+    assert result.reasons == tuple((reason,) for reason in greedy.reasons)
+    assert result.cache.lengths.tolist() == greedy.cache.lengths.tolist()
+    sums = greedy.log_probs.sum(1) / greedy.lengths
+    np.testing.assert_allclose(result.scores[:, 0], sums, rtol=1e-5, atol=1e-6)
+
+
+def test_the_rules_of_a_sampler_follow_each_beam():
+    sampler = sampling.RepetitionPenalty(1.5) | sampling.NoRepeat(2) | sampling.Suppress([2], new=3) | sampling.Greedy()
+
+    def adjust(text, prompt_length, log_probs):
+        history = sampling.History.of(text, V, prompt_length=prompt_length)
+        return np.asarray(sampler.adjust(jnp.asarray(log_probs, jnp.float32), history), np.float64)
+
+    for seed in range(3):
+        prompts, stops, _ = drawn(seed)
+        prompts = [prompt[:8] for prompt in prompts]
+        options = settled(num_return=3, stop_tokens=[2, *stops], sampler=sampler)
+        result = jaxkv.beam_search(TOY, PARAMS, prompts, TOY.cache(), **options)
+        for i, prompt in enumerate(prompts):
+            assert_found(result, i, plain_search(TOY, prompt, 6, BEAMS, 1, False, [(2,), *stops], adjust), 3)
+
+
+def test_fewer_different_texts_than_were_asked_for():
+    sampler = sampling.Allow([4, 6]) | sampling.Greedy()
+    result = jaxkv.beam_search(
+        TOY, PARAMS, [[1], None], TOY.cache(), **settled(num_return=3, max_new_tokens=1) | {"sampler": sampler}
+    )
+    assert sorted(result.tokens[0, :2, 0].tolist()) == [4, 6]
+    assert result.reasons == (("length", "length", "none"), ("idle",) * 3)
+    assert result.lengths.tolist() == [[1, 1, 0], [0, 0, 0]]
+    assert result.scores[0, 2] == result.scores[1, 0] == -np.inf
+
+
+@pytest.mark.parametrize("layout", [jaxkv.Rows(), jaxkv.Pages(64, page_size=4)], ids=["rows", "pages"])
+def test_a_second_turn_reads_what_is_new_and_other_rows_stay(layout):
+    _, cache = jaxkv.prefill(TOY, PARAMS, [*[None] * 6, [8, 9, 10]], TOY.cache(layout=layout))
+    prompts = [[1, 2, 3, 4, 5], None]
+    first = jaxkv.beam_search(TOY, PARAMS, prompts, cache, **settled())
+    history = [*prompts[0], *first.tokens[0, 0].tolist(), 6, 6]
+    told = [0, 0, *history[2:]]  # what is held is not read, whatever it is said to be
+    second = jaxkv.beam_search(TOY, PARAMS, [told, [2, 2]], first.cache, **settled())
+    for i, prompt in enumerate([history, [2, 2]]):
+        assert_found(second, i, plain_search(TOY, prompt, 6, BEAMS, 1, False, []), 1)
+    assert second.cache.lengths.tolist() == [len(history) + 5, 7, 0, 0, 0, 0, 3]
+    logits, _ = jaxkv.prefill(TOY, PARAMS, [*[None] * 6, [8, 9, 10, 11]], second.cache)
+    np.testing.assert_allclose(logits[6], TOY.after((8, 9, 10, 11)), atol=1e-3)
+
+
+def test_beams_that_do_not_fit_into_a_pool_end_as_full_with_their_tokens():
+    reasons = set()
+    for seed in range(10):
+        prompts, stops, _ = drawn(seed)
+        prompts = [prompt[:3] for prompt in prompts]
+        cache = TOY.cache(layout=jaxkv.Pages(5, page_size=4))
+        options = settled(num_return=3, stop_tokens=stops, length_penalty=0)
+        result = jaxkv.beam_search(TOY, PARAMS, prompts, cache, **options)
+        for i, prompt in enumerate(prompts):
+            proper = [reason in ("stop", "length") for reason in result.reasons[i]]
+            assert proper == sorted(proper, reverse=True)
+            reasons |= set(result.reasons[i])
+            for tokens, length, score in zip(result.tokens[i], result.lengths[i], result.scores[i], strict=True):
+                assert (tokens[:length] >= 0).all() and (tokens[length:] < 0).all()
+                if score > -np.inf:
+                    np.testing.assert_allclose(score, sum(log_probs_of(TOY, prompt, tokens[:length])), atol=1e-4)
+            text = (*prompt, *result.tokens[i, 0][: result.lengths[i, 0]].tolist())
+            assert result.cache.lengths[i] <= len(text) - 1
+    assert reasons >= {"full", "stop", "length"}
+
+
+@pytest.mark.parametrize("layout", [jaxkv.Rows(), jaxkv.Pages(2048, page_size=16)], ids=["rows", "pages"])
+def test_the_compiled_search_makes_no_copy_and_no_temporary_of_cache_size(layout, monkeypatch):
+    toy, lowered = Toy((Full(),)), []
+    monkeypatch.setattr(beams, "search", Lowering(lowered))
+    cache = toy.cache(num_rows=2, capacity=1 << 14, layout=layout)
+    with pytest.raises(Stopped):
+        jaxkv.beam_search(
+            toy, PARAMS | {"at": np.ones((1, D), np.float32)}, [[1]], cache, num_beams=2, max_new_tokens=3
+        )
+    compiled = lowered[0].compile()
+    buffer = cache.layers[0].k.nbytes
+    shape = ",".join(map(str, cache.layers[0].k.shape))
+    assert not re.findall(rf"f32\[{shape}\]\S* copy\(", compiled.as_text())
+    assert compiled.memory_analysis().temp_size_in_bytes < buffer // 2
+
+
+class Stopped(Exception):
+    pass
+
+
+class Lowering:
+    """Stands for the compiled search, and keeps it instead of running it."""
+
+    def __init__(self, lowered):
+        self.lowered = lowered
+
+    def eval_shape(self, *args):
+        self.lowered.append(beam_loop.search.lower(*args))
+        raise Stopped
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_beams": 0}, r"num_beams is 0; give a whole number, 1 or more"),
+        ({"num_beams": 2.0}, r"num_beams is 2.0; give a whole number, 1 or more"),
+        ({"num_beams": 4}, r"num_beams=4 takes 8 rows for 2 prompts, and the cache has 7; make it with num_rows=8"),
+        ({"num_return": 4}, r"num_return is 4; give a whole number from 1 to num_beams, which is 3"),
+        ({"num_return": 0}, r"num_return is 0; give a whole number from 1"),
+        ({"length_penalty": float("nan")}, r"length_penalty is nan; give a finite number"),
+        ({"length_penalty": "1"}, r"length_penalty is '1'; give a finite number"),
+        ({"early_stopping": "yes"}, r"early_stopping is 'yes'; give True, False or \"never\""),
+        ({"early_stopping": 1}, r"early_stopping is 1; give True, False or \"never\""),
+        ({"sampler": sampling.Temperature(0.7)}, r"draws nothing: give a greedy one"),
+        ({"sampler": lambda key, logits: logits.argmax()}, r"draws nothing: give a greedy one"),
+        ({"max_new_tokens": 0}, r"max_new_tokens is 0; it must be 1 or more"),
+        ({"max_new_tokens": [1, 2, 3]}, r"max_new_tokens has 3 numbers for 2 prompts; give one, or one per prompt"),
+        ({"stop_tokens": [V]}, r"stop_tokens has token 13, outside the model's vocabulary"),
+        ({"prompts": []}, r"there are no prompts; give a list of token lists"),
+        ({"prompts": [[1], []]}, r"the prompt of row 1 is empty"),
+        ({"prompts": [[1] * 25, [1]]}, r"the prompt of row 0 has 25 tokens, the cache a capacity of 24; shorten it"),
+        ({"prompts": "text"}, r"prompts is text; encode it"),
+        ({"cache": None}, r"cache is a NoneType; give a jaxkv.Cache"),
+    ],
+)
+def test_what_cannot_be_is_named_before_the_cache_is_touched(change, message):
+    cache = TOY.cache()
+    given = {"prompts": [[1], [2]], "cache": cache, **settled()} | change
+    prompts, held = given.pop("prompts"), given.pop("cache")
+    with pytest.raises(ValueError, match=message):
+        jaxkv.beam_search(TOY, PARAMS, prompts, held, **given)
+    assert cache.lengths.tolist() == [0] * ROWS  # was not donated

@@ -30,7 +30,7 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY
 from jaxkv.generate import checks
 from jaxkv.generate.beam_loop import Beams, Ended, Rules, search
-from jaxkv.generate.candidates import Candidates, check_copies, padded
+from jaxkv.generate.candidates import Candidates, check_copies, padded, prepared
 from jaxkv.generate.generation import REASONS
 from jaxkv.generate.history import History
 from jaxkv.generate.programs import Fixed, Form
@@ -89,13 +89,12 @@ def beam_search(
     n = check_copies("num_beams", num_beams, prompts, cache)
     _check_numbers(n, num_return, length_penalty, early_stopping)
     num_prompts = len(prompts)
-    every = padded(prompts, getattr(cache, "num_rows", num_prompts))
-    cache, every, held, vocab_size = checks.check_call(forward, params, every, cache)
-    texts = every[:num_prompts]
+    cache, texts, held, vocab_size = checks.check_call(forward, params, padded(prompts, cache), cache)
+    texts, promised = texts[:num_prompts], cache.shared
     limits = np.minimum(checks.check_max_new_tokens(max_new_tokens, num_prompts), cache.capacity + 1)
     stops = checks.check_stop_tokens(stop_tokens, vocab_size)
     _check_rules(sampler)
-    last = last_positions(texts)
+    cache, last = prepared(cache, texts, n), last_positions(texts)
     rules = Rules(
         stops=jnp.asarray(stops),
         limits=jnp.asarray(limits),
@@ -121,7 +120,6 @@ def beam_search(
     own = np.arange(cache.num_rows, dtype=np.int32)
     others = (own >= num_prompts) & (own < n * num_prompts)
     with checks.failures_told("the beam search"):
-        leaves = _forget(form, others, leaves)
         leaves = read([text[:-1] for text in texts], held[:num_prompts], leaves)
         leaves, beam_leaves = search(searching, params, rules, leaves, beam_leaves)
         beams, lengths = jax.device_get((state.build(beam_leaves), form.build(leaves).lengths))
@@ -133,7 +131,7 @@ def beam_search(
             sources[i], kept[i] = row, length
         leaves = _settle(form, sources, kept, leaves)
         leaves = read(best, np.asarray(form.build(leaves).lengths)[:num_prompts], leaves)
-        cache = form.build(leaves)
+        cache = dataclasses.replace(form.build(leaves), shared=promised)
         lengths, ok = (np.asarray(x)[:num_prompts] for x in (cache.lengths, cache.ok))
         checks.check_lengths(lengths, np.where(ok, [text.size for text in best], 0))
     scores = beams.ended.score[:, :num_return]
@@ -197,11 +195,6 @@ def _histories(texts: Sequence[np.ndarray], limits: np.ndarray, n: int, vocab_si
         for text, limit in zip(texts, limits, strict=True)
     ]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows * n)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _forget(form: Form, mask: Any, leaves: Any) -> Any:
-    return form.flatten(form.build(leaves).reset(mask))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,26 @@ def check_copies(name: str, value: Any, prompts: Any, cache: Any) -> int:
     return int(value)
 
 
-def padded(prompts: Any, num_rows: int) -> Any:
-    """Returns the prompts, and None for all other rows."""
-    if isinstance(prompts, str | bytes):
+def padded(prompts: Any, cache: Any) -> Any:
+    """Returns the prompts, and None for all other rows of the cache."""
+    if isinstance(prompts, str | bytes) or not isinstance(cache, Cache):
         return prompts
-    return [*prompts, *[None] * (num_rows - len(prompts))]
+    return [*prompts, *[None] * (cache.num_rows - len(prompts))]
+
+
+def prepared(cache: Cache, texts: Sequence[np.ndarray], copies: int) -> Cache:
+    """Returns a cache in which the rows of further copies are empty; those of a single text share what they begin with.
+
+    Args:
+      cache: its memory is shared with the result.
+      texts: P prompts, those of the first rows.
+      copies: how many rows there are to be of each.
+    """
+    num_texts, rows = len(texts), np.arange(cache.num_rows)
+    others = (rows >= num_texts) & (rows < num_texts * copies)
+    if (others & ((np.asarray(cache.lengths) > 0) | ~np.asarray(cache.ok))).any():
+        cache = cache.reset(others)
+    if num_texts == 1 and copies > 1 and cache.shared is None:
+        length = max(texts[0].size - 1, 0)  # the last token is fed to each of them
+        cache = cache.sharing(length - length % cache.layout.page_size)
+    return cache

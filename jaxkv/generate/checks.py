@@ -196,9 +196,7 @@ def check_max_new_tokens(value: Any, num_rows: int) -> np.ndarray:
     except ValueError:
         raise ValueError(f"max_new_tokens is {value!r}; give a whole number, 1 or more, or one per row") from None
     if most.ndim == 1 and most.size != num_rows:
-        raise ValueError(
-            f"max_new_tokens has {most.size} numbers for a cache of {num_rows} rows; give one, or one per row"
-        )
+        raise ValueError(f"max_new_tokens has {most.size} numbers for {num_rows} prompts; give one, or one per prompt")
     if most.ndim > 1:
         raise ValueError(f"max_new_tokens is {value!r}; give a whole number, 1 or more, or one per row")
     if (most < 1).any():
