@@ -246,7 +246,7 @@ class Model:
         ```python
         found = model.best_of("Return the ", n=8, temperature=0.8, max_new_tokens=20)
         print(found.text)
-        more = model.generate(found.text + " because", cache=found.best)
+        more = model.generate("Return the " + found.text + " because", cache=found.best)
         ```
         """
         if sampler is None and self.generation.greedy:

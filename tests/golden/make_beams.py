@@ -3,10 +3,10 @@
     pip install torch transformers
     python tests/golden/make_beams.py
 
-For each family the `prompts`, and `cases`: the `config` that `generate` got, which prompts, and what it `found` for each:
-`texts` (new tokens, up to a stop token) and their `scores`, best first. Prompts of several lengths are padded on the
-left, all in one batch. Cases with rules about what a text holds go one by one, since those rules count the padding in,
-and for one family only.
+For each family the `prompts`, and `cases`: the `config` that `generate` got, which prompts, and what it `found` for
+each: `texts` (new tokens, up to a stop token) and their `scores`, best first. Prompts of several lengths are padded on
+the left, all in one batch. Cases with rules about what a text holds go one by one, since those rules count the padding
+in, and for one family only.
 
 Only what is the same in float32 and float64 is kept, so that rounding decides nothing.
 """
