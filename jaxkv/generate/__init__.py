@@ -1,5 +1,8 @@
 """Generation: compiled loops over a model that is passed in as a function. Imports no model."""
 
+from jaxkv.generate.beams import beam_search as beam_search
+from jaxkv.generate.best_of import best_of as best_of
+from jaxkv.generate.candidates import Candidates as Candidates
 from jaxkv.generate.generation import Generation as Generation
 from jaxkv.generate.reading import prefill as prefill
 from jaxkv.generate.reading import score as score

@@ -32,7 +32,7 @@ def check_call(forward: Any, params: Any, prompts: Any, cache: Any) -> tuple[Cac
     """Returns the cache in JAX's arrays, the checked prompts, what each row holds [B], and the vocabulary's size."""
     if is_tracing():
         raise ValueError(
-            "generate, stream, prefill and score run on the host: they compile their own programs, and can't be called "
+            "generate and the other loops run on the host: they compile their own programs, and can't be called "
             "under jit, vmap, grad or another transform of JAX. Call them outside; many prompts are the rows of one "
             "cache, not a vmap"
         )
@@ -196,9 +196,7 @@ def check_max_new_tokens(value: Any, num_rows: int) -> np.ndarray:
     except ValueError:
         raise ValueError(f"max_new_tokens is {value!r}; give a whole number, 1 or more, or one per row") from None
     if most.ndim == 1 and most.size != num_rows:
-        raise ValueError(
-            f"max_new_tokens has {most.size} numbers for a cache of {num_rows} rows; give one, or one per row"
-        )
+        raise ValueError(f"max_new_tokens has {most.size} numbers for {num_rows} prompts; give one, or one per prompt")
     if most.ndim > 1:
         raise ValueError(f"max_new_tokens is {value!r}; give a whole number, 1 or more, or one per row")
     if (most < 1).any():
