@@ -33,9 +33,9 @@ def check_call(forward: Any, params: Any, prompts: Any, cache: Any) -> tuple[Cac
     """Returns the cache in JAX's arrays, the checked prompts, what each row holds [B], and the vocabulary's size."""
     if is_tracing():
         raise ValueError(
-            "generate, speculate, stream, prefill and score run on the host: they compile their own programs, and can't be called "
-            "under jit, vmap, grad or another transform of JAX. Call them outside; many prompts are the rows of one "
-            "cache, not a vmap"
+            "generate, speculate, stream, prefill and score run on the host: they compile their own programs, and "
+            "can't be called under jit, vmap, grad or another transform of JAX. Call them outside; many prompts are "
+            "the rows of one cache, not a vmap"
         )
     if not isinstance(cache, Cache):
         raise ValueError(f"cache is a {type(cache).__name__}; give a jaxkv.Cache, from Cache.init or result.cache")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +31,14 @@ class Small:
     forward: Any
     num_draft: int
     form: Form
+    longest_pause: ClassVar[int] = 0  # its cache would lag behind
 
     @property
     def parents(self) -> tuple[int, ...]:
         """Of each token of a block, the one that it follows: a chain."""
         return tuple(range(-1, self.num_draft))
 
-    def propose(
-        self, params: Any, cache: Any, sampler: Any, keys: Any, state: Any, room: Any
-    ) -> tuple[Any, Any, Any]:
+    def propose(self, params: Any, cache: Any, sampler: Any, keys: Any, state: Any, room: Any) -> tuple[Any, Any, Any]:
         """Returns drafts int32 [B, num_draft], bool [B]: whether there are any, and the cache with all but their last.
 
         Args:
@@ -74,7 +73,3 @@ class Small:
 
         *_, drafts, _, cache = jax.lax.while_loop(more, step, (jnp.int32(1), token, drafts, history, cache))
         return drafts, cache.ok, cache
-
-    def pause(self, before: Any) -> Any:
-        """Returns how many tokens a row waits after a draft of which nothing was taken: none, or the cache lags."""
-        return jnp.zeros_like(before)

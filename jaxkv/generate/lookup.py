@@ -8,13 +8,11 @@ itself: of what repeats with a period, the whole rest is found by its last occur
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from jaxkv.cache.spec import EMPTY
-
-_LONGEST_PAUSE = 16  # in tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,26 +29,22 @@ class Lookup:
     min_ngram: int
     max_ngram: int
     form: None = None  # there is no cache
+    longest_pause: ClassVar[int] = 32
 
     @property
     def parents(self) -> tuple[int, ...]:
         """Of each token of a block, the one that it follows: a chain."""
         return tuple(range(-1, self.num_draft))
 
-    def propose(self, params: Any, cache: None, sampler: Any, keys: Any, state: Any, room: Any) -> tuple[Any, Any, None]:
-        """Returns drafts int32 [B, num_draft], bool [B]: whether anything was found, and no cache. See `draft.Small`."""
+    def propose(
+        self, params: Any, cache: None, sampler: Any, keys: Any, state: Any, room: Any
+    ) -> tuple[Any, Any, None]:
+        """Returns drafts int32 [B, num_draft], bool [B]: whether there are any, and no cache. See `draft.Small`."""
         text, position = state.text, state.position
         after, found = latest(matches(text, position, last(text, position, self.max_ngram)), self.min_ngram)
         i = jnp.arange(self.num_draft, dtype=jnp.int32)[None]
         period = jnp.maximum(position + 1 - after, 1)[:, None]
         return jnp.take_along_axis(text, after[:, None] + i % period, 1), found, None
-
-    def pause(self, before: Any) -> Any:
-        """Returns how many tokens a row waits after a draft of which nothing was taken, int32 [B].
-
-        Twice as many as it waited before: where the text only seems to repeat itself, few steps are spent on drafts.
-        """
-        return jnp.minimum(2 * before, _LONGEST_PAUSE)
 
 
 def last(text: Any, position: Any, n: int) -> Any:
@@ -76,9 +70,8 @@ def matches(text: Any, position: Any, context: Any) -> Any:
 
 
 def latest(count: Any, least: int) -> tuple[Any, Any]:
-    """Returns the last place with the highest count, int32 [B] (0 if none has `least`), and bool [B]: whether one has."""
+    """Returns the last place with the highest count, int32 [B], and bool [B]: whether that is `least` or more."""
     best = count.max(1)
     places = jnp.arange(count.shape[1], dtype=jnp.int32)[None]
     place = jnp.where(count == best[:, None], places, 0).max(1)
-    found = best >= least
-    return jnp.where(found, place, 0), found
+    return place, best >= least

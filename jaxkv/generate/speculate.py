@@ -92,15 +92,15 @@ def speculate(
         holds the beginning of each prompt, or nothing.
       num_draft: most tokens of a draft, 1 or more.
       min_ngram, max_ngram: without a draft model, at least and at most so many last tokens are looked up: the place
-        where most of them stand is taken, and of equal ones the latest. A row whose draft was all wrong makes none for
-        the next 1, 2, 4, 8, 16 tokens, until one is right again.
+        where most of them stand is taken, and of equal ones the latest. After a draft of which less than a quarter
+        was right a row makes none for some tokens: 1, 2, 4, up to 32, and fewer again after good ones.
 
     Returns:
       A Speculation.
 
     Raises:
-      ValueError, CacheError: as `generate`; also for a draft model of another vocabulary, a draft cache of other rows or
-        capacity, and caches that can't go back by a draft.
+      ValueError, CacheError: as `generate`; also for a draft model of another vocabulary, a draft cache of other rows
+        or capacity, and caches that can't go back by a draft.
     """
     cache, checked, held, vocab_size = checks.check_call(forward, params, prompts, cache)
     drafter, small = _drafter(draft, cache, prompts, vocab_size, num_draft, min_ngram, max_ngram)
@@ -109,7 +109,8 @@ def speculate(
     stops = checks.check_stop_tokens(stop_tokens, vocab_size)
     key = checks.check_sampler(sampler, key, vocab_size)
     begin = last_positions(checked)
-    state = beside(cache, jax.tree.map(jnp.array, _begin(checked, limits, most, sampler, vocab_size)))
+    state = _begin(checked, limits, most, sampler, vocab_size, drafter.longest_pause)
+    state = beside(cache, jax.tree.map(jnp.array, state))
     fixed = Fixed(forward, sampler, Form.of(cache), Form.of(state))
     draft_params = None if small is None else small[0]
     given = fixed, drafter, params, draft_params, jnp.asarray(stops), jnp.asarray(limits), jnp.asarray(begin), key
@@ -188,7 +189,9 @@ def _drafter(
     return Small(forward, num_draft, Form.of(small)), (params, small, held)
 
 
-def _begin(prompts: list[np.ndarray], limits: np.ndarray, most: int, sampler: Any, vocab_size: int) -> State:
+def _begin(
+    prompts: list[np.ndarray], limits: np.ndarray, most: int, sampler: Any, vocab_size: int, longest_pause: int
+) -> State:
     """Returns the state before the first step, in NumPy."""
     zeros = np.zeros(len(prompts), np.int32)
     text = np.full((len(prompts), most), EMPTY, np.int32)
@@ -209,7 +212,7 @@ def _begin(prompts: list[np.ndarray], limits: np.ndarray, most: int, sampler: An
         log_probs=np.zeros(text.shape, np.float32),
         history=history,
         wait=zeros,
-        pause=zeros,
+        pause=np.full_like(zeros, min(1, longest_pause)),
         drafted=zeros,
         accepted=zeros,
         steps=zeros,

@@ -1,4 +1,4 @@
-"""The compiled loop of `speculate`: drafts are checked by one forward pass of the model, and what it agrees with is kept.
+"""The compiled loop of `speculate`: one forward pass of the model checks a draft, and what it agrees with is kept.
 
 A draft is taken where it is what the sampler chooses from the model's own logits, with the key of that row and
 position. So the tokens are those of `generate`, whatever drafted them and whatever the sampler is. For a draft that is
@@ -35,7 +35,7 @@ class State:
     log_probs: Any  # float32 [B, capacity + 1], by position
     history: Any  # a History of [B, ...]; None unless the sampler needs it
     wait: Any  # int32 [B], for how many tokens no draft is made
-    pause: Any  # int32 [B], how many it will be after a draft of which nothing is taken
+    pause: Any  # int32 [B], how many it will be after the next draft of which less than a quarter is taken
     drafted: Any  # int32 [B], tokens drafted
     accepted: Any  # int32 [B], those of them that were taken
     steps: Any  # int32 [B], forward passes
@@ -118,10 +118,11 @@ def run(
         """One forward pass of tokens [B, T], each after its parent, where `there` [B, T]; T is 1 without drafts."""
         live, start, width, accepted = there[:, 0], state.position, tokens.shape[1], state.accepted
         positions = jnp.where(there, start[:, None] + number[:, :width], EMPTY)
+        ok = cache.ok
         logits, cache = fixed.forward(params, tokens, positions, cache)
         drafted = there[:, 1:].sum(1, dtype=jnp.int32)
         # Where the drafts don't fit, the token alone may: the row goes on without any.
-        crowded = live & ~cache.ok & (drafted > 0)
+        crowded = live & ok & ~cache.ok & (drafted > 0)
 
         def unread(carry: Any) -> Any:
             i, live, *_ = carry
@@ -144,14 +145,15 @@ def run(
             broken = (state.reason == NAN) | (state.reason == INF)
             kept = jnp.where(broken, state.position + 1, state.position)
             cache = cache.retry(crowded).rewind(jnp.where(live, kept, FAR))
-        hit = state.accepted > accepted
-        missed = (drafted > 0) & ~hit
+        # Where texts only seem to repeat themselves, few steps are spent on drafts.
+        missed = 4 * (state.accepted - accepted) < drafted
         wait = jnp.where(missed, state.pause, jnp.maximum(state.wait - (state.position - start), 0))
-        pause = jnp.where(missed, drafter.pause(state.pause), jnp.where(hit, 1, state.pause))
+        pause = jnp.where(missed, 2 * state.pause, jnp.where(drafted > 0, state.pause // 2, state.pause))
+        longest = drafter.longest_pause
         state = dataclasses.replace(
             state,
             wait=jnp.where(crowded, FAR, wait),
-            pause=pause,
+            pause=jnp.clip(pause, min(1, longest), longest),
             drafted=state.drafted + drafted,
             steps=state.steps + live.astype(jnp.int32),
         )
@@ -184,7 +186,9 @@ def _when(condition: Any, change: Any, carry: Any) -> Any:
 
     A loop of at most one turn: there XLA changes the cache in place, and for a `cond` with a model in it it copies it.
     """
-    once = jax.lax.while_loop(lambda turn: turn[0], lambda turn: (jnp.bool_(False), change(turn[1])), (condition, carry))
+    once = jax.lax.while_loop(
+        lambda turn: turn[0], lambda turn: (jnp.bool_(False), change(turn[1])), (condition, carry)
+    )
     return once[1]
 
 
