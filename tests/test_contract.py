@@ -31,7 +31,8 @@ def test_law(law, case):
 MODES = [
     ("x64", "rows_by_name_equal_rows_in_order", "mixture-stacked-bfloat16"),
     ("x64", "copies_go_on_independently", "small-floats"),
-    ("debug_nans", "remove_closes_the_gap", "mixture"),
+    ("debug_nans", "remove_closes_the_gap", "mixture-pages"),
+    ("x64", "copies_go_on_independently", "mixture-pages"),
     ("disable_jit", "rows_by_name_equal_rows_in_order", "encoder-decoder-stacked-float16"),
 ]
 

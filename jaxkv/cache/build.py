@@ -97,18 +97,22 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
     reaches = list(dict.fromkeys(spec.reach for spec in specs if not isinstance(spec.reach, Cross)))
     crosses = list(dict.fromkeys(spec.reach for spec in specs if isinstance(spec.reach, Cross)))
     behind = max(sizes.max_block, sizes.slack)
-    groups = tuple(Group.init(reach, sizes.num_rows, sizes.capacity, behind) for reach in reaches)
-    encoded = Encoded.init(crosses[0], sizes.num_rows) if crosses else None
+    groups = tuple(Group.init(reach, sizes.num_rows, sizes.capacity, behind, layout) for reach in reaches)
+    encoded = Encoded.init(crosses[0], sizes.num_rows, layout) if crosses else None
     books: list[Any] = [*groups, encoded]
 
     def layer(spec: LayerSpec, num_stacked: int | None) -> Layer:
         group = [*reaches, *crosses].index(spec.reach)
         num_slots = books[group].num_slots
-        lead = layout.lead(sizes.num_rows, spec.num_kv_heads, num_slots)
-        lead = lead if num_stacked is None else (num_stacked, *lead)
+
+        def buffer(heads: int, size: int, storage: Any) -> Any:
+            lead = layout.lead(books[group].pages, sizes.num_rows, heads, num_slots)
+            return storage.zeros(lead if num_stacked is None else (num_stacked, *lead), size)
+
         return Layer(
-            k=spec.k_storage.zeros(lead, spec.head_dim),
-            v=spec.v_storage.zeros(lead, spec.value_dim),
+            k=buffer(spec.num_kv_heads, spec.head_dim, spec.k_storage),
+            v=buffer(spec.num_kv_heads, spec.value_dim, spec.v_storage),
+            sides={name: buffer(*side) for name, side in spec.sides.items()},
             index=None,
             group=group,
             spec=spec,
@@ -128,12 +132,17 @@ def shardings(cache: Any, sharding: Any) -> Any:
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     whole = jax.tree.map(lambda _: replicated, cache)
 
-    def place(buffer: Any) -> Any:
-        stack = (None,) * (len(buffer.shape) - 4)
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack, *spec))
+    rows, _, slots, _ = (*spec, None, None, None, None)[:4]
+
+    def placed(buffers: Any, *spec: Any) -> Any:
+        def place(buffer: Any) -> Any:
+            stack = (None,) * (len(buffer.shape) - 4)
+            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack, *spec))
+
+        return jax.tree.map(place, buffers)
 
     layers = tuple(
-        dataclasses.replace(layer, k=jax.tree.map(place, layer.k), v=jax.tree.map(place, layer.v))
+        layer.with_buffers((placed(layer.k, *spec), placed(layer.v, *spec), placed(layer.sides, rows, None, slots)))
         for layer in cache.layers
     )
     return dataclasses.replace(whole, layers=layers)

@@ -171,6 +171,7 @@ class LayerSpec:
       v_storage: how values are kept.
       rotary: None, or a frozen, hashable object whose `shift(k, delta)` turns keys to other positions (`jaxkv.Rotary`);
         `Cache.remove` needs it to move tokens. None for Cross, whose keys never move.
+      drops: whether `Layer.put` may leave tokens out (`where=`). It costs a byte per slot.
 
     Raises:
       ValueError: for sizes below 1, an unknown reach, a rotary that is a function, or one for Cross.
@@ -186,6 +187,7 @@ class LayerSpec:
     k_storage: Any = Dense()
     v_storage: Any = Dense()
     rotary: Any = None
+    drops: bool = False
 
     def __post_init__(self) -> None:
         if self.value_dim is None:
@@ -207,9 +209,16 @@ class LayerSpec:
             raise ValueError(
                 f"LayerSpec({self.reach}, rotary={self.rotary!r}): an encoder's keys never move; give rotary=None"
             )
+        if not isinstance(self.drops, bool):
+            raise ValueError(f"LayerSpec(drops={self.drops!r}): give True or False")
         try:
             hash(self.rotary)
         except TypeError as error:
             raise ValueError(
                 f"LayerSpec(rotary={self.rotary!r}) is not hashable; make it a frozen dataclass"
             ) from error
+
+    @property
+    def sides(self) -> dict[str, tuple[int, int, Any]]:
+        """What is kept of each token beside its key and its value, by name: heads, size, storage."""
+        return {"dropped": (1, 1, Dense("uint8"))} if self.drops else {}

@@ -78,6 +78,8 @@ def read_block(plan: Plan, layer: Any, step: Step, start: Any, size: int, dtype:
         positions = jnp.where(again[None], EMPTY, positions)
     spans = None if group.kv_spans is None else lax.dynamic_slice_in_dim(group.kv_spans, at, size, 1)
     see = step.visible(plan.reach, positions, spans)
+    if layer.spec.drops:
+        see &= layer.stored(step, at, size)[:, None]
     used = see.any(1)[:, None, :, None]
     # NaN in a slot that nobody may see must not meet a product, not even with a weight of 0.
     k, v = (jnp.where(used, x.astype(dtype), 0) for x in layer.read(step, at, size))
