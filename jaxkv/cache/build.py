@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -123,14 +124,20 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
 
 
 def shardings(cache: Any, sharding: Any) -> Any:
-    """Returns a tree of shardings for a cache: `sharding` (axes R, K, V, H) for buffers, replicated bookkeeping."""
+    """Returns a tree of shardings for a cache: `sharding` (axes R, K, V, H) for buffers, replicated bookkeeping.
+
+    Of a buffer with fewer numbers than H, such as one of scales, axes that don't divide them are left out.
+    """
     mesh, spec = sharding.mesh, sharding.spec
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     whole = jax.tree.map(lambda _: replicated, cache)
 
     def place(buffer: Any) -> Any:
-        stack = (None,) * (len(buffer.shape) - 4)
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack, *spec))
+        stack, axes = (None,) * (len(buffer.shape) - 4), tuple(spec)
+        names = axes[3] if len(axes) > 3 else None
+        if names and buffer.shape[-1] % math.prod(mesh.shape[n] for n in jax.tree.leaves(names)):
+            axes = axes[:3]
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack, *axes))
 
     layers = tuple(
         dataclasses.replace(layer, k=jax.tree.map(place, layer.k), v=jax.tree.map(place, layer.v))

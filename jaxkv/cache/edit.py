@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -47,11 +48,12 @@ def remove(cache: Any, row: Any, known: Any, begin: Any, end: Any) -> Any:
             return layer
         _, sources, delta = moves[layer.group]
 
-        def move(turn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-            return lambda buffer: layer.layout.move(buffer, row, sources, turn)
-
-        k = jax.tree.map(move(_turn_keys(layer.spec, delta)), layer.k)
-        return dataclasses.replace(layer, k=k, v=jax.tree.map(move(lambda x: x), layer.v))
+        turn = functools.partial(_turn_keys, layer.spec, delta)
+        return dataclasses.replace(
+            layer,
+            k=layer.layout.move(layer.k, row, sources, turn),
+            v=layer.layout.move(layer.v, row, sources, lambda x: x),
+        )
 
     return dataclasses.replace(
         cache,
@@ -115,13 +117,12 @@ def _map_buffers(layers: Iterable[Layer], f: Callable[[Layer, Any], Any]) -> tup
     return tuple(one(layer) for layer in layers)
 
 
-def _turn_keys(spec: LayerSpec, delta: Any) -> Callable[[Any], Any]:
-    """Returns the function that turns stored keys [..., V, H] by delta [V]."""
-
-    def turn(stored: Any) -> Any:
-        k = spec.k_storage.decode(stored)[..., : spec.head_dim]
-        by = delta.reshape((1,) * (k.ndim - 2) + (-1, 1))
-        by = jnp.broadcast_to(by, (*k.shape[:-1], 1))
-        return jnp.where(by != 0, spec.k_storage.encode(spec.rotary.shift(k, by)), stored)
-
-    return turn
+def _turn_keys(spec: LayerSpec, delta: Any, stored: Any) -> Any:
+    """Returns what is stored of keys [..., V, H], a pytree, turned by delta [V]."""
+    if spec.rotary_at == "read":  # what is stored does not depend on where it stands
+        return stored
+    k = spec.k_storage.decode(stored)[..., : spec.head_dim]
+    by = delta.reshape((1,) * (k.ndim - 2) + (-1, 1))
+    by = jnp.broadcast_to(by, (*k.shape[:-1], 1))
+    turned = spec.k_storage.encode(spec.rotary.shift(k, by))
+    return jax.tree.map(lambda new, old: jnp.where(by != 0, new, old), turned, stored)

@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxkv.cache.spec import EMPTY
 from jaxkv.cache.step import Step
+from jaxkv.nn.pieces import masked
 from jaxkv.nn.plan import Plan
 
 
@@ -66,7 +67,7 @@ def _seen(plan: Plan, num_slots: int, step: Step, group: Any, real: Any) -> Any:
 
 
 def read_block(plan: Plan, layer: Any, step: Step, start: Any, size: int, dtype: Any) -> tuple[Any, Any, Any, Any]:
-    """Returns k, v [B, K, size, H], bool [B, 1, 1, T, size], and the first slot, of the block from `start` on.
+    """Returns k, v in pieces [B, K, size, h], bool [B, 1, 1, T, size], and the first slot, of the block from `start` on.
 
     The last block ends with the buffer: it starts earlier than asked, and what it has of the block before is hidden.
     """
@@ -79,6 +80,5 @@ def read_block(plan: Plan, layer: Any, step: Step, start: Any, size: int, dtype:
     spans = None if group.kv_spans is None else lax.dynamic_slice_in_dim(group.kv_spans, at, size, 1)
     see = step.visible(plan.reach, positions, spans)
     used = see.any(1)[:, None, :, None]
-    # NaN in a slot that nobody may see must not meet a product, not even with a weight of 0.
-    k, v = (jnp.where(used, x.astype(dtype), 0) for x in layer.read(step, at, size))
+    k, v = (masked(x, used, dtype) for x in layer.pieces(step, at, size))
     return k, v, see[:, None, None], at
