@@ -97,8 +97,8 @@ class Layer:
     def read(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
         """Returns slots [start, start + size) of the call's sequences: k [B, K, size, H], v [B, K, size, Hv].
 
-        Keys are rotated, whenever that is; those that are rotated when they are read are float32 at least. `start` may be
-        traced; the stretch must lie within num_slots.
+        Keys are rotated, whenever that is; those that are rotated when they are read are float32 at least. `start` may
+        be traced; the stretch must lie within num_slots.
         """
 
         k, v = (PartitionSpec(*(self._axes(x, step))) for x in (self.k, self.v))

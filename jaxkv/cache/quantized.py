@@ -54,7 +54,7 @@ class Int8:
         """Every size of a vector fits."""
 
     def zeros(self, lead: tuple[int, ...], size: int) -> Any:
-        """Returns what is allocated for vectors of `size` numbers: {"codes": int8 [*lead, size], "scales": [*lead, 1]}."""
+        """Returns what is allocated: {"codes": int8 [*lead, size], "scales": float32 [*lead, 1]}."""
         return {"codes": jnp.zeros((*lead, size), jnp.int8), "scales": jnp.ones((*lead, 1), jnp.float32)}
 
     def encode(self, x: Any) -> Any:
@@ -152,14 +152,12 @@ class Int4:
     def pieces(self, stored: Any) -> tuple[tuple[Any, Any], ...]:
         """Returns what is stored in the form that products want it in, in two halves: see `Dense.pieces`."""
         codes, scales = stored["codes"], stored["scales"]
-        half, count = codes.shape[-1], scales.shape[-1]
+        half = codes.shape[-1]
         halves = tuple(((x ^ 8).astype(jnp.int8) - 8) for x in (codes & 15, codes >> 4))  # from two's complement
         if self.group % half == 0:  # one scale for each half, or one for both
             return (halves[0], scales[..., :1]), (halves[1], scales[..., -1:])
         each = jnp.broadcast_to(scales[..., None], (*scales.shape, self.group)).reshape(*codes.shape[:-1], 2 * half)
-        return tuple(
-            (x.astype(jnp.float32) * s, None) for x, s in zip(halves, jnp.split(each, 2, -1), strict=True)
-        )
+        return tuple((x.astype(jnp.float32) * s, None) for x, s in zip(halves, jnp.split(each, 2, -1), strict=True))
 
     def basis(self, x: Any) -> Any:
         """Returns x [..., H] in the basis of `pieces`, or from there in its own."""
@@ -244,8 +242,6 @@ def _given(storage: Any, x: Any) -> Any:
 def _taken(storage: Any, stored: Any) -> Any:
     """Returns the numbers that the pieces are, in their own basis: float32 [..., H]."""
     return storage.basis(whole(storage.pieces(stored)))
-
-
 
 
 def _scales(scales: Any) -> Any:

@@ -171,9 +171,9 @@ class LayerSpec:
       v_storage: how values are kept.
       rotary: None, or a frozen, hashable object whose `shift(k, delta)` turns keys to other positions (`jaxkv.Rotary`);
         `Cache.remove` needs it to move tokens. None for Cross, whose keys never move.
-      rotary_at: when keys are rotated. "put": before they are put, by who puts them. "read": each time they are read, by
-        `rotary.rotate(k, positions)`; what is put, and kept, is not rotated, so `Cache.remove` moves tokens without any
-        rounding, at the price of angles for all keys that a step reads.
+      rotary_at: when keys are rotated. "put": before they are put, by who puts them. "read": each time they are read,
+        by `rotary.rotate(k, positions)`; what is put, and kept, is not rotated, so `Cache.remove` moves tokens without
+        any rounding, at the price of angles for all keys that a step reads.
 
     Raises:
       ValueError: for sizes below 1, an unknown reach, a size that a storage can't hold, a rotary that is a function,
@@ -221,8 +221,8 @@ class LayerSpec:
             raise ValueError(f"LayerSpec(rotary_at={self.rotary_at!r}): keys are rotated when they are 'put' or 'read'")
         if self.rotary_at == "read" and not callable(getattr(self.rotary, "rotate", None)):
             raise ValueError(
-                f"LayerSpec(rotary={self.rotary!r}, rotary_at='read'): nothing rotates the keys when they are read; give "
-                "an object with rotate(k, positions) such as jaxkv.Rotary()"
+                f"LayerSpec(rotary={self.rotary!r}, rotary_at='read'): nothing rotates the keys when they are read; "
+                "give an object with rotate(k, positions) such as jaxkv.Rotary()"
             )
         try:
             hash(self.rotary)

@@ -67,7 +67,7 @@ def _seen(plan: Plan, num_slots: int, step: Step, group: Any, real: Any) -> Any:
 
 
 def read_block(plan: Plan, layer: Any, step: Step, start: Any, size: int, dtype: Any) -> tuple[Any, Any, Any, Any]:
-    """Returns k, v in pieces [B, K, size, h], bool [B, 1, 1, T, size], and the first slot, of the block from `start` on.
+    """Returns k, v in pieces [B, K, size, h], bool [B, 1, 1, T, size], and the first slot, of the block from `start`.
 
     The last block ends with the buffer: it starts earlier than asked, and what it has of the block before is hidden.
     """
