@@ -28,8 +28,9 @@ class Layer:
     traced number, `put` returns the same kind, and `.at(None)` is the whole stack again.
     """
 
-    k: Any  # [R, K, V, H]; stacked: [L, R, K, V, H]; small numbers as bits, H may be packed: see storage and bits
-    v: Any  # [R, K, V, Hv]; stacked: [L, R, K, V, Hv]
+    # On rows A = R and S = V, on pages A = P and S = page_size. Small numbers lie as bits, H may be packed.
+    k: Any  # [A, K, S, H]; stacked: [L, A, K, S, H]
+    v: Any  # [A, K, S, Hv]; stacked: [L, A, K, S, Hv]
     index: Any  # None, or int32 scalar: which layer of a stack
     group: int = dataclasses.field(metadata={"static": True})
     spec: LayerSpec = dataclasses.field(metadata={"static": True})
@@ -98,7 +99,9 @@ class Layer:
         """Returns slots [start, start + size) of the call's sequences: k [B, K, size, H], v [B, K, size, Hv].
 
         Keys are rotated, whenever that is; those that are rotated when they are read are float32 at least. `start` may
-        be traced; the stretch must lie within num_slots.
+        be traced; the stretch must lie within num_slots. On pages a traced start is a multiple of each number that
+        divides both `size` and num_slots, as those of blocks are that follow one another from slot 0, or end with the
+        last.
         """
 
         k, v = (PartitionSpec(*(self._axes(x, step))) for x in (self.k, self.v))
@@ -165,15 +168,13 @@ class Layer:
 
 
 def _put(layer: Layer, step: Step, k: Any, v: Any) -> Layer:
-    slots = step.groups[layer.group].slots
     if step.cross and k.shape[1] < layer.spec.reach.size:
         missing = step.positions[:, k.shape[1] : layer.spec.reach.size] != EMPTY
         k, v = (_fill_up(x, missing) for x in (k, v))
-    slots = slots[:, : k.shape[1]]
 
     def write(buffers: Any, storage: Any, x: Any) -> Any:
         return jax.tree.map(
-            lambda buffer, y: layer.layout.write(buffer, layer.index, step.rows, slots, y, whole=step.whole),
+            lambda buffer, y: layer.layout.write(buffer, layer.index, step, layer.group, y),
             buffers,
             storage.encode(x),
         )
@@ -186,8 +187,7 @@ def _put(layer: Layer, step: Step, k: Any, v: Any) -> Layer:
 def _stored(layer: Layer, step: Step, start: Any, size: int) -> Any:
     """Returns what is stored in slots [start, start + size), of k and of v."""
     return jax.tree.map(
-        lambda buffer: layer.layout.read(buffer, layer.index, step.rows, start, size, whole=step.whole),
-        (layer.k, layer.v),
+        lambda buffer: layer.layout.read(buffer, layer.index, step, layer.group, start, size), (layer.k, layer.v)
     )
 
 
