@@ -93,6 +93,27 @@ def checked_specs(specs: Any) -> tuple[LayerSpec, ...]:
     return specs
 
 
+def stored_as(specs: Iterable[LayerSpec], storage: Any) -> tuple[LayerSpec, ...]:
+    """Returns the specs with their numbers kept in another way.
+
+    Args:
+      specs: one LayerSpec per layer.
+      storage: a storage for all keys and values, or a pair: of keys, of values; None: as the specs say.
+
+    Raises:
+      ValueError: if it can't hold the vectors of a layer.
+
+    >>> import jaxkv
+    >>> spec = jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=32)
+    >>> stored_as([spec], (jaxkv.Int8(), jaxkv.Int4()))[0].v_storage
+    Int4(group=32, rotate=True)
+    """
+    if storage is None:
+        return tuple(specs)
+    k, v = storage if isinstance(storage, tuple) and len(storage) == 2 else (storage, storage)
+    return tuple(dataclasses.replace(spec, k_storage=k, v_storage=v) for spec in specs)
+
+
 def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool) -> tuple[Any, Any, Any]:
     """Returns the layers, the groups, and the bookkeeping of Cross layers or None, all empty."""
     reaches = list(dict.fromkeys(spec.reach for spec in specs if not isinstance(spec.reach, Cross)))

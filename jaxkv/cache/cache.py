@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jaxkv.cache import edit
 from jaxkv.cache.arguments import FAR, batch_rows, integers, one_row, row_mask
-from jaxkv.cache.build import Sizes, checked_specs, parts, place
+from jaxkv.cache.build import Sizes, checked_specs, parts, place, stored_as
 from jaxkv.cache.claim import claim, claim_cross
 from jaxkv.cache.cross import Encoded
 from jaxkv.cache.group import Group
@@ -77,6 +77,7 @@ class Cache:
         num_rows: int,
         capacity: int,
         *,
+        storage: Any = None,
         layout: Any = Rows(),
         max_block: int | None = None,
         slack: int = 0,
@@ -90,6 +91,8 @@ class Cache:
             read the output of one encoder, so their reaches are equal.
           num_rows: sequences the cache holds (R).
           capacity: tokens a sequence can hold.
+          storage: how keys and values are kept in all layers, such as Int8(), or a pair (of keys, of values); None: as
+            each LayerSpec says.
           layout: Rows().
           max_block: most tokens of one sequence in one `begin`; rings are this much longer than their reach. More than
             the capacity counts as the capacity. None chooses: as many as the shortest reach that wraps, as a power of
@@ -104,7 +107,7 @@ class Cache:
           ValueError: for no layers, a model instead of its specs, sizes below 1 or above 2**30, a negative slack, a
             reach with as many sinks as capacity, or Cross layers of different sizes.
         """
-        specs = checked_specs(specs)
+        specs = stored_as(checked_specs(specs), storage)
         sizes = Sizes.of(specs, num_rows, capacity, max_block, slack)
         layout.check(sizes.capacity, sizes.max_block, sharding)
 
