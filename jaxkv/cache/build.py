@@ -106,7 +106,7 @@ def stored_as(specs: Iterable[LayerSpec], storage: Any) -> tuple[LayerSpec, ...]
     >>> import jaxkv
     >>> spec = jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=32)
     >>> stored_as([spec], (jaxkv.Int8(), jaxkv.Int4()))[0].v_storage
-    Int4(group=32, rotate=True)
+    Int4(group=8, rotate=True)
     """
     if storage is None:
         return tuple(specs)

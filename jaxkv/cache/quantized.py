@@ -2,7 +2,7 @@
 
 What is kept of a vector depends on that vector alone, so putting, moving and forgetting a token never touches another.
 A vector with a number in it that is not finite comes back as NaN, all of it: its scale is NaN or infinite, its codes
-are 0. A vector of zeros has the scale 1.
+are those of 0. A vector of zeros has the scale 1.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import numpy as np
 from jax import lax
 
 from jaxkv.cache.arguments import checked_size
-from jaxkv.cache.bits import pack, without_gradient
+from jaxkv.cache.bits import pack, unpack, without_gradient
 from jaxkv.cache.rotation import rotate
 from jaxkv.cache.storage import whole
 
 _FORMATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
-_NARROWER = np.array([1.0, 0.95, 0.9, 0.85], np.float32)  # scales to try, of the one that cuts nothing off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +77,15 @@ class Int8:
 
 @dataclasses.dataclass(frozen=True)
 class Int4:
-    """Keeps numbers as integers of 4 bits, two per byte, with a float32 scale per group of them.
+    """Keeps numbers as integers of 4 bits, two per byte, in small groups: 0.16 of float32's bytes.
 
-    The number of a group that is farthest from 0 becomes -8, the others -8 to 7; a somewhat smaller scale that cuts it
-    off is taken where that makes the group's squared error smaller. With groups of 32 it takes 0.16 of float32's bytes,
-    and what was put is read back with an error of about 8 % of the vector's length. Gradients don't flow through what
-    is stored.
+    A vector has one scale, and each group of its numbers a byte: by how many scales (1 to 16) its integers are apart,
+    and which of them (0 to 15) is 0. What was put is read back with an error of about 5.5 % of the vector's length.
+    Gradients don't flow through what is stored.
 
     Args:
-      group: numbers that share a scale; a divisor of head_dim, which is even.
+      group: neighboring numbers that share such a byte; a divisor of half of head_dim. Groups of 32 take 0.14 of the
+        bytes, with an error of about 8 %.
       rotate: as for `Int8`. Without it, 4 bits are too few for the keys of many models.
 
     Raises:
@@ -95,10 +94,10 @@ class Int4:
     >>> LayerSpec = jaxkv.LayerSpec
     >>> spec = LayerSpec(jaxkv.Full(), num_kv_heads=8, head_dim=128, k_storage=jaxkv.Int8(), v_storage=jaxkv.Int4())
     >>> jaxkv.plan_memory([spec], num_rows=1, capacity=4096).bytes_per_token
-    1696
+    1712
     """
 
-    group: int = 32
+    group: int = 8
     rotate: bool = True
 
     def __post_init__(self) -> None:
@@ -113,37 +112,53 @@ class Int4:
     def check(self, size: int) -> None:
         """Raises ValueError unless vectors of `size` numbers can be stored."""
         if size % 2:
-            raise ValueError(f"{self} puts two numbers into a byte, a vector of {size} has an odd number; take Int8()")
-        if size % self.group:
-            fits = max(n for n in range(1, min(self.group, size) + 1) if size % n == 0)
-            raise ValueError(f"group {self.group} does not divide a vector of {size} numbers; give Int4(group={fits})")
+            raise ValueError(
+                f"Int4 puts two numbers into a byte, and a vector of {size} has an odd number; take Int8()"
+            )
+        if size % (2 * self.group):
+            fits = max(n for n in range(1, min(self.group, size // 2) + 1) if size % (2 * n) == 0)
+            raise ValueError(
+                f"groups of {self.group} don't divide the halves of a vector of {size} numbers; give Int4(group={fits})"
+            )
 
     def zeros(self, lead: tuple[int, ...], size: int) -> Any:
-        """Returns what is allocated: {"codes": uint8 [*lead, size / 2], "scales": float32 [*lead, size / group]}."""
+        """Returns what is allocated: {"codes": uint8 [*lead, H / 2], "groups": uint8 [*lead, H / group], "scales":
+        bfloat16 [*lead, 1], or its bits}."""
         return {
             "codes": jnp.zeros((*lead, size // 2), jnp.uint8),
-            "scales": jnp.ones((*lead, size // self.group), jnp.float32),
+            "groups": jnp.zeros((*lead, size // self.group), jnp.uint8),
+            "scales": pack(jnp.ones((*lead, 1), jnp.bfloat16)),
         }
 
     def encode(self, x: Any) -> Any:
         """Returns x [..., H] as it is stored; number i of a vector shares a byte with number i + H / 2."""
         x = _given(self, x)
         groups = x.reshape(*x.shape[:-1], -1, self.group)
-        most, least = groups.max(-1, keepdims=True), groups.min(-1, keepdims=True)
-        widest = jnp.where(most > -least, most, least) * np.float32(-1 / 8)  # has a sign: the farthest becomes -8
-        scales = _scales(widest)
-        codes, error = _rounded(groups, scales)
-        for narrower in _NARROWER[1:]:
-            other = _scales(widest * narrower)
-            other_codes, other_error = _rounded(groups, other)
-            better = other_error < error
-            scales, codes, error = (
-                jnp.where(better, new, old)
-                for new, old in ((other, scales), (other_codes, codes), (other_error, error))
-            )
-        nibbles = codes.astype(jnp.int8).astype(jnp.uint8).reshape(x.shape) & 15
-        low, high = jnp.split(nibbles, 2, -1)
-        return {"codes": low | (high << 4), "scales": scales[..., 0]}
+        low = jnp.minimum(groups.min(-1, keepdims=True), 0)
+        wide = (jnp.maximum(groups.max(-1, keepdims=True), 0) - low) * np.float32(1 / 15)
+        kept = _scales((wide.max(-2, keepdims=True) * np.float32(1 / 16)).astype(jnp.bfloat16))
+        scales = kept.astype(jnp.float32)
+
+        def rounded(levels: Any) -> tuple[Any, Any, Any, Any]:
+            levels = jnp.clip(levels, 1, 16)
+            steps = levels * scales
+            zeros = jnp.clip(jnp.rint(_divided(-low, steps)), 0, 15)
+            codes = jnp.clip(jnp.rint(_divided(groups, steps)) + zeros, 0, 15)
+            return jnp.square((codes - zeros) * steps - groups).sum(-1, keepdims=True), levels, zeros, codes
+
+        enough = jnp.ceil(_divided(wide, scales))
+        best = rounded(enough)
+        for near in (-1, 1):  # a finer step cuts off what is farthest from 0, a wider one may meet more numbers
+            other = rounded(enough + near)
+            better = other[0] < best[0]
+            best = tuple(jnp.where(better, new, old) for new, old in zip(other, best, strict=True))  # type: ignore[assignment]
+        levels, zeros, codes = (y.astype(jnp.uint8) for y in best[1:])
+        first, second = jnp.split(codes.reshape(x.shape), 2, -1)
+        return {
+            "codes": first | (second << 4),
+            "groups": (((levels - 1) << 4) | zeros)[..., 0],
+            "scales": pack(kept[..., 0]),
+        }
 
     def decode(self, stored: Any) -> Any:
         """Returns the numbers [..., H] that `encode` stored, rounded: float32."""
@@ -151,13 +166,15 @@ class Int4:
 
     def pieces(self, stored: Any) -> tuple[tuple[Any, Any], ...]:
         """Returns what is stored in the form that products want it in, in two halves: see `Dense.pieces`."""
-        codes, scales = stored["codes"], stored["scales"]
-        half = codes.shape[-1]
-        halves = tuple(((x ^ 8).astype(jnp.int8) - 8) for x in (codes & 15, codes >> 4))  # from two's complement
-        if self.group % half == 0:  # one scale for each half, or one for both
-            return (halves[0], scales[..., :1]), (halves[1], scales[..., -1:])
-        each = jnp.broadcast_to(scales[..., None], (*scales.shape, self.group)).reshape(*codes.shape[:-1], 2 * half)
-        return tuple((x.astype(jnp.float32) * s, None) for x, s in zip(halves, jnp.split(each, 2, -1), strict=True))
+        codes, scales = stored["codes"], unpack(stored["scales"], jnp.bfloat16).astype(jnp.float32)
+
+        def half(codes: Any, groups: Any) -> Any:
+            levels, zeros = ((y.astype(jnp.int32)[..., None]).astype(jnp.float32) for y in (groups >> 4, groups & 15))
+            x = codes.astype(jnp.int32).astype(jnp.float32).reshape(*groups.shape, self.group)
+            return (x * (levels + 1) - zeros * (levels + 1)).reshape(codes.shape)
+
+        low, high = jnp.split(stored["groups"], 2, -1)
+        return (half(codes & 15, low), scales), (half(codes >> 4, high), scales)
 
     def basis(self, x: Any) -> Any:
         """Returns x [..., H] in the basis of `pieces`, or from there in its own."""
@@ -245,15 +262,9 @@ def _taken(storage: Any, stored: Any) -> Any:
 
 
 def _scales(scales: Any) -> Any:
-    return jnp.where(scales == 0, np.float32(1), scales)
+    return jnp.where(scales == 0, jnp.ones_like(scales), scales)
 
 
 def _divided(x: Any, scales: Any) -> Any:
     """Returns x / scales, 0 where the scale is not finite."""
     return jnp.where(jnp.isfinite(scales), x / scales, 0)
-
-
-def _rounded(groups: Any, scales: Any) -> tuple[Any, Any]:
-    """Returns integers from -8 to 7, as floats, and the squared error [..., 1]."""
-    codes = jnp.clip(jnp.rint(_divided(groups, scales)), -8, 7)
-    return codes, jnp.square(codes * scales - groups).sum(-1, keepdims=True)

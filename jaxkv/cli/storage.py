@@ -17,7 +17,7 @@ def storages(text: str | None) -> tuple[Any, Any] | None:
       text: one name, or two with a comma between, which `options` has checked.
 
     >>> storages("int8,int4")
-    (Int8(rotate=True), Int4(group=32, rotate=True))
+    (Int8(rotate=True), Int4(group=8, rotate=True))
     """
     if text is None:
         return None
