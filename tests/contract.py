@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import EMPTY, Cache, Chunk, Cross, Dense, Full, LayerSpec, Window
+from jaxkv import EMPTY, Cache, Chunk, Cross, Dense, Full, LayerSpec, Pages, Rows, Window
 from jaxkv.cache.bits import carrier
 from jaxkv.nn.attend import attend
 from jaxkv.nn.rotary import Rotary
@@ -39,6 +39,7 @@ class Case:
     specs: tuple[LayerSpec, ...]
     slack: int = 0
     stacked: bool = False
+    layout: Any = Rows()  # noqa: RUF009 (frozen)
 
     def cache(self, **changes: Any) -> Cache:
         """Returns a cache without tokens; Cross layers have their rows' encoder outputs."""
@@ -46,7 +47,7 @@ class Case:
 
     def empty(self, **changes: Any) -> Cache:
         sizes = {"num_rows": ROWS, "capacity": CAPACITY, "max_block": BLOCK, "slack": self.slack}
-        return Cache.init(self.specs, stacked=self.stacked, **{**sizes, **changes})
+        return Cache.init(self.specs, stacked=self.stacked, layout=self.layout, **{**sizes, **changes})
 
     @property
     def layers(self) -> list[LayerSpec]:
@@ -109,6 +110,21 @@ TABLE = {
         (spec(Window(5, sinks=1), "float8_e4m3fn", "float4_e2m1fn", value_dim=5), spec(Full(), "float8_e5m2", "int4")),
     ),
     "small-floats-stacked": Case((spec(Full(), "float8_e4m3fn"),) * 2, stacked=True),
+    # As many pages as rows can fill. Pages of 2 make no ring longer, those of 16 do.
+    "mixture-pages": Case(
+        (spec(Full()), spec(Window(5, sinks=2), "float32", "float16"), spec(Chunk(7))),
+        slack=2,
+        layout=Pages(ROWS * CAPACITY // 2, 2),
+    ),
+    "encoder-decoder-stacked-pages": Case(
+        (
+            spec(Window(5, sinks=1), "float8_e4m3fn", "float8_e5m2"),
+            LayerSpec(Cross(6), 2, 4, 6, *[Dense("float16")] * 2),
+        )
+        * 2,
+        stacked=True,
+        layout=Pages(ROWS * 2, 16),
+    ),
 }
 
 
@@ -245,7 +261,7 @@ def leaves(tree: Any) -> list[np.ndarray]:
 def assert_equal(a: Any, b: Any, rows: Any = slice(None)) -> None:
     """Bitwise, of trees whose leaves have the rows of the cache or of the call in front."""
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x)[rows], np.asarray(y)[rows])
+        np.testing.assert_array_equal(np.atleast_1d(x)[rows], np.atleast_1d(y)[rows])
 
 
 def assert_close(a: Any, b: Any, tolerance: float = 1e-5) -> None:
@@ -397,7 +413,14 @@ def decoding_compiles_once(case: Case) -> None:
     assert forward._cache_size() == compiled
 
 
-@law_on("full-int8-unturned", "mixture", "mixture-stacked-bfloat16", "encoder-decoder-stacked-float16", "small-floats")
+@law_on(
+    "full-int8-unturned",
+    "mixture",
+    "mixture-stacked-bfloat16",
+    "encoder-decoder-stacked-float16",
+    "small-floats",
+    "encoder-decoder-stacked-pages",
+)
 def decoding_runs_in_compiled_loops_and_in_place(case: Case) -> None:
     steps = 6
     cache = prefilled(case)
@@ -468,7 +491,10 @@ def enlarged(case: Case, scale: int = 4096, head_dim: int = 32) -> Cache:
 
     specs = [large(layer) for layer in case.specs]
     sizes = {"num_rows": ROWS, "capacity": CAPACITY * scale, "max_block": BLOCK}
-    return Cache.init(specs, stacked=case.stacked, slack=case.slack, **sizes)
+    layout = case.layout
+    if isinstance(layout, Pages):
+        layout = Pages(layout.num_pages * scale, layout.page_size)
+    return Cache.init(specs, stacked=case.stacked, slack=case.slack, layout=layout, **sizes)
 
 
 def decode(cache: Cache, positions: Any) -> tuple[Cache, Any]:
@@ -506,7 +532,14 @@ def decode(cache: Cache, positions: Any) -> tuple[Cache, Any]:
 _decode = jax.jit(decode)
 
 
-@law_on("window-slack", "mixture", "mixture-stacked-bfloat16", "encoder-decoder", "small-floats-stacked")
+@law_on(
+    "window-slack",
+    "mixture",
+    "mixture-stacked-bfloat16",
+    "encoder-decoder",
+    "small-floats-stacked",
+    "mixture-pages",
+)
 def vmap_keeps_caches_apart(case: Case) -> None:
     one, other = prefilled(case), prefilled(case, 6)
     positions = jnp.stack([block(8, length=1), block(6, length=1)]).astype(jnp.int32)
@@ -518,12 +551,12 @@ def vmap_keeps_caches_apart(case: Case) -> None:
         assert_close((mine.lengths, held(case, mine)), (alone.lengths, held(case, alone)))
 
 
-@law_on("full-int8-unturned", "mixture-stacked-bfloat16", "encoder-decoder")
+@law_on("full-int8-unturned", "mixture-stacked-bfloat16", "mixture-pages")
 def sharding_changes_nothing(case: Case) -> None:
     assert_sharding_changes_nothing(case, jax.sharding.AxisType.Auto)
 
 
-@law_on("window-slack", "mixture", "encoder-decoder-stacked-float16", "small-floats")
+@law_on("window-slack", "mixture", "encoder-decoder-stacked-float16", "small-floats", "encoder-decoder-stacked-pages")
 def sharding_on_explicit_axes_changes_nothing(case: Case) -> None:
     assert_sharding_changes_nothing(case, jax.sharding.AxisType.Explicit)
 
@@ -532,9 +565,10 @@ def assert_sharding_changes_nothing(case: Case, kind: jax.sharding.AxisType) -> 
     if jax.device_count() < 4:
         pytest.skip("needs 4 devices")
     mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(kind,) * 2, devices=jax.devices()[:4])
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows", "heads"))
+    axes = "rows" if isinstance(case.layout, Rows) else None, "heads"  # a pool is that of all rows
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
     stack = (None,) if case.stacked else ()
-    wanted = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack, "rows", "heads"))
+    wanted = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack, *axes))
     expected, cache = case.cache(), case.cache(sharding=sharding)
     for start in (0, BLOCK):
         expected, _, _, want = feed(case, expected, block(start))
@@ -554,6 +588,30 @@ def edit(cache: Cache) -> Cache:
         cache = cache.remove(0, 2, 4)
     cache = cache.rewind(np.array([99, 99, 5, 99])).remove(3, 7)
     return cache.reset(np.array([False, True, False, False])).retry(np.array([True] * ROWS))
+
+
+@law_on("mixture-pages")
+def rows_on_pages_equal_rows_on_rows(case: Case) -> None:
+    """Bitwise, as pages of this size make no buffer longer."""
+
+    def seen(layout: Any) -> Any:
+        kind = dataclasses.replace(case, layout=layout)
+        cache, seen = prefilled(kind), []
+
+        def then(positions: Any, rows: Any = None) -> None:
+            nonlocal cache
+            cache, got, ok, answers = feed(kind, cache, positions, rows)
+            assert ok.all()
+            seen.append((got, [(mask, out) for *_, mask, out in answers], cache.lengths))
+
+        for name, args in operations(kind).items():
+            cache = OPERATIONS[name](cache, *args)
+            then(block(np.asarray(cache.lengths)))
+            then(block(np.asarray(cache.lengths), length=1))
+        then([[11], [EMPTY], [9], [8], [10], [8]], rows=[2, 1, 2, 2, 2, 0])
+        return seen, held(kind, cache)
+
+    assert_equal(seen(case.layout), seen(Rows()))
 
 
 @law
@@ -739,7 +797,14 @@ def remove_closes_the_gap(case: Case) -> None:
         assert_close(k_now[1, 5], turned, 1e-5 if rounding < 1e-5 else max(rounding, 0.02))
 
 
-@law_on("mixture", "chunk-stacked", "mixture-stacked-bfloat16", "encoder-decoder", "small-floats-stacked")
+@law_on(
+    "mixture",
+    "chunk-stacked",
+    "mixture-stacked-bfloat16",
+    "encoder-decoder",
+    "small-floats-stacked",
+    "mixture-pages",
+)
 def gradients_through_put_and_attend_are_those_of_the_plain_softmax(case: Case) -> None:
     cache = prefilled(case)
     random = np.random.default_rng(1)

@@ -28,13 +28,15 @@ class Sizes:
     slack: int
 
     @classmethod
-    def of(cls, specs: Sequence[LayerSpec], num_rows: Any, capacity: Any, max_block: Any, slack: Any) -> Sizes:
+    def of(
+        cls, specs: Sequence[LayerSpec], num_rows: Any, capacity: Any, max_block: Any, slack: Any, layout: Any
+    ) -> Sizes:
         """Returns them checked, with the default of max_block."""
         num_rows = checked_size("Cache.init", "num_rows", num_rows, 1)
         capacity = checked_size("Cache.init", "capacity", capacity, 1)
         slack = checked_size("Cache.init", "slack", slack, 0)
         if max_block is None:
-            max_block = default_block([spec.reach for spec in specs], capacity)
+            max_block = min(default_block([spec.reach for spec in specs], capacity), layout.most(capacity))
         max_block = checked_size("Cache.init", "max_block", max_block, 1)
         return cls(num_rows, capacity, min(max_block, capacity), slack)
 
@@ -126,11 +128,15 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
     def layer(spec: LayerSpec, num_stacked: int | None) -> Layer:
         group = [*reaches, *crosses].index(spec.reach)
         num_slots = books[group].num_slots
-        lead = layout.lead(books[group].pages, sizes.num_rows, spec.num_kv_heads, num_slots)
-        lead = lead if num_stacked is None else (num_stacked, *lead)
+
+        def buffer(heads: int, size: int, storage: Any) -> Any:
+            lead = layout.lead(books[group].pages, sizes.num_rows, heads, num_slots)
+            return storage.zeros(lead if num_stacked is None else (num_stacked, *lead), size)
+
         return Layer(
-            k=spec.k_storage.zeros(lead, spec.head_dim),
-            v=spec.v_storage.zeros(lead, spec.value_dim),
+            k=buffer(spec.num_kv_heads, spec.head_dim, spec.k_storage),
+            v=buffer(spec.num_kv_heads, spec.value_dim, spec.v_storage),
+            sides={name: buffer(*side) for name, side in spec.sides.items()},
             index=None,
             group=group,
             spec=spec,
@@ -153,15 +159,20 @@ def shardings(cache: Any, sharding: Any) -> Any:
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     whole = jax.tree.map(lambda _: replicated, cache)
 
-    def place(buffer: Any) -> Any:
-        stack, axes = (None,) * (len(buffer.shape) - 4), tuple(spec)
-        names = axes[3] if len(axes) > 3 else None
-        if names and buffer.shape[-1] % math.prod(mesh.shape[n] for n in jax.tree.leaves(names)):
-            axes = axes[:3]
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack, *axes))
+    rows, _, slots, _ = (*spec, None, None, None, None)[:4]
+
+    def placed(buffers: Any, *spec: Any) -> Any:
+        def place(buffer: Any) -> Any:
+            stack, axes = (None,) * (len(buffer.shape) - 4), spec
+            names = axes[3] if len(axes) > 3 else None
+            if names and buffer.shape[-1] % math.prod(mesh.shape[n] for n in jax.tree.leaves(names)):
+                axes = axes[:3]
+            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack, *axes))
+
+        return jax.tree.map(place, buffers)
 
     layers = tuple(
-        dataclasses.replace(layer, k=jax.tree.map(place, layer.k), v=jax.tree.map(place, layer.v))
+        layer.with_buffers((placed(layer.k, *spec), placed(layer.v, *spec), placed(layer.sides, rows, None, slots)))
         for layer in cache.layers
     )
     return dataclasses.replace(whole, layers=layers)

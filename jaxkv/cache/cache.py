@@ -19,6 +19,7 @@ from jaxkv.cache.claim import claim, claim_cross
 from jaxkv.cache.cross import Encoded
 from jaxkv.cache.group import Group
 from jaxkv.cache.layer import Layer
+from jaxkv.cache.pages import Pages
 from jaxkv.cache.rows import Rows
 from jaxkv.cache.show import describe, headline
 from jaxkv.cache.spec import Cross, LayerSpec
@@ -93,22 +94,26 @@ class Cache:
           capacity: tokens a sequence can hold.
           storage: how keys and values are kept in all layers, such as Int8(), or a pair (of keys, of values); None: as
             each LayerSpec says.
-          layout: Rows().
+          layout: `Rows()`, one stretch of slots for each sequence; or `Pages(num_pages, page_size)`, a pool that all
+            sequences share.
           max_block: most tokens of one sequence in one `begin`; rings are this much longer than their reach. More than
             the capacity counts as the capacity. None chooses: as many as the shortest reach that wraps, as a power of
-            two from 64 to 512.
+            two from 64 to 512, and no more than a pool of pages can hold.
           slack: tokens that a `rewind` may go back in a ring beyond what its queries see; speculation wants its draft
             length here.
           stacked: equal specs share one Layer with buffers [L, ...], for models that scan over their layers.
-          sharding: None, or a `jax.sharding.NamedSharding` for axes (R, K, V, H) of k and v; the bookkeeping is
-            replicated over its mesh.
+          sharding: None, or a `jax.sharding.NamedSharding` for axes (R, K, V, H) of k and v; on pages (None, K, None,
+            H), as the pool is that of all rows. The bookkeeping is replicated over its mesh.
 
         Raises:
           ValueError: for no layers, a model instead of its specs, sizes below 1 or above 2**30, a negative slack, a
-            reach with as many sinks as capacity, or Cross layers of different sizes.
+            reach with as many sinks as capacity, or Cross layers of different sizes; for pages larger than the
+            capacity, a pool that can't hold max_block tokens, or one divided over rows.
         """
         specs = stored_as(checked_specs(specs), storage)
-        sizes = Sizes.of(specs, num_rows, capacity, max_block, slack)
+        if not isinstance(layout, Rows | Pages):
+            raise ValueError(f"Cache.init(layout={layout!r}): give Rows() or Pages(num_pages, page_size)")
+        sizes = Sizes.of(specs, num_rows, capacity, max_block, slack, layout)
         layout.check(sizes.capacity, sizes.max_block, sharding)
 
         def build() -> Cache:
@@ -164,8 +169,10 @@ class Cache:
         """Claims slots for the tokens of one forward pass, all or nothing per sequence.
 
         A sequence fits iff its `ok` is True, no position is at or past the capacity or comes twice, and its lowest
-        query finds all it may see in every layer. One that does not fit takes nothing: its `ok` turns False, its
-        queries give zeros, what it held is intact. Writing a position that is already there replaces it.
+        query finds all it may see in every layer. On pages there must also be enough of them for what it writes to,
+        where it has none of its own; sequences are served in the order of rows. One that does not fit takes nothing:
+        its `ok` turns False, its queries give zeros, what it held is intact. Writing a position that is already there
+        replaces it.
 
         Args:
           positions: int [B, T], position of each token in its sequence; any negative one is padding, anywhere.
@@ -297,12 +304,39 @@ class Cache:
         self._check_alive()
         return dataclasses.replace(self, ok=self.ok | row_mask("retry", mask, self.num_rows))
 
+    def keep(self, mask: Any) -> Cache:
+        """Returns this cache without the tokens that a mask doesn't name: for eviction by rules of your own.
+
+        Positions and lengths stay what they were, and nothing counts as lost: what is forgotten is just not seen any
+        more, in all layers but Cross. Pages without a token are free again. Several such masks add up.
+
+        Args:
+          mask: bool [R, capacity], by position; what it says of positions that a row doesn't hold is not looked at.
+
+        >>> cache = jaxkv.Cache.init([jaxkv.LayerSpec(jaxkv.Full(), 1, 2)], 1, 8)
+        >>> cache, step = cache.begin([[0, 1, 2]])
+        >>> cache = cache.keep(jnp.arange(8)[None] != 1)
+        >>> cache.groups[0].positions[0, :4].tolist(), cache.lengths.tolist()
+        ([0, -1, 2, -1], [3])
+        """
+        self._check_alive()
+        mask = jnp.asarray(mask)
+        if mask.shape != (self.num_rows, self.capacity) or mask.dtype != bool:
+            raise ValueError(
+                f"keep: mask is {mask.dtype}{list(mask.shape)}; give bool [R, capacity] = "
+                f"{[self.num_rows, self.capacity]}"
+            )
+        return automatic(edit.keep, like(self))(self, mask)
+
     def remove(self, row: Any, begin: Any, end: Any = None) -> Cache:
         """Returns this cache without positions [begin, end) of one sequence.
 
         With a finite `end` the later tokens move down by `end - begin` and their keys are turned back by as much. With
         `end=None` the sequence is truncated, at the resume point at or below `begin`. Nothing changes if end <= begin,
         begin is past the length, or the row is unknown. An encoder's output stays.
+
+        On pages, tokens that move need pages of the row's own. Where there are too few nothing changes but `ok` of the
+        row, which turns False; truncating always works.
 
         Args:
           row: which sequence. int32 scalar, may be traced.
@@ -328,7 +362,8 @@ class Cache:
     def copy_prefix(self, src: Any, dst: Any, length: Any) -> Cache:
         """Returns this cache with row dst being the first `length` positions of row src, and ok.
 
-        Costs what is copied, whatever the capacity, where the cache is donated or the carry of a loop.
+        Costs what is copied, whatever the capacity, where the cache is donated or the carry of a loop. On pages only
+        integers move, and the two rows share what they have in common.
 
         The copy ends at src's resume point at or below `length`; the new `lengths` says where. An encoder's output is
         copied whole. An unknown src holds nothing, an unknown dst changes nothing; `copy_prefix(r, r, n)` rewinds r.
@@ -348,7 +383,8 @@ class Cache:
         """Returns a cache whose row r is row rows[r] of this one: beam reordering, best-of-n.
 
         As many rows as before cost what the longest of them holds, whatever the capacity, where the cache is donated or
-        the carry of a loop. Another number of rows makes new buffers.
+        the carry of a loop. Another number of rows makes new buffers. On pages only integers move: the pool stays as
+        large as it is, and rows that come several times share it.
 
         Args:
           rows: int [R2]; R2 may differ from R, a row may come several times, one outside [0, R) gives an empty row.
@@ -370,14 +406,21 @@ class Cache:
         if full.size:
             held = ", ".join(f"{row} (holds {int(self.lengths[row])})" for row in full)
             encoder = "" if self.encoded is None else f", or its encoder's output into {self.encoded.reach}"
+            pools = "".join(
+                f", or into the pages of {group.reach}: a pool of {group.pages.num_pages} pages has "
+                f"{int(group.pages.num_free)} left"
+                for group in self.groups
+                if group.pages is not None
+            )
             raise CacheFullError(
-                f"sequence {held} did not fit into capacity {self.capacity}{encoder}; what it holds is intact. Make a "
-                "larger cache, remove or rewind tokens and call retry, or reset the row"
+                f"sequence {held} did not fit into capacity {self.capacity}{encoder}{pools}; what it holds is intact. "
+                f"Make a larger cache{' or pool' * bool(pools)}, remove or rewind tokens and call retry, or reset the "
+                "row"
             )
 
     def describe(self) -> str:
-        """Returns a readable account: per group its layers, reach, storage, slots and why there are as many, bytes, and
-        the positions each row holds."""
+        """Returns a readable account: per group its layers, reach, storage, slots and why there are as many, how many
+        pages are used, shared and free, bytes, and the positions each row holds."""
         return describe(self)
 
     def __repr__(self) -> str:

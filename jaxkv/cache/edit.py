@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.group import resume
 from jaxkv.cache.layer import Layer
-from jaxkv.cache.spec import Cross, LayerSpec
+from jaxkv.cache.spec import EMPTY, Cross, LayerSpec
 
 
 def resume_point(cache: Any, row: Any, known: Any, position: Any) -> Any:
@@ -35,6 +35,16 @@ def reset(cache: Any, mask: Any) -> Any:
     cache = rewind(cache, jnp.where(mask, 0, FAR))
     encoded = None if cache.encoded is None else _paged(cache.layout, cache.encoded.reset(mask))
     return dataclasses.replace(cache, ok=cache.ok | mask, encoded=encoded)
+
+
+def keep(cache: Any, mask: Any) -> Any:
+    """Returns `Cache.keep`; mask bool [R, capacity]."""
+    groups = []
+    for group in cache.groups:
+        kept = jnp.take_along_axis(mask, jnp.maximum(group.positions, 0), 1)
+        positions = jnp.where(kept, group.positions, EMPTY)
+        groups.append(_paged(cache.layout, dataclasses.replace(group, positions=positions)))
+    return dataclasses.replace(cache, groups=tuple(groups))
 
 
 def remove(cache: Any, row: Any, known: Any, begin: Any, end: Any) -> Any:
@@ -66,7 +76,8 @@ def remove(cache: Any, row: Any, known: Any, begin: Any, end: Any) -> Any:
             return layer.layout.move(buffers, row, sources, changed[number] & fit, pages[number], turn)
 
         turn = functools.partial(_turn_keys, layer.spec, delta)
-        return dataclasses.replace(layer, k=move(layer.k, turn), v=move(layer.v, lambda x: x))
+        v, sides = (move(buffers, lambda x: x) for buffers in layer.buffers[1:])
+        return layer.with_buffers((move(layer.k, turn), v, sides))
 
     return dataclasses.replace(
         cache,
@@ -141,8 +152,7 @@ def _resume(cache: Any, position: Any, lost: list[Any]) -> Any:
 
 def _map_buffers(layers: Iterable[Layer], f: Callable[[Layer, Any], Any]) -> tuple[Layer, ...]:
     def one(layer: Layer) -> Layer:
-        k, v = jax.tree.map(lambda x: f(layer, x), (layer.k, layer.v))
-        return dataclasses.replace(layer, k=k, v=v)
+        return layer.with_buffers(jax.tree.map(lambda x: f(layer, x), layer.buffers))
 
     return tuple(one(layer) for layer in layers)
 

@@ -37,6 +37,8 @@ class Layer:
     layout: Any = dataclasses.field(metadata={"static": True})
     num_slots: int = dataclasses.field(metadata={"static": True})
     num_stacked: int | None = dataclasses.field(metadata={"static": True})  # None: not a stack
+    # What else is kept of each token, by name, each as k is: the sides of the spec.
+    sides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     __repr__ = show
 
@@ -67,7 +69,17 @@ class Layer:
             raise ValueError(f"at({index}): the stack has {self.num_stacked} layers, 0 to {self.num_stacked - 1}")
         return dataclasses.replace(self, index=integers("index", index))
 
-    def put(self, step: Step, k: Any, v: Any) -> Layer:
+    @property
+    def buffers(self) -> tuple[Any, Any, dict[str, Any]]:
+        """All that lies where the layout says: k, v and the sides."""
+        return self.k, self.v, self.sides
+
+    def with_buffers(self, buffers: tuple[Any, Any, dict[str, Any]]) -> Layer:
+        """Returns this layer with other k, v and sides."""
+        k, v, sides = buffers
+        return dataclasses.replace(self, k=k, v=v, sides=sides)
+
+    def put(self, step: Step, k: Any, v: Any, where: Any = None) -> Layer:
         """Returns this layer with the keys and values of the call's tokens stored.
 
         In place when the cache is donated or the carry of a loop. Every layer puts once per `begin`; tokens of padding
@@ -80,9 +92,13 @@ class Layer:
           k: keys [B, T, num_kv_heads, head_dim], already rotated if the model rotates keys, but not where the spec
             says rotary_at="read"; stored as the spec says. For a Cross layer T is any size up to that of its reach.
           v: values [B, T, num_kv_heads, value_dim].
+          where: bool [B, T], which of these tokens the layer keeps; the others are never seen in this layer, not even
+            by themselves, as if they were padding. Their positions and their places stay taken, for the sake of layers
+            that do keep them. None: all. Needs `LayerSpec(..., drops=True)`.
 
         Raises:
-          ValueError: while tracing, for shapes other than these, naming both, or a step of the other kind.
+          ValueError: while tracing, for shapes other than these, naming both, a step of the other kind, or `where`
+            without `drops`.
         """
         reach = self.spec.reach
         self._check_step(step, cross=isinstance(reach, Cross))
@@ -93,7 +109,13 @@ class Layer:
             want = (b, t, self.spec.num_kv_heads, size)
             if x.shape != want:
                 raise ValueError(f"put: {name} has shape {x.shape}, this layer and step want [B, T, K, H] = {want}")
-        return automatic(_put, like(self))(self, step, k, v)
+        if where is not None:
+            where = jnp.asarray(where)
+            if not self.spec.drops:
+                raise ValueError("put(where=) leaves tokens out, which this layer can't; give its LayerSpec drops=True")
+            if where.shape != (b, t) or where.dtype != bool:
+                raise ValueError(f"put: where is {where.dtype}{list(where.shape)}; give bool [B, T] = {[b, t]}")
+        return automatic(_put, like(self))(self, step, k, v, where)
 
     def read(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
         """Returns slots [start, start + size) of the call's sequences: k [B, K, size, H], v [B, K, size, Hv].
@@ -113,12 +135,20 @@ class Layer:
         The form in which `attend` reads, block by block: each piece is (numbers [B, K, size, h], factor [B, K, size, 1]
         or None). Queries, and what is read of v, are in another basis then: see `k_basis` and `v_basis`.
         """
-        k, v = _stored(self, step, start, size)
+        k, v = _block(self, step, start, size)
         spec = self.spec
         if spec.rotary_at == "read":
             k = _numbers(spec.k_storage, k, spec.head_dim)
             return ((_rotated(self, step, k, start), None),), _pieces(spec.v_storage, v, spec.value_dim)
         return _pieces(spec.k_storage, k, spec.head_dim), _pieces(spec.v_storage, v, spec.value_dim)
+
+    def stored(self, step: Step, start: Any, size: int) -> Any:
+        """Returns which tokens in slots [start, start + size) of the call's sequences the layer keeps: bool [B, size].
+
+        It says nothing of slots that hold no token. For layers whose spec has `drops`; start and size as for `read`.
+        """
+        rows = PartitionSpec(self._axes(self.sides["dropped"], step)[0])
+        return automatic(functools.partial(_stored, size=size), rows)(self, step, start)
 
     def get(self, step: Step) -> tuple[Any, Any, Any]:
         """Returns all keys and values of the call's sequences, and who sees what: the reference form.
@@ -133,6 +163,8 @@ class Layer:
         k, v = self.read(step, 0, self.num_slots)
         group = step.groups[self.group]
         mask = step.visible(self.spec.reach, group.kv_positions, group.kv_spans)
+        if self.spec.drops:
+            mask &= self.stored(step, 0, self.num_slots)[:, None]
         return k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None]
 
     def _axes(self, buffers: Any, step: Step) -> tuple[Any, ...]:
@@ -167,7 +199,10 @@ class Layer:
             raise ValueError(f"a stack of {self.num_stacked} layers was used as one layer; choose one with stack.at(i)")
 
 
-def _put(layer: Layer, step: Step, k: Any, v: Any) -> Layer:
+def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any) -> Layer:
+    if layer.spec.drops:
+        kept = jnp.ones(k.shape[:2], bool) if where is None else where
+        dropped = jnp.pad(~kept, ((0, 0), (0, layer.spec.reach.size - k.shape[1] if step.cross else 0)))
     if step.cross and k.shape[1] < layer.spec.reach.size:
         missing = step.positions[:, k.shape[1] : layer.spec.reach.size] != EMPTY
         k, v = (_fill_up(x, missing) for x in (k, v))
@@ -179,20 +214,30 @@ def _put(layer: Layer, step: Step, k: Any, v: Any) -> Layer:
             storage.encode(x),
         )
 
-    return dataclasses.replace(
-        layer, k=write(layer.k, layer.spec.k_storage, k), v=write(layer.v, layer.spec.v_storage, v)
+    put = {"dropped": dropped.astype(jnp.uint8)[:, :, None, None]} if layer.spec.drops else {}
+    return layer.with_buffers(
+        (
+            write(layer.k, layer.spec.k_storage, k),
+            write(layer.v, layer.spec.v_storage, v),
+            {name: write(layer.sides[name], layer.spec.sides[name][2], x) for name, x in put.items()},
+        )
     )
 
 
-def _stored(layer: Layer, step: Step, start: Any, size: int) -> Any:
-    """Returns what is stored in slots [start, start + size), of k and of v."""
+def _block(layer: Layer, step: Step, start: Any, size: int) -> Any:
+    """Returns what lies in slots [start, start + size), of k and of v."""
     return jax.tree.map(
         lambda buffer: layer.layout.read(buffer, layer.index, step, layer.group, start, size), (layer.k, layer.v)
     )
 
 
+def _stored(layer: Layer, step: Step, start: Any, *, size: int) -> Any:
+    dropped = layer.layout.read(layer.sides["dropped"], layer.index, step, layer.group, start, size)
+    return dropped[:, 0, :, 0] == 0
+
+
 def _read(layer: Layer, step: Step, start: Any, *, size: int) -> tuple[Any, Any]:
-    k, v = _stored(layer, step, start, size)
+    k, v = _block(layer, step, start, size)
     spec = layer.spec
     k, v = _numbers(spec.k_storage, k, spec.head_dim), _numbers(spec.v_storage, v, spec.value_dim)
     return (_rotated(layer, step, k, start), v) if spec.rotary_at == "read" else (k, v)

@@ -44,8 +44,9 @@ class Pages:
     """A pool of pages that all sequences share. Forking one costs a few integers.
 
     Args:
-      num_pages: pages of each group of Full layers. Layers with a window or chunks get at most as many, and no more
-        than all rows can fill; Cross layers get as many as all rows can fill.
+      num_pages: pages of the Full layers. It may be less than what one sequence can hold: a sequence that finds no page
+        is refused, as it is at its capacity. Layers with a window or chunks get at most as many, and no more than all
+        rows can fill; Cross layers get as many as all rows can fill.
       page_size: slots of a page, 1 to 256. Small pages waste less at the end of a sequence, and share more of what two
         sequences have in common; large ones are read faster.
 
@@ -69,9 +70,9 @@ class Pages:
                 f"{self}: a page of {self.page_size} slots is larger than the capacity, {capacity}; give a page_size "
                 "of at most that"
             )
-        if self.num_pages * self.page_size < max_block:
+        if max_block > self.most(max_block):
             raise ValueError(
-                f"{self} holds {self.num_pages * self.page_size} tokens, and one block may bring {max_block}; give "
+                f"{self} holds {self.most(max_block)} tokens, and one block may bring {max_block}; give "
                 f"num_pages={-(-max_block // self.page_size)} or more, or a smaller max_block"
             )
         spec = () if sharding is None else tuple(sharding.spec) + (None,) * 4
@@ -80,6 +81,10 @@ class Pages:
                 f"{self} with sharding {sharding.spec}: all rows share the pool, so it can be divided over heads, not "
                 f"over rows or slots; give PartitionSpec(None, {spec[1]!r}), or a cache for each device"
             )
+
+    def most(self, capacity: int) -> int:
+        """Returns how many tokens one sequence can bring at most."""
+        return min(capacity, self.num_pages * self.page_size)
 
     def round_up(self, num_slots: int) -> int:
         """Returns how many slots a row has of which `num_slots` are asked for."""
@@ -130,6 +135,14 @@ class Pages:
         table = pages.table if rows is None else pages.table[rows]
         held = held.reshape(*table.shape, self.page_size).any(-1)
         return Pool.of(jnp.where(held, table, pages.num_pages), pages.num_pages)
+
+    def describe(self, pages: Pool) -> str:
+        """Returns how many pages there are and, unless the values are abstract, how many are used, shared and free."""
+        text = f", a pool of {pages.num_pages} pages of {self.page_size}"
+        if isinstance(pages.refs, jax.core.Tracer) or not isinstance(pages.refs, jax.Array | np.ndarray):
+            return text
+        used, shared = (int((np.asarray(pages.refs) > n).sum()) for n in (0, 1))
+        return f"{text}: {used} used ({shared} shared), {int(pages.num_free)} free"
 
     def step(self, pages: Pool, rows: Any, copies: Any = None) -> PageStep:
         """Returns what the layers must know of the bookkeeping in one call of rows [B], None for all in order."""

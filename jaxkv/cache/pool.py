@@ -38,7 +38,7 @@ class Pool:
         unused = refs == 0
         place = jnp.where(unused, jnp.cumsum(unused, dtype=jnp.int32) - 1, num_pages)
         pages = jnp.arange(num_pages, dtype=jnp.int32)
-        free = jnp.full((num_pages,), num_pages, jnp.int32).at[place].set(pages, mode="drop", unique_indices=False)
+        free = jnp.full((num_pages,), num_pages, jnp.int32).at[place].set(pages, mode="drop")
         return cls(table, refs, free, unused.sum(dtype=jnp.int32))
 
     @property
@@ -54,27 +54,30 @@ class _Writes:
     rows: Any  # int32 [N]; R: nothing
     columns: Any  # int32 [N], which stretch of the row's slots
     pages: Any  # int32 [N], the page that it has; P: none
+    refs: Any  # int32 [N], how many rows have that page
+    shared: Any  # int32 [N], a number below N for each page that several of them may have
 
     @classmethod
     def of(cls, pool: Pool, rows: Any, columns: Any) -> _Writes:
         order = jnp.lexsort((columns, rows))
         rows, columns = rows[order], columns[order]
-        again = ~_starts(rows) & ~_starts(columns)
-        rows = jnp.where(again, pool.table.shape[0], rows)
+        rows = jnp.where(_starts(rows) | _starts(columns), rows, pool.table.shape[0])
         pages = pool.table.at[rows, columns].get(mode="fill", fill_value=pool.num_pages)
-        return cls(rows, columns, pages)
+        refs = pool.refs.at[pages].get(mode="fill", fill_value=0)
+        order = jnp.argsort(pages)
+        number = jnp.cumsum(_starts(pages[order]), dtype=jnp.int32) - 1
+        return cls(rows, columns, pages, refs, jnp.zeros_like(pages).at[order].set(number))
 
-    def wants(self, pool: Pool) -> Any:
+    def wants(self, num_rows: int) -> Any:
         """Returns which of them need a page if all get one: bool [N].
 
         Those without one do, and those that share theirs; but where all who share a page write to it the last keeps it.
         """
-        order = jnp.argsort(self.pages, stable=True)
-        pages, number = self.pages[order], jnp.arange(order.size, dtype=jnp.int32)
-        writers = number - lax.cummax(jnp.where(_starts(pages), number, 0)) + 1  # up to this one
-        keeps = _starts(pages[::-1])[::-1] & (pool.refs.at[pages].get(mode="fill", fill_value=0) == writers)
-        keeps = jnp.zeros_like(keeps).at[order].set(keeps, unique_indices=True)
-        return (self.rows < pool.table.shape[0]) & ~keeps
+        number = jnp.arange(self.rows.size, dtype=jnp.int32)
+        writers = jnp.zeros_like(number).at[self.shared].add(1)
+        last = jnp.zeros_like(number).at[self.shared].max(number)
+        keeps = (writers[self.shared] == self.refs) & (last[self.shared] == number)
+        return (self.rows < num_rows) & ~keeps
 
 
 def _starts(x: Any) -> Any:
@@ -99,7 +102,7 @@ def claim(
     """
     pools, rows, columns, fit = vary_alike((list(pools), list(rows), list(columns), fit))
     writes = [_Writes.of(pool, r, c) for pool, r, c in zip(pools, rows, columns, strict=True)]
-    wants = [w.wants(pool) for w, pool in zip(writes, pools, strict=True)]
+    wants = [w.wants(fit.size) for w in writes]
     enough = [want.sum(dtype=jnp.int32) <= pool.num_free for want, pool in zip(wants, pools, strict=True)]
     fit, needs = lax.cond(jnp.stack(enough).all(), lambda: (fit, wants), lambda: _one_by_one(pools, writes, wants, fit))
     return fit, [_taken(pool, w, need) for pool, w, need in zip(pools, writes, needs, strict=True)]
@@ -109,22 +112,23 @@ def _one_by_one(pools: Any, writes: Any, wants: Any, fit: Any) -> Any:
     """Returns which rows are served, bool [R], and which writes get a page, bool [N] per pool, if not all can."""
 
     def serve(carry: Any, row: Any) -> Any:
-        refs, free, needs = carry
+        left, free, needs = carry
         wanted = [  # a page that nobody else has any more, as others left it in this call, is kept
-            (w.rows == row) & fit[row] & (counts.at[w.pages].get(mode="fill", fill_value=2) > 1)
-            for w, counts in zip(writes, refs, strict=True)
+            (w.rows == row) & fit[row] & (w.refs - others[w.shared] != 1)
+            for w, others in zip(writes, left, strict=True)
         ]
         asked = [want.sum(dtype=jnp.int32) for want in wanted]
-        served = fit[row] & jnp.stack([n <= left for n, left in zip(asked, free, strict=True)]).all()
+        served = fit[row] & jnp.stack([n <= m for n, m in zip(asked, free, strict=True)]).all()
         wanted = [want & served for want in wanted]
-        refs = [
-            counts.at[jnp.where(want, w.pages, counts.size)].add(-1, mode="drop")
-            for counts, want, w in zip(refs, wanted, writes, strict=True)
+        left = [
+            others.at[w.shared].add(want.astype(jnp.int32))
+            for w, others, want in zip(writes, left, wanted, strict=True)
         ]
-        free = [left - jnp.where(served, n, 0) for left, n in zip(free, asked, strict=True)]
-        return (refs, free, [a | b for a, b in zip(needs, wanted, strict=True)]), served
+        free = [m - jnp.where(served, n, 0) for n, m in zip(asked, free, strict=True)]
+        return (left, free, [a | b for a, b in zip(needs, wanted, strict=True)]), served
 
-    carry = [pool.refs for pool in pools], [pool.num_free for pool in pools], [jnp.zeros_like(x) for x in wants]
+    nothing = [jnp.zeros_like(want) for want in wants]
+    carry = [x.astype(jnp.int32) for x in nothing], [pool.num_free for pool in pools], nothing
     (_, _, needs), served = lax.scan(serve, carry, jnp.arange(fit.size, dtype=jnp.int32))
     return served, needs
 

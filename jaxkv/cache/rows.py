@@ -29,6 +29,10 @@ class Rows:
     def check(self, capacity: int, max_block: int, sharding: Any) -> None:
         """Raises ValueError if a cache of these sizes can't lie so."""
 
+    def most(self, capacity: int) -> int:
+        """Returns how many tokens one sequence can bring at most."""
+        return capacity
+
     def round_up(self, num_slots: int) -> int:
         """Returns how many slots a row has of which `num_slots` are asked for."""
         return num_slots
@@ -48,6 +52,10 @@ class Rows:
 
     def keep(self, pages: None, held: Any, rows: Any = None) -> None:
         """Returns the bookkeeping when row r is what row rows[r] was, and has positions `held`."""
+
+    def describe(self, pages: None) -> str:
+        """Returns what is to be said of the bookkeeping."""
+        return ""
 
     def step(self, pages: None, rows: Any, copies: Any = None) -> None:
         """Returns what the layers must know of the bookkeeping in one call."""

@@ -174,6 +174,7 @@ class LayerSpec:
       rotary_at: when keys are rotated. "put": before they are put, by who puts them. "read": each time they are read,
         by `rotary.rotate(k, positions)`; what is put, and kept, is not rotated, so `Cache.remove` moves tokens without
         any rounding, at the price of angles for all keys that a step reads.
+      drops: whether `Layer.put` may leave tokens out (`where=`). It costs a byte per slot.
 
     Raises:
       ValueError: for sizes below 1, an unknown reach, a size that a storage can't hold, a rotary that is a function,
@@ -191,6 +192,7 @@ class LayerSpec:
     v_storage: Any = Dense()
     rotary: Any = None
     rotary_at: str = "put"
+    drops: bool = False
 
     def __post_init__(self) -> None:
         if self.value_dim is None:
@@ -224,6 +226,8 @@ class LayerSpec:
                 f"LayerSpec(rotary={self.rotary!r}, rotary_at='read'): nothing rotates the keys when they are read; "
                 "give an object with rotate(k, positions) such as jaxkv.Rotary()"
             )
+        if not isinstance(self.drops, bool):
+            raise ValueError(f"LayerSpec(drops={self.drops!r}): give True or False")
         try:
             hash(self.rotary)
         except TypeError as error:
@@ -238,3 +242,8 @@ class LayerSpec:
     def v_basis(self, x: Any) -> Any:
         """Returns what was read [..., Hv] of `Layer.pieces` in the basis of the values that were put."""
         return self.v_storage.basis(x)
+
+    @property
+    def sides(self) -> dict[str, tuple[int, int, Any]]:
+        """What is kept of each token beside its key and its value, by name: heads, size, storage."""
+        return {"dropped": (1, 1, Dense("uint8"))} if self.drops else {}

@@ -79,6 +79,8 @@ def read_block(plan: Plan, layer: Any, step: Step, start: Any, size: int, dtype:
         positions = jnp.where(again[None], EMPTY, positions)
     spans = None if group.kv_spans is None else lax.dynamic_slice_in_dim(group.kv_spans, at, size, 1)
     see = step.visible(plan.reach, positions, spans)
+    if layer.spec.drops:
+        see &= layer.stored(step, at, size)[:, None]
     used = see.any(1)[:, None, :, None]
     k, v = (masked(x, used, dtype) for x in layer.pieces(step, at, size))
     return k, v, see[:, None, None], at
