@@ -28,7 +28,7 @@ SPECS += [LayerSpec(Full(), 1, 4, 6, rotary=jaxkv.Rotary(scaling=scaling)) for s
 SPECS += [LayerSpec(Chunk(4), 1, 4, rotary=jaxkv.Rotary(dim=2, interleaved=True))]
 SPECS += [
     LayerSpec(Full(), 1, 4, 6, Int8(), Int4(group=1), jaxkv.Rotary(), "read"),
-    LayerSpec(Full(), 1, 4, 4, Float8()),
+    LayerSpec(Full(), 1, 4, 4, Float8("e5m2"), Float8()),
 ]
 
 
