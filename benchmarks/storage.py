@@ -51,7 +51,7 @@ STORAGES: dict[str, tuple[Any, Any]] = {
     "float8 e4m3": (Float8("e4m3"),) * 2,
     "float8 e5m2": (Float8("e5m2"),) * 2,
 }
-TIMED = ("float32", "float16", "int8", "int4", "k int8, v int4", "float8 e4m3")
+TIMED = ("float32", "float16", "int8", "int8, not rotated", "int4", "k int8, v int4", "float8 e4m3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,11 +271,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=0.1, help="about how long one turn lasts")
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes")
+    parser.add_argument("--held", type=int, help="tokens in the cache")
     parser.add_argument("--heads", type=int, help="which of the two shapes, 0 or 1")
     args = parser.parse_args(argv)
     s = QUICK if args.quick else Setting()
     if args.batch:
         s = dataclasses.replace(s, batches=tuple(args.batch))
+    if args.held:
+        s = dataclasses.replace(s, held=args.held)
     if args.heads is not None:
         s = dataclasses.replace(s, heads=s.heads[args.heads : args.heads + 1])
     rounds, seconds = (2, 0.001) if args.quick else (args.rounds, args.seconds)
