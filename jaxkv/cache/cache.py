@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxkv.cache import edit
-from jaxkv.cache.arguments import FAR, batch_rows, integers, one_row, row_mask
+from jaxkv.cache.arguments import FAR, batch_rows, integers, one_row, row_mask, shared_length
 from jaxkv.cache.build import Sizes, checked_specs, parts, place, stored_as
 from jaxkv.cache.claim import claim, claim_cross
 from jaxkv.cache.cross import Encoded
@@ -25,7 +25,7 @@ from jaxkv.cache.show import describe, headline
 from jaxkv.cache.spec import Cross, LayerSpec
 from jaxkv.cache.step import Step
 from jaxkv.errors import CacheError, CacheFullError, NotSupportedError
-from jaxkv.meshes import automatic, like, resized
+from jaxkv.meshes import automatic, beside, like, resized
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +49,7 @@ class Cache:
       max_block: most tokens of one sequence in one `begin`.
       slack: how far behind the highest position written a `rewind` of a ring may go and land exactly.
       layout: where the numbers lie.
+      shared: how many first tokens all rows have in common, as `sharing` was told; None without such a promise.
 
     >>> import jax.numpy as jnp
     >>> from jaxkv import Cache, Full, LayerSpec
@@ -70,6 +71,7 @@ class Cache:
     max_block: int = dataclasses.field(metadata={"static": True})
     slack: int = dataclasses.field(metadata={"static": True})
     layout: Any = dataclasses.field(metadata={"static": True})
+    shared: Any = None  # int32 scalar, see `sharing`; None: nothing is promised
 
     @classmethod
     def init(
@@ -249,6 +251,33 @@ class Cache:
         rows, known, whole = batch_rows("lengths", lengths.shape[0], rows, self.num_rows)
         run = automatic(functools.partial(claim_cross, whole=whole), (like(self), PartitionSpec()))
         return run(self, lengths, rows, known)
+
+    def sharing(self, n: Any) -> Cache:
+        """Returns this cache with the promise that all rows hold the same in their first n positions.
+
+        `attend` then reads those once for all rows of a call, not once for each: many samples of one prompt cost little
+        more attention than one. Every `begin` hands the promise on to its layers, so a model needs no change. It is
+        about the rows that bring tokens, in all layers: keys, values and positions, and an encoder's output where
+        n > 0. `copy_prefix` and `take` make such rows. Nothing checks it here: rows that differ get one another's keys.
+        `jaxkv.testing.check_shared` compares them.
+
+        Args:
+          n: tokens, on Pages whole pages; a number, or int32 scalar, which may be traced and is rounded down to whole
+            pages. 0 takes the promise back.
+
+        Raises:
+          ValueError: for a number below 0, above the capacity, or that is not a multiple of the page size.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxkv import Cache, Full, LayerSpec
+        >>> cache = Cache.init([LayerSpec(Full(), num_kv_heads=1, head_dim=2)], num_rows=4, capacity=8)
+        >>> cache, _ = cache.begin(jnp.tile(jnp.arange(5), (4, 1)))  # and every layer puts the same for all rows
+        >>> _, step = cache.sharing(5).begin(jnp.full((4, 1), 5))
+        >>> step.shared
+        Array(5, dtype=int32)
+        """
+        shared = shared_length(n, self.layout.page_size, self.capacity)
+        return dataclasses.replace(self, shared=beside(self.lengths, shared))
 
     @property
     def encoder_cached(self) -> Any:

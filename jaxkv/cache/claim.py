@@ -76,6 +76,7 @@ def claim(cache: Any, positions: Any, rows: Any, known: Any, spans: Any, *, whol
         spans=spans,
         groups=tuple(steps),
         whole=whole,
+        shared=cache.shared,
     )
     return dataclasses.replace(cache, groups=tuple(groups), lengths=lengths, ok=cache.ok & ~refused), step
 

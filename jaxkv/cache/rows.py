@@ -26,6 +26,8 @@ _MOVE_BLOCK = 64  # slots moved at a time
 class Rows:
     """One contiguous stretch of slots per sequence."""
 
+    page_size = 1  # rows can have any number of slots in common
+
     def check(self, capacity: int, max_block: int, sharding: Any) -> None:
         """Raises ValueError if a cache of these sizes can't lie so."""
 

@@ -27,6 +27,11 @@ class GroupStep:
 
     __repr__ = show
 
+    @property
+    def page_size(self) -> int:
+        """How many slots lie together, wherever the others are: stretches of whole pages are read fastest."""
+        return 1 if self.pages is None else self.kv_positions.shape[-1] // self.pages.table.shape[-1]
+
     def of_row(self, one: Callable[[Any], Any]) -> GroupStep:
         """Returns this for one batch row; `one` cuts it out of an array [B, ...] or None."""
         return dataclasses.replace(
@@ -54,6 +59,7 @@ class Step:
     groups: tuple[Any, ...]  # GroupSteps; None: layers that have no part in the call
     whole: bool = dataclasses.field(metadata={"static": True})  # batch row b is sequence b
     cross: bool = dataclasses.field(default=False, metadata={"static": True})  # made by begin_cross
+    shared: Any = None  # int32 scalar: the first positions, so many, are alike in all rows; None: not promised
 
     __repr__ = show
 

@@ -108,6 +108,8 @@ examples:
   jaxkv generate "A list is" --samples 4 --top-p 0.9    four texts, decoded together in one cache
   echo "An iterator" | jaxkv generate -q                prompt from standard input, no report
   jaxkv generate "A list is" --compare                  what the cache saves
+  jaxkv generate "A list is" --beams 4                  the most probable text that four beams find
+  jaxkv generate "A list is" --best-of 8 --samples 2    the best two of eight; the prompt is read once
   jaxkv generate --prompts prompts.txt --json > out.jsonl   one prompt a line, one JSON object a text
   jaxkv generate --model Qwen3-0.6B "Once"              with a checkpoint, as its makers want it sampled""",
     )
@@ -120,13 +122,21 @@ examples:
         help="what to continue; standard input if it is - or left out",
     )
     _add_decoding(command, "200", f"what is needed, at least {MIN_CAPACITY:,}")
-    add("--samples", type=_count, default=1, metavar="N", help="how many texts of each prompt (default: 1)")
+    samples_help = "how many texts of each prompt (default: 1); with --beams and --best-of, the best so many"
+    add("--samples", type=_count, default=1, metavar="N", help=samples_help)
     prompts_help = "continue each line of this file, or of standard input for -; empty lines are left out"
     add("--prompts", metavar="FILE", help=prompts_help)
     rows_help = "how many texts are decoded at once (default: all samples of one prompt, 8 with --prompts)"
     add("--rows", type=_count, metavar="N", help=rows_help)
-    json_help = "print one JSON object for each text: line (with --prompts), prompt, text, tokens, reason"
+    json_help = "print one JSON object for each text: line (with --prompts), prompt, text, tokens, reason, score"
     add("--json", action="store_true", help=json_help)
+    add("--beams", type=_count, metavar="N", help="search for the most probable text with N beams, all in one cache")
+    best_help = "draw N texts and print the one whose tokens are the most probable on average"
+    add("--best-of", type=_count, metavar="N", help=best_help)
+    layout_help = (
+        "how the cache lies in memory: pages that texts share where they are the same, or rows (default: pages "
+    )
+    add("--layout", choices=("rows", "pages"), help=layout_help + "with --beams and --best-of, else rows)")
     add(
         "--compare",
         action="store_true",

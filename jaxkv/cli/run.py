@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxkv.cache.plan import plan_memory
+from jaxkv.cache.rows import Rows
 from jaxkv.cache.spec import EMPTY
 from jaxkv.cli.options import DRAWING, SAMPLING, Failure, UsageError, option
 from jaxkv.cli.terminal import Text, note
@@ -99,11 +100,12 @@ def check_capacity(capacity: int | None, context: int | None) -> None:
         )
 
 
-def describe_size(specs: Sequence[Any], num_rows: int, capacity: int) -> str:
-    plan = plan_memory(specs, num_rows, capacity)
+def describe_size(specs: Sequence[Any], num_rows: int, capacity: int, layout: Any = Rows()) -> str:
+    plan = plan_memory(specs, num_rows, capacity, layout=layout)
     texts = "1 text" if num_rows == 1 else f"{num_rows} texts"
     per_token, in_all = format_bytes(plan.bytes_per_token), format_bytes(plan.nbytes)
-    return f"cache: {per_token} per token, {in_all} in all, for {texts} of up to {capacity:,} tokens"
+    pool = "" if layout == Rows() else f", in {layout.num_pages:,} pages of {layout.page_size}"
+    return f"cache: {per_token} per token, {in_all} in all, for {texts} of up to {capacity:,} tokens{pool}"
 
 
 class Run:

@@ -6,6 +6,7 @@ from .checkpoint import init as init
 from .checkpoint import load as load
 from .checkpoint import save as save
 from .checkpoint import tensor_parallel as tensor_parallel
+from .choices import Choices as Choices
 from .completion import Completion as Completion
 from .completion import TextStream as TextStream
 from .config import read_config as read_config

@@ -38,7 +38,8 @@ def run(
     _check(q, step.positions.shape, layer.spec, softcap, sink_logits, implementation)
     if not q.size or not layer.num_slots:
         return jnp.zeros((*q.shape[:3], layer.spec.value_dim), q.dtype)
-    plan = Plan.choose(layer.spec, step.groups[layer.group], q.shape, softcap, chance.rate)
+    shares = step.shared is not None
+    plan = Plan.choose(layer.spec, step.groups[layer.group], q.shape, softcap, chance.rate, shares=shares)
     key = chance.key if chance.rate else None
     return _run(plan, implementation, chance.broadcast, q, layer, step, scale, sink_logits, key)
 
