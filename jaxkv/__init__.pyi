@@ -8,6 +8,9 @@ from .cache.layer import Layer as Layer
 from .cache.pages import Pages as Pages
 from .cache.plan import MemoryPlan as MemoryPlan
 from .cache.plan import plan_memory as plan_memory
+from .cache.quantized import Float8 as Float8
+from .cache.quantized import Int4 as Int4
+from .cache.quantized import Int8 as Int8
 from .cache.rows import Rows as Rows
 from .cache.spec import EMPTY as EMPTY
 from .cache.spec import Chunk as Chunk

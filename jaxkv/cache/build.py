@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -94,6 +95,27 @@ def checked_specs(specs: Any) -> tuple[LayerSpec, ...]:
     return specs
 
 
+def stored_as(specs: Iterable[LayerSpec], storage: Any) -> tuple[LayerSpec, ...]:
+    """Returns the specs with their numbers kept in another way.
+
+    Args:
+      specs: one LayerSpec per layer.
+      storage: a storage for all keys and values, or a pair: of keys, of values; None: as the specs say.
+
+    Raises:
+      ValueError: if it can't hold the vectors of a layer.
+
+    >>> import jaxkv
+    >>> spec = jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=32)
+    >>> stored_as([spec], (jaxkv.Int8(), jaxkv.Int4()))[0].v_storage
+    Int4(group=8, rotate=True)
+    """
+    if storage is None:
+        return tuple(specs)
+    k, v = storage if isinstance(storage, tuple) and len(storage) == 2 else (storage, storage)
+    return tuple(dataclasses.replace(spec, k_storage=k, v_storage=v) for spec in specs)
+
+
 def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool) -> tuple[Any, Any, Any]:
     """Returns the layers, the groups, and the bookkeeping of Cross layers or None, all empty."""
     reaches = list(dict.fromkeys(spec.reach for spec in specs if not isinstance(spec.reach, Cross)))
@@ -129,7 +151,10 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
 
 
 def shardings(cache: Any, sharding: Any) -> Any:
-    """Returns a tree of shardings for a cache: `sharding` (axes R, K, V, H) for buffers, replicated bookkeeping."""
+    """Returns a tree of shardings for a cache: `sharding` (axes R, K, V, H) for buffers, replicated bookkeeping.
+
+    Of a buffer with fewer numbers than H, such as one of scales, axes that don't divide them are left out.
+    """
     mesh, spec = sharding.mesh, sharding.spec
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     whole = jax.tree.map(lambda _: replicated, cache)
@@ -138,8 +163,11 @@ def shardings(cache: Any, sharding: Any) -> Any:
 
     def placed(buffers: Any, *spec: Any) -> Any:
         def place(buffer: Any) -> Any:
-            stack = (None,) * (len(buffer.shape) - 4)
-            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack, *spec))
+            stack, axes = (None,) * (len(buffer.shape) - 4), spec
+            names = axes[3] if len(axes) > 3 else None
+            if names and buffer.shape[-1] % math.prod(mesh.shape[n] for n in jax.tree.leaves(names)):
+                axes = axes[:3]
+            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack, *axes))
 
         return jax.tree.map(place, buffers)
 

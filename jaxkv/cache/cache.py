@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jaxkv.cache import edit
 from jaxkv.cache.arguments import FAR, batch_rows, integers, one_row, row_mask, shared_length
-from jaxkv.cache.build import Sizes, checked_specs, parts, place
+from jaxkv.cache.build import Sizes, checked_specs, parts, place, stored_as
 from jaxkv.cache.claim import claim, claim_cross
 from jaxkv.cache.cross import Encoded
 from jaxkv.cache.group import Group
@@ -80,6 +80,7 @@ class Cache:
         num_rows: int,
         capacity: int,
         *,
+        storage: Any = None,
         layout: Any = Rows(),
         max_block: int | None = None,
         slack: int = 0,
@@ -93,6 +94,8 @@ class Cache:
             read the output of one encoder, so their reaches are equal.
           num_rows: sequences the cache holds (R).
           capacity: tokens a sequence can hold.
+          storage: how keys and values are kept in all layers, such as Int8(), or a pair (of keys, of values); None: as
+            each LayerSpec says.
           layout: `Rows()`, one stretch of slots for each sequence; or `Pages(num_pages, page_size)`, a pool that all
             sequences share.
           max_block: most tokens of one sequence in one `begin`; rings are this much longer than their reach. More than
@@ -109,7 +112,7 @@ class Cache:
             reach with as many sinks as capacity, or Cross layers of different sizes; for pages larger than the
             capacity, a pool that can't hold max_block tokens, or one divided over rows.
         """
-        specs = checked_specs(specs)
+        specs = stored_as(checked_specs(specs), storage)
         if not isinstance(layout, Rows | Pages):
             raise ValueError(f"Cache.init(layout={layout!r}): give Rows() or Pages(num_pages, page_size)")
         sizes = Sizes.of(specs, num_rows, capacity, max_block, slack, layout)

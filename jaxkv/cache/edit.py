@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -71,12 +72,12 @@ def remove(cache: Any, row: Any, known: Any, begin: Any, end: Any) -> Any:
         number = layer.group
         _, sources, delta = moves[number]
 
-        def move(turn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-            return lambda buffer: layer.layout.move(buffer, row, sources, changed[number] & fit, pages[number], turn)
+        def move(buffers: Any, turn: Callable[[Any], Any]) -> Any:
+            return layer.layout.move(buffers, row, sources, changed[number] & fit, pages[number], turn)
 
-        k = jax.tree.map(move(_turn_keys(layer.spec, delta)), layer.k)
-        v, sides = jax.tree.map(move(lambda x: x), layer.buffers[1:])
-        return layer.with_buffers((k, v, sides))
+        turn = functools.partial(_turn_keys, layer.spec, delta)
+        v, sides = (move(buffers, lambda x: x) for buffers in layer.buffers[1:])
+        return layer.with_buffers((move(layer.k, turn), v, sides))
 
     return dataclasses.replace(
         cache,
@@ -156,13 +157,12 @@ def _map_buffers(layers: Iterable[Layer], f: Callable[[Layer, Any], Any]) -> tup
     return tuple(one(layer) for layer in layers)
 
 
-def _turn_keys(spec: LayerSpec, delta: Any) -> Callable[[Any], Any]:
-    """Returns the function that turns stored keys [..., V, H] by delta [V]."""
-
-    def turn(stored: Any) -> Any:
-        k = spec.k_storage.decode(stored)[..., : spec.head_dim]
-        by = delta.reshape((1,) * (k.ndim - 2) + (-1, 1))
-        by = jnp.broadcast_to(by, (*k.shape[:-1], 1))
-        return jnp.where(by != 0, spec.k_storage.encode(spec.rotary.shift(k, by)), stored)
-
-    return turn
+def _turn_keys(spec: LayerSpec, delta: Any, stored: Any) -> Any:
+    """Returns what is stored of keys [..., V, H], a pytree, turned by delta [V]."""
+    if spec.rotary_at == "read":  # what is stored does not depend on where it stands
+        return stored
+    k = spec.k_storage.decode(stored)[..., : spec.head_dim]
+    by = delta.reshape((1,) * (k.ndim - 2) + (-1, 1))
+    by = jnp.broadcast_to(by, (*k.shape[:-1], 1))
+    turned = spec.k_storage.encode(spec.rotary.shift(k, by))
+    return jax.tree.map(lambda new, old: jnp.where(by != 0, new, old), turned, stored)

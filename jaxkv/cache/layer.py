@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxkv.cache.arguments import integers
@@ -88,8 +89,8 @@ class Layer:
 
         Args:
           step: from the `Cache.begin` of this forward pass; for a Cross layer, from `Cache.begin_cross`.
-          k: keys [B, T, num_kv_heads, head_dim], already rotated if the model rotates keys; cast to the storage dtype.
-            For a Cross layer T is any size up to that of its reach.
+          k: keys [B, T, num_kv_heads, head_dim], already rotated if the model rotates keys, but not where the spec
+            says rotary_at="read"; stored as the spec says. For a Cross layer T is any size up to that of its reach.
           v: values [B, T, num_kv_heads, value_dim].
           where: bool [B, T], which of these tokens the layer keeps; the others are never seen in this layer, not even
             by themselves, as if they were padding. Their positions and their places stay taken, for the sake of layers
@@ -119,13 +120,27 @@ class Layer:
     def read(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
         """Returns slots [start, start + size) of the call's sequences: k [B, K, size, H], v [B, K, size, Hv].
 
-        The form in which `attend` reads, block by block. `start` may be traced; the stretch must lie within num_slots.
-        On pages a traced start is a multiple of each number that divides both `size` and the page size, as those of
-        blocks of whole pages are that follow one another. What is read where a sequence has no token means nothing.
+        Keys are rotated, whenever that is; those that are rotated when they are read are float32 at least. `start` may
+        be traced; the stretch must lie within num_slots. On pages a traced start is a multiple of each number that
+        divides both `size` and the page size, as those of blocks of whole pages are that follow one another. What is
+        read where a sequence has no token means nothing.
         """
 
         k, v = (PartitionSpec(*(self._axes(x, step))) for x in (self.k, self.v))
         return automatic(functools.partial(_read, size=size), (k, v))(self, step, start)
+
+    def pieces(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
+        """Returns what `read` does as it is stored: pieces of k and of v, see `Dense.pieces`.
+
+        The form in which `attend` reads, block by block: each piece is (numbers [B, K, size, h], factor [B, K, size, 1]
+        or None). Queries, and what is read of v, are in another basis then: see `k_basis` and `v_basis`.
+        """
+        k, v = _block(self, step, start, size)
+        spec = self.spec
+        if spec.rotary_at == "read":
+            k = _numbers(spec.k_storage, k, spec.head_dim)
+            return ((_rotated(self, step, k, start), None),), _pieces(spec.v_storage, v, spec.value_dim)
+        return _pieces(spec.k_storage, k, spec.head_dim), _pieces(spec.v_storage, v, spec.value_dim)
 
     def stored(self, step: Step, start: Any, size: int) -> Any:
         """Returns which tokens in slots [start, start + size) of the call's sequences the layer keeps: bool [B, size].
@@ -212,20 +227,42 @@ def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any) -> Layer:
     )
 
 
+def _block(layer: Layer, step: Step, start: Any, size: int) -> Any:
+    """Returns what lies in slots [start, start + size), of k and of v."""
+    return jax.tree.map(
+        lambda buffer: layer.layout.read(buffer, layer.index, step, layer.group, start, size), (layer.k, layer.v)
+    )
+
+
 def _stored(layer: Layer, step: Step, start: Any, *, size: int) -> Any:
     dropped = layer.layout.read(layer.sides["dropped"], layer.index, step, layer.group, start, size)
     return dropped[:, 0, :, 0] == 0
 
 
 def _read(layer: Layer, step: Step, start: Any, *, size: int) -> tuple[Any, Any]:
-    def read(buffers: Any, storage: Any, length: int) -> Any:
-        x = storage.decode(
-            jax.tree.map(lambda buffer: layer.layout.read(buffer, layer.index, step, layer.group, start, size), buffers)
-        )
-        return x if x.shape[-1] == length else x[..., :length]
-
+    k, v = _block(layer, step, start, size)
     spec = layer.spec
-    return read(layer.k, spec.k_storage, spec.head_dim), read(layer.v, spec.v_storage, spec.value_dim)
+    k, v = _numbers(spec.k_storage, k, spec.head_dim), _numbers(spec.v_storage, v, spec.value_dim)
+    return (_rotated(layer, step, k, start), v) if spec.rotary_at == "read" else (k, v)
+
+
+def _rotated(layer: Layer, step: Step, k: Any, start: Any) -> Any:
+    """Returns keys [B, K, size, H] of slots from `start` on rotated to their positions: float32 or wider."""
+    k = k if k.dtype.itemsize > 4 else k.astype(jnp.float32)
+    there = lax.dynamic_slice_in_dim(step.groups[layer.group].kv_positions, start, k.shape[2], 1)
+    return layer.spec.rotary.rotate(k, there[:, None, :, None])
+
+
+def _numbers(storage: Any, stored: Any, length: int) -> Any:
+    x = storage.decode(stored)
+    return x if x.shape[-1] == length else x[..., :length]
+
+
+def _pieces(storage: Any, stored: Any, length: int) -> Any:
+    pieces = storage.pieces(stored)
+    if len(pieces) > 1 or pieces[0][0].shape[-1] == length:
+        return pieces
+    return ((pieces[0][0][..., :length], pieces[0][1]),)
 
 
 def _fill_up(x: Any, missing: Any) -> Any:

@@ -195,20 +195,26 @@ class Pages:
         return buffer
 
     def move(
-        self, buffer: Any, row: Any, sources: Any, changed: Any, pages: tuple[Pool, Pool], turn: Callable[[Any], Any]
+        self, buffers: Any, row: Any, sources: Any, changed: Any, pages: tuple[Pool, Pool], turn: Callable[[Any], Any]
     ) -> Any:
-        """Returns the buffer with slot s of one row replaced by `turn` of what lay in slot sources[s].
+        """Returns the buffers, a pytree, with slot s of one row replaced by `turn` of what lay in slot sources[s].
 
-        Only pages are written that have a slot which changed [V]: those are the row's own in the second of the pools.
+        `turn` is of what the buffers have of the row: the same pytree. Only pages are written that have a slot which
+        changed [V]: those are the row's own in the second of the pools.
         """
         before, after = (pool.table[row] for pool in pages)
         changed = changed.reshape(-1, self.page_size).any(1)
-        lead = (slice(None),) * (buffer.ndim - 4)
-        x = jnp.moveaxis(jnp.take(buffer, before, axis=-4, mode="clip"), -4, -3)  # [.., K, pages, page_size, H]
-        apart = x.shape
-        x = jnp.take(x.reshape(*apart[:-3], -1, apart[-1]), sources, axis=-2, mode="clip")
-        x = jnp.moveaxis(turn(x).reshape(apart), -3, -4)
-        return buffer.at[(*lead, jnp.where(changed, after, buffer.shape[-4]))].set(x, mode="drop")
+
+        def gather(buffer: Any) -> Any:
+            x = jnp.moveaxis(jnp.take(buffer, before, axis=-4, mode="clip"), -4, -3)  # [.., K, pages, page_size, H]
+            return jnp.take(x.reshape(*x.shape[:-3], -1, x.shape[-1]), sources, axis=-2, mode="clip")
+
+        def write(buffer: Any, x: Any) -> Any:
+            x = x.reshape(*x.shape[:-2], -1, self.page_size, x.shape[-1])
+            at = (slice(None),) * (buffer.ndim - 4) + (jnp.where(changed, after, buffer.shape[-4]),)
+            return buffer.at[at].set(jnp.moveaxis(x, -3, -4), mode="drop")
+
+        return jax.tree.map(write, buffers, turn(jax.tree.map(gather, buffers)))
 
 
 @jax.jit  # a call outside of jit finds its program again

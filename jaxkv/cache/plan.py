@@ -55,7 +55,7 @@ def plan_memory(
       num_rows: sequences.
       capacity: tokens per sequence.
       sharding: None, or a NamedSharding, as for `Cache.init`.
-      **options: layout, max_block, slack, stacked, as for `Cache.init`.
+      **options: storage, layout, max_block, slack, stacked, as for `Cache.init`.
 
     Raises:
       ValueError: as `Cache.init`.

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args, source)
     capacity = choose_capacity(args, prompts, source.context)
     longest = max(len(prompt.tokens) + prompt.limit for prompt in prompts)
-    model = source.load(args.dtype, longest, quiet=args.quiet)
+    model = source.load(args.dtype, longest, storage=args.storage, quiet=args.quiet)
     if args.compare:
         return compare(args, model, prompts[0].tokens, prompts[0].limit, capacity)
     if args.beams or args.best_of:

@@ -16,6 +16,7 @@ from jaxkv.sizes import parse_bytes
 
 MIN_CAPACITY = 1024  # a power of two, so that most calls share their compiled programs
 DTYPES = ("float32", "bfloat16", "float16")
+STORAGES = ("int8", "int4", "float8", *DTYPES)
 _MOST_TOKENS = 1 << 30  # of a sequence: positions are int32
 _MOST_SEED = (1 << 32) - 1  # JAX reads 32 bits
 
@@ -177,7 +178,8 @@ def _add_info(commands: Any) -> None:
 examples:
   jaxkv info                                         the model that comes with jaxkv
   jaxkv info Qwen3-0.6B --memory 8GB                 on another machine
-  jaxkv info Qwen3-0.6B --rows 16 --capacity 4096    16 texts at once, of up to 4,096 tokens""",
+  jaxkv info Qwen3-0.6B --rows 16 --capacity 4096    16 texts at once, of up to 4,096 tokens
+  jaxkv info Qwen3-0.6B --storage int8               a cache of 8 bits per number""",
     )
     command.set_defaults(command="info")
     command.add_argument("model", nargs="?", metavar="DIR", help="directory of a checkpoint")
@@ -187,6 +189,7 @@ examples:
     command.add_argument("--rows", type=_count, default=1, metavar="N", help=rows_help)
     capacity_help = "tokens of each text (default: as many as the model was made for)"
     command.add_argument("--capacity", type=_tokens, metavar="N", help=capacity_help)
+    _add_storage(command)
 
 
 def _add_memo(commands: Any) -> None:
@@ -255,6 +258,7 @@ def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: str, capacit
     add("-m", "--model", metavar="DIR", help=model_help)
     dtype_help = "of parameters, computation and cache (default: float32 on a CPU, else the checkpoint's own)"
     add("--dtype", choices=DTYPES, help=dtype_help)
+    _add_storage(command)
     length_help = f"at most this many new tokens (default: what generation_config.json says, else {max_new_tokens})"
     add("-n", "--max-new-tokens", type=_tokens, metavar="N", help=length_help)
     for name, (kind, metavar, help) in SAMPLING.items():
@@ -263,6 +267,24 @@ def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: str, capacit
     add("--seed", type=_seed, default=0, metavar="N", help="another seed gives another text (default: 0)")
     capacity_help = f"tokens that the cache can hold (default: {capacity}, but no more than the model was made for)"
     add("--capacity", type=_tokens, metavar="N", help=capacity_help)
+
+
+def _add_storage(command: argparse.ArgumentParser) -> None:
+    storage_help = (
+        f"how the cache keeps numbers: {', '.join(STORAGES)}; two with a comma between for keys and values, such as "
+        "int8,int4 (default: the dtype of the computation)"
+    )
+    command.add_argument("--storage", type=_storage, metavar="NAME", help=storage_help)
+
+
+def _storage(text: str) -> str:
+    names = text.split(",")
+    if len(names) > 2 or not set(names) <= set(STORAGES):
+        possible = ", ".join(STORAGES)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not name a storage; give one of {possible}, or two for keys and values, such as int8,int4"
+        )
+    return text
 
 
 def _size(text: str) -> int:

@@ -94,7 +94,7 @@ class Model:
         Args:
           num_rows: sequences that it holds.
           capacity: tokens that a sequence can hold; None: as many as the model was made for.
-          **options: of `jaxkv.Cache.init`, such as `sharding`.
+          **options: of `jaxkv.Cache.init`, such as `storage=jaxkv.Int8()` or `sharding`.
 
         Raises:
           ValueError: for sizes that make no sense, or no capacity where the model does not say what it was made for.

@@ -17,8 +17,10 @@ from jax import lax
 
 from jaxkv.cache.spec import EMPTY
 from jaxkv.cache.step import Step
+from jaxkv.cache.storage import whole
 from jaxkv.meshes import vary_like
 from jaxkv.nn import dropout
+from jaxkv.nn.pieces import mix, score
 from jaxkv.nn.plan import Plan
 from jaxkv.nn.reference import LOWEST
 from jaxkv.nn.visits import EVERYTHING, Stretch, Visits, read_block
@@ -67,9 +69,9 @@ def _forward_tile(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step, bits: 
         carry = jax.tree.map(lambda x: x[:, 0], lax.map(row, jnp.arange(lead[0], dtype=jnp.int32)))
     else:
         carry = _visit(plan, q, carry, layer, step, bits, own)
-    top, total, mix = carry
+    top, total, mixed = carry
     total = jnp.where(total == 0, 1, total)  # a query that sees nothing
-    return (mix / total).reshape(*lead, -1), (top + jnp.log(total)).reshape(*lead, 1)
+    return (mixed / total).reshape(*lead, -1), (top + jnp.log(total)).reshape(*lead, 1)
 
 
 def _visit(plan: Plan, q: Any, carry: Any, layer: Any, step: Step, bits: Any, stretch: Stretch) -> Any:
@@ -77,13 +79,13 @@ def _visit(plan: Plan, q: Any, carry: Any, layer: Any, step: Step, bits: Any, st
     lead = q.shape[:4]
 
     def visit(start: Any, size: int, carry: Any) -> Any:
-        top, total, mix = carry
+        top, total, mixed = carry
         k, v, see, at = read_block(plan, layer, step, start, size, q.dtype, stretch)
         scores = _scores(plan, q, k, see)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
         p, keep = jnp.exp(scores - new_top), jnp.exp(top - new_top)
-        mix = mix * keep + jnp.einsum("bkrs,bksh->bkrh", _drop(plan, bits, p, lead, at), v)
-        return new_top, total * keep + p.sum(-1, keepdims=True), mix
+        mixed = mixed * keep + mix(_drop(plan, bits, p, lead, at), v)
+        return new_top, total * keep + p.sum(-1, keepdims=True), mixed
 
     visits, size = Visits.of(plan, layer, step, stretch), plan.block
     if not plan.tails:
@@ -112,6 +114,7 @@ def _backward(plan: Plan, saved: Any, d_out: Any) -> Any:
         d_q, d_k, d_v = carry
         k, v, see, at = read_block(plan, layer, tile_step, visits.start(i), plan.block, q.dtype)
         scores = _scores(plan, q, k, see)
+        k, v = whole(k), whole(v)
         p = jnp.exp(scores - _merge(log_total))
         drop = functools.partial(_drop, plan, tile_bits, lead=q.shape[:4], at=at)
         d_scores = p * (drop(jnp.einsum("bkrh,bksh->bkrs", _merge(d_out), v)) - _merge(mean))
@@ -141,7 +144,7 @@ def _backward(plan: Plan, saved: Any, d_out: Any) -> Any:
     d_sinks = None
     if sinks is not None:
         d_sinks = -(jnp.exp(sinks[None, :, :, None, None] - log_total) * mean).sum((0, 3, 4))
-    kept, pull = jax.vjp(lambda layer: layer.read(step, 0, num_slots), layer)
+    kept, pull = jax.vjp(lambda layer: tuple(whole(x) for x in layer.pieces(step, 0, num_slots)), layer)
     (d_layer,) = pull(tuple(x.astype(y.dtype) for x, y in zip(carry, kept, strict=True)))
     return d_q, d_sinks, d_layer, None, None
 
@@ -157,10 +160,7 @@ def _scores(plan: Plan, q: Any, k: Any, see: Any) -> Any:
     b, _, groups, _, _ = q.shape
     see = jnp.broadcast_to(see[:, None], (see.shape[0], b * groups // see.shape[0], *see.shape[1:]))
     see = see.reshape(b, 1, groups, *see.shape[2:])
-    if q.shape[3] <= 16:  # with few queries, keys first is quicker on a CPU
-        scores = jnp.einsum("bksh,bkrh->bksr", k, _merge(q)).swapaxes(2, 3)
-    else:
-        scores = jnp.einsum("bkrh,bksh->bkrs", _merge(q), k)
+    scores = score(_merge(q), k, keys_first=q.shape[3] <= 16)  # with few queries, that is quicker on a CPU
     apart = plan.cap(scores).reshape(*q.shape[:4], -1)
     return jnp.where(see, apart, -jnp.inf).reshape(scores.shape)
 

@@ -137,7 +137,9 @@ class Heads:
         """
         rest = self._options | {"sink_logits": sink_logits}
         if layer is not None:
-            q, k = self._rotate(q, k, step.positions)
+            q, rotated = self._rotate(q, k, step.positions)
+            if layer.spec.rotary_at == "put":
+                k = rotated
             layer = layer.put(step, k, v)
             return attend(q, layer, step, **rest), layer
         if self.rotary is not None:

@@ -167,6 +167,10 @@ class _Fresh:
     group: int = dataclasses.field(metadata={"static": True})
     num_slots: int = dataclasses.field(metadata={"static": True})
 
+    def pieces(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
+        k, v = self.read(step, start, size)
+        return ((k, None),), ((v, None),)
+
     def read(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
         k, v = (x if step.whole else jnp.take(x, step.rows, axis=0, mode="clip") for x in (self.k, self.v))
         if size == self.num_slots:

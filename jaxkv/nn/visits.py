@@ -12,6 +12,7 @@ from jax import lax
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.spec import EMPTY, Cross
 from jaxkv.cache.step import Step
+from jaxkv.nn.pieces import masked
 from jaxkv.nn.plan import Plan
 
 
@@ -109,7 +110,7 @@ def _seen(plan: Plan, num_slots: int, step: Step, group: Any, real: Any, stretch
 def read_block(
     plan: Plan, layer: Any, step: Step, start: Any, size: int, dtype: Any, stretch: Stretch = EVERYTHING
 ) -> tuple[Any, Any, Any, Any]:
-    """Returns k, v [B, K, size, H], bool [B, T, size], and the first slot, of the block from `start` on.
+    """Returns k, v in pieces [B, K, size, h], bool [B, T, size], and the first slot, of the block from `start` on.
 
     The last block ends with the buffer: it starts earlier than asked, and what it has of the block before is hidden.
     Of a stretch with a source B is 1 in k and v.
@@ -127,6 +128,5 @@ def read_block(
     used = see.any(1)[:, None, :, None]
     if stretch.source is not None:
         step, used = stretch.source, used.any(0, keepdims=True)
-    # NaN in a slot that nobody may see must not meet a product, not even with a weight of 0.
-    k, v = (jnp.where(used, x.astype(dtype), 0) for x in layer.read(step, at, size))
+    k, v = (masked(x, used, dtype) for x in layer.pieces(step, at, size))
     return k, v, see, at

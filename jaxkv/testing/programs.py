@@ -20,6 +20,7 @@ import numpy as np
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.pages import Pages
 from jaxkv.cache.spec import Cross
+from jaxkv.cache.storage import Dense
 from jaxkv.nn.attend import attend
 from jaxkv.testing.oracle import EMPTY, Oracle
 from jaxkv.testing.pages import assert_only_written, assert_pages_sound, assert_unchanged
@@ -279,9 +280,14 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-@functools.partial(jax.jit, static_argnames="rotary")
-def _shift(rotary: Any, k: Any, delta: Any) -> Any:
-    return rotary.shift(k, delta)
+@functools.partial(jax.jit, static_argnames=("rotary", "at"))
+def _turn(rotary: Any, at: str, k: Any, by: Any) -> Any:
+    return rotary.rotate(k, by) if at == "read" else rotary.shift(k, by)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _round_trip(storage: Any, x: Any) -> Any:
+    return storage.decode(storage.encode(x))
 
 
 class Machine:
@@ -334,6 +340,7 @@ class Machine:
         # By token: its position, and by layer k, v and whether it was kept.
         self._written: list[tuple[int, list[np.ndarray], list[np.ndarray], list[bool]]] = []
         self._turns = 0
+        self._rounded: dict[Any, float] = {}  # the largest error of what a storage keeps, so far
 
     @property
     def can_shift(self) -> bool:
@@ -460,11 +467,23 @@ class Machine:
                 x = random.normal(size=(*positions.shape, spec.num_kv_heads, size))
                 whole = jnp.issubdtype(storage.dtype, jnp.integer)
                 out.append(np.round(4 * x).astype(storage.dtype) if whole else x.astype(np.float32))
+        kept_ks, kept_vs = (
+            [self._kept(getattr(spec, side), x) for spec, x in zip(self.layers, xs, strict=True)]
+            for side, xs in (("k_storage", ks), ("v_storage", vs))
+        )
         tokens = first + np.arange(positions.size).reshape(positions.shape)
         for b, t in np.ndindex(positions.shape):
             kept = [where is None or bool(where[b, t]) for where in wheres]
-            self._written.append((int(positions[b, t]), [k[b, t] for k in ks], [v[b, t] for v in vs], kept))
+            self._written.append((int(positions[b, t]), [k[b, t] for k in kept_ks], [v[b, t] for v in kept_vs], kept))
         return tokens, ks, vs, wheres
+
+    def _kept(self, storage: Any, x: np.ndarray) -> np.ndarray:
+        """Returns what a storage that has codes and scales makes of x; for others the tolerance sees to it."""
+        if isinstance(storage, Dense):
+            return x
+        kept = np.asarray(_round_trip(storage, x))
+        self._rounded[storage] = max(self._rounded.get(storage, 0.0), float(np.abs(kept - x).max(initial=0)))
+        return kept
 
     def _compare_layer(self, i: int, spec: Any, arrays: list[np.ndarray], want: Any, queries: np.ndarray) -> None:
         slots, k, v, mask, out = arrays
@@ -497,9 +516,10 @@ class Machine:
         want_k, want_v = self._expected(i, spec, slots[used], tokens[used])
         eps_k, eps_v = (_rounding(storage.dtype) for storage in (spec.k_storage, spec.v_storage))
         self._close(f"layer {i} {spec.reach}: v", v[used].astype(np.float64), want_v, 8 * eps_v, slots, used)
-        self._close(
-            f"layer {i} {spec.reach}: k", k[used].astype(np.float64), want_k, 8 * eps_k * (1 + self._turns), slots, used
-        )
+        most = 8 * eps_k * (1 + self._turns)
+        if spec.rotary_at == "put":  # a key that is turned is rounded once more
+            most += 4 * self._turns * self._rounded.get(spec.k_storage, 0.0)
+        self._close(f"layer {i} {spec.reach}: k", k[used].astype(np.float64), want_k, most, slots, used)
         k, v = (np.where(used[:, :, None, None], x, 0).astype(np.float64) for x in (k, v))
         attended = _attention(queries.astype(np.float64), k, v, mask, self.HEADS)
         wrong = ~np.isclose(out, attended, rtol=1e-4, atol=1e-4)  # padding too: it must give zeros
@@ -514,11 +534,11 @@ class Machine:
         """Returns keys and values that tokens must have by now at these positions: as written, then turned."""
         ks = np.array([self._written[n][1][i] for n in tokens]).reshape(-1, spec.num_kv_heads, spec.head_dim)
         vs = np.array([self._written[n][2][i] for n in tokens]).reshape(-1, spec.num_kv_heads, spec.value_dim)
-        moved = at - np.array([self._written[n][0] for n in tokens], int)
+        moved = at if spec.rotary_at == "read" else at - np.array([self._written[n][0] for n in tokens], int)
         if moved.any():  # padded to one length, so that it compiles once
             most = 8 * self.oracle.num_rows * self.oracle.capacity
             pad = lambda x: np.concatenate([x, np.zeros((most - len(x), *x.shape[1:]), x.dtype)])  # noqa: E731
-            turned = _shift(spec.rotary, pad(ks), pad(moved.astype(np.int32))[:, None, None])
+            turned = _turn(spec.rotary, spec.rotary_at, pad(ks), pad(moved.astype(np.int32))[:, None, None])
             ks = np.where(moved[:, None, None] != 0, np.asarray(turned)[: len(ks)], ks)
         return ks.astype(np.float64), vs.astype(np.float64)
 
