@@ -27,6 +27,8 @@ from .generate.candidates import Candidates as Candidates
 from .generate.generation import Generation as Generation
 from .generate.reading import prefill as prefill
 from .generate.reading import score as score
+from .generate.speculate import Speculation as Speculation
+from .generate.speculate import speculate as speculate
 from .generate.stream import Stream as Stream
 from .generate.stream import generate as generate
 from .generate.stream import stream as stream

@@ -6,6 +6,8 @@ from jaxkv.generate.candidates import Candidates as Candidates
 from jaxkv.generate.generation import Generation as Generation
 from jaxkv.generate.reading import prefill as prefill
 from jaxkv.generate.reading import score as score
+from jaxkv.generate.speculate import Speculation as Speculation
+from jaxkv.generate.speculate import speculate as speculate
 from jaxkv.generate.stream import Stream as Stream
 from jaxkv.generate.stream import generate as generate
 from jaxkv.generate.stream import stream as stream

@@ -90,7 +90,7 @@ def beam_search(
     _check_numbers(n, num_return, length_penalty, early_stopping)
     num_prompts = len(prompts)
     cache, texts, held, vocab_size = checks.check_call(forward, params, padded(prompts, cache), cache)
-    texts, promised = texts[:num_prompts], cache.shared
+    texts, promised = texts[:num_prompts], jax.tree.map(jax.numpy.copy, cache.shared)  # the cache is donated
     limits = np.minimum(checks.check_max_new_tokens(max_new_tokens, num_prompts), cache.capacity + 1)
     stops = checks.check_stop_tokens(stop_tokens, vocab_size)
     _check_rules(sampler)

@@ -79,7 +79,7 @@ def best_of(
     num_prompts, every = len(prompts), padded(prompts, cache)
     cache, texts, _, _ = checks.check_call(forward, params, every, cache)
     limits = checks.check_max_new_tokens(max_new_tokens, num_prompts)
-    promised = cache.shared
+    promised = jax.tree.map(jax.numpy.copy, cache.shared)  # the cache is donated
     rows = np.arange(cache.num_rows, dtype=np.int32)
     samples = rows[: n * num_prompts].reshape(n, num_prompts).T
     steps = Stream(

@@ -15,6 +15,7 @@ from jaxkv.cache.arguments import integers
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY
 from jaxkv.errors import CacheError
+from jaxkv.generate.generation import SAMPLER
 from jaxkv.generate.history import History
 from jaxkv.meshes import beside
 from jaxkv.tracing import is_tracing
@@ -277,6 +278,23 @@ def check_sampler(sampler: Any, key: Any, vocab_size: int) -> Any:
     if key.shape:
         raise ValueError(f"key has shape {key.shape}; give one key, rows and steps derive theirs from it")
     return key
+
+
+def check_sampled(sampler: Any, tokens: Any, reasons: Any, vocab_size: int) -> None:
+    """Raises ValueError if the compiled loop ended because the sampler's answer was not a token.
+
+    Args:
+      sampler: that was asked.
+      tokens, reasons: int [B], of each row.
+      vocab_size: V.
+    """
+    for row in np.flatnonzero(np.asarray(reasons) == SAMPLER)[:1]:
+        token = int(tokens[row])
+        left = "; -1 says that no token was left to choose from" if token == EMPTY else ""
+        raise ValueError(
+            f"sampler {sampler} answered with token {token} for row {row}, outside the model's vocabulary of "
+            f"{vocab_size} (0 to {vocab_size - 1}){left}"
+        )
 
 
 def _works_without_key(sampler: Any, vocab_size: int) -> bool:

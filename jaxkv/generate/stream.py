@@ -218,13 +218,8 @@ class Stream:
             checks.check_lengths(lengths, np.where(position > self._last, position, 0))
             self._checked = True
         if (newest[2] == SAMPLER).any():
-            row = int(np.flatnonzero(newest[2] == SAMPLER)[0])
-            token = int(self._forms[1].build(self._state).token[row])
-            left = "; -1 says that no token was left to choose from" if token == EMPTY else ""
-            raise ValueError(
-                f"sampler {self._sampler} answered with token {token} for row {row}, outside the model's vocabulary of "
-                f"{self._vocab_size} (0 to {self._vocab_size - 1}){left}"
-            )
+            token = self._forms[1].build(self._state).token
+            checks.check_sampled(self._sampler, token, newest[2], self._vocab_size)
         return newest[0].copy()
 
     def _run(self, until: int) -> np.ndarray:

@@ -15,3 +15,4 @@ from .programs import Rewind as Rewind
 from .programs import Take as Take
 from .programs import random_operation as random_operation
 from .programs import run_program as run_program
+from .sharing import assert_shared as assert_shared
