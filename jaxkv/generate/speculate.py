@@ -27,6 +27,7 @@ from jaxkv.cache.arguments import checked_size
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY
 from jaxkv.generate import checks
+from jaxkv.generate.branches import Branches
 from jaxkv.generate.draft import Small
 from jaxkv.generate.generation import IDLE, REASONS, RUNNING, Generation
 from jaxkv.generate.history import History
@@ -64,6 +65,7 @@ def speculate(
     max_new_tokens: int | Sequence[int],
     draft: tuple[Callable[..., Any], Any, Cache] | None = None,
     num_draft: int = 8,
+    tree: Sequence[int] | None = None,
     min_ngram: int = 2,
     max_ngram: int = 4,
     sampler: Callable[..., Any] = Greedy(),
@@ -84,13 +86,19 @@ def speculate(
 
     Args:
       forward, params, prompts, max_new_tokens, sampler, stop_tokens, key: as for `generate`.
-      cache: as for `generate`. It is donated. Its `max_block` must be above `num_draft`: a block is the last token and
-        the draft, and a ring goes back as far as a block is long.
+      cache: as for `generate`. It is donated. A block is the last token and the draft, so its `max_block` must be above
+        the draft's size; a ring goes back as far as a block is long.
       draft: None to look drafts up in the row's own text, for texts that repeat what is there: edits, extracts, code.
         Or (forward, params, cache) of a small model with the same vocabulary, for any text. Its cache has as many rows
-        and as much capacity as `cache`, and, if it has rings, a `slack` of `num_draft` or more. It is donated too; it
+        and as much capacity as `cache`, and, if it has rings, a `slack` of the draft's size. It is donated too; it
         holds the beginning of each prompt, or nothing.
       num_draft: most tokens of a draft, 1 or more.
+      tree: None, or for several drafts at once how many tokens follow each one, level by level: (3, 2, 1) is three
+        first tokens, six second ones and six third ones, 15 in all, read in one pass, of which one branch is kept;
+        num_draft is then not read. A model that drafts gives what it draws and what is most likely besides; a lookup
+        what followed in several places. forward, and the draft model's, must take `parents=` as a fifth argument, hand
+        it to `cache.begin(positions, parents=parents)`, and place tokens by `step.depths`, as `jaxkv.nnx.functional`
+        of a `jaxkv.models.Decoder` does.
       min_ngram, max_ngram: without a draft model, at least and at most so many last tokens are looked up: the place
         where most of them stand is taken, and of equal ones the latest. After a draft of which less than a quarter
         was right a row makes none for some tokens: 1, 2, 4, up to 32, and fewer again after good ones.
@@ -103,7 +111,8 @@ def speculate(
         or capacity, and caches that can't go back by a draft.
     """
     cache, checked, held, vocab_size = checks.check_call(forward, params, prompts, cache)
-    drafter, small = _drafter(draft, cache, prompts, vocab_size, num_draft, min_ngram, max_ngram)
+    branches = _branches(num_draft, tree, cache)
+    drafter, small = _drafter(draft, cache, prompts, vocab_size, branches, min_ngram, max_ngram)
     most = cache.capacity + 1  # the last one is what does not fit any more
     limits = np.minimum(checks.check_max_new_tokens(max_new_tokens, cache.num_rows), most)
     stops = checks.check_stop_tokens(stop_tokens, vocab_size)
@@ -117,7 +126,16 @@ def speculate(
     leaves, state = (tuple(jax.tree.leaves(tree)) for tree in (cache, state))
     draft_leaves = () if small is None else tuple(jax.tree.leaves(small[1]))
     # What fails in the loop fails here, before a cache is donated.
-    run.eval_shape(*given, leaves, draft_leaves, state)
+    try:
+        run.eval_shape(*given, leaves, draft_leaves, state)
+    except TypeError as error:
+        if branches.is_chain or "parents" not in str(error):
+            raise
+        raise ValueError(
+            "tree= needs a forward(params, tokens, positions, cache, parents) that gives parents to "
+            f"cache.begin(positions, parents=parents) and places tokens by step.depths; without tree= a chain is drafted "
+            f"({error})"
+        ) from error
     with checks.failures_told("decoding"):
         leaves = _read(forward, params, checked, np.minimum(held, begin), cache)
         if small is not None:
@@ -144,20 +162,37 @@ def speculate(
     )
 
 
+def _branches(num_draft: Any, tree: Any, cache: Cache) -> Branches:
+    """Returns the form of a draft, checked."""
+    widths: Any = (1,) * checked_size("speculate", "num_draft", num_draft, 1) if tree is None else tree
+    if not isinstance(widths, tuple | list) or not widths or not all(_is_count(width) for width in widths):
+        raise ValueError(
+            f"tree is {tree!r}; give how many tokens follow each one, level by level, for instance tree=(3, 2, 1)"
+        )
+    branches = Branches(tuple(map(int, widths)))
+    if cache.max_block < branches.size:
+        what, less = (f"num_draft is {num_draft}", f"num_draft={cache.max_block - 1}")
+        if tree is not None:
+            what, less = f"tree is {branches.widths}", "a smaller tree"
+        raise ValueError(
+            f"{what}, so a block is {branches.size} tokens, and the cache takes blocks of {cache.max_block}: give "
+            f"Cache.init(max_block={branches.size}), or {less}"
+        )
+    return branches
+
+
+def _is_count(width: Any) -> bool:
+    return isinstance(width, int | np.integer) and not isinstance(width, bool) and width >= 1
+
+
 def _drafter(
-    draft: Any, cache: Cache, prompts: Any, vocab_size: int, num_draft: Any, min_ngram: Any, max_ngram: Any
+    draft: Any, cache: Cache, prompts: Any, vocab_size: int, branches: Branches, min_ngram: Any, max_ngram: Any
 ) -> tuple[Any, Any]:
     """Returns what drafts, and None or its params, its cache and what that holds [B]; all checked."""
-    num_draft = checked_size("speculate", "num_draft", num_draft, 1)
     min_ngram = checked_size("speculate", "min_ngram", min_ngram, 1)
     max_ngram = checked_size("speculate", "max_ngram", max_ngram, min_ngram)
-    if cache.max_block <= num_draft:
-        raise ValueError(
-            f"num_draft is {num_draft}, so a block is {num_draft + 1} tokens, and the cache takes blocks of "
-            f"{cache.max_block}: give Cache.init(max_block={num_draft + 1}), or num_draft={cache.max_block - 1}"
-        )
     if draft is None:
-        return Lookup(num_draft, min_ngram, max_ngram), None
+        return Lookup(branches, min_ngram, max_ngram), None
     if not isinstance(draft, tuple | list) or len(draft) != 3:
         raise ValueError(
             f"draft is a {type(draft).__name__}; give (forward, params, cache) of the draft model, or None to look "
@@ -173,20 +208,26 @@ def _drafter(
             f"the draft model has a vocabulary of {draft_vocab_size} tokens, the model one of {vocab_size}; a draft is "
             "made of the model's own tokens: take a draft model with the same tokenizer"
         )
+    drafter, back = Small(forward, branches, Form.of(small)), branches.size - 1
     for name in ("num_rows", "capacity"):
         here, there = getattr(cache, name), getattr(small, name)
         if here != there:
             raise ValueError(
                 f"the draft's cache has {name} {there}, the model's cache {here}; make them alike: "
-                f"Cache.init(specs, num_rows={cache.num_rows}, capacity={cache.capacity}, slack={num_draft})"
+                f"Cache.init(specs, num_rows={cache.num_rows}, capacity={cache.capacity}, slack={back})"
             )
-    back = max(small.max_block, small.slack)
-    if back < num_draft and any(group.wraps for group in small.groups):
+    if small.max_block < drafter.block:
         raise ValueError(
-            f"the draft's cache can go back {back} tokens in its rings, and a draft of which nothing is taken is "
-            f"{num_draft}; give Cache.init(slack={num_draft}), or num_draft={back}"
+            f"the draft model reads blocks of {drafter.block} tokens, and its cache takes {small.max_block}; give "
+            f"Cache.init(max_block={drafter.block})"
         )
-    return Small(forward, num_draft, Form.of(small)), (params, small, held)
+    goes_back = max(small.max_block, small.slack)
+    if goes_back < back and any(group.wraps for group in small.groups):
+        raise ValueError(
+            f"the draft's cache can go back {goes_back} tokens in its rings, and a draft of which nothing is taken is "
+            f"{back}; give Cache.init(slack={back}), or a smaller draft"
+        )
+    return drafter, (params, small, held)
 
 
 def _begin(

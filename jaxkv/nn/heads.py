@@ -137,7 +137,7 @@ class Heads:
         """
         rest = self._options | {"sink_logits": sink_logits}
         if layer is not None:
-            q, k = self._rotate(q, k, step.positions)
+            q, k = self._rotate(q, k, step.depths)
             layer = layer.put(step, k, v)
             return attend(q, layer, step, **rest), layer
         if self.rotary is not None:

@@ -39,7 +39,7 @@ class Visits:
             if step.spans is None:
                 last = jnp.minimum(last, step.positions.max() + 1)
             if plan.reach.sinks == 0:
-                lows = jnp.where(real, plan.reach.first(step.positions), layer.num_slots)
+                lows = jnp.where(real, plan.reach.first(step.depths), layer.num_slots)
                 first = jnp.minimum(lows.min(), last)
         return cls(first // size, (last + size - 1) // size, last, None, size)
 
@@ -56,7 +56,7 @@ def _seen(plan: Plan, num_slots: int, step: Step, group: Any, real: Any) -> Any:
     A row's slots are seen from the first position that one of its queries sees up to the last query, and sinks.
     """
     count = -(-num_slots // plan.block)
-    low = jnp.where(real, plan.reach.first(step.positions), jnp.iinfo(jnp.int32).max).min(1)[:, None]
+    low = jnp.where(real, plan.reach.first(step.depths), jnp.iinfo(jnp.int32).max).min(1)[:, None]
     seen = (group.kv_positions >= low) | ((group.kv_positions < plan.reach.sinks) & real.any(1)[:, None])
     seen &= group.kv_positions != EMPTY
     if step.spans is None:
