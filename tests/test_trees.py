@@ -24,6 +24,7 @@ class Branching(Toy):
     """The toy of generate, rotated by depth, so that it takes trees."""
 
     implementation: str = "auto"
+    with_step: bool = False
 
     def __call__(self, params, tokens, positions, cache, parents=None):
         cache, step = cache.begin(positions, parents=parents)
@@ -35,7 +36,7 @@ class Branching(Toy):
             layers.append(layer.put(step, ROTARY.rotate(k, at), v))
             y = attend(ROTARY.rotate(q, at), layers[-1], step, implementation=self.implementation)
             x = x + y.reshape(x.shape) @ w["o"]
-        return x @ params["embed"].T, cache.with_layers(layers), step
+        return x @ params["embed"].T, cache.with_layers(layers), *([step] if self.with_step else [])
 
 
 PARAMS = make_params(len(REACHES))
@@ -43,13 +44,12 @@ PARAMS = make_params(len(REACHES))
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def feed(toy, tokens, positions, cache):
-    logits, cache, _ = toy(PARAMS, tokens, positions, cache)
-    return logits, cache
+    return toy(PARAMS, tokens, positions, cache)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def grow(toy, tokens, positions, parents, cache, path):
-    logits, cache, step = toy(PARAMS, tokens, positions, cache, parents)
+    logits, cache, step = dataclasses.replace(toy, with_step=True)(PARAMS, tokens, positions, cache, parents)
     return logits, cache.commit(step, path), step.depths, step.ok
 
 

@@ -10,6 +10,7 @@ import jax
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cli.compare import compare
+from jaxkv.cli.drafting import Drafting, describe_drafts
 from jaxkv.cli.options import UsageError
 from jaxkv.cli.prompts import Prompt, choose_capacity, read_prompts
 from jaxkv.cli.run import Run, check_capacity, choose_sampling, describe_size, sampling_options
@@ -20,17 +21,20 @@ _ROWS = 8  # of many prompts
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.compare and (args.samples > 1 or args.prompts or args.json or sampling_options(args)):
+    if args.compare and (args.samples > 1 or args.prompts or args.json or args.speculate or sampling_options(args)):
         raise UsageError(
-            "--compare decodes one text, greedily; leave out --samples, --prompts, --json and the options for sampling"
+            "--compare decodes one text, greedily; leave out --samples, --prompts, --json, --speculate and the options "
+            "for sampling"
         )
     source = find(args.model)
     chosen = choose_sampling(args, source.generation, source.stop_tokens, source.said_in)
     check_capacity(args.capacity, source.context)
+    drafting = None if args.speculate is None else Drafting.find(args.speculate, source)
     prompts = read_prompts(args, source)
     capacity = choose_capacity(args, prompts, source.context)
     longest = max(len(prompt.tokens) + prompt.limit for prompt in prompts)
     model = source.load(args.dtype, longest, quiet=args.quiet)
+    drafting = drafting and drafting.load(args.dtype, longest, quiet=args.quiet)
     if args.compare:
         return compare(args, model, prompts[0].tokens, prompts[0].limit, capacity)
     texts = [prompt for prompt in prompts for _ in range(args.samples)]
@@ -48,14 +52,16 @@ def run(args: argparse.Namespace) -> int:
             write(printable(batch[0].text))
         try:
             with told():
+                cache = Cache.init(model.specs, num_rows, capacity)
                 steps = decoding.tokens(
                     model,
                     [*(prompt.tokens for prompt in batch), *padding],
-                    Cache.init(model.specs, num_rows, capacity),
+                    cache,
                     max_new_tokens=[*(prompt.limit for prompt in batch), *(1 for _ in padding)],
                     sampler=chosen.sampler,
                     stop_tokens=source.stop_tokens,
                     key=key,
+                    drafting=drafting and drafting.options(cache),
                 )
                 for new in steps:
                     if live:
@@ -75,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
             break
     if not args.quiet:
         _report(runs, prompts, reasons)
+        if drafting is not None:
+            note(describe_drafts([run.result for run in runs if run.result is not None]))
         note(f"sampling: {chosen.text}")
         note(describe_size(model.specs, num_rows, capacity))
     return 130 if runs[-1].stop else 0

@@ -33,10 +33,8 @@ class Lookup:
     form: None = None  # there is no cache
     longest_pause: ClassVar[int] = 32
 
-    def propose(
-        self, params: Any, cache: None, sampler: Any, keys: Any, state: Any, room: Any
-    ) -> tuple[Any, Any, None]:
-        """Returns drafts int32 [B, T - 1], which of them there are, bool [B, T - 1], and no cache. See `draft.Small`."""
+    def propose(self, params: Any, cache: None, sampler: Any, keys: Any, state: Any, room: Any) -> tuple[Any, ...]:
+        """Returns drafts int32 [B, T - 1], which of them there are, bool [B, T - 1], and no cache: see `Small`."""
         context = last(state.text, state.position, self.max_ngram)
         find = self._chain if self.branches.is_chain else self._tree
         return *find(state.text, state.position, context), None

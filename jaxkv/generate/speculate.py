@@ -132,9 +132,8 @@ def speculate(
         if branches.is_chain or "parents" not in str(error):
             raise
         raise ValueError(
-            "tree= needs a forward(params, tokens, positions, cache, parents) that gives parents to "
-            f"cache.begin(positions, parents=parents) and places tokens by step.depths; without tree= a chain is drafted "
-            f"({error})"
+            f"{error}; tree= needs a forward(params, tokens, positions, cache, parents) that gives parents to "
+            "cache.begin(positions, parents=parents) and places tokens by step.depths. Without tree= a chain is drafted"
         ) from error
     with checks.failures_told("decoding"):
         leaves = _read(forward, params, checked, np.minimum(held, begin), cache)

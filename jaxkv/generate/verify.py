@@ -160,7 +160,7 @@ def run(
             cache = cache.rewind(jnp.where(live, start + looked, FAR))
         cache = cache.retry(crowded)
         # Where texts only seem to repeat themselves, few steps are spent on drafts.
-        missed = 4 * (state.accepted - accepted) < drafted
+        missed = 4 * (state.accepted - accepted) < jnp.minimum(drafted, len(branches.widths))
         wait = jnp.where(missed, state.pause, jnp.maximum(state.wait - (state.position - start), 0))
         pause = jnp.where(missed, 2 * state.pause, jnp.where(drafted > 0, state.pause // 2, state.pause))
         longest = drafter.longest_pause
