@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     capacity = choose_capacity(args, prompts, source.context)
     longest = max(len(prompt.tokens) + prompt.limit for prompt in prompts)
     model = source.load(args.dtype, longest, quiet=args.quiet)
-    drafting = drafting and drafting.load(args.dtype, longest, quiet=args.quiet)
+    if drafting is not None:
+        drafting = drafting.load(args.dtype, longest, quiet=args.quiet)
     if args.compare:
         return compare(args, model, prompts[0].tokens, prompts[0].limit, capacity)
     texts = [prompt for prompt in prompts for _ in range(args.samples)]
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
                     sampler=chosen.sampler,
                     stop_tokens=source.stop_tokens,
                     key=key,
-                    drafting=drafting and drafting.options(cache),
+                    drafting=None if drafting is None else drafting.options(cache),
                 )
                 for new in steps:
                     if live:

@@ -23,15 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.cache.arguments import checked_size
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY
 from jaxkv.generate import checks
-from jaxkv.generate.branches import Branches
-from jaxkv.generate.draft import Small
+from jaxkv.generate.drafters import checked_branches, checked_drafter
 from jaxkv.generate.generation import IDLE, REASONS, RUNNING, Generation
 from jaxkv.generate.history import History
-from jaxkv.generate.lookup import Lookup
 from jaxkv.generate.programs import Fixed, Form
 from jaxkv.generate.reading import blocks, last_positions, read_block
 from jaxkv.generate.sampling import Greedy
@@ -111,23 +108,24 @@ def speculate(
         or capacity, and caches that can't go back by a draft.
     """
     cache, checked, held, vocab_size = checks.check_call(forward, params, prompts, cache)
-    branches = _branches(num_draft, tree, cache)
-    drafter, small = _drafter(draft, cache, prompts, vocab_size, branches, min_ngram, max_ngram)
+    branches = checked_branches(num_draft, tree, cache)
+    drafter, small = checked_drafter(draft, cache, prompts, vocab_size, branches, (min_ngram, max_ngram))
     most = cache.capacity + 1  # the last one is what does not fit any more
     limits = np.minimum(checks.check_max_new_tokens(max_new_tokens, cache.num_rows), most)
     stops = checks.check_stop_tokens(stop_tokens, vocab_size)
     key = checks.check_sampler(sampler, key, vocab_size)
     begin = last_positions(checked)
-    state = _begin(checked, limits, most, sampler, vocab_size, drafter.longest_pause)
-    state = beside(cache, jax.tree.map(jnp.array, state))
-    fixed = Fixed(forward, sampler, Form.of(cache), Form.of(state))
+    start = _begin(checked, limits, most, sampler, vocab_size, drafter.longest_pause)
+    start = beside(cache, jax.tree.map(jnp.array, start))
+    form = Form.of(start)
+    fixed = Fixed(forward, sampler, Form.of(cache), form)
     draft_params = None if small is None else small[0]
     given = fixed, drafter, params, draft_params, jnp.asarray(stops), jnp.asarray(limits), jnp.asarray(begin), key
-    leaves, state = (tuple(jax.tree.leaves(tree)) for tree in (cache, state))
+    leaves, state_leaves = (tuple(jax.tree.leaves(tree)) for tree in (cache, start))
     draft_leaves = () if small is None else tuple(jax.tree.leaves(small[1]))
     # What fails in the loop fails here, before a cache is donated.
     try:
-        run.eval_shape(*given, leaves, draft_leaves, state)
+        run.eval_shape(*given, leaves, draft_leaves, state_leaves)
     except TypeError as error:
         if branches.is_chain or "parents" not in str(error):
             raise
@@ -139,15 +137,15 @@ def speculate(
         leaves = _read(forward, params, checked, np.minimum(held, begin), cache)
         if small is not None:
             draft_leaves = _read(drafter.forward, draft_params, checked, np.minimum(small[2], begin), small[1])
-        leaves, draft_leaves, state = run(*given, leaves, draft_leaves, state)
-        cache, state = fixed.cache.build(leaves), jax.device_get(fixed.state.build(state))
+        leaves, draft_leaves, state_leaves = run(*given, leaves, draft_leaves, state_leaves)
+        cache, state = fixed.cache.build(leaves), jax.device_get(form.build(state_leaves))
         checks.check_lengths(np.asarray(cache.lengths), np.where(state.position > begin, state.position, 0))
     checks.check_sampled(sampler, state.token, state.reason, vocab_size)
     size = int(limits.max())
     tokens, log_probs = np.full((len(begin), size), EMPTY, np.int32), np.zeros((len(begin), size), np.float32)
     lengths = state.position - begin
-    for row, (start, n) in enumerate(zip(begin + 1, lengths, strict=True)):
-        tokens[row, :n], log_probs[row, :n] = state.text[row, start:][:n], state.log_probs[row, start:][:n]
+    for row, (at, n) in enumerate(zip(begin + 1, lengths, strict=True)):
+        tokens[row, :n], log_probs[row, :n] = state.text[row, at:][:n], state.log_probs[row, at:][:n]
     return Speculation(
         tokens=tokens,
         lengths=lengths,
@@ -159,74 +157,6 @@ def speculate(
         steps=state.steps,
         draft_cache=None if drafter.form is None else drafter.form.build(draft_leaves),
     )
-
-
-def _branches(num_draft: Any, tree: Any, cache: Cache) -> Branches:
-    """Returns the form of a draft, checked."""
-    widths: Any = (1,) * checked_size("speculate", "num_draft", num_draft, 1) if tree is None else tree
-    if not isinstance(widths, tuple | list) or not widths or not all(_is_count(width) for width in widths):
-        raise ValueError(
-            f"tree is {tree!r}; give how many tokens follow each one, level by level, for instance tree=(3, 2, 1)"
-        )
-    branches = Branches(tuple(map(int, widths)))
-    if cache.max_block < branches.size:
-        what, less = (f"num_draft is {num_draft}", f"num_draft={cache.max_block - 1}")
-        if tree is not None:
-            what, less = f"tree is {branches.widths}", "a smaller tree"
-        raise ValueError(
-            f"{what}, so a block is {branches.size} tokens, and the cache takes blocks of {cache.max_block}: give "
-            f"Cache.init(max_block={branches.size}), or {less}"
-        )
-    return branches
-
-
-def _is_count(width: Any) -> bool:
-    return isinstance(width, int | np.integer) and not isinstance(width, bool) and width >= 1
-
-
-def _drafter(
-    draft: Any, cache: Cache, prompts: Any, vocab_size: int, branches: Branches, min_ngram: Any, max_ngram: Any
-) -> tuple[Any, Any]:
-    """Returns what drafts, and None or its params, its cache and what that holds [B]; all checked."""
-    min_ngram = checked_size("speculate", "min_ngram", min_ngram, 1)
-    max_ngram = checked_size("speculate", "max_ngram", max_ngram, min_ngram)
-    if draft is None:
-        return Lookup(branches, min_ngram, max_ngram), None
-    if not isinstance(draft, tuple | list) or len(draft) != 3:
-        raise ValueError(
-            f"draft is a {type(draft).__name__}; give (forward, params, cache) of the draft model, or None to look "
-            "drafts up in the text"
-        )
-    forward, params, small = draft
-    try:
-        small, _, held, draft_vocab_size = checks.check_call(forward, params, prompts, small)
-    except (ValueError, checks.CacheError) as error:
-        raise type(error)(f"draft: {error}") from error
-    if draft_vocab_size != vocab_size:
-        raise ValueError(
-            f"the draft model has a vocabulary of {draft_vocab_size} tokens, the model one of {vocab_size}; a draft is "
-            "made of the model's own tokens: take a draft model with the same tokenizer"
-        )
-    drafter, back = Small(forward, branches, Form.of(small)), branches.size - 1
-    for name in ("num_rows", "capacity"):
-        here, there = getattr(cache, name), getattr(small, name)
-        if here != there:
-            raise ValueError(
-                f"the draft's cache has {name} {there}, the model's cache {here}; make them alike: "
-                f"Cache.init(specs, num_rows={cache.num_rows}, capacity={cache.capacity}, slack={back})"
-            )
-    if small.max_block < drafter.block:
-        raise ValueError(
-            f"the draft model reads blocks of {drafter.block} tokens, and its cache takes {small.max_block}; give "
-            f"Cache.init(max_block={drafter.block})"
-        )
-    goes_back = max(small.max_block, small.slack)
-    if goes_back < back and any(group.wraps for group in small.groups):
-        raise ValueError(
-            f"the draft's cache can go back {goes_back} tokens in its rings, and a draft of which nothing is taken is "
-            f"{back}; give Cache.init(slack={back}), or a smaller draft"
-        )
-    return drafter, (params, small, held)
 
 
 def _begin(

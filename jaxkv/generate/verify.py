@@ -116,8 +116,9 @@ def run(
         *_, state = carry
         return (state.reason == RUNNING).any() & ~(state.reason == SAMPLER).any()
 
-    def advance(cache: Any, state: State, tokens: Any, there: Any) -> tuple[Any, State]:
+    def advance(carry: tuple[Any, State], tokens: Any, there: Any) -> tuple[Any, State]:
         """One forward pass of tokens [B, T], each after its parent, where `there` [B, T]; T is 1 without drafts."""
+        cache, state = carry
         live, start, width, accepted = there[:, 0], state.position, tokens.shape[1], state.accepted
         drafted, ok = there[:, 1:].sum(1, dtype=jnp.int32), cache.ok
         above = jnp.broadcast_to(parents[:, :width], tokens.shape)
@@ -184,8 +185,8 @@ def run(
         there = jnp.concatenate([live[:, None], found & fits], 1)
         tokens = jnp.concatenate([state.token[:, None], drafts], 1)
         some = there[:, 1:].any()
-        cache, state = _when(some, lambda carry: advance(*carry, tokens, there), (cache, state))
-        cache, state = _when(~some, lambda carry: advance(*carry, tokens[:, :1], there[:, :1]), (cache, state))
+        cache, state = _when(some, lambda carry: advance(carry, tokens, there), (cache, state))
+        cache, state = _when(~some, lambda carry: advance(carry, tokens[:, :1], there[:, :1]), (cache, state))
         if draft_cache is not None:
             draft_cache = draft_cache.rewind(jnp.where(live, state.position, FAR))
         return cache, draft_cache, state
