@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_generate import CAPACITY, KEY, MAX_BLOCK, PARAMS, PROMPTS, RANDOM, TOY, B, Toy, V, assert_same, history
+from test_trees import Branching
 
 import jaxkv
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.spec import EMPTY, Chunk, Full, LayerSpec, Window
 from jaxkv.errors import CacheError
 from jaxkv.generate import generate, lookup, speculate, verify
+from jaxkv.generate.branches import Branches
 from jaxkv.generate.sampling import Temperature
 
 NUM_DRAFT = 6
@@ -31,9 +33,9 @@ def small(**kwargs):
     return SMALL, SMALL_PARAMS, SMALL.cache(**kwargs)
 
 
-def counting(params, tokens, positions, cache):
+def counting(params, tokens, positions, cache, parents=None):
     """A model by table: after token n comes what params [V, V] say. What it holds tells what it was given."""
-    cache, step = cache.begin(positions)
+    cache, step = cache.begin(positions, parents=parents)
     x = tokens.astype(jnp.float32)[:, :, None, None]
     return params[jnp.maximum(tokens, 0)], cache.with_layers(layer.put(step, x, x) for layer in cache.layers)
 
@@ -67,14 +69,16 @@ def assert_holds_the_same(a, b):
             order = [np.argsort(np.where(mask[row, 0, 0], at[row], FAR)) for at, _, _, mask in (one, other)]
             count = one[3][row].sum()
             assert count == other[3][row].sum()
+            count -= int(positions[row, 0] != EMPTY)  # the query's own, not put
             for x, y in zip(one[:3], other[:3], strict=True):
                 np.testing.assert_allclose(x[row][order[0][:count]], y[row][order[1][:count]], rtol=1e-4, atol=1e-4)
 
 
-def both(draft, prompts, cache, *, toy=TOY, params=PARAMS, num_draft=NUM_DRAFT, **options):
+def both(draft, prompts, cache, *, toy=TOY, params=PARAMS, num_draft=NUM_DRAFT, tree=None, **options):
     """Returns what generate and speculate make of the same."""
     plain = generate(toy, params, prompts, cache(), **options)
-    drafted = speculate(toy, params, prompts, cache(), draft=draft, num_draft=num_draft, min_ngram=1, **options)
+    form = {"draft": draft, "num_draft": num_draft, "tree": tree, "min_ngram": 1}
+    drafted = speculate(toy, params, prompts, cache(), **form, **options)
     np.testing.assert_array_equal(drafted.tokens, plain.tokens)
     np.testing.assert_array_equal(drafted.lengths, plain.lengths)
     np.testing.assert_allclose(drafted.log_probs, plain.log_probs, rtol=1e-4, atol=1e-5)
@@ -82,14 +86,20 @@ def both(draft, prompts, cache, *, toy=TOY, params=PARAMS, num_draft=NUM_DRAFT, 
     return plain, drafted
 
 
-RINGS = Toy((Window(4, sinks=2), Chunk(6)))
-
-
-@pytest.mark.parametrize(("drafter", "toy"), [("lookup", RINGS), ("model", TOY)], ids=["lookup", "model"])
-def test_the_tokens_reasons_and_cache_are_those_of_generate(drafter, toy):
+@pytest.mark.parametrize(
+    ("drafter", "toy", "tree"),
+    [
+        ("lookup", Toy((Window(4, sinks=2),)), None),
+        ("model", TOY, None),
+        ("lookup", Branching((Chunk(6),)), (2, 2, 1)),
+    ],
+    ids=["lookup", "model", "tree"],
+)
+def test_the_tokens_reasons_and_cache_are_those_of_generate(drafter, toy, tree):
+    params = {**PARAMS, "layers": PARAMS["layers"][: len(toy.reaches)]}
     draft = (lambda: None) if drafter == "lookup" else small
     for new in (30, [1, 2, 31], [40, 5, 40]):  # the last until the cache is full
-        plain, result = both(draft(), PROMPTS, toy.cache, toy=toy, max_new_tokens=new)
+        plain, result = both(draft(), PROMPTS, toy.cache, toy=toy, params=params, max_new_tokens=new, tree=tree)
         assert_holds_the_same(plain.cache, result.cache)
         assert (result.accepted <= result.drafted).all()
         assert (result.steps + result.accepted >= result.lengths).all()
@@ -109,17 +119,54 @@ def test_the_next_turn_goes_on_from_the_caches():
     assert_same(again, generate(TOY, PARAMS, turn, plain.cache, max_new_tokens=9))
 
 
-def test_a_sampler_that_reads_the_history_draws_as_in_generate():
+RANDOM_TABLE = jnp.asarray(np.random.default_rng(6).normal(size=(V, V)), jnp.float32)
+
+
+@pytest.mark.parametrize("tree", [None, (3, 2)], ids=["chain", "tree"])
+def test_a_sampler_that_reads_the_history_draws_as_in_generate(tree):
+    like = RANDOM_TABLE + 0.1 * RANDOM_TABLE[::-1]
+    accepted = 0
     for seed in range(3):
-        key = jax.random.fold_in(KEY, seed)
-        both(small(), PROMPTS, TOY.cache, max_new_tokens=[40, 12, 20], sampler=RANDOM, key=key)
+        options = {"sampler": RANDOM, "key": jax.random.key(seed), "max_new_tokens": [30, 12, 20], "tree": tree}
+        draft = (counting, like, table_cache())
+        _, result = both(draft, PROMPTS, table_cache, toy=counting, params=RANDOM_TABLE, **options)
+        accepted += int(result.accepted.sum())
+    assert accepted > 30
+
+
+def test_of_a_tree_of_lookups_the_branch_that_is_right_is_kept():
+    # After 1 came 2 and 3; the model says 3, which came earlier, and then what came after that.
+    after = {1: 3, 3: 5, 5: 7, 7: 1}
+    cycle = table(lambda n: after.get(n, 0))
+    prompt = [4, 1, 3, 5, 7, 8, 1, 2, 9, 9, 6, 1]
+    options = {"max_new_tokens": 3, "min_ngram": 1}
+    one = speculate(counting, cycle, [prompt, None, None], table_cache(), num_draft=2, **options)
+    two = speculate(counting, cycle, [prompt, None, None], table_cache(), tree=(2, 1), **options)
+    assert one.tokens.tolist() == two.tokens.tolist()
+    assert one.tokens[0].tolist() == [3, 5, 7]
+    assert (one.steps[0], one.accepted[0]) == (3, 0)
+    assert (two.steps[0], two.accepted[0]) == (1, 2)
+    held = two.cache.layers[0].k[0, 0, : two.cache.lengths[0], 0].tolist()
+    assert held == [*prompt, *two.tokens[0].tolist()][: len(held)]
+
+
+@pytest.mark.parametrize("tree", [None, (2, 1)], ids=["chain", "tree"])
+def test_a_pool_that_drafts_crowd_goes_on_without_them_to_its_last_page(tree):
+    cache = functools.partial(table_cache, layout=jaxkv.Pages(24, 1))
+    cycle = table(lambda n: LOOP[(LOOP.index(n) + 1) % len(LOOP)] if n in LOOP else n)
+    prompts = [LOOP * 2, None, None]
+    _, result = both(None, prompts, cache, toy=counting, params=cycle, max_new_tokens=20, tree=tree)
+    assert result.reasons == ("full", "idle", "idle")
+    assert result.lengths.tolist() == [11, 0, 0]
+    assert result.accepted[0] > 0
+    assert result.cache.lengths.tolist() == [24, 0, 0]
 
 
 def test_a_stop_inside_a_draft_that_was_right_ends_the_row_there():
     def run(stops, new=30):
         return both(None, REPEATING, table_cache, toy=counting, params=UP, max_new_tokens=new, stop_tokens=stops)
 
-    for stops, ended in (([11], [11, 11, 11]), ([[9, 10], [5, 6]], [10, 6, 6]), ([[8, 9], 8], [None, 8, 8])):
+    for stops, ended in (([11], [11, 11, 11]), ([[9, 10], [5, 6]], [6, 10, 6]), ([[8, 9], 8], [None, 8, 8])):
         plain, result = run(stops)
         for row, token in enumerate(ended):
             assert token is None or result.tokens[row, result.lengths[row] - 1] == token
@@ -243,8 +290,7 @@ def test_it_is_compiled_once_for_all_prompts_limits_stops_and_keys():
     assert verify.run._cache_size() == before
 
 
-@pytest.mark.parametrize("drafter", ["lookup", "model"])
-def test_the_caches_are_changed_in_place(drafter, monkeypatch):
+def test_the_caches_are_changed_in_place(monkeypatch):
     class Looked(Exception):
         pass
 
@@ -257,7 +303,7 @@ def test_the_caches_are_changed_in_place(drafter, monkeypatch):
     monkeypatch.setattr(importlib.import_module("jaxkv.generate.speculate"), "run", Look())
     specs = [LayerSpec(Full(), num_kv_heads=2, head_dim=8)]
     cache = functools.partial(jaxkv.Cache.init, specs, 1, 1 << 16, max_block=MAX_BLOCK)
-    draft = None if drafter == "lookup" else (wide, UP, cache())
+    draft = (wide, UP, cache())
     with pytest.raises(Looked) as looked:
         speculate(wide, UP, [LOOP * 2], cache(), draft=draft, num_draft=NUM_DRAFT, max_new_tokens=3)
     (program,) = looked.value.args
@@ -279,6 +325,11 @@ def wide(params, tokens, positions, cache):
         ({"num_draft": 0}, r"num_draft=0.*at least 1"),
         ({"num_draft": 16}, r"a block is 17 tokens.*blocks of 16.*max_block=17.*num_draft=15"),
         ({"min_ngram": 0}, r"min_ngram=0"),
+        ({"tree": (4, 4)}, r"tree is \(4, 4\), so a block is 21 tokens.*max_block=21"),
+        ({"tree": ()}, r"tree is \(\); give how many tokens follow each one"),
+        ({"tree": (2, 0)}, r"tree is \(2, 0\); give how many"),
+        ({"forward": TOY, "params": PARAMS, "cache": TOY.cache(), "tree": (2,)}, r"parents.*tree= needs a forward"),
+        ({"draft": (counting, UP, table_cache(max_block=1))}, r"reads blocks of 2 tokens, and its cache takes 1"),
         ({"max_ngram": 1}, r"max_ngram=1.*at least 2"),
         ({"draft": counting}, r"draft is a function; give \(forward, params, cache\)"),
         ({"draft": (counting, UP, None)}, r"draft: cache is a NoneType"),
@@ -293,10 +344,11 @@ def wide(params, tokens, positions, cache):
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_cache_is_touched(options, message):
-    cache = table_cache()
+    given = {"forward": counting, "params": UP, "prompts": [[1]] * B, "cache": table_cache(), "max_new_tokens": 3}
+    given |= options
     with pytest.raises(ValueError, match=message):
-        speculate(counting, UP, [[1]] * B, cache, **({"max_new_tokens": 3} | options))
-    assert not cache.lengths.is_deleted()
+        speculate(**given)
+    assert not given["cache"].lengths.is_deleted()
 
 
 def test_a_donated_cache_and_a_bad_sampler_are_told_as_in_generate():
@@ -324,7 +376,7 @@ def found_by_hand(row, num_draft, least, most):
 
 def test_lookup_finds_the_last_place_where_most_tokens_stood_before():
     rng = np.random.default_rng(2)
-    drafter = lookup.Lookup(5, 2, 4)
+    drafter = lookup.Lookup(Branches((1,) * 5), 2, 4)
     rows = [rng.integers(0, 3, rng.integers(1, 24)).tolist() for _ in range(64)]
     text = np.full((64, 32), EMPTY, np.int32)
     for row, tokens in zip(text, rows, strict=True):
@@ -336,7 +388,7 @@ def test_lookup_finds_the_last_place_where_most_tokens_stood_before():
     }
     drafts, found, _ = drafter.propose(None, None, None, None, verify.State(**blank), None)
     want = [found_by_hand(tokens, 5, 2, 4) for tokens in rows]
-    assert found.tolist() == [draft is not None for draft in want]
+    assert found.all(1).tolist() == found.any(1).tolist() == [draft is not None for draft in want]
     assert 10 < sum(draft is not None for draft in want) < 64
     for draft, right in zip(drafts.tolist(), want, strict=True):
         assert right is None or draft == right

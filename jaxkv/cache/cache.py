@@ -22,8 +22,9 @@ from jaxkv.cache.layer import Layer
 from jaxkv.cache.pages import Pages
 from jaxkv.cache.rows import Rows
 from jaxkv.cache.show import describe, headline
-from jaxkv.cache.spec import Cross, LayerSpec
+from jaxkv.cache.spec import EMPTY, Cross, LayerSpec
 from jaxkv.cache.step import Step
+from jaxkv.cache.tree import checked_parents, commit
 from jaxkv.errors import CacheError, CacheFullError, NotSupportedError
 from jaxkv.meshes import automatic, beside, like, resized
 
@@ -167,7 +168,7 @@ class Cache:
                 raise ValueError(f"with_layers: layer {i} is {new.spec}, the cache has {old.spec}; keep their order")
         return dataclasses.replace(self, layers=tuple(dataclasses.replace(layer, index=None) for layer in layers))
 
-    def begin(self, positions: Any, rows: Any = None, spans: Any = None) -> tuple[Cache, Step]:
+    def begin(self, positions: Any, rows: Any = None, spans: Any = None, parents: Any = None) -> tuple[Cache, Step]:
         """Claims slots for the tokens of one forward pass, all or nothing per sequence.
 
         A sequence fits iff its `ok` is True, no position is at or past the capacity or comes twice, and its lowest
@@ -182,12 +183,18 @@ class Cache:
             come several times (a flat list of tokens is a batch of T = 1). Rows outside [0, R) are padding.
           spans: int [B, T]; tokens of this call with the same span other than 0 see each other in both directions,
             within reach. None: all causal.
+          parents: int [B, T], for a tree of tokens: which token of the call each one follows, by its column; a negative
+            one follows what the row holds. A token comes after its parent; the positions are consecutive from the row's
+            length on, padding comes last. A token sees what the row holds and its ancestors, and stands where its
+            branch puts it, at `step.depths`. Then `commit` keeps one branch. None: each follows all before it.
 
         Returns:
           The cache with the new bookkeeping, and the Step for the layers' put, get and attend.
 
         Raises:
-          ValueError: while tracing, for wrong shapes or dtypes, or, if rows is None, more than max_block tokens.
+          ValueError: while tracing, for wrong shapes or dtypes, parents together with spans, or, if rows is None, more
+            than max_block tokens; outside of jit, for a parent that does not come before its child (else that row does
+            not fit).
           CacheError: if this cache was donated.
         """
         self._check_alive()
@@ -205,8 +212,52 @@ class Cache:
             spans = integers("spans", spans)
             if spans.shape != (b, t):
                 raise ValueError(f"spans has shape {spans.shape}, positions {positions.shape}; they must be equal")
+        if parents is not None:
+            if spans is not None:
+                raise ValueError(
+                    "begin got parents and spans; the tokens of a tree see their ancestors and nothing else"
+                )
+            parents = checked_parents(parents, positions)
         run = automatic(functools.partial(claim, whole=whole), (like(self), PartitionSpec()))
-        return run(self, positions, rows, known, spans)
+        return run(self, positions, rows, known, spans, parents)
+
+    def commit(self, step: Step, path: Any) -> Cache:
+        """Returns this cache with one branch of the tree of tokens that `step` began, per row, and nothing else of it.
+
+        The keys and values of the branch move up to the row's length, where their depths put them. It can't fail: a
+        ring keeps what it may need again as for any block.
+
+        Args:
+          step: of `begin(positions, parents=)`, after all layers have put.
+          path: int [B, D], the columns of the branch's tokens from one that follows the row down, each the child of the
+            one before; what comes after a number that isn't (such as -1, for shorter ones) is dropped.
+
+        Raises:
+          ValueError: while tracing, for a step without parents or a path of another shape.
+          CacheError: if this cache was donated.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxkv import Cache, Full, LayerSpec
+        >>> cache = Cache.init([LayerSpec(Full(), num_kv_heads=1, head_dim=1)], num_rows=1, capacity=8)
+        >>> cache, step = cache.begin(jnp.array([[0, 1, 2, 3]]), parents=jnp.array([[-1, 0, 0, 2]]))
+        >>> step.depths
+        Array([[0, 1, 1, 2]], dtype=int32)
+        >>> x = jnp.array([10.0, 11.0, 12.0, 13.0]).reshape(1, 4, 1, 1)
+        >>> cache = cache.with_layers([cache.layers[0].put(step, x, x)])
+        >>> cache = cache.commit(step, jnp.array([[0, 2, 3, -1]]))
+        >>> cache.lengths, cache.layers[0].k[0, 0, :3, 0]
+        (Array([3], dtype=int32), Array([10., 12., 13.], dtype=float32))
+        """
+        self._check_alive()
+        if step.tree is None:
+            raise ValueError("commit: this step has no tree; give the one of cache.begin(positions, parents=parents)")
+        path = integers("path", path)
+        if path.ndim != 2 or path.shape[0] != step.positions.shape[0]:
+            raise ValueError(f"commit: path has shape {path.shape}; give int [{step.positions.shape[0]}, D], -1 padded")
+        known = (step.rows >= 0) & (step.rows < self.num_rows)
+        took = (step.positions != EMPTY).any(1)
+        run = automatic(functools.partial(commit, whole=step.whole), like(self))
+        return run(self, step.tree, step.rows, known, took, path)
 
     def begin_cross(self, lengths: Any, rows: Any = None) -> tuple[Cache, Step]:
         """Makes room for the encoder's output of some sequences, in place of what they had; all or nothing for each.

@@ -14,9 +14,12 @@ import jax.numpy as jnp
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.spec import EMPTY
 from jaxkv.cache.step import GroupStep, Step
+from jaxkv.cache.tree import Tree
 
 
-def claim(cache: Any, positions: Any, rows: Any, known: Any, spans: Any, *, whole: bool) -> tuple[Any, Step]:
+def claim(
+    cache: Any, positions: Any, rows: Any, known: Any, spans: Any, parents: Any, *, whole: bool
+) -> tuple[Any, Step]:
     """Returns (cache, step) of `Cache.begin`.
 
     Args:
@@ -24,7 +27,7 @@ def claim(cache: Any, positions: Any, rows: Any, known: Any, spans: Any, *, whol
       positions: int32 [B, T], negative for padding.
       rows: int32 [B].
       known: bool [B], whether there is such a row.
-      spans: int32 [B, T] or None.
+      spans, parents: int32 [B, T] or None.
       whole: whether batch row b is sequence b, for all sequences.
     """
     num_rows = cache.num_rows
@@ -37,6 +40,11 @@ def claim(cache: Any, positions: Any, rows: Any, known: Any, spans: Any, *, whol
     fit = cache.ok & takes_part & (highest < cache.capacity)
     if positions.shape[1] > 1 or not whole:
         fit &= ~_has_twice(sequence, positions, num_rows)
+    at = None if whole else jnp.clip(rows, 0, num_rows - 1)
+    tree = None
+    if parents is not None:
+        tree, sound = Tree.of(jnp.where(real, positions, EMPTY), parents, _of_rows(cache.lengths, at))
+        fit = fit.at[jnp.where(sound | ~known, num_rows, rows)].set(False, mode="drop")
     top = jnp.maximum(highest, cache.lengths - 1)
     for group in cache.groups:
         fit &= group.fits(lowest, highest, top, dense)
@@ -48,7 +56,6 @@ def claim(cache: Any, positions: Any, rows: Any, known: Any, spans: Any, *, whol
 
     token_fits = real & fit.at[sequence].get(mode="fill", fill_value=False)
     sequence = jnp.where(token_fits, sequence, num_rows)
-    at = None if whole else jnp.clip(rows, 0, num_rows - 1)
     groups, steps = [], []
     for group, (pages, copies) in zip(cache.groups, claimed, strict=True):
         slots = jnp.where(token_fits, group.slot(positions), group.num_slots)
@@ -77,6 +84,7 @@ def claim(cache: Any, positions: Any, rows: Any, known: Any, spans: Any, *, whol
         groups=tuple(steps),
         whole=whole,
         shared=cache.shared,
+        tree=tree,
     )
     return dataclasses.replace(cache, groups=tuple(groups), lengths=lengths, ok=cache.ok & ~refused), step
 

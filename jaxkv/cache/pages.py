@@ -151,7 +151,8 @@ class Pages:
     def write(self, buffer: Any, index: Any, step: Any, group: int, x: Any) -> Any:
         """Returns the buffer with x [B, T, K, H] at the slots of the step's tokens; slots past the end are dropped."""
         slots, pages = step.groups[group].slots[:, : x.shape[1]], step.groups[group].pages
-        buffer = _copy_pages(buffer, index, pages.copies)
+        if pages.copies is not None:
+            buffer = _copy_pages(buffer, index, pages.copies)
         num_pages, batch = buffer.shape[-4], jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
         nowhere = num_pages + jnp.arange(slots.size, dtype=jnp.int32).reshape(slots.shape)  # all different
         page = pages.table.at[batch, slots // self.page_size].get(mode="fill", fill_value=num_pages)
@@ -185,6 +186,13 @@ class Pages:
     def missing(self, buffer: Any, step: Any, group: int) -> Any:
         """Returns which slots of the step's sequences have no place in the buffer: bool [B, V]; None where all have."""
         return jnp.repeat(step.groups[group].pages.table >= buffer.shape[-4], self.page_size, axis=1)
+
+    def gather(self, buffer: Any, index: Any, step: Any, group: int, slots: Any) -> Any:
+        """Returns what lies in slots [B, T] of the step's sequences: [B, T, K, H]; 0 where a row has no page."""
+        table, batch = step.groups[group].pages.table, jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+        page = table.at[batch, slots // self.page_size].get(mode="fill", fill_value=buffer.shape[-4])
+        lead = () if index is None else (index,)
+        return buffer.at[(*lead, page, slice(None), slots % self.page_size)].get(mode="fill", fill_value=0)
 
     def take(self, buffer: Any, rows: Any, filled: Any) -> Any:
         """Returns the buffer after rows were taken: what it was, the page table says the rest."""

@@ -60,8 +60,17 @@ class Step:
     whole: bool = dataclasses.field(metadata={"static": True})  # batch row b is sequence b
     cross: bool = dataclasses.field(default=False, metadata={"static": True})  # made by begin_cross
     shared: Any = None  # int32 scalar: the first positions, so many, are alike in all rows; None: not promised
+    tree: Any = None  # a Tree, if the call's tokens are one
 
     __repr__ = show
+
+    @property
+    def depths(self) -> Any:
+        """Where each token stands in its text, int32 [B, T]: its position, or in a tree the one in its branch.
+
+        What rotates queries and keys, or adds learned positions, goes by it.
+        """
+        return self.positions if self.tree is None else self.tree.depths(self.positions)
 
     def visible(self, reach: Reach, kv_positions: Any, kv_spans: Any) -> Any:
         """Returns which of some slots, by their positions and spans, the queries of this call may see.
@@ -74,6 +83,8 @@ class Step:
         Returns:
           bool [B, T, S].
         """
+        if self.tree is not None:
+            return self.tree.visible(reach, self.positions, kv_positions)
         same_span = None
         if self.spans is not None and kv_spans is not None:
             same_span = (self.spans[:, :, None] == kv_spans[:, None, :]) & (self.spans[:, :, None] != 0)
@@ -93,4 +104,5 @@ class Step:
             spans=one(self.spans),
             groups=(*self.groups[:group], self.groups[group].of_row(one), *self.groups[group + 1 :]),
             whole=False,
+            tree=None if self.tree is None else self.tree.of_row(one),
         )

@@ -8,6 +8,7 @@ import jax
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cli.compare import compare
+from jaxkv.cli.drafting import Drafting, describe_drafts
 from jaxkv.cli.options import UsageError
 from jaxkv.cli.prompts import Prompt, choose_capacity, read_prompts
 from jaxkv.cli.ranked import check_ranked, find_best, layout_of
@@ -20,20 +21,23 @@ _ROWS = 8  # of many prompts
 
 
 def run(args: argparse.Namespace) -> int:
-    more = (args.samples > 1, args.prompts, args.json, args.beams, args.best_of, args.layout, sampling_options(args))
-    if args.compare and any(more):
+    more = (args.samples > 1, args.prompts, args.json, args.beams, args.best_of, args.layout, args.speculate)
+    if args.compare and (any(more) or sampling_options(args)):
         raise UsageError(
             "--compare decodes one text, greedily; leave out --samples, --prompts, --json, --beams, --best-of, "
-            "--layout and the options for sampling"
+            "--layout, --speculate and the options for sampling"
         )
     source = find(args.model)
     check_ranked(args, source.generation)
     chosen = choose_sampling(args, source.generation, source.stop_tokens, source.said_in)
     check_capacity(args.capacity, source.context)
+    drafting = None if args.speculate is None else Drafting.find(args.speculate, source)
     prompts = read_prompts(args, source)
     capacity = choose_capacity(args, prompts, source.context)
     longest = max(len(prompt.tokens) + prompt.limit for prompt in prompts)
     model = source.load(args.dtype, longest, storage=args.storage, quiet=args.quiet)
+    if drafting is not None:
+        drafting = drafting.load(args.dtype, longest, quiet=args.quiet)
     if args.compare:
         return compare(args, model, prompts[0].tokens, prompts[0].limit, capacity)
     if args.beams or args.best_of:
@@ -54,14 +58,16 @@ def run(args: argparse.Namespace) -> int:
             write(printable(batch[0].text))
         try:
             with told():
+                cache = Cache.init(model.specs, num_rows, capacity, layout=layout)
                 steps = decoding.tokens(
                     model,
                     [*(prompt.tokens for prompt in batch), *padding],
-                    Cache.init(model.specs, num_rows, capacity, layout=layout),
+                    cache,
                     max_new_tokens=[*(prompt.limit for prompt in batch), *(1 for _ in padding)],
                     sampler=chosen.sampler,
                     stop_tokens=source.stop_tokens,
                     key=key,
+                    drafting=None if drafting is None else drafting.options(cache),
                 )
                 for new in steps:
                     if live:
@@ -81,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
             break
     if not args.quiet:
         _report(runs, prompts, reasons)
+        if drafting is not None:
+            note(describe_drafts([run.result for run in runs if run.result is not None]))
         note(f"sampling: {chosen.text}")
         note(describe_size(model.specs, num_rows, capacity, layout))
     return 130 if runs[-1].stop else 0

@@ -110,6 +110,7 @@ examples:
   jaxkv generate "A list is" --compare                  what the cache saves
   jaxkv generate "A list is" --beams 4                  the most probable text that four beams find
   jaxkv generate "A list is" --best-of 8 --samples 2    the best two of eight; the prompt is read once
+  jaxkv generate -q --speculate lookup < old.py         texts that repeat what is there, in fewer steps
   jaxkv generate --prompts prompts.txt --json > out.jsonl   one prompt a line, one JSON object a text
   jaxkv generate --model Qwen3-0.6B "Once"              with a checkpoint, as its makers want it sampled""",
     )
@@ -128,6 +129,11 @@ examples:
     add("--prompts", metavar="FILE", help=prompts_help)
     rows_help = "how many texts are decoded at once (default: all samples of one prompt, 8 with --prompts)"
     add("--rows", type=_count, metavar="N", help=rows_help)
+    speculate_help = (
+        "guess what comes next, and check many guesses at once: the same text in fewer steps, shown when it is "
+        "complete. lookup guesses from the text itself, a directory is a small checkpoint of the same vocabulary"
+    )
+    add("--speculate", metavar="lookup|DIR", help=speculate_help)
     json_help = "print one JSON object for each text: line (with --prompts), prompt, text, tokens, reason, score"
     add("--json", action="store_true", help=json_help)
     add("--beams", type=_count, metavar="N", help="search for the most probable text with N beams, all in one cache")

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxkv.cache.arguments import FAR
 from jaxkv.cache.spec import EMPTY
+from jaxkv.generate.branches import Branches
 from jaxkv.generate.choosing import choose
 from jaxkv.generate.history import History
 from jaxkv.generate.lookup import last
@@ -24,52 +26,89 @@ class Small:
 
     Attributes:
       forward: as for `jaxkv.generate`.
-      num_draft: tokens of a draft.
+      branches: form of a draft.
       form: of its cache.
     """
 
     forward: Any
-    num_draft: int
+    branches: Branches
     form: Form
     longest_pause: ClassVar[int] = 0  # its cache would lag behind
 
     @property
-    def parents(self) -> tuple[int, ...]:
-        """Of each token of a block, the one that it follows: a chain."""
-        return tuple(range(-1, self.num_draft))
+    def behind(self) -> int:
+        """How many tokens its cache may lack of what a row holds: the last of a chain, a branch of a tree."""
+        return 1 if self.branches.is_chain else len(self.branches.widths)
+
+    @property
+    def block(self) -> int:
+        """Tokens of its longest block."""
+        return max(self.behind + 1, 1 if self.branches.is_chain else self.branches.size - 1 - self.branches.levels[-1])
 
     def propose(self, params: Any, cache: Any, sampler: Any, keys: Any, state: Any, room: Any) -> tuple[Any, Any, Any]:
-        """Returns drafts int32 [B, num_draft], bool [B]: whether there are any, and the cache with all but their last.
+        """Returns drafts int32 [B, T - 1], which of them there are, bool [B, T - 1], and the cache.
 
         Args:
-          params, cache: of this model. The cache holds what the row holds, or one token less.
+          params, cache: of this model. The cache holds what the row holds, or up to `behind` tokens less.
           sampler, keys: as for `choose`.
           state: where the rows stand.
-          room: int32 [B], how many drafts are of use.
+          room: int32 [B], how many levels of drafts are of use.
         """
-        position = state.position
+        at = state.position[:, None] + jnp.arange(-self.behind, 1, dtype=jnp.int32)[None]
+        new = (at >= cache.lengths[:, None]) & (room > 0)[:, None]
+        tokens = last(state.text, state.position, self.behind + 1)
+        logits, cache = self.forward(params, jnp.maximum(tokens, 0), jnp.where(new, at, EMPTY), cache)
+        draw = self._chain if self.branches.is_chain else self._tree
+        drafts, cache = draw(params, cache, sampler, keys, state, room, logits[:, -1].astype(jnp.float32))
+        return drafts, jnp.broadcast_to(cache.ok[:, None], drafts.shape), cache
+
+    def _chain(
+        self, params: Any, cache: Any, sampler: Any, keys: Any, state: Any, room: Any, logits: Any
+    ) -> tuple[Any, Any]:
+        num_draft = len(self.branches.widths)
 
         def pick(i: Any, logits: Any, history: Any) -> tuple[Any, Any]:
-            logits = logits.astype(jnp.float32)
-            token = choose(sampler, keys, position + 1 + i, logits, history)
+            token = choose(sampler, keys, state.position + 1 + i, logits, history)
             token = jnp.clip(token, 0, logits.shape[1] - 1)
             return token, None if history is None else jax.vmap(History.append)(history, token)
 
-        at = position[:, None] + jnp.array([[-1, 0]], jnp.int32)
-        new = (at >= cache.lengths[:, None]) & (room > 0)[:, None]
-        logits, cache = self.forward(params, last(state.text, position, 2), jnp.where(new, at, EMPTY), cache)
-        token, history = pick(0, logits[:, 1], state.history)
-        drafts = jnp.zeros((token.shape[0], self.num_draft), jnp.int32).at[:, 0].set(token)
-
         def more(carry: Any) -> Any:
-            return carry[0] < jnp.minimum(room.max(), self.num_draft)
+            return carry[0] < jnp.minimum(room.max(), num_draft)
 
         def step(carry: Any) -> Any:
             i, token, drafts, history, cache = carry
-            positions = jnp.where(i < room, position + i, EMPTY)
+            positions = jnp.where(i < room, state.position + i, EMPTY)
             logits, cache = self.forward(params, token[:, None], positions[:, None], cache)
-            token, history = pick(i, logits[:, 0], history)
+            token, history = pick(i, logits[:, 0].astype(jnp.float32), history)
             return i + 1, token, drafts.at[:, i].set(token), history, cache
 
+        token, history = pick(0, logits, state.history)
+        drafts = jnp.zeros((token.shape[0], num_draft), jnp.int32).at[:, 0].set(token)
         *_, drafts, _, cache = jax.lax.while_loop(more, step, (jnp.int32(1), token, drafts, history, cache))
-        return drafts, cache.ok, cache
+        return drafts, cache
+
+    def _tree(
+        self, params: Any, cache: Any, sampler: Any, keys: Any, state: Any, room: Any, logits: Any
+    ) -> tuple[Any, Any]:
+        """Each level has what is drawn after each token of the level above, and what is most likely besides."""
+        rows, branches, base = logits.shape[0], self.branches, state.position + 1
+        parents = jnp.asarray(branches.parents[1:] - 1)[None]  # the row's last token is held
+        drafts = jnp.zeros((rows, 0), jnp.int32)
+        logits = logits[:, None]  # [B, tokens of a level, V]
+        for depth, width in enumerate(branches.widths):
+            drawn = jax.vmap(choose, (None, None, None, 1, None), 1)(sampler, keys, base + depth, logits, state.history)
+            drawn = jnp.clip(drawn, 0, logits.shape[2] - 1)
+            first = jnp.arange(logits.shape[2], dtype=jnp.int32)[None, None] == drawn[:, :, None]
+            _, tokens = jax.lax.top_k(jnp.where(first, jnp.inf, logits), width)
+            drafts = jnp.concatenate([drafts, tokens.reshape(rows, -1).astype(jnp.int32)], 1)
+            if depth + 1 == len(branches.widths):
+                break
+            # All levels so far once more: a call knows the parents of its own tokens only.
+            at = base[:, None] + jnp.arange(drafts.shape[1], dtype=jnp.int32)[None]
+            there = (room > depth + 1)[:, None] & (at < cache.capacity)
+            above = jnp.broadcast_to(parents[:, : drafts.shape[1]], drafts.shape)
+            positions = jnp.where(there, at, EMPTY)
+            logits, cache = self.forward(params, drafts, positions, cache, parents=above)
+            logits = logits[:, -branches.levels[depth + 1] :].astype(jnp.float32)
+            cache = cache.rewind(jnp.where(room > depth + 1, base, FAR))
+        return drafts, cache

@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from jaxkv.cache.spec import EMPTY
+from jaxkv.generate.branches import Branches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,31 +22,48 @@ class Lookup:
     """How drafts are looked up. Frozen and hashable: a static argument.
 
     Attributes:
-      num_draft: tokens of a draft.
+      branches: form of a draft.
       min_ngram, max_ngram: at least so many last tokens are found again; the place where more are, up to max_ngram, is
         taken first, and of equal ones the latest.
     """
 
-    num_draft: int
+    branches: Branches
     min_ngram: int
     max_ngram: int
     form: None = None  # there is no cache
     longest_pause: ClassVar[int] = 32
 
-    @property
-    def parents(self) -> tuple[int, ...]:
-        """Of each token of a block, the one that it follows: a chain."""
-        return tuple(range(-1, self.num_draft))
+    def propose(self, params: Any, cache: None, sampler: Any, keys: Any, state: Any, room: Any) -> tuple[Any, ...]:
+        """Returns drafts int32 [B, T - 1], which of them there are, bool [B, T - 1], and no cache: see `Small`."""
+        context = last(state.text, state.position, self.max_ngram)
+        find = self._chain if self.branches.is_chain else self._tree
+        return *find(state.text, state.position, context), None
 
-    def propose(
-        self, params: Any, cache: None, sampler: Any, keys: Any, state: Any, room: Any
-    ) -> tuple[Any, Any, None]:
-        """Returns drafts int32 [B, num_draft], bool [B]: whether there are any, and no cache. See `draft.Small`."""
-        text, position = state.text, state.position
-        after, found = latest(matches(text, position, last(text, position, self.max_ngram)), self.min_ngram)
-        i = jnp.arange(self.num_draft, dtype=jnp.int32)[None]
+    def _chain(self, text: Any, position: Any, context: Any) -> tuple[Any, Any]:
+        after, found = latest(matches(text, position, context), self.min_ngram)
+        i = jnp.arange(len(self.branches.widths), dtype=jnp.int32)[None]
         period = jnp.maximum(position + 1 - after, 1)[:, None]
-        return jnp.take_along_axis(text, after[:, None] + i % period, 1), found, None
+        drafts = jnp.take_along_axis(text, after[:, None] + i % period, 1)
+        return drafts, jnp.broadcast_to(found[:, None], drafts.shape)
+
+    def _tree(self, text: Any, position: Any, context: Any) -> tuple[Any, Any]:
+        """What followed in the best places, each token once; each branch is then looked up on its own."""
+        context, there = context[:, None], jnp.ones((text.shape[0], 1), bool)  # [B, nodes, n], [B, nodes]
+        drafts, found = [], []
+        for width in self.branches.widths:
+            count = jax.vmap(matches, (None, None, 1), 1)(text, position, context)  # [B, nodes, N]
+            tokens, good = [], []
+            for _ in range(width):
+                after, enough = jax.vmap(latest, (1, None), 1)(count, self.min_ngram)
+                token = jnp.take_along_axis(text, after, 1)
+                tokens.append(token)
+                good.append(enough & there)
+                count = jnp.where(text[:, None] == token[:, :, None], 0, count)
+            token, there = (jnp.stack(x, 2).reshape(text.shape[0], -1) for x in (tokens, good))
+            context = jnp.concatenate([jnp.repeat(context, width, 1)[:, :, 1:], token[:, :, None]], 2)
+            drafts.append(token)
+            found.append(there)
+        return jnp.concatenate(drafts, 1), jnp.concatenate(found, 1)
 
 
 def last(text: Any, position: Any, n: int) -> Any:

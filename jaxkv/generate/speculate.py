@@ -23,14 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.cache.arguments import checked_size
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY
 from jaxkv.generate import checks
-from jaxkv.generate.draft import Small
+from jaxkv.generate.drafters import checked_branches, checked_drafter
 from jaxkv.generate.generation import IDLE, REASONS, RUNNING, Generation
 from jaxkv.generate.history import History
-from jaxkv.generate.lookup import Lookup
 from jaxkv.generate.programs import Fixed, Form
 from jaxkv.generate.reading import blocks, last_positions, read_block
 from jaxkv.generate.sampling import Greedy
@@ -64,6 +62,7 @@ def speculate(
     max_new_tokens: int | Sequence[int],
     draft: tuple[Callable[..., Any], Any, Cache] | None = None,
     num_draft: int = 8,
+    tree: Sequence[int] | None = None,
     min_ngram: int = 2,
     max_ngram: int = 4,
     sampler: Callable[..., Any] = Greedy(),
@@ -84,13 +83,19 @@ def speculate(
 
     Args:
       forward, params, prompts, max_new_tokens, sampler, stop_tokens, key: as for `generate`.
-      cache: as for `generate`. It is donated. Its `max_block` must be above `num_draft`: a block is the last token and
-        the draft, and a ring goes back as far as a block is long.
+      cache: as for `generate`. It is donated. A block is the last token and the draft, so its `max_block` must be above
+        the draft's size; a ring goes back as far as a block is long.
       draft: None to look drafts up in the row's own text, for texts that repeat what is there: edits, extracts, code.
         Or (forward, params, cache) of a small model with the same vocabulary, for any text. Its cache has as many rows
-        and as much capacity as `cache`, and, if it has rings, a `slack` of `num_draft` or more. It is donated too; it
+        and as much capacity as `cache`, and, if it has rings, a `slack` of the draft's size. It is donated too; it
         holds the beginning of each prompt, or nothing.
       num_draft: most tokens of a draft, 1 or more.
+      tree: None, or for several drafts at once how many tokens follow each one, level by level: (3, 2, 1) is three
+        first tokens, six second ones and six third ones, 15 in all, read in one pass, of which one branch is kept;
+        num_draft is then not read. A model that drafts gives what it draws and what is most likely besides; a lookup
+        what followed in several places. forward, and the draft model's, must take `parents=` as a fifth argument, hand
+        it to `cache.begin(positions, parents=parents)`, and place tokens by `step.depths`, as `jaxkv.nnx.functional`
+        of a `jaxkv.models.Decoder` does.
       min_ngram, max_ngram: without a draft model, at least and at most so many last tokens are looked up: the place
         where most of them stand is taken, and of equal ones the latest. After a draft of which less than a quarter
         was right a row makes none for some tokens: 1, 2, 4, up to 32, and fewer again after good ones.
@@ -103,34 +108,44 @@ def speculate(
         or capacity, and caches that can't go back by a draft.
     """
     cache, checked, held, vocab_size = checks.check_call(forward, params, prompts, cache)
-    drafter, small = _drafter(draft, cache, prompts, vocab_size, num_draft, min_ngram, max_ngram)
+    branches = checked_branches(num_draft, tree, cache)
+    drafter, small = checked_drafter(draft, cache, prompts, vocab_size, branches, (min_ngram, max_ngram))
     most = cache.capacity + 1  # the last one is what does not fit any more
     limits = np.minimum(checks.check_max_new_tokens(max_new_tokens, cache.num_rows), most)
     stops = checks.check_stop_tokens(stop_tokens, vocab_size)
     key = checks.check_sampler(sampler, key, vocab_size)
     begin = last_positions(checked)
-    state = _begin(checked, limits, most, sampler, vocab_size, drafter.longest_pause)
-    state = beside(cache, jax.tree.map(jnp.array, state))
-    fixed = Fixed(forward, sampler, Form.of(cache), Form.of(state))
+    start = _begin(checked, limits, most, sampler, vocab_size, drafter.longest_pause)
+    start = beside(cache, jax.tree.map(jnp.array, start))
+    form = Form.of(start)
+    fixed = Fixed(forward, sampler, Form.of(cache), form)
     draft_params = None if small is None else small[0]
     given = fixed, drafter, params, draft_params, jnp.asarray(stops), jnp.asarray(limits), jnp.asarray(begin), key
-    leaves, state = (tuple(jax.tree.leaves(tree)) for tree in (cache, state))
+    leaves, state_leaves = (tuple(jax.tree.leaves(tree)) for tree in (cache, start))
     draft_leaves = () if small is None else tuple(jax.tree.leaves(small[1]))
     # What fails in the loop fails here, before a cache is donated.
-    run.eval_shape(*given, leaves, draft_leaves, state)
+    try:
+        run.eval_shape(*given, leaves, draft_leaves, state_leaves)
+    except TypeError as error:
+        if branches.is_chain or "parents" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}; tree= needs a forward(params, tokens, positions, cache, parents) that gives parents to "
+            "cache.begin(positions, parents=parents) and places tokens by step.depths. Without tree= a chain is drafted"
+        ) from error
     with checks.failures_told("decoding"):
         leaves = _read(forward, params, checked, np.minimum(held, begin), cache)
         if small is not None:
             draft_leaves = _read(drafter.forward, draft_params, checked, np.minimum(small[2], begin), small[1])
-        leaves, draft_leaves, state = run(*given, leaves, draft_leaves, state)
-        cache, state = fixed.cache.build(leaves), jax.device_get(fixed.state.build(state))
+        leaves, draft_leaves, state_leaves = run(*given, leaves, draft_leaves, state_leaves)
+        cache, state = fixed.cache.build(leaves), jax.device_get(form.build(state_leaves))
         checks.check_lengths(np.asarray(cache.lengths), np.where(state.position > begin, state.position, 0))
     checks.check_sampled(sampler, state.token, state.reason, vocab_size)
     size = int(limits.max())
     tokens, log_probs = np.full((len(begin), size), EMPTY, np.int32), np.zeros((len(begin), size), np.float32)
     lengths = state.position - begin
-    for row, (start, n) in enumerate(zip(begin + 1, lengths, strict=True)):
-        tokens[row, :n], log_probs[row, :n] = state.text[row, start:][:n], state.log_probs[row, start:][:n]
+    for row, (at, n) in enumerate(zip(begin + 1, lengths, strict=True)):
+        tokens[row, :n], log_probs[row, :n] = state.text[row, at:][:n], state.log_probs[row, at:][:n]
     return Speculation(
         tokens=tokens,
         lengths=lengths,
@@ -142,51 +157,6 @@ def speculate(
         steps=state.steps,
         draft_cache=None if drafter.form is None else drafter.form.build(draft_leaves),
     )
-
-
-def _drafter(
-    draft: Any, cache: Cache, prompts: Any, vocab_size: int, num_draft: Any, min_ngram: Any, max_ngram: Any
-) -> tuple[Any, Any]:
-    """Returns what drafts, and None or its params, its cache and what that holds [B]; all checked."""
-    num_draft = checked_size("speculate", "num_draft", num_draft, 1)
-    min_ngram = checked_size("speculate", "min_ngram", min_ngram, 1)
-    max_ngram = checked_size("speculate", "max_ngram", max_ngram, min_ngram)
-    if cache.max_block <= num_draft:
-        raise ValueError(
-            f"num_draft is {num_draft}, so a block is {num_draft + 1} tokens, and the cache takes blocks of "
-            f"{cache.max_block}: give Cache.init(max_block={num_draft + 1}), or num_draft={cache.max_block - 1}"
-        )
-    if draft is None:
-        return Lookup(num_draft, min_ngram, max_ngram), None
-    if not isinstance(draft, tuple | list) or len(draft) != 3:
-        raise ValueError(
-            f"draft is a {type(draft).__name__}; give (forward, params, cache) of the draft model, or None to look "
-            "drafts up in the text"
-        )
-    forward, params, small = draft
-    try:
-        small, _, held, draft_vocab_size = checks.check_call(forward, params, prompts, small)
-    except (ValueError, checks.CacheError) as error:
-        raise type(error)(f"draft: {error}") from error
-    if draft_vocab_size != vocab_size:
-        raise ValueError(
-            f"the draft model has a vocabulary of {draft_vocab_size} tokens, the model one of {vocab_size}; a draft is "
-            "made of the model's own tokens: take a draft model with the same tokenizer"
-        )
-    for name in ("num_rows", "capacity"):
-        here, there = getattr(cache, name), getattr(small, name)
-        if here != there:
-            raise ValueError(
-                f"the draft's cache has {name} {there}, the model's cache {here}; make them alike: "
-                f"Cache.init(specs, num_rows={cache.num_rows}, capacity={cache.capacity}, slack={num_draft})"
-            )
-    back = max(small.max_block, small.slack)
-    if back < num_draft and any(group.wraps for group in small.groups):
-        raise ValueError(
-            f"the draft's cache can go back {back} tokens in its rings, and a draft of which nothing is taken is "
-            f"{num_draft}; give Cache.init(slack={num_draft}), or num_draft={back}"
-        )
-    return Small(forward, num_draft, Form.of(small)), (params, small, held)
 
 
 def _begin(

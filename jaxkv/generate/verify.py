@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.spec import EMPTY
+from jaxkv.cache.tree import Tree, commit
 from jaxkv.generate.choosing import choose, ends_with, fault, log_prob, row_keys
-from jaxkv.generate.generation import INF, LENGTH, NAN, RUNNING, SAMPLER, STOP
+from jaxkv.generate.generation import LENGTH, RUNNING, SAMPLER, STOP
 from jaxkv.generate.history import History
 from jaxkv.generate.lookup import last
 
@@ -107,46 +108,60 @@ def run(
     form, draft_form = fixed.cache, drafter.form
     rows = limits.shape[0]
     rules = _Rules(fixed.sampler, row_keys(key, rows), stops, limits, begin)
-    parents = jnp.array(drafter.parents, jnp.int32)[None]
-    number = jnp.arange(parents.shape[1], dtype=jnp.int32)[None]
+    branches = drafter.branches
+    parents, depths = jnp.asarray(branches.parents)[None], jnp.asarray(branches.depths)[None]
+    number = jnp.arange(branches.size, dtype=jnp.int32)[None]
 
     def unfinished(carry: Any) -> Any:
         *_, state = carry
         return (state.reason == RUNNING).any() & ~(state.reason == SAMPLER).any()
 
-    def advance(cache: Any, state: State, tokens: Any, there: Any) -> tuple[Any, State]:
+    def advance(carry: tuple[Any, State], tokens: Any, there: Any) -> tuple[Any, State]:
         """One forward pass of tokens [B, T], each after its parent, where `there` [B, T]; T is 1 without drafts."""
+        cache, state = carry
         live, start, width, accepted = there[:, 0], state.position, tokens.shape[1], state.accepted
-        positions = jnp.where(there, start[:, None] + number[:, :width], EMPTY)
-        ok = cache.ok
-        logits, cache = fixed.forward(params, tokens, positions, cache)
-        drafted = there[:, 1:].sum(1, dtype=jnp.int32)
+        drafted, ok = there[:, 1:].sum(1, dtype=jnp.int32), cache.ok
+        above = jnp.broadcast_to(parents[:, :width], tokens.shape)
+        grows = width > 1 and not branches.is_chain
+        written = there
+        if grows:  # the columns of a tree have no gaps: where a token was not found, some other stands
+            fits = start[:, None] + number < cache.capacity
+            written = there | (fits & (drafted > 0)[:, None])
+        positions = jnp.where(written, start[:, None] + number[:, :width], EMPTY)
+        options = {"parents": above} if grows else {}
+        logits, cache = fixed.forward(params, tokens, positions, cache, **options)
         # Where the drafts don't fit, the token alone may: the row goes on without any.
         crowded = live & ok & ~cache.ok & (drafted > 0)
 
         def unread(carry: Any) -> Any:
             i, live, *_ = carry
-            return (i < width) & live.any()
+            return (i < path.shape[1]) & live.any()
 
         def read(carry: Any) -> Any:
-            i, live, node, state = carry
+            i, live, node, path, state = carry
             here = jax.vmap(lambda x, n: jax.lax.dynamic_index_in_dim(x, n, 0, keepdims=False))(logits, node)
+            path = path.at[:, i].set(jnp.where(live, node, EMPTY))
             state, taken = rules.take(state, here.astype(jnp.float32), cache.ok, live)
-            after = there & (parents[:, :width] == node[:, None]) & (tokens == state.token[:, None])
+            after = there & (above == node[:, None]) & (tokens == state.token[:, None])
             agreed = taken & after.any(1)
             state = dataclasses.replace(state, accepted=state.accepted + agreed.astype(jnp.int32))
             node = jnp.where(agreed, after.argmax(1).astype(jnp.int32), node)
-            return i + 1, agreed & (state.reason == RUNNING), node, state
+            return i + 1, agreed & (state.reason == RUNNING), node, path, state
 
-        first = (jnp.int32(0), live & ~crowded, jnp.zeros_like(start), state)
-        *_, state = jax.lax.while_loop(unread, read, first)
-        if width > 1:
-            # As in `generate`, a token whose logits broke the row stays.
-            broken = (state.reason == NAN) | (state.reason == INF)
-            kept = jnp.where(broken, state.position + 1, state.position)
-            cache = cache.retry(crowded).rewind(jnp.where(live, kept, FAR))
+        path = jnp.full((rows, 1 + (width > 1) * len(branches.widths)), EMPTY, jnp.int32)
+        first = (jnp.int32(0), live & ~crowded, jnp.zeros_like(start), path, state)
+        *_, path, state = jax.lax.while_loop(unread, read, first)
+        # What was looked at stays in the cache: all that was taken but the newest, or the token that broke the row.
+        if grows:
+            tree, _ = Tree.of(positions, above, start)
+            row = jnp.arange(rows, dtype=jnp.int32)
+            cache = commit(cache, tree, row, live, live & cache.ok, path, whole=True)
+        elif width > 1:
+            looked = (path != EMPTY).sum(1, dtype=jnp.int32)
+            cache = cache.rewind(jnp.where(live, start + looked, FAR))
+        cache = cache.retry(crowded)
         # Where texts only seem to repeat themselves, few steps are spent on drafts.
-        missed = 4 * (state.accepted - accepted) < drafted
+        missed = 4 * (state.accepted - accepted) < jnp.minimum(drafted, len(branches.widths))
         wait = jnp.where(missed, state.pause, jnp.maximum(state.wait - (state.position - start), 0))
         pause = jnp.where(missed, 2 * state.pause, jnp.where(drafted > 0, state.pause // 2, state.pause))
         longest = drafter.longest_pause
@@ -163,14 +178,15 @@ def run(
         cache, draft_cache, state = carry
         live = state.reason == RUNNING
         room = jnp.minimum(limits - (state.position - begin), cache.capacity - state.position) - 1
-        room = jnp.where(live & (state.wait == 0), room, 0)
+        room = jnp.where(live & (state.wait == 0), room, 0)  # levels of drafts that are of use
         args = draft_params, draft_cache, fixed.sampler, rules.keys, state, room
         drafts, found, draft_cache = drafter.propose(*args)
-        there = live[:, None] & ((number == 0) | (found[:, None] & (number <= room[:, None])))
+        fits = (depths[:, 1:] <= room[:, None]) & (state.position[:, None] + number[:, 1:] < cache.capacity)
+        there = jnp.concatenate([live[:, None], found & fits], 1)
         tokens = jnp.concatenate([state.token[:, None], drafts], 1)
         some = there[:, 1:].any()
-        cache, state = _when(some, lambda carry: advance(*carry, tokens, there), (cache, state))
-        cache, state = _when(~some, lambda carry: advance(*carry, tokens[:, :1], there[:, :1]), (cache, state))
+        cache, state = _when(some, lambda carry: advance(carry, tokens, there), (cache, state))
+        cache, state = _when(~some, lambda carry: advance(carry, tokens[:, :1], there[:, :1]), (cache, state))
         if draft_cache is not None:
             draft_cache = draft_cache.rewind(jnp.where(live, state.position, FAR))
         return cache, draft_cache, state

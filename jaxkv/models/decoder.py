@@ -286,13 +286,14 @@ class Decoder(nnx.Module):
         head = nnx.data(None) if config.tied else nnx.Linear(config.width, config.vocab_size, use_bias=False, **kind)
         self.head = head
 
-    def __call__(self, tokens: Any, positions: Any = None, cache: Cache | None = None) -> Any:
+    def __call__(self, tokens: Any, positions: Any = None, cache: Cache | None = None, parents: Any = None) -> Any:
         """Returns the logits of the token after each, and the cache if one was given.
 
         Args:
           tokens: int [B, T]. One outside the vocabulary makes logits NaN; of padding the token doesn't matter.
           positions: int [B, T], EMPTY for padding; without a cache None means 0, 1, 2, ... in every row.
           cache: None, or what the tokens continue, made from `specs()`.
+          parents: int [B, T], if the tokens are a tree, see `Cache.begin`; with a cache only.
 
         Returns:
           logits [B, T, V] in the config's dtype, or (logits, cache).
@@ -303,14 +304,14 @@ class Decoder(nnx.Module):
         """
         self._check(tokens, positions, cache)
         specs = rows_of(tokens) if cache is None else (rows_of(tokens), like(cache))
-        return spread(Decoder._run, specs, self, tokens, positions, cache)
+        return spread(Decoder._run, specs, self, tokens, positions, cache, parents)
 
-    def _run(self, tokens: Any, positions: Any, cache: Cache | None) -> Any:
+    def _run(self, tokens: Any, positions: Any, cache: Cache | None, parents: Any) -> Any:
         layers: Any = (None,) * len(self.layers)
         step = None
         if cache is not None:
-            cache, step = cache.begin(positions)
-            layers = cache.layers
+            cache, step = cache.begin(positions, parents=parents)
+            layers, positions = cache.layers, step.depths
         x = self._embed(tokens, positions)  # [B, T, D]
         put = []
         for block, layer in zip(self.layers, layers, strict=True):

@@ -137,7 +137,7 @@ class Heads:
         """
         rest = self._options | {"sink_logits": sink_logits}
         if layer is not None:
-            q, rotated = self._rotate(q, k, step.positions)
+            q, rotated = self._rotate(q, k, step.depths)
             if layer.spec.rotary_at == "put":
                 k = rotated
             layer = layer.put(step, k, v)

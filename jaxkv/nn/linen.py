@@ -376,7 +376,9 @@ class Forward:
 
     module: nn.Module
 
-    def __call__(self, params: Any, tokens: Any, positions: Any, cache: Cache) -> tuple[Any, Cache]:
+    def __call__(
+        self, params: Any, tokens: Any, positions: Any, cache: Cache, parents: Any = None
+    ) -> tuple[Any, Cache]:
         """Returns logits and the cache after the call's tokens.
 
         Args:
@@ -384,14 +386,18 @@ class Forward:
           tokens: int32 [B, T].
           positions: int32 [B, T], EMPTY for padding.
           cache: what the tokens continue.
+          parents: int32 [B, T], of a tree of tokens, see `Cache.begin`; the model gets it by name. None: no tree.
 
         Raises:
           ValueError: for all the variables instead of the parameters alone.
         """
         if "params" in params:
             raise ValueError("params holds a collection 'params'; give the parameters alone: variables['params']")
-        apply = self.module.apply
-        return forward(lambda params, *args: apply({"params": params}, *args), params, tokens, positions, cache)
+
+        def call(params: Any, *args: Any, **tree: Any) -> Any:
+            return self.module.apply({"params": params}, *args, **tree)
+
+        return forward(call, params, tokens, positions, cache, parents)
 
     @functools.cached_property
     def _hash(self) -> int:

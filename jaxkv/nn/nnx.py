@@ -422,7 +422,9 @@ class Forward:
 
     graphdef: Any = dataclasses.field(repr=False)
 
-    def __call__(self, params: Any, tokens: Any, positions: Any, cache: Cache) -> tuple[Any, Cache]:
+    def __call__(
+        self, params: Any, tokens: Any, positions: Any, cache: Cache, parents: Any = None
+    ) -> tuple[Any, Cache]:
         """Returns logits and the cache after the call's tokens.
 
         Args:
@@ -430,8 +432,13 @@ class Forward:
           tokens: int32 [B, T].
           positions: int32 [B, T], EMPTY for padding.
           cache: what the tokens continue.
+          parents: int32 [B, T], of a tree of tokens, see `Cache.begin`; the model gets it by name. None: no tree.
         """
-        return forward(lambda params, *args: nnx.merge(self.graphdef, params)(*args), params, tokens, positions, cache)
+
+        def call(params: Any, *args: Any, **tree: Any) -> Any:
+            return nnx.merge(self.graphdef, params)(*args, **tree)
+
+        return forward(call, params, tokens, positions, cache, parents)
 
     @functools.cached_property
     def _hash(self) -> int:

@@ -77,7 +77,7 @@ class Visits:
             if step.spans is None:
                 last = jnp.minimum(last, step.positions.max() + 1)
             if plan.reach.sinks == 0:
-                lows = jnp.where(real, plan.reach.first(step.positions), layer.num_slots)
+                lows = jnp.where(real, plan.reach.first(step.depths), layer.num_slots)
                 first = jnp.minimum(lows.min(), last)
         if stretch.begin is not None and (group.slot_is_position or isinstance(plan.reach, Cross)):
             origin = stretch.begin
@@ -98,7 +98,7 @@ def _seen(plan: Plan, num_slots: int, step: Step, group: Any, real: Any, stretch
     """
     count = -(-num_slots // plan.block)
     positions = stretch.hide(group.kv_positions)
-    low = jnp.where(real, plan.reach.first(step.positions), jnp.iinfo(jnp.int32).max).min(1)[:, None]
+    low = jnp.where(real, plan.reach.first(step.depths), jnp.iinfo(jnp.int32).max).min(1)[:, None]
     seen = (positions >= low) | ((positions < plan.reach.sinks) & real.any(1)[:, None])
     seen &= positions != EMPTY
     if step.spans is None:
