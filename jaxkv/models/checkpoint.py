@@ -166,9 +166,10 @@ def save(
     params = named(model.params)
     tensors: dict[str, Any] = {}
     left = set(params)
-    for tensor, file, names in entries(family, params):
+    for tensor, own, names in entries(family.tensors, params):
         left -= set(names)
-        tensors[file] = _Written(tensor, [params[name] for name in names])
+        for expert, file in enumerate(own):
+            tensors[file] = _Written(tensor, [params[name] for name in names], expert if tensor.is_each else None)
     if left:
         raise ValueError(
             f"params {', '.join(sorted(left)[:3])} have no name in a {name} checkpoint; a fused model can't be saved: "
@@ -215,9 +216,12 @@ def tensor_parallel(mesh: jax.sharding.Mesh, axis: str | None = None) -> Callabl
         r"attention\.(query|key|value)\.bias": 0,
         r"attention\.out\.kernel": 0,
         r"attention\.sink_logits": 0,
-        r"mlp\.(gate|up)\.kernel": 1,
-        r"mlp\.(gate|up)\.bias": 0,
-        r"mlp\.down\.kernel": 0,
+        r"mlp\.(shared\.)?(gate|up)\.kernel": 1,
+        r"mlp\.(shared\.)?(gate|up)\.bias": 0,
+        r"mlp\.(shared\.)?down\.kernel": 0,
+        r"mlp\.(gate|up)$": 2,  # of all experts
+        r"mlp\.(gate|up)_bias": 1,
+        r"mlp\.down$": 1,
         r"^embed\.embedding": 0,
         r"^head\.kernel": 1,
     }
@@ -235,14 +239,15 @@ def tensor_parallel(mesh: jax.sharding.Mesh, axis: str | None = None) -> Callabl
 class _Written:
     """A tensor of a file, put together from its params when it is written."""
 
-    def __init__(self, tensor: Tensor, params: list[Any]) -> None:
-        self.tensor, self.params = tensor, params
+    def __init__(self, tensor: Tensor, params: list[Any], expert: int | None) -> None:
+        self.tensor, self.params, self.expert = tensor, params, expert
         self.dtype = params[0].dtype
-        self.shape = tensor.joined_shape([param.shape for param in params])
+        shape = tensor.joined_shape([param.shape for param in params])
+        self.shape = shape if expert is None else shape[1:]
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        parts = [self.tensor.encode(np.asarray(param)) for param in self.params]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, self.tensor.joined_axis)
+        own = slice(None) if self.expert is None else slice(self.expert, self.expert + 1)
+        return self.tensor.encode([np.asarray(param)[own] for param in self.params]).reshape(self.shape)
 
 
 def _shards(tensors: Mapping[str, Any], itemsize: int, most: int) -> list[list[str]]:

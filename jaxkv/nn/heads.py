@@ -37,7 +37,7 @@ class Temperature:
       ValueError: for a length below 1, a negative scale, or a negative first.
 
     >>> Temperature(length=4, scale=0.1).factors(jnp.array([0, 2, 3, 7])).round(4).tolist()
-    [1.0, 1.0, 1.069300055503845, 1.109899997711181]
+    [1.0, 1.0, 1.0692999362945557, 1.1098999977111816]
     """
 
     length: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxkv.models.decoder import DecoderConfig
+from jaxkv.models.experts import ExpertsConfig
 from jaxkv.models.families import llama, rope
 from jaxkv.models.families.fields import ACTIVATION, EPSILON, FLAG, HEADS, LENGTH, POSITIVE, Field, Fields
 from jaxkv.models.families.reach import FULL, LAYER_TYPES, SLIDING, reaches
@@ -14,9 +15,18 @@ _TENSORS = (
     *llama.ATTENTION,
     Tensor("model.layers.{}.self_attn.sinks", ("layers.{}.attention.sink_logits",)),
     *linear(f"{_MLP}.router", f"{_OURS}.router"),
-    Tensor(f"{_MLP}.experts.gate_up_proj", (f"{_OURS}.gate_up",), packed=True),
-    Tensor(f"{_MLP}.experts.gate_up_proj_bias", (f"{_OURS}.gate_up_bias",)),
-    Tensor(f"{_MLP}.experts.down_proj", (f"{_OURS}.down",), packed=True),
+    Tensor(
+        f"{_MLP}.experts.gate_up_proj",
+        (f"{_OURS}.gate", f"{_OURS}.up"),
+        "interleaved",
+        num_inner=1,
+        experts=True,
+        packed=True,
+    ),
+    Tensor(
+        f"{_MLP}.experts.gate_up_proj_bias", (f"{_OURS}.gate_bias", f"{_OURS}.up_bias"), "interleaved", experts=True
+    ),
+    Tensor(f"{_MLP}.experts.down_proj", (f"{_OURS}.down",), experts=True, packed=True),
     Tensor(f"{_MLP}.experts.down_proj_bias", (f"{_OURS}.down_bias",)),
     *llama.NORMS,
     llama.HEAD,
@@ -35,8 +45,7 @@ def _gpt_oss(fields: Fields) -> DecoderConfig:
         rotary=rope.rotary(fields, shared["head_dim"], theta=150_000.0),
         sink_logits=True,
         use_bias=llama.biases(fields["attention_bias"]),
-        num_experts=experts,
-        experts_per_token=each,
+        experts=ExpertsConfig(experts, each, shared["mlp_dim"], use_bias=True, clamped=True),
     )
 
 
