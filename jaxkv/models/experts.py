@@ -26,7 +26,7 @@ class ExpertsConfig:
       scores: what a router's logits become: "softmax" over all experts, or the "sigmoid" of each.
       normalized: whether the scores of a token's experts are divided by their sum.
       scale: factor of the scores then.
-      choice_bias: whether a learned number per expert is added to its score in choosing, but not in weighing (DeepSeek).
+      choice_bias: whether a learned number per expert is added to its score for the choice alone (DeepSeek).
       num_groups: in how many groups of equal size the experts lie, and
       groups_per_token: of how many groups a token's experts are taken: those whose best two make the largest sum.
       weighs_input: whether scores multiply what an expert reads instead of what it gives (Llama 4).

@@ -247,9 +247,7 @@ class CrossAttention(CrossAttentionModule, nn.Module):
         self.query, self.key, self.value, self.out = (
             _projection(self, heads, out_features, name) for name in PROJECTIONS
         )
-        self.query_norm, self.key_norm = (
-            _scale(self, heads, count) for count in (heads.num_heads, heads.num_kv_heads)
-        )
+        self.query_norm, self.key_norm = (_scale(self, heads, count) for count in (heads.num_heads, heads.num_kv_heads))
 
     def __call__(
         self,

@@ -6,6 +6,7 @@ from jaxkv.models.decoder import DecoderConfig
 from jaxkv.models.experts import ExpertsConfig
 from jaxkv.models.families import llama, rope
 from jaxkv.models.families.fields import ACTIVATION, EPSILON, FLAG, HEADS, LENGTH, POSITIVE, Field, Fields
+from jaxkv.models.families.mixtures import chosen
 from jaxkv.models.families.reach import FULL, LAYER_TYPES, SLIDING, reaches
 from jaxkv.models.families.table import Family, Tensor, linear
 
@@ -35,17 +36,13 @@ _TENSORS = (
 
 def _gpt_oss(fields: Fields) -> DecoderConfig:
     shared = llama.sizes(fields)
-    experts = fields["num_local_experts"]
-    each = fields["num_experts_per_tok"]
-    if each > experts:
-        raise fields.wrong("num_experts_per_tok", f'{each} of them is more than the {experts} in "num_local_experts"')
     return DecoderConfig(
         **shared,
         reaches=reaches(fields, fields["sliding_window"], (SLIDING, FULL)),
         rotary=rope.rotary(fields, shared["head_dim"], theta=150_000.0),
         sink_logits=True,
         use_bias=llama.biases(fields["attention_bias"]),
-        experts=ExpertsConfig(experts, each, shared["mlp_dim"], use_bias=True, clamped=True),
+        experts=ExpertsConfig(*chosen(fields, "num_local_experts"), shared["mlp_dim"], use_bias=True, clamped=True),
     )
 
 
