@@ -148,7 +148,7 @@ class Contents:
         Raises:
           ValueError: with all that doesn't fit.
         """
-        family, files = self.family, self.files
+        files = self.files
         found: dict[str, Place] = {}
         is_tied = _HEAD[0] not in params
         expected: set[str | None] = {self._head} if is_tied else set()

@@ -88,6 +88,28 @@ GPT_OSS = {
     "num_experts_per_tok": 2,
     "rope_parameters": {**YARN, "rope_theta": 150_000.0},
 }
+TWO = {**SIZES, "num_hidden_layers": 2}  # enough wherever a pattern of layers is not longer
+EXPERTS = {"num_experts_per_tok": 2, "intermediate_size": 24}
+LLAMA4 = {
+    **TWO,
+    "head_dim": 8,
+    "intermediate_size": 16,
+    "intermediate_size_mlp": 24,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_layers": [1],
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 7,
+    "floor_scale": 5,
+    "attn_scale": 0.4,
+}
+GRANITE = {
+    **TWO,
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 2.0,
+}
 
 # The committed folders: name -> (model_type, config).
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -105,6 +127,54 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("gpt2", GPT2),
     "gpt_oss": ("gpt_oss", GPT_OSS),
+    "mixtral": ("mixtral", {**TWO, **EXPERTS, "num_local_experts": 4}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **TWO,
+            **EXPERTS,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **TWO,
+            "head_dim": 8,
+            "intermediate_size": 24,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 8,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "olmoe": ("olmoe", {**TWO, **EXPERTS, "num_experts": 4, "norm_topk_prob": False}),
+    "olmo2": ("olmo2", TWO),
+    "olmo3": (
+        "olmo3",
+        {
+            **TWO,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "full_attention": YARN,
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {**TWO, "no_rope_layer_interval": 2}),
+    "cohere": ("cohere", {**TWO, "use_qk_norm": True, "logit_scale": 0.25}),
+    "cohere2": (
+        "cohere2",
+        {**TWO, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 0.25},
+    ),
+    "llama4": ("llama4_text", LLAMA4),
+    "granite": ("granite", {**GRANITE, "tie_word_embeddings": True, "mlp_bias": True}),
 }
 CASES["gemma3"][1]["layer_types"] = ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from jaxkv.cache.spec import Full, Window
@@ -30,19 +31,16 @@ _LAYER, _OURS = "model.layers.{}", "layers.{}"
 LAYER_NUMBERS = List(Number(0, MAX_LAYERS, whole=True), MAX_LAYERS)
 
 
-def named_experts(
-    file: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
-) -> tuple[Tensor, ...]:
+def named_experts(file: str, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> tuple[Tensor, ...]:
     """Returns the tensors of experts of which each has its own; `file` is "...experts"."""
-    names = {"gate": gate, "up": up, "down": down}
     return tuple(
         Tensor(f"{file}.{{}}.{name}.weight", (f"{_OURS}.mlp.{ours}",), "out_in", 1, experts=True)
-        for ours, name in names.items()
+        for ours, name in zip(("gate", "up", "down"), names, strict=True)
     )
 
 
 def stacked_experts(gate_up: str, down: str, form: str = "out_in") -> tuple[Tensor, ...]:
-    """Returns the tensors of experts that lie in two: gates, then ups, as transformers has them in memory; and downs."""
+    """Returns the tensors of experts that lie in two, as transformers has them in memory: gates, then ups; downs."""
     both = (f"{_OURS}.mlp.gate", f"{_OURS}.mlp.up")
     return (
         Tensor(gate_up, both, form, 1, experts=True),
@@ -52,11 +50,8 @@ def stacked_experts(gate_up: str, down: str, form: str = "out_in") -> tuple[Tens
 
 def shared_expert(file: str) -> tuple[Tensor, ...]:
     """Returns the tensors of the MLP that all tokens run through beside their experts."""
-    return tuple(
-        tensor
-        for name in ("gate", "up", "down")
-        for tensor in linear(f"{file}.{name}_proj", f"{_OURS}.mlp.shared.{name}")
-    )
+    names = ("gate", "up", "down")
+    return tuple(tensor for name in names for tensor in linear(f"{file}.{name}_proj", f"{_OURS}.mlp.shared.{name}"))
 
 
 def chosen(fields: Fields, count: str, each: str = "num_experts_per_tok") -> tuple[int, int]:
@@ -160,7 +155,7 @@ MIXTRAL = Family(
         llama.EMBEDDING,
         *llama.ATTENTION,
         *linear(f"{_SPARSE}.gate", f"{_OURS}.mlp.router"),
-        *named_experts(f"{_SPARSE}.experts", "w1", "w3", "w2"),
+        *named_experts(f"{_SPARSE}.experts", ("w1", "w3", "w2")),
         *llama.NORMS,
         llama.HEAD,
     ),
