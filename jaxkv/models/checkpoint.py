@@ -176,15 +176,20 @@ def save(
             "load it without fuse"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    shards = _shards(tensors, dtype.itemsize, max_shard_bytes)
+    exact = {name for name, tensor in tensors.items() if tensor.tensor.exact}
+    sizes = {
+        name: math.prod(tensor.shape) * (tensor.dtype if name in exact else dtype).itemsize
+        for name, tensor in tensors.items()
+    }
+    shards = _shards(sizes, max_shard_bytes)
     count = len(shards)
     files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
     for file, names in zip(files, shards, strict=True):
-        safetensors.write(directory / file, {n: tensors[n] for n in names}, dtype=dtype, metadata={"format": "pt"})
+        own, metadata = {n: tensors[n] for n in names}, {"format": "pt"}
+        safetensors.write(directory / file, own, dtype=dtype, exact=exact, metadata=metadata)
     if len(shards) > 1:
-        total = sum(math.prod(tensor.shape) for tensor in tensors.values()) * dtype.itemsize
         weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
         (directory / SINGLE).unlink(missing_ok=True)  # it would be read instead
     else:
         (directory / INDEX).unlink(missing_ok=True)
@@ -250,12 +255,11 @@ class _Written:
         return self.tensor.encode([np.asarray(param)[own] for param in self.params]).reshape(self.shape)
 
 
-def _shards(tensors: Mapping[str, Any], itemsize: int, most: int) -> list[list[str]]:
-    """Returns names in groups of at most so many bytes, but for tensors that are larger alone."""
+def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Returns the names of sizes in bytes, in groups of at most so many, but for those that are larger alone."""
     shards: list[list[str]] = [[]]
     size = 0
-    for name, tensor in tensors.items():
-        nbytes = math.prod(tensor.shape) * itemsize
+    for name, nbytes in sizes.items():
         if shards[-1] and size + nbytes > most:
             shards.append([])
             size = 0

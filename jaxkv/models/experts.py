@@ -91,10 +91,10 @@ class Experts(nnx.Module):
 
     def __init__(self, config: Any, experts: ExpertsConfig, *, rngs: nnx.Rngs) -> None:
         count, width, hidden, dtype = experts.num_experts, config.width, experts.mlp_dim, config.param_dtype
-        linear = {"dtype": config.dtype, "param_dtype": dtype, "rngs": rngs}
+        linear = {"param_dtype": dtype, "rngs": rngs}
         self.config, self.dtype, self.activation = experts, config.dtype, config.activation
-        self.router = nnx.Linear(width, count, use_bias=experts.use_bias, **linear)
-        # Added to float32 scores in any model: rounded to bfloat16 it would choose other experts.
+        # In float32 whatever the model computes in: rounding would choose other experts.
+        self.router = nnx.Linear(width, count, use_bias=experts.use_bias, dtype=jnp.float32, **linear)
         self.choice_bias = nnx.Param(jnp.zeros((count,), jnp.float32)) if experts.choice_bias else nnx.data(None)
         init = nnx.initializers.lecun_normal(batch_axis=0)
         for name, sizes in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
@@ -102,7 +102,11 @@ class Experts(nnx.Module):
             bias = nnx.Param(jnp.zeros((count, sizes[1]), dtype)) if experts.use_bias else nnx.data(None)
             setattr(self, f"{name}_bias", bias)
         self.shared = nnx.data(None) if experts.shared_dim is None else MLP(config, experts.shared_dim, rngs=rngs)
-        gate = nnx.Linear(width, 1, use_bias=False, **linear) if experts.shared_gate else nnx.data(None)
+        gate = (
+            nnx.Linear(width, 1, use_bias=False, dtype=config.dtype, **linear)
+            if experts.shared_gate
+            else nnx.data(None)
+        )
         self.shared_gate = gate
 
     def __call__(self, x: Any) -> Any:
@@ -118,12 +122,11 @@ class Experts(nnx.Module):
         """Returns the weights of each token's experts and their numbers: float32 and int32 [T, per_token].
 
         Args:
-          logits: of the router, [T, E].
+          logits: of the router, float32 [T, E].
         """
         config = self.config
-        logits = logits.astype(jnp.float32)
         scores = jax.nn.softmax(logits, axis=-1) if config.scores == "softmax" else jax.nn.sigmoid(logits)
-        ranks = scores if self.choice_bias is None else scores + self.choice_bias[...].astype(jnp.float32)[None, :]
+        ranks = scores if self.choice_bias is None else scores + self.choice_bias[...][None, :]
         if config.num_groups > 1:
             groups = ranks.reshape(-1, config.num_groups, config.num_experts // config.num_groups)
             best = jnp.sum(jax.lax.top_k(groups, min(2, groups.shape[-1]))[0], axis=-1)  # [T, groups]

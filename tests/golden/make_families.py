@@ -175,6 +175,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama4": ("llama4_text", LLAMA4),
     "granite": ("granite", {**GRANITE, "tie_word_embeddings": True, "mlp_bias": True}),
+    "granitemoe": ("granitemoe", {**GRANITE, **EXPERTS, "num_local_experts": 4}),
+    "gemma": ("gemma", {**TWO, "head_dim": 8, "num_key_value_heads": 1}),
+    "glm4": ("glm4", {**TWO, "head_dim": 8}),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            **TWO,
+            "hidden_size": 32,
+            "intermediate_size": 24,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        },
+    ),
+    "ernie4_5": ("ernie4_5", {**TWO, "head_dim": 8, "use_bias": True}),
+    "seed_oss": ("seed_oss", {**TWO, "head_dim": 8, "attention_out_bias": True}),
 }
 CASES["gemma3"][1]["layer_types"] = ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"]
 
@@ -251,6 +272,9 @@ def build(model_type: str, config: dict[str, Any], seed: int) -> Any:
             else:
                 parameter.copy_(0.3 * noise)
             parameter.copy_(parameter.bfloat16().float())
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_((0.3 * torch.randn(buffer.shape, generator=generator)).bfloat16().float())
     return model
 
 
@@ -303,7 +327,11 @@ def make(model_type: str, config: dict[str, Any], prompt: int = PROMPT) -> tuple
 def write(folder: Path, model: Any, facts: dict[str, torch.Tensor], **saving: Any) -> None:
     """Writes a checkpoint in bfloat16 and expected.safetensors."""
     shutil.rmtree(folder, ignore_errors=True)
-    model.bfloat16().save_pretrained(folder, **saving)
+    model.bfloat16()
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = buffer.float()  # as from_pretrained has it, whatever the dtype
+    model.save_pretrained(folder, **saving)
     save_file({name: fact.contiguous() for name, fact in facts.items()}, folder / "expected.safetensors")
 
 

@@ -174,7 +174,7 @@ _OF_QWENS = {
     "decoder_sparse_step": Field(LAYERS, 1),
     "mlp_only_layers": Field(LAYER_NUMBERS, None),
 }
-_NUM_EXPERTS = Field(
+NUM_EXPERTS = Field(
     Number(0, 2**14, whole=True), 128, also=("num_local_experts",), counts=f"{_EXPERTS}.{{}}.", counted="experts"
 )
 QWEN2_MOE = Family(
@@ -185,7 +185,7 @@ QWEN2_MOE = Family(
         "max_window_layers": Field(Number(0, MAX_LAYERS, whole=True), 28),
         "layer_types": LAYER_TYPES,
         "qkv_bias": Field(FLAG, True),
-        "num_experts": dataclasses.replace(_NUM_EXPERTS, default=60),
+        "num_experts": dataclasses.replace(NUM_EXPERTS, default=60),
         "num_experts_per_tok": Field(HEADS, 4),
         "moe_intermediate_size": Field(WIDTH, 1408),
         "shared_expert_intermediate_size": Field(WIDTH, 5632),
@@ -209,7 +209,7 @@ QWEN3_MOE = Family(
         **_OF_QWENS,
         "num_key_value_heads": Field(HEADS, 4, null=None),
         "attention_bias": Field(FLAG, False),
-        "num_experts": _NUM_EXPERTS,
+        "num_experts": NUM_EXPERTS,
         "num_experts_per_tok": Field(HEADS, 8),
         "moe_intermediate_size": Field(WIDTH, 768),
     },
@@ -232,7 +232,7 @@ OLMOE = Family(
         "max_position_embeddings": Field(LENGTH, 4096),
         "rms_norm_eps": Field(EPSILON, 1e-5),
         "attention_bias": Field(FLAG, False),
-        "num_experts": dataclasses.replace(_NUM_EXPERTS, kind=HEADS, default=64),
+        "num_experts": dataclasses.replace(NUM_EXPERTS, kind=HEADS, default=64),
         "num_experts_per_tok": Field(HEADS, 8),
         "norm_topk_prob": Field(FLAG, False),
         "clip_qkv": Field(POSITIVE, None, only=(None,)),

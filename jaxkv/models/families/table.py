@@ -32,6 +32,7 @@ class Tensor:
       experts: whether the first axis of our param is that of experts, which the file has too: before all others, or,
         if `file` has a second {}, for the number of the expert, as a tensor for each.
       packed: whether it may lie in the file in MXFP4, as `file` + "_blocks" and `file` + "_scales".
+      exact: whether it keeps its dtype, whatever that of the others in a file is.
 
     >>> kernel = Tensor("q_proj.weight", ("query.kernel",), "out_in", num_inner=1)
     >>> kernel.file_shape((24, 4, 8)), kernel.decode(np.ones((32, 24)), (24, 4, 8)).shape
@@ -44,6 +45,7 @@ class Tensor:
     num_inner: int = 0
     experts: bool = False
     packed: bool = False
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.form not in FORMS or (len(self.params) > 1 and self.form not in _JOINED):
