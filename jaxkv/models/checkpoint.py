@@ -166,10 +166,10 @@ def save(
     params = named(model.params)
     tensors: dict[str, Any] = {}
     left = set(params)
-    for tensor, own, names in entries(family.tensors, params):
-        left -= set(names)
-        for expert, file in enumerate(own):
-            tensors[file] = _Written(tensor, [params[name] for name in names], expert if tensor.is_each else None)
+    for tensor, files, parts in entries(family.tensors, params):
+        left -= set(parts)
+        for expert, file in enumerate(files):
+            tensors[file] = _Written(tensor, [params[part] for part in parts], expert if tensor.is_each else None)
     if left:
         raise ValueError(
             f"params {', '.join(sorted(left)[:3])} have no name in a {name} checkpoint; a fused model can't be saved: "
@@ -183,12 +183,12 @@ def save(
     }
     shards = _shards(sizes, max_shard_bytes)
     count = len(shards)
-    files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
-    for file, names in zip(files, shards, strict=True):
+    numbered = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
+    for file, names in zip(numbered, shards, strict=True):
         own, metadata = {n: tensors[n] for n in names}, {"format": "pt"}
         safetensors.write(directory / file, own, dtype=dtype, exact=exact, metadata=metadata)
     if len(shards) > 1:
-        weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
+        weight_map = {n: file for file, names in zip(numbered, shards, strict=True) for n in names}
         write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
         (directory / SINGLE).unlink(missing_ok=True)  # it would be read instead
     else:

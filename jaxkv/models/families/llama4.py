@@ -28,6 +28,7 @@ from jaxkv.models.families.mixtures import LAYER_NUMBERS, chosen, shared_expert,
 from jaxkv.models.families.reach import CHUNKED, FULL, TURNED_LAYERS, turned
 from jaxkv.models.families.table import Family, Ignored, linear
 from jaxkv.nn.heads import Temperature
+from jaxkv.nn.rotary import LongRopeScaling, YarnScaling
 
 _MLP, _OURS = "model.layers.{}.feed_forward", "layers.{}.mlp"
 _TENSORS = (
@@ -56,7 +57,7 @@ def _llama4(fields: Fields) -> DecoderConfig:
     if CHUNKED in kinds and chunk is None:
         raise fields.wrong("attention_chunk_size", f'it must be a number of tokens, for the layers of "{CHUNKED}"')
     rotary = rope.rotary(fields, shared["head_dim"], theta=500_000.0, interleaved=True)
-    if fields["use_qk_norm"] and rotary.scaling is not None and rotary.scaling.magnitude != 1:
+    if fields["use_qk_norm"] and isinstance(rotary.scaling, YarnScaling | LongRopeScaling):
         # There queries and keys are normalized once they are turned, which takes the magnitude away again.
         rotary = dataclasses.replace(rotary, scaling=dataclasses.replace(rotary.scaling, attention_factor=1.0))
     temperature = None
