@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxkv.models import DecoderConfig
-from jaxkv.models.experts import Experts, ExpertsConfig
+from jaxkv.models import DecoderConfig, ExpertsConfig
+from jaxkv.models.experts import Experts
 
 WIDTH, HIDDEN, EXPERTS = 6, 4, 8
 CONFIG = DecoderConfig(vocab_size=8, width=WIDTH, num_layers=1, num_heads=1)

@@ -48,7 +48,7 @@ class DecoderConfig:
       pre_norms: whether what attention and MLP read is normalized (OLMo 2: no).
       post_norms: whether what attention and MLP give is normalized, before it is added (Gemma 2 and 3, OLMo 2).
       parallel: whether the MLP reads what attention reads, and both are added at once (Cohere).
-      activation: of the MLP: "silu", "gelu" (exact), "gelu_tanh", "relu" or "relu2" (its square).
+      activation: of the MLP: "silu", "gelu" (exact), "gelu_tanh" or "relu".
       gated: whether the MLP multiplies two projections (SwiGLU with "silu", GeGLU with "gelu") or has one.
       experts: which layers have experts in the MLP's place: one ExpertsConfig for all, a pattern repeated like
         `reaches`, with None for an MLP, or None.

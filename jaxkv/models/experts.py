@@ -39,7 +39,7 @@ class ExpertsConfig:
     Raises:
       ValueError: for sizes below 1, more experts per token than there are, or groups that don't divide.
 
-    >>> ExpertsConfig(num_experts=8, per_token=2, mlp_dim=64).scores
+    >>> jaxkv.models.ExpertsConfig(num_experts=8, per_token=2, mlp_dim=64).scores
     'softmax'
     """
 

@@ -44,7 +44,10 @@ def _glm4_moe(fields: Fields) -> DecoderConfig:
     if count % groups or count < 2 * groups:
         raise fields.wrong("n_group", f'it must divide the {count} in "n_routed_experts", and leave 2 to a group')
     if kept > groups or each > kept * (count // groups):
-        raise fields.wrong("topk_group", f'it must be at most {groups} ("n_group"), with room for {each} experts')
+        raise fields.wrong(
+            "topk_group",
+            f'it must be at most the {groups} in "n_group", with room for the {each} in "num_experts_per_tok"',
+        )
     experts = ExpertsConfig(
         count,
         each,

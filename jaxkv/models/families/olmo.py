@@ -38,8 +38,8 @@ def _olmo2(fields: Fields) -> DecoderConfig:
 def _olmo3(fields: Fields) -> DecoderConfig:
     shared = _shared(fields)
     found = reaches(fields, fields["sliding_window"], (SLIDING, SLIDING, SLIDING, FULL))
-    # Scaling is for full layers alone: what a window sees is never farther apart than in training. A theta at the top is
-    # for both, as OLMo 3 was published with transformers 4; 5.24 reads it for full layers alone.
+    # Scaling is for full layers alone: what a window sees is never farther apart than in training. A theta at the top
+    # is for both, as transformers 4 meant it, which wrote such files; 5.24 takes it for full layers alone.
     theta = fields["rope_theta"] or 500_000.0
     full, window = (rope.rotary_of(fields, kind, shared["head_dim"], theta=theta) for kind in (FULL, SLIDING))
     return DecoderConfig(
