@@ -55,3 +55,8 @@ def test_the_disk_benchmark_times_whatever_is_installed(tmp_path):
     assert disk.main(["--quick", "--only", "times", "--out", str(tmp_path / "disk.json")]) == 0
     cases = json.loads((tmp_path / "disk.json").read_text())["times"]["cases"]
     assert all({"jaxkv", "files"} <= set(case["microseconds"]) for case in cases)
+
+
+def test_the_experts_benchmark_compares_ways_that_agree(capsys):
+    assert importlib.import_module("experts").main(["--quick", "--rounds", "1"]) == 0
+    assert "8 tokens: own tokens" in capsys.readouterr().out

@@ -35,6 +35,8 @@ def check_ranked(args: argparse.Namespace, generation: Any) -> None:
     if args.best_of and args.greedy:
         raise UsageError("--greedy gives the same text each time; leave it out, or --best-of")
     n = args.beams or args.best_of
+    if n and args.speculate:
+        raise UsageError(f"--speculate writes one text at a time; leave it out, or {'--beams' if args.beams else '--best-of'}")
     if n and args.samples > n:
         name = "--beams" if args.beams else "--best-of"
         raise UsageError(f"--samples {args.samples} is more than {name} {n} gives; give at most {n}")

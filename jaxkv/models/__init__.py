@@ -14,6 +14,7 @@ from .decoder import Decoder as Decoder
 from .decoder import DecoderConfig as DecoderConfig
 from .encoder_decoder import EncoderDecoder as EncoderDecoder
 from .encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
+from .experts import ExpertsConfig as ExpertsConfig
 from .families import FAMILIES as FAMILIES
 from .files import Files as Files
 from .generation import GenerationConfig as GenerationConfig

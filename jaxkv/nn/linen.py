@@ -15,7 +15,7 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross, Full, Reach
 from jaxkv.meshes import dot_general, forward
 from jaxkv.nn.arguments import check_call
-from jaxkv.nn.heads import PROJECTIONS, Heads, biased, rms_norm
+from jaxkv.nn.heads import PROJECTIONS, Heads, Temperature, biased, qk_scale
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
 
@@ -58,10 +58,11 @@ class Attention(AttentionModule, nn.Module):
     head_dim: int | None = None
     reach: Reach = Full()
     rotary: Any = None
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     qk_norm_epsilon: float = 1e-6
     softcap: float | None = None
     scale: float | None = None
+    temperature: Temperature | None = None
     sink_logits: bool = False
     use_bias: bool | Collection[str] = True
     dropout_rate: float = 0.0
@@ -144,10 +145,8 @@ class Attention(AttentionModule, nn.Module):
         out_features = x.shape[-1] if self.out_features is None else self.out_features
         linear = {name: functools.partial(_projection, self, heads, out_features, name) for name in PROJECTIONS}
         q, k, v = (linear[name](name=name)(x) for name in ("query", "key", "value"))
-        if self.qk_norm:
-            size = heads.head_dim
-            q = rms_norm(q, RMSScale(size, self.param_dtype, name="query_norm")(), self.qk_norm_epsilon)
-            k = rms_norm(k, RMSScale(size, self.param_dtype, name="key_norm")(), self.qk_norm_epsilon)
+        q = self._normed(q, _scale(self, heads, heads.num_heads, "query_norm"))
+        k = self._normed(k, _scale(self, heads, heads.num_kv_heads, "key_norm"))
         sinks = None
         if self.sink_logits:
             sinks = self.param("sink_logits", nn.initializers.zeros_init(), (heads.num_heads,), self.param_dtype)
@@ -175,6 +174,7 @@ class Attention(AttentionModule, nn.Module):
             rotary=self.rotary,
             softcap=self.softcap,
             scale=self.scale,
+            temperature=self.temperature,
             implementation=self.implementation,
             dropout_rate=self.dropout_rate,
             broadcast_dropout=self.broadcast_dropout,
@@ -224,7 +224,7 @@ class CrossAttention(CrossAttentionModule, nn.Module):
     _: dataclasses.KW_ONLY
     size: int
     head_dim: int | None = None
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     qk_norm_epsilon: float = 1e-6
     softcap: float | None = None
     scale: float | None = None
@@ -247,8 +247,7 @@ class CrossAttention(CrossAttentionModule, nn.Module):
         self.query, self.key, self.value, self.out = (
             _projection(self, heads, out_features, name) for name in PROJECTIONS
         )
-        norms = [RMSScale(heads.head_dim, self.param_dtype) if self.qk_norm else None for _ in range(2)]
-        self.query_norm, self.key_norm = norms
+        self.query_norm, self.key_norm = (_scale(self, heads, count) for count in (heads.num_heads, heads.num_kv_heads))
 
     def __call__(
         self,
@@ -358,16 +357,22 @@ class _Flat(nn.meta.AxisMetadata[Any]):
         return _Flat(self.box.remove_axis(index, params))
 
 
-class RMSScale(nn.Module):
-    """The learned scale of an RMS norm. Parameter: `scale` [features], ones."""
+def _scale(module: Any, heads: Heads, count: int, name: str | None = None) -> Any:
+    """Returns the module of the scale of q or k, with `count` heads; None if there is none to learn."""
+    shape = qk_scale(module.qk_norm, count, heads.head_dim)
+    return None if shape is None else Scale(shape, module.param_dtype, name=name)
 
-    features: int
+
+class Scale(nn.Module):
+    """The learned scale of a norm. Parameter: `scale`, ones of a shape."""
+
+    shape: tuple[int, ...]
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self) -> Any:
-        """Returns the scale, [features]."""
-        return self.param("scale", nn.initializers.ones_init(), (self.features,), self.param_dtype)
+        """Returns the scale."""
+        return self.param("scale", nn.initializers.ones_init(), self.shape, self.param_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
