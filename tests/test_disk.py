@@ -338,6 +338,22 @@ def test_a_budget_is_never_exceeded(tmp_path, policy):
     assert Disk(tmp_path, budget=budget, policy=policy).stats().items == store.stats().items
 
 
+def test_what_is_taken_is_measured_seldom_far_from_the_budget_and_always_near_it(tmp_path, statements):
+    store = Disk(tmp_path, budget=1 << 30)
+
+    def measured(count: int) -> int:
+        statements.clear()
+        for _ in range(count):
+            fill(store, [chance.getrandbits(60)], 4000)
+        return statements.count("pragma page_count")
+
+    chance = random.Random(0)
+    assert measured(50) <= 2
+    store.budget = store.stats().nbytes + 40 * 4096
+    store._sure = 0
+    assert 20 < measured(30) < 70 and store.stats().nbytes <= store.budget
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_budget_too_small_for_one_record_is_said_once(tmp_path, policy, caplog):
     store = Disk(tmp_path, budget=BUDGET_LEAST, policy=policy)
