@@ -175,6 +175,15 @@ def test_a_missing_library_is_named_with_the_cure(tmp_path, monkeypatch):
         Disk(tmp_path)
 
 
+def test_a_python_without_sqlite_or_with_one_for_a_single_thread_is_told_so(tmp_path, monkeypatch):
+    program = "import sys; sys.modules['_sqlite3'] = None; import jaxkv; jaxkv.Memo()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert "ImportError: this Python was built without sqlite3, which a Memo needs; use a Python that" in done.stderr
+    monkeypatch.setattr(sqlite3, "threadsafety", 0)
+    with pytest.raises(ValueError, match=r"was built for one thread \(SQLITE_THREADSAFE=0\); use another one"):
+        Disk(tmp_path)
+
+
 def test_a_directory_that_holds_something_else_is_refused_and_not_filled(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"holds other files, such as 'thesis.tex'; give an empty"):

@@ -13,7 +13,6 @@ import random
 import re
 import shlex
 import shutil
-import sqlite3
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,12 @@ from typing import Any
 from urllib.parse import quote
 
 from jaxkv.memo.record import KEY_BYTES, LARGE, NAMESPACE_BYTES, path_of_file
+
+try:
+    import sqlite3
+except ImportError as error:
+    what, cure = "this Python was built without sqlite3, which a Memo needs", "with SQLite's headers (libsqlite3-dev)"
+    raise ImportError(f"{what}; use a Python that has it, or build this one again {cure}") from error
 
 VERSION = 1
 PAGE_BYTES = 4096
@@ -32,7 +37,7 @@ SELECT = "select rowid, key, raw, stored, hash, payload from items"  # as in a R
 INSERT = "insert or ignore into items values (?, ?, ?, ?, ?, ?)"
 COUNT = "select count(*) from items"
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-UNLINKED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)  # if it isn't there
+UNLINKED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)  # if it isn't there
 _ODD = (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_ERROR)  # the last one: a table isn't there
 DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT, *_ODD)
 _NAME = re.compile(r"memo-v(\d+)-(\d{6})\.db(|-journal|-files)")  # the version here, where no flipped bit changes it
@@ -105,6 +110,10 @@ class Database(sqlite3.Connection):
     """
 
     def __init__(self, path: str, timeout: float, *, create: bool = False) -> None:
+        if not sqlite3.threadsafety:
+            raise ValueError(
+                "the SQLite of this Python was built for one thread (SQLITE_THREADSAFE=0); use another one"
+            )
         with contextlib.suppress(FileNotFoundError):
             identity(path)
         name = f"file:{quote(os.fsencode(path))}?mode=rw{'c' * create}"
@@ -173,14 +182,15 @@ class Database(sqlite3.Connection):
             total += count
         return total
 
+    def still_there(self, rows: dict[int, Any]) -> list[int]:
+        """Returns the numbers of rows that still have these payloads: others may remove rows, and use numbers again."""
+        now = self.execute(f"select rowid, payload from items where rowid in ({','.join(map(str, rows))})").fetchall()
+        return [number for number, payload in now if payload == rows[number]]
+
     def remove_these(self, rows: dict[int, Any]) -> list[int]:
         """Removes rows by number, as long as they have these payloads; returns the numbers of those it removed."""
         with self.transaction():
-            now = self.execute(
-                f"select rowid, payload from items where rowid in ({','.join(map(str, rows))})"
-            ).fetchall()
-            there = [number for number, payload in now if payload == rows[number]]
-            self.remove(f"rowid in ({','.join(map(str, there))})")
+            self.remove(f"rowid in ({','.join(map(str, there := self.still_there(rows)))})")
         return there
 
     def make_room(self, size: int, order: str, used: int = 1 << 62) -> int:

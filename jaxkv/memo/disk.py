@@ -163,7 +163,8 @@ class Disk:
         try:
             with db.transaction():
                 others = {key for (key,) in db.with_keys(database.KEYS, [one.key for one in records])}
-                others |= {key for key, path in aside.items() if not os.path.exists(path)}  # prune or clear took it
+                gone = (key for key, path in aside.items() if not _is_file_in(db.folder, path))
+                others |= {*gone}  # prune or clear took it, or this is the next database already
                 fresh = [one for one in records if one.key not in others]
                 for namespace in {one.key[:NAMESPACE_BYTES] for one in fresh} & set(self._labels):
                     db.execute("insert or ignore into labels values (?, ?)", (namespace, self._labels[namespace]))
@@ -232,6 +233,10 @@ def share_of_disk(directory: str, share: float, taken: int) -> int:
     while not os.path.exists(directory):
         directory = os.path.dirname(directory)
     return max(int(share * (shutil.disk_usage(directory).free + taken)), BUDGET_LEAST)
+
+
+def _is_file_in(folder: str, path: str) -> bool:
+    return os.path.dirname(path) == folder and os.path.exists(path)
 
 
 class _FullError(Exception):

@@ -45,11 +45,18 @@ def pack(key: bytes, payload: Any, compress: bool) -> Record:
 
 def put_aside(record: Record, folder: str) -> tuple[str, Record]:
     """Writes the payload to a file of the folder whose name nobody else will use; returns its path, and the record."""
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, secrets.token_hex(16))
-    with written(path) as file:
-        file.write(record.payload)
-    return path, record._replace(payload=os.path.basename(path).encode())
+    name = secrets.token_hex(16)
+    path = os.path.join(folder, name)
+    for last in (False, False, True):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with written(path) as file:
+                file.write(record.payload)
+            break
+        except (FileNotFoundError, FileExistsError):  # others clear or prune just now
+            if last:
+                raise
+    return path, record._replace(payload=name.encode())
 
 
 def path_of_file(name: Any, folder: str) -> str | None:
