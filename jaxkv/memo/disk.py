@@ -139,7 +139,7 @@ class Disk:
         return fit
 
     def _keep(self, records: list[Record], budget: int | None) -> set[bytes]:
-        """Writes records, and returns the keys of those that were written; None for those that surely fit."""
+        """Writes records, and returns the keys of those that are there; the budget is None if they surely fit."""
         kept = set[bytes]()
         aside: dict[bytes, str] = {}  # the files of large ones
         try:
@@ -158,14 +158,14 @@ class Disk:
     def _insert(
         self, db: Any, records: Sequence[Record], aside: dict[bytes, str], kept: set[bytes], budget: int | None
     ) -> None:
-        """Adds the keys of those that it inserts to `kept`, also if it fails on the way."""
+        """Adds the keys of those that are there to `kept`, also if it fails on the way."""
         evicted = 0
         try:
             with db.transaction():
-                others = {key for (key,) in db.with_keys(database.KEYS, [one.key for one in records])}
-                gone = (key for key, path in aside.items() if not _is_file_in(db.folder, path))
-                others |= {*gone}  # prune or clear took it, or this is the next database already
-                fresh = [one for one in records if one.key not in others]
+                there = {key for (key,) in db.with_keys(database.KEYS, [one.key for one in records])}
+                # Prune or clear took the file, or this is the next database already.
+                gone = {key for key, path in aside.items() if not _is_file_in(db.folder, path)}
+                fresh = [one for one in records if one.key not in there | gone]
                 for namespace in {one.key[:NAMESPACE_BYTES] for one in fresh} & set(self._labels):
                     db.execute("insert or ignore into labels values (?, ?)", (namespace, self._labels[namespace]))
                 used = db.now()
@@ -183,7 +183,8 @@ class Disk:
             return
         if budget is not None:
             self._sure = left // _SURE
-        kept.update(one.key for one in fresh)
+        database.unlink([aside.pop(key) for key in (there - kept) & aside.keys()])
+        kept.update(there, (one.key for one in fresh))
         self._current.counts.update(written=len(fresh), evicted=evicted)
 
     def _refused(self, size: int) -> None:
