@@ -221,8 +221,8 @@ def load_state(
     _check_path(path, "load_state")
     file = safetensors.File(path)
     if module is None:
-        state = dict(file)
-        return state | {other: state[name] for other, name in file.tied.items()}
+        arrays = dict(file)
+        return arrays | {other: arrays[name] for other, name in file.tied.items()}
     try:
         state = {name: file[name] if file.is_known(name) else _Unknown(file, name) for name in file}
         return _load(module, state, file.tied, strict, mismatched)
