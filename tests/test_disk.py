@@ -224,6 +224,17 @@ def test_a_database_of_something_else_is_refused_and_left_alone(tmp_path):
     assert files(tmp_path)[0].read_bytes() == before
 
 
+def test_a_database_that_somebody_holds_in_another_journal_mode_is_busy_until_they_let_go(tmp_path):
+    store = Disk(tmp_path)
+    fill(store, range(3)), store.close()
+    with contextlib.closing(sqlite3.connect(files(tmp_path)[0])) as theirs:
+        theirs.execute("pragma journal_mode=wal")
+        theirs.execute("select * from items").fetchone()
+        again = Disk(tmp_path)
+        assert found(again, range(3)) == [] and fill(again, [4]) == 0 and again.stats().busy > 1
+    assert found(again, range(3)) == [0, 1, 2] and fill(again, [4]) == 1 and again.stats().errors == 0
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 @pytest.mark.parametrize("ending", ["", "-journal"])
 def test_a_fifo_or_a_folder_in_a_files_place_is_refused_or_a_miss(tmp_path, make, ending):

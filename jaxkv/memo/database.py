@@ -119,6 +119,13 @@ class Database(sqlite3.Connection):
         name = f"file:{quote(os.fsencode(path))}?mode=rw{'c' * create}"
         super().__init__(name, timeout=timeout, isolation_level=None, check_same_thread=False, uri=True)
         self.text_factory, self.folder = bytes, f"{path}-files"
+        try:
+            self._prepare(path)
+        except BaseException:
+            self.close()  # the error keeps it alive, and what it holds
+            raise
+
+    def _prepare(self, path: str) -> None:
         for pragma in _PRAGMAS.split(";"):
             self.execute(f"pragma {pragma}")
         tables = {name for (name,) in self.execute("select name from sqlite_master")}
