@@ -366,6 +366,7 @@ def mixed(before: str, after: str, folder: str, chance: random.Random) -> None:
 
 
 def powerless(name: str, folder: str, chance: random.Random) -> dict[str, int]:
+    os.makedirs(folder)
     trial(lambda: STORES[name](folder) and {})
     ours, theirs = os.pipe()
     os.set_blocking(ours, False)

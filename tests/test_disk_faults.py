@@ -379,30 +379,30 @@ def test_a_database_that_another_process_clears_while_this_one_writes_is_no_erro
     assert (store.stats().errors, store.stats().replaced, caplog.messages) == (0, 0, [])
 
 
-@pytest.mark.parametrize("where", ["put_aside", "written"])
+@pytest.mark.parametrize("where", [(record, "put_aside"), (record.secrets, "token_hex")])
 def test_a_large_record_that_others_clear_around_is_whole_or_not_kept(tmp_path, monkeypatch, caplog, where):
     store, other = Disk(tmp_path), Disk(tmp_path)
     fill(store, [1], LARGE)
-    between(monkeypatch, record, where, other.clear)
+    between(monkeypatch, *where, other.clear)
     assert fill(store, [2], LARGE) == 0 and found(store, [1, 2], LARGE) == []
     assert fill(store, [2], LARGE) == 1 and found(other, [1, 2], LARGE) == [2]
     assert counted(store) == store.stats().errors == 0 and caplog.messages == []
 
 
-def test_a_large_record_whose_half_written_file_is_pruned_is_written_again(tmp_path, monkeypatch):
+def test_a_large_record_whose_half_written_file_is_pruned_is_not_kept(tmp_path, monkeypatch):
     store = Disk(tmp_path)
     fill(store, [1], LARGE)
-    usual = record.written
 
-    @contextlib.contextmanager
-    def pruned(path):
-        with usual(path) as file:
-            yield file
-            monkeypatch.setattr(record, "written", usual)
-            prune(str(tmp_path), None, (), True, lambda done, total: None)
+    def pruned(path, mode, **how):
+        file = open(path, mode, **how)  # noqa: SIM115
+        prune(str(tmp_path), None, (), True, lambda done, total: None) if mode == "xb" else None
+        return file
 
-    monkeypatch.setattr(record, "written", pruned)
-    assert fill(store, [2], LARGE) == 1 and found(store, [1, 2], LARGE) == [1, 2] and store.stats().errors == 0
+    monkeypatch.setattr(record, "open", pruned, raising=False)
+    assert fill(store, [2], LARGE) == 0
+    monkeypatch.undo()
+    assert fill(store, [2], LARGE) == 1 and found(store, [1, 2], LARGE) == [1, 2]
+    assert counted(store) == store.stats().errors == 0 and survey(str(tmp_path)).strays == 0
 
 
 def test_a_record_that_takes_the_number_of_a_damaged_one_is_not_pruned(tmp_path, monkeypatch):

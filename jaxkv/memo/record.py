@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 from typing import Any, NamedTuple
 
 from jaxkv.extras import need
-from jaxkv.whole import written
 
 KEY_BYTES = 32
 NAMESPACE_BYTES = 16  # of a key, at its beginning: which function it is of
@@ -44,18 +44,26 @@ def pack(key: bytes, payload: Any, compress: bool) -> Record:
 
 
 def put_aside(record: Record, folder: str) -> tuple[str, Record]:
-    """Writes the payload to a file of the folder whose name nobody else will use; returns its path, and the record."""
+    """Writes the payload to a file of the folder whose name nobody else will use; returns its path, and the record.
+
+    Nobody reads it before the row is there that names it, so a file that is half written needs no other name.
+    """
     name = secrets.token_hex(16)
     path = os.path.join(folder, name)
     for last in (False, False, True):
         try:
-            os.makedirs(folder, exist_ok=True)
-            with written(path) as file:
-                file.write(record.payload)
+            with open(path, "xb") as file:
+                try:
+                    file.write(record.payload)
+                except BaseException:
+                    os.unlink(path)
+                    raise
             break
-        except (FileNotFoundError, FileExistsError):  # others clear or prune just now
-            if last:
+        except FileNotFoundError:
+            if last:  # others clear again and again
                 raise
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(folder, exist_ok=True)
     return path, record._replace(payload=name.encode())
 
 
