@@ -87,10 +87,14 @@ def lower(path: str) -> list[str]:
 def identity(path: str) -> tuple[int, int]:
     """Returns what tells a database from another one that took its name, which must be a file: a FIFO would wait."""
     about = os.stat(path)
-    for name in (f"{path}-journal", path):
-        with contextlib.suppress(FileNotFoundError):  # a journal may go at any time
-            if not stat.S_ISREG(os.stat(name).st_mode):
-                raise ValueError(f"{name} is not a file, as a database must be; remove it, or give another directory")
+    journal = f"{path}-journal"
+    try:
+        there = stat.S_ISREG(os.stat(journal).st_mode)
+    except FileNotFoundError:  # it may go at any time
+        there = True
+    if not there or not stat.S_ISREG(about.st_mode):
+        name = journal if not there else path
+        raise ValueError(f"{name} is not a file, as a database must be; remove it, or give another directory")
     return about.st_dev, about.st_ino
 
 
@@ -165,9 +169,11 @@ class Database(sqlite3.Connection):
 
     def with_keys(self, statement: str, keys: Sequence[bytes]) -> list[tuple[Any, ...]]:
         """Returns what a statement does with the rows that have these keys, in any order."""
-        parts = [keys[first : first + _ASKED_AT_ONCE] for first in range(0, len(keys), _ASKED_AT_ONCE)]
-        said = ((f"{statement} where key in ({','.join('?' * len(part))})", part) for part in parts)
-        return [row for words in said for row in self.execute(*words)]
+        rows: list[tuple[Any, ...]] = []
+        for first in range(0, len(keys), _ASKED_AT_ONCE):
+            part = keys[first : first + _ASKED_AT_ONCE]
+            rows += self.execute(f"{statement} where key in ({','.join('?' * len(part))})", part)
+        return rows
 
     def remove(self, where: str, values: Sequence[Any] = ()) -> int:
         """Removes rows, and labels without rows, in a transaction; returns how many."""

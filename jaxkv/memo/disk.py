@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from jaxkv.extras import need
 from jaxkv.memo import database, record
 from jaxkv.memo.current import Current
 from jaxkv.memo.memory import BY_USE, POLICIES
@@ -73,7 +74,9 @@ class Disk:
             raise ValueError(f"disk is {directory!r}; give the path of a directory")
         self.directory = os.path.abspath(os.path.expanduser(os.fsdecode(directory)))
         self.budget, self.policy, self.compress = budget, policy, compress
-        record.pack(b"", b"", compress is not None)  # are the libraries there?
+        need("xxhash", "the disk tier", "memo")
+        if compress is not None:
+            need(*record.ZSTD)
         self._labels: dict[bytes, bytes] = {}
         self._unsynced: set[str] = set()
         self._sure = 0  # bytes that fit in any case: to measure what is taken, all large records are looked at
@@ -105,7 +108,9 @@ class Disk:
         if hits and self.policy in BY_USE and current.may_write():
             current.do("writing", lambda db: db.with_keys(f"update items set used = {db.now()}", list(values)), [])
         with current.lock:
-            current.counts.update([*wrong.values()], hits=hits, misses=len(keys) - hits)
+            current.counts["hits"] += hits
+            current.counts["misses"] += len(keys) - hits
+            current.counts.update(wrong.values())
         return found
 
     def write(self, keys: Sequence[bytes], payloads: Sequence[Any]) -> int:

@@ -167,7 +167,7 @@ class Features:
         {'image': array([2., 2.], dtype=float32), 'label': 7}
         """
         source = Source(examples, at, missing)
-        call, runner = self._prepare((source.batch(0),), kwargs)
+        call, runner = self._prepare((source.first(),), kwargs)
         return source.reading(self._tiers.each, self._hash, runner.entry, call)
 
     def clear(self) -> None:

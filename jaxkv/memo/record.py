@@ -13,7 +13,7 @@ from jaxkv.extras import need
 KEY_BYTES = 32
 NAMESPACE_BYTES = 16  # of a key, at its beginning: which function it is of
 LARGE = 1 << 16  # bytes from which a payload lies in a file
-_FOR = ('compress="zstd"', "memo")
+ZSTD = "zstandard", 'compress="zstd"', "memo"
 _LEVEL = 1  # of zstd: features are noise for the most part, so more effort wins little
 _NAME = re.compile(rb"[0-9a-f]{32}")
 
@@ -38,7 +38,7 @@ def pack(key: bytes, payload: Any, compress: bool) -> Record:
     data: Any = view.cast("B") if view.nbytes else b""
     raw = view.nbytes
     if compress:
-        packed = need("zstandard", *_FOR).ZstdCompressor(level=_LEVEL).compress(data)
+        packed = need(*ZSTD).ZstdCompressor(level=_LEVEL).compress(data)
         data = packed if len(packed) < raw else data
     return Record(key, raw, len(data), _check(key, raw, data), data)
 
@@ -90,10 +90,12 @@ def unpack(record: Record, folder: str) -> Any:
             data = file.readall()
     if _check(record.key, record.raw, data) != record.check:
         raise DamagedError
-    return data if record.stored == record.raw else need("zstandard", *_FOR).ZstdDecompressor().decompress(data)
+    return data if record.stored == record.raw else need(*ZSTD).ZstdDecompressor().decompress(data)
 
 
 def _check(key: bytes, raw: int, data: Any) -> bytes:
-    state = need("xxhash", "the disk tier", "memo").xxh3_64(b"%b%d" % (key, raw))
+    import xxhash  # `need` would take as long as the checksum of 4 KB
+
+    state = xxhash.xxh3_64(b"%b%d" % (key, raw))
     state.update(data)
     return state.digest()
