@@ -77,7 +77,7 @@ class Source:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
-        """Returns what `__getitem__` does for each index, looked up at once: torch's `DataLoader` asks so for batches."""
+        """Returns what `__getitem__` does for each index, looked up at once, as torch's `DataLoader` does."""
         examples = [self._example(index) for index in indices]
         keys = [self._key(index, example) for index, example in zip(indices, examples, strict=True)]
         payloads: dict[bytes, Any] = dict.fromkeys(keys)
