@@ -10,6 +10,7 @@ import json
 import os
 import random
 import resource
+import secrets
 import shutil
 import sqlite3
 import subprocess
@@ -379,7 +380,7 @@ def test_a_database_that_another_process_clears_while_this_one_writes_is_no_erro
     assert (store.stats().errors, store.stats().replaced, caplog.messages) == (0, 0, [])
 
 
-@pytest.mark.parametrize("where", [(record, "put_aside"), (record.secrets, "token_hex")])
+@pytest.mark.parametrize("where", [(record, "put_aside"), (secrets, "token_hex")])
 def test_a_large_record_that_others_clear_around_is_whole_or_not_kept(tmp_path, monkeypatch, caplog, where):
     store, other = Disk(tmp_path), Disk(tmp_path)
     fill(store, [1], LARGE)

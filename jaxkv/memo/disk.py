@@ -7,7 +7,7 @@ import functools
 import json
 import operator
 import os
-import shutil
+import secrets
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -19,7 +19,6 @@ from jaxkv.memo.record import KEY_BYTES, LARGE, NAMESPACE_BYTES, DamagedError, R
 from jaxkv.sizes import format_bytes
 
 BUDGET_LEAST = 2 * database.LEAST_BYTES
-DISK_SHARE = 0.5  # of the free disk, where no budget is given
 _SURE = 16  # processes that may write what was sure to fit when each measured last, before the budget is exceeded
 _ORDER = {"lru": "used", "mru": "used desc", "fifo": "rowid"}
 
@@ -150,7 +149,8 @@ class Disk:
         try:
             for i, one in enumerate(records):
                 if one.stored >= LARGE:
-                    aside[one.key], records[i] = record.put_aside(one, self._current.folder)
+                    aside[one.key] = path = os.path.join(self._current.folder, secrets.token_hex(16))
+                    records[i] = record.put_aside(one, path)
             if records:
                 self._current.do("writing", lambda db: self._insert(db, records, aside, kept, budget), None)
         except OSError as error:
@@ -232,13 +232,6 @@ class Disk:
     def __reduce__(self) -> Any:
         settings = {"budget": self.budget, "policy": self.policy, "compress": self.compress}
         return functools.partial(Disk, **settings), (self.directory,)
-
-
-def share_of_disk(directory: str, share: float, taken: int) -> int:
-    """Returns as budget a share of what is free on a directory's disk, and of the bytes that the store has taken."""
-    while not os.path.exists(directory):
-        directory = os.path.dirname(directory)
-    return max(int(share * (shutil.disk_usage(directory).free + taken)), BUDGET_LEAST)
 
 
 def _is_file_in(folder: str, path: str) -> bool:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+from jaxkv.memo.budget import SHARE, parse_share, share_of_disk
 from jaxkv.memo.counts import MemoStats
-from jaxkv.memo.disk import DISK_SHARE, Disk, share_of_disk
+from jaxkv.memo.disk import Disk
 from jaxkv.memo.features import Features
 from jaxkv.memo.hashing import Hash
 from jaxkv.memo.memory import Memory
@@ -19,7 +19,7 @@ from jaxkv.memo.staging import Staging
 from jaxkv.memo.tiers import Tiers
 from jaxkv.sizes import format_bytes, parse_bytes
 
-_DISK_BUDGET = f"{DISK_SHARE:.0%}"
+_DISK_BUDGET = f"{SHARE:.0%}"
 
 
 class Memo:
@@ -81,7 +81,7 @@ class Memo:
         memory_tier = None if memory is None else Memory(parse_bytes(memory), policy)
         disk_tier = None
         if disk is not None:
-            share = _share(disk_budget)
+            share = parse_share(disk_budget)
             budget = parse_bytes(disk_budget) if disk_budget is not None and share is None else None
             disk_tier = Disk(disk, budget=budget, policy=disk_policy or policy, compress=compress)
             if share is not None:
@@ -182,21 +182,6 @@ class Memo:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _share(budget: Any) -> float | None:
-    """Returns the share of the disk that is meant by a text such as "50%", None if it is none.
-
-    Raises:
-      ValueError: for less than nothing and more than all.
-    """
-    if not isinstance(budget, str) or not budget.strip().endswith("%"):
-        return None
-    with contextlib.suppress(ValueError):
-        share = float(budget.strip()[:-1]) / 100
-        if 0 < share <= 1:
-            return share
-    raise ValueError(f'disk_budget is {budget!r}; give a share of the disk from "1%" to "100%", bytes, or None')
 
 
 def _floating(dtype: Any) -> Any:

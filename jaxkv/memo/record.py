@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 from typing import Any, NamedTuple
 
 from jaxkv.extras import need
@@ -43,28 +42,19 @@ def pack(key: bytes, payload: Any, compress: bool) -> Record:
     return Record(key, raw, len(data), _check(key, raw, data), data)
 
 
-def put_aside(record: Record, folder: str) -> tuple[str, Record]:
-    """Writes the payload to a file of the folder whose name nobody else will use; returns its path, and the record.
-
-    Nobody reads it before the row is there that names it, so a file that is half written needs no other name.
-    """
-    name = secrets.token_hex(16)
-    path = os.path.join(folder, name)
+def put_aside(record: Record, path: str) -> Record:
+    """Writes the payload to a file, and returns the record that names it: nobody reads it before that is in its row."""
     for last in (False, False, True):
         try:
             with open(path, "xb") as file:
-                try:
-                    file.write(record.payload)
-                except BaseException:
-                    os.unlink(path)
-                    raise
+                file.write(record.payload)
             break
         except FileNotFoundError:
             if last:  # others clear again and again
                 raise
             with contextlib.suppress(FileExistsError):
-                os.makedirs(folder, exist_ok=True)
-    return path, record._replace(payload=name.encode())
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+    return record._replace(payload=os.path.basename(path).encode())
 
 
 def path_of_file(name: Any, folder: str) -> str | None:
