@@ -193,9 +193,9 @@ class Disk:
         self._current.counts.update(written=len(fresh), evicted=evicted)
 
     def _refused(self, size: int) -> None:
-        budget, need = self.budget or 0, f"{max(self.budget or 0, size) + BUDGET_LEAST:,} bytes or more"
+        budget, enough = self.budget or 0, f"{max(self.budget or 0, size) + BUDGET_LEAST:,} bytes or more"
         what = f"the budget of {format_bytes(budget)} has no room for a record of {format_bytes(size)}; it is not kept"
-        cure = f'give a disk_budget of {need}, or disk_policy="lru", or make room by jaxkv memo prune'
+        cure = f'give a disk_budget of {enough}, or disk_policy="lru", or make room by jaxkv memo prune'
         self._current.say("budget", f"{what}: {cure}")
 
     def describe(self, namespace: bytes, about: Callable[[], dict[str, Any]]) -> None:
