@@ -35,8 +35,8 @@ from .generate.speculate import speculate as speculate
 from .generate.stream import Stream as Stream
 from .generate.stream import generate as generate
 from .generate.stream import stream as stream
+from .memo.counts import MemoStats as MemoStats
 from .memo.memo import Memo as Memo
-from .memo.tiers import MemoStats as MemoStats
 from .nn import linen as linen
 from .nn import nnx as nnx
 from .nn.attend import attend as attend

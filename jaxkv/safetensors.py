@@ -100,6 +100,11 @@ class File(Mapping[str, np.ndarray]):
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
+    @property
+    def tied(self) -> dict[str, str]:
+        """Further names of tensors, each with the one there is: PyTorch's `save_model` has them in the metadata."""
+        return {name: there for name, there in self.metadata.items() if there in self and name not in self}
+
     def is_known(self, name: str) -> bool:
         """Returns whether the dtype of a tensor is known here, so that it can be read."""
         return self._entries[name][0] in DTYPES

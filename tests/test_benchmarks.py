@@ -50,6 +50,14 @@ def test_the_offload_benchmark_runs(tmp_path):
     assert {"ms", "overlap", "settings"} <= set(json.loads((tmp_path / "offload.json").read_text()))
 
 
+def test_writers_a_reader_clear_and_prune_at_once_lose_nothing(capsys):
+    """But what they are asked to remove."""
+    assert importlib.import_module("disk_together").main(["--seconds", "1"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        for what in ("wrong", "raised", "lost in the end", "corrupt", "lost", "replaced", "errors", "damaged"):
+            assert f"  {what} 0" in line, line
+
+
 def test_the_disk_benchmark_times_whatever_is_installed(tmp_path):
     disk = importlib.import_module("disk")
     assert disk.main(["--quick", "--only", "times", "--out", str(tmp_path / "disk.json")]) == 0

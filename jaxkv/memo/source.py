@@ -41,9 +41,13 @@ class Source:
         self._at = at
         self._missing = missing
 
-    def batch(self, index: int) -> Any:
+    def first(self) -> Any:
+        """Returns the function's argument for the first example, as `batch` does."""
+        return self.batch(self._examples[0])
+
+    def batch(self, example: Any) -> Any:
         """Returns the function's argument for one example, as a batch of one, in the byte order that calls hash."""
-        argument = part(self._examples[index], self._at)
+        argument = part(example, self._at)
         return jax.tree.map(lambda leaf: native(np.asarray(leaf))[None], argument)
 
     def reading(self, tiers: Sequence[Any], hashing: Hash, entry: Entry, call: Call) -> Source:
@@ -52,7 +56,7 @@ class Source:
         self._hash = hashing
         self._entry = entry
         self._namespace = entry.namespace_of(call, hashing)
-        self._form = _form(self.batch(0))
+        self._form = _form(self.first())
         if len(self._form) != len(call.columns):
             raise ValueError("only the first argument can be of the example; the others must belong to all of them")
         return self
@@ -70,21 +74,37 @@ class Source:
         """
         if isinstance(index, slice):
             raise IndexError(f"a source gives one example at a time, not {index}")
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
+        """Returns what `__getitem__` does for each index, looked up at once, as torch's `DataLoader` does."""
+        examples = [self._example(index) for index in indices]
+        keys = [self._key(index, example) for index, example in zip(indices, examples, strict=True)]
+        payloads: dict[bytes, Any] = dict.fromkeys(keys)
+        for tier in self._tiers:
+            asked = [key for key, payload in payloads.items() if payload is None]
+            payloads.update(zip(asked, tier.read(asked, self._entry.nbytes) if asked else (), strict=True))
+        found = [payloads[key] for key in keys]
+        return [self._output(*each) for each in zip(indices, examples, found, strict=True)]
+
+    def _example(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(f"there are {len(self):,} examples, and {index} is none of them")
-        batch = self.batch(index)
+        return self._examples[index]
+
+    def _key(self, index: Any, example: Any) -> bytes:
+        batch = self.batch(example)
         if (form := _form(batch)) != self._form:
             raise ValueError(
                 f"example {index} is {_said(form)}, and the first one {_said(self._form)}; make a source for each"
             )
-        key = self._namespace + self._hash.rows([np.asarray(leaf) for leaf in jax.tree.leaves(batch)])[0]
-        payload = next(
-            (got for tier in self._tiers if (got := tier.read([key], self._entry.nbytes)[0]) is not None), None
-        )
+        return self._namespace + self._hash.rows([np.asarray(leaf) for leaf in jax.tree.leaves(batch)])[0]
+
+    def _output(self, index: Any, example: Any, payload: Any) -> Any:
         if payload is None and self._missing == "raise":
             raise KeyError(f"the output for example {index} is not there; compute it before: features.warm(batches)")
         output = None if payload is None else jax.tree.map(lambda leaf: leaf[0], self._entry.assemble([payload]))
-        return output if self._at is None else _replace(self._examples[index], self._at, output)
+        return output if self._at is None else _replace(example, self._at, output)
 
     def __getstate__(self) -> dict[str, Any]:
         disk = [tier for tier in self._tiers if isinstance(tier, Disk)]
