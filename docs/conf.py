@@ -32,6 +32,7 @@ autodoc_typehints = "none"  # most are Any: the docstrings give shapes and dtype
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 
 html_theme = "sphinx_book_theme"
 html_title = "jaxkv"
