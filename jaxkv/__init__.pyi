@@ -5,6 +5,7 @@ from . import testing as testing
 from .cache.cache import Cache as Cache
 from .cache.export import exportable as exportable
 from .cache.layer import Layer as Layer
+from .cache.pages import Pages as Pages
 from .cache.plan import MemoryPlan as MemoryPlan
 from .cache.plan import plan_memory as plan_memory
 from .cache.rows import Rows as Rows

@@ -97,14 +97,14 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
     reaches = list(dict.fromkeys(spec.reach for spec in specs if not isinstance(spec.reach, Cross)))
     crosses = list(dict.fromkeys(spec.reach for spec in specs if isinstance(spec.reach, Cross)))
     behind = max(sizes.max_block, sizes.slack)
-    groups = tuple(Group.init(reach, sizes.num_rows, sizes.capacity, behind) for reach in reaches)
-    encoded = Encoded.init(crosses[0], sizes.num_rows) if crosses else None
+    groups = tuple(Group.init(reach, sizes.num_rows, sizes.capacity, behind, layout) for reach in reaches)
+    encoded = Encoded.init(crosses[0], sizes.num_rows, layout) if crosses else None
     books: list[Any] = [*groups, encoded]
 
     def layer(spec: LayerSpec, num_stacked: int | None) -> Layer:
         group = [*reaches, *crosses].index(spec.reach)
         num_slots = books[group].num_slots
-        lead = layout.lead(sizes.num_rows, spec.num_kv_heads, num_slots)
+        lead = layout.lead(books[group].pages, sizes.num_rows, spec.num_kv_heads, num_slots)
         lead = lead if num_stacked is None else (num_stacked, *lead)
         return Layer(
             k=spec.k_storage.zeros(lead, spec.head_dim),

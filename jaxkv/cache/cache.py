@@ -106,6 +106,7 @@ class Cache:
         """
         specs = checked_specs(specs)
         sizes = Sizes.of(specs, num_rows, capacity, max_block, slack)
+        layout.check(sizes.capacity, sizes.max_block, sharding)
 
         def build() -> Cache:
             lengths, ok = jnp.zeros((sizes.num_rows,), jnp.int32), jnp.ones((sizes.num_rows,), bool)
@@ -128,6 +129,12 @@ class Cache:
     def bookkeeping(self) -> tuple[Any, ...]:
         """What each layer's `group` counts: the groups, then that of the Cross layers."""
         return self.groups if self.encoded is None else (*self.groups, self.encoded)
+
+    @property
+    def num_free(self) -> Any:
+        """How many pages each group has left: int32 [G], in the order of `bookkeeping`; int32 [0] on rows."""
+        free = [group.pages.num_free for group in self.bookkeeping if group.pages is not None]
+        return jnp.stack(free) if free else jnp.zeros((0,), jnp.int32)
 
     @property
     def nbytes(self) -> int:

@@ -25,13 +25,14 @@ def rewind(cache: Any, lengths: Any) -> Any:
     """Returns `Cache.rewind`; lengths int32 [R]."""
     landed = _resume(cache, jnp.clip(lengths, 0, cache.lengths), [group.lost for group in cache.groups])
     landed = jnp.where(lengths >= cache.lengths, cache.lengths, landed)
-    return dataclasses.replace(cache, groups=tuple(group.truncate(landed) for group in cache.groups), lengths=landed)
+    groups = [_paged(cache.layout, group.truncate(landed)) for group in cache.groups]
+    return dataclasses.replace(cache, groups=tuple(groups), lengths=landed)
 
 
 def reset(cache: Any, mask: Any) -> Any:
     """Returns `Cache.reset`; mask bool [R]."""
     cache = rewind(cache, jnp.where(mask, 0, FAR))
-    encoded = None if cache.encoded is None else cache.encoded.reset(mask)
+    encoded = None if cache.encoded is None else _paged(cache.layout, cache.encoded.reset(mask))
     return dataclasses.replace(cache, ok=cache.ok | mask, encoded=encoded)
 
 
@@ -41,14 +42,27 @@ def remove(cache: Any, row: Any, known: Any, begin: Any, end: Any) -> Any:
     begin = jnp.clip(begin, 0, length)
     end = jnp.clip(end, begin, length)
     moves = [group.remove(row, begin, end) for group in cache.groups]
+    changed = [delta != 0 for _, _, delta in moves]
+
+    books = [group.pages for group in cache.groups]
+    sequence = [jnp.where(x, row, cache.num_rows)[None] for x in changed]
+    slots = [jnp.arange(x.size, dtype=jnp.int32)[None] for x in changed]
+    fit, claimed = cache.layout.claim(books, sequence, slots, jnp.ones_like(cache.ok))
+    fit = fit[row]
+    pages = [(before, after) for before, (after, _) in zip(books, claimed, strict=True)]
+    groups = []
+    for group, (removed, _, _), (_, after) in zip(cache.groups, moves, pages, strict=True):
+        removed = jax.tree.map(lambda new, old: jnp.where(fit, new, old), removed, group)
+        groups.append(_paged(cache.layout, dataclasses.replace(removed, pages=after)))
 
     def moved(layer: Layer) -> Layer:
         if isinstance(layer.spec.reach, Cross):
             return layer
-        _, sources, delta = moves[layer.group]
+        number = layer.group
+        _, sources, delta = moves[number]
 
         def move(turn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-            return lambda buffer: layer.layout.move(buffer, row, sources, turn)
+            return lambda buffer: layer.layout.move(buffer, row, sources, changed[number] & fit, pages[number], turn)
 
         k = jax.tree.map(move(_turn_keys(layer.spec, delta)), layer.k)
         return dataclasses.replace(layer, k=k, v=jax.tree.map(move(lambda x: x), layer.v))
@@ -56,8 +70,9 @@ def remove(cache: Any, row: Any, known: Any, begin: Any, end: Any) -> Any:
     return dataclasses.replace(
         cache,
         layers=tuple(moved(layer) for layer in cache.layers),
-        groups=tuple(group for group, _, _ in moves),
-        lengths=cache.lengths.at[row].add(begin - end),
+        groups=tuple(groups),
+        lengths=cache.lengths.at[row].add(jnp.where(fit, begin - end, 0)),
+        ok=cache.ok.at[row].min(fit),
     )
 
 
@@ -72,11 +87,16 @@ def copy_prefix(cache: Any, src: Any, src_known: Any, dst: Any, dst_known: Any, 
         filled.append(jnp.where(src_known, cache.encoded.filled[src], 0))
     filled = [jnp.where(dst_known, x, 0) for x in filled]
     to = jnp.where(dst_known, dst, cache.num_rows)
+    rows = jnp.arange(cache.num_rows, dtype=jnp.int32).at[to].set(src, mode="drop")
+    groups = [_paged(cache.layout, group.copy_prefix(src, to, landed), rows) for group in cache.groups]
+    encoded = None
+    if cache.encoded is not None:
+        encoded = _paged(cache.layout, cache.encoded.copy(src, src_known, to), rows)
     return dataclasses.replace(
         cache,
         layers=_map_buffers(cache.layers, lambda layer, x: layer.layout.copy(x, src, dst, filled[layer.group])),
-        groups=tuple(group.copy_prefix(src, to, landed) for group in cache.groups),
-        encoded=None if cache.encoded is None else cache.encoded.copy(src, src_known, to),
+        groups=tuple(groups),
+        encoded=encoded,
         lengths=cache.lengths.at[to].set(landed, mode="drop"),
         ok=cache.ok.at[to].set(True, mode="drop"),
     )
@@ -88,16 +108,27 @@ def take(cache: Any, rows: Any) -> Any:
     rows = jnp.clip(rows, 0, cache.num_rows - 1)
     lengths = jnp.where(known, cache.lengths[rows], 0)
     filled = [group.filled(lengths).max(initial=0) for group in cache.groups]
+    groups = [_paged(cache.layout, group.take(rows, known), rows) for group in cache.groups]
+    encoded = None
     if cache.encoded is not None:
         filled.append(jnp.where(known, cache.encoded.filled[rows], 0).max(initial=0))
+        encoded = _paged(cache.layout, cache.encoded.take(rows, known), rows)
     return dataclasses.replace(
         cache,
         layers=_map_buffers(cache.layers, lambda layer, x: layer.layout.take(x, rows, filled[layer.group])),
-        groups=tuple(group.take(rows, known) for group in cache.groups),
-        encoded=None if cache.encoded is None else cache.encoded.take(rows, known),
+        groups=tuple(groups),
+        encoded=encoded,
         lengths=lengths,
         ok=jnp.where(known, cache.ok[rows], True),
     )
+
+
+def _paged(layout: Any, group: Any, rows: Any = None) -> Any:
+    """Returns a Group or Encoded after its rows changed, with the pages of what they now hold.
+
+    `rows` int32 [R2] says whose pages they are that each row has now; None: its own.
+    """
+    return dataclasses.replace(group, pages=layout.keep(group.pages, group.in_use, rows))
 
 
 def _resume(cache: Any, position: Any, lost: list[Any]) -> Any:

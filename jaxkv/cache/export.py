@@ -17,6 +17,8 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.cross import Encoded
 from jaxkv.cache.group import Group
 from jaxkv.cache.layer import Layer
+from jaxkv.cache.pages import Pages, PageStep
+from jaxkv.cache.pool import Pool
 from jaxkv.cache.rows import Rows
 from jaxkv.cache.spec import Chunk, Cross, Full, LayerSpec, Window
 from jaxkv.cache.step import GroupStep, Step
@@ -86,10 +88,10 @@ def _object(x: Any) -> Any:
     return _kinds[kind](**fields)
 
 
-for _part in (Full, Window, Chunk, Cross, LayerSpec, Dense, Rows):
+for _part in (Full, Window, Chunk, Cross, LayerSpec, Dense, Rows, Pages):
     exportable(_part)
 
-for _node in (Cache, Layer, Group, Encoded, Step, GroupStep):
+for _node in (Cache, Layer, Group, Encoded, Pool, Step, GroupStep, PageStep):
     jax.export.register_pytree_node_serialization(
         _node,
         serialized_name=f"jaxkv.{_node.__name__}",

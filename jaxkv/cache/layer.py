@@ -27,8 +27,9 @@ class Layer:
     traced number, `put` returns the same kind, and `.at(None)` is the whole stack again.
     """
 
-    k: Any  # [R, K, V, H]; stacked: [L, R, K, V, H]; small numbers as bits, H may be packed: see storage and bits
-    v: Any  # [R, K, V, Hv]; stacked: [L, R, K, V, Hv]
+    # On rows A = R and S = V, on pages A = P and S = page_size. Small numbers lie as bits, H may be packed.
+    k: Any  # [A, K, S, H]; stacked: [L, A, K, S, H]
+    v: Any  # [A, K, S, Hv]; stacked: [L, A, K, S, Hv]
     index: Any  # None, or int32 scalar: which layer of a stack
     group: int = dataclasses.field(metadata={"static": True})
     spec: LayerSpec = dataclasses.field(metadata={"static": True})
@@ -97,6 +98,8 @@ class Layer:
         """Returns slots [start, start + size) of the call's sequences: k [B, K, size, H], v [B, K, size, Hv].
 
         The form in which `attend` reads, block by block. `start` may be traced; the stretch must lie within num_slots.
+        On pages a traced start is a multiple of each number that divides both `size` and num_slots, as those of blocks
+        are that follow one another from slot 0, or end with the last.
         """
 
         k, v = (PartitionSpec(*(self._axes(x, step))) for x in (self.k, self.v))
@@ -150,15 +153,13 @@ class Layer:
 
 
 def _put(layer: Layer, step: Step, k: Any, v: Any) -> Layer:
-    slots = step.groups[layer.group].slots
     if step.cross and k.shape[1] < layer.spec.reach.size:
         missing = step.positions[:, k.shape[1] : layer.spec.reach.size] != EMPTY
         k, v = (_fill_up(x, missing) for x in (k, v))
-    slots = slots[:, : k.shape[1]]
 
     def write(buffers: Any, storage: Any, x: Any) -> Any:
         return jax.tree.map(
-            lambda buffer, y: layer.layout.write(buffer, layer.index, step.rows, slots, y, whole=step.whole),
+            lambda buffer, y: layer.layout.write(buffer, layer.index, step, layer.group, y),
             buffers,
             storage.encode(x),
         )
@@ -171,10 +172,7 @@ def _put(layer: Layer, step: Step, k: Any, v: Any) -> Layer:
 def _read(layer: Layer, step: Step, start: Any, *, size: int) -> tuple[Any, Any]:
     def read(buffers: Any, storage: Any, length: int) -> Any:
         x = storage.decode(
-            jax.tree.map(
-                lambda buffer: layer.layout.read(buffer, layer.index, step.rows, start, size, whole=step.whole),
-                buffers,
-            )
+            jax.tree.map(lambda buffer: layer.layout.read(buffer, layer.index, step, layer.group, start, size), buffers)
         )
         return x if x.shape[-1] == length else x[..., :length]
 

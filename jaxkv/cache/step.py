@@ -22,6 +22,7 @@ class GroupStep:
     kv_positions: Any  # int32 [B, V], after the call's own tokens; EMPTY where nothing lies
     kv_spans: Any  # int32 [B, V], 0: none; None if the call, or what lies there, has no spans
     filled: Any  # int32 [B]; slots from here on are empty
+    pages: Any  # where the slots lie: None on rows; a PageStep on pages
     slot_is_position: bool = dataclasses.field(metadata={"static": True})
 
     __repr__ = show
@@ -34,6 +35,7 @@ class GroupStep:
             kv_positions=one(self.kv_positions),
             kv_spans=one(self.kv_spans),
             filled=one(self.filled),
+            pages=None if self.pages is None else self.pages.of_row(one),
         )
 
 

@@ -72,6 +72,7 @@ def self_attend(
         kv_positions=positions,
         kv_spans=spans,
         filled=jnp.full((batch,), length, jnp.int32),
+        pages=None,
         slot_is_position=in_order,
     )
     rest = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits, "implementation": implementation}
@@ -128,6 +129,7 @@ def cross_attend(
         kv_positions=jnp.where(slots < lengths[:, None], slots, EMPTY),
         kv_spans=None,
         filled=lengths,
+        pages=None,
         slot_is_position=False,
     )
     positions = jnp.zeros((batch, *jnp.shape(q)[1:2]), jnp.int32)
