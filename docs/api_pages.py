@@ -24,6 +24,7 @@ PAGES = (
     ("offload", "jaxkv: offload", "Activations of many batches, off the accelerator.", "jaxkv.offload"),
     ("store", "jaxkv: the store", "Named values and queues inside jit.", "jaxkv.store"),
     ("testing", "jaxkv.testing", "For tests of caches and of models that use one.", jaxkv.testing),
+    ("picture", "jaxkv: pictures", "What `jaxkv.show` and `jaxkv.show_mask` return.", "jaxkv.picture"),
     ("errors", "jaxkv: errors", "What jaxkv raises.", "jaxkv.errors"),
 )
 

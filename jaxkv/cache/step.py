@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from jaxkv.cache.look import html, show_step
 from jaxkv.cache.show import show
 from jaxkv.cache.spec import Reach
 
@@ -56,6 +57,9 @@ class Step:
     cross: bool = dataclasses.field(default=False, metadata={"static": True})  # made by begin_cross
 
     __repr__ = show
+
+    def _repr_html_(self) -> str:
+        return html(self, show_step)
 
     def visible(self, reach: Reach, kv_positions: Any, kv_spans: Any) -> Any:
         """Returns which of some slots, by their positions and spans, the queries of this call may see.
