@@ -43,6 +43,7 @@ lint: $(VENV)/.dev ## check style and formatting
 
 type: $(VENV)/.dev ## check types
 	$(BIN)/mypy
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python tests/public_types.py
 
 docs: site ## build the documentation in docs/_build, and run all code that it shows
 	$(BIN)/python -m pytest -q -n $(WORKERS) tests/test_readme.py

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import pkgutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxkv.cache.spec import EMPTY, Chunk, Cross
 from jaxkv.generate.reading import blocks, last_positions
 from jaxkv.picture import Picture
 
+_PAGE = (pkgutil.get_data("jaxkv.cli", "trace.html") or b"").decode()
 _MOST = 1024  # squares of a group and row; more slots share them
 
 
@@ -95,64 +97,3 @@ class Trace:
         # "</" would end the script, whatever stands in a text.
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/").replace("<!", "<\\!")
         return _PAGE.replace("TITLE", html.escape(title)).replace("DATA", text)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>TITLE</title>
-<style>
-:root{color-scheme:light dark;--ink:#222;--ground:#fff;--line:#c8c8c8;--held:#4c78a8;--sink:#7a5195;--new:#54a24b;--dim:#b9c9dc}
-@media (prefers-color-scheme:dark){:root{--ink:#ddd;--ground:#16181c;--line:#4a4d55;--held:#5b8fc9;--sink:#a978c9;--new:#6cc062;--dim:#33465c}}
-body{font:15px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--ground);margin:0 auto;padding:1rem;max-width:64rem}
-h1{font-size:1.15rem;overflow-wrap:anywhere}h2{font-size:.95rem;margin:1.2rem 0 .3rem}
-#bar{position:sticky;top:0;background:var(--ground);padding:.5rem 0;display:flex;gap:.6rem;align-items:center;flex-wrap:wrap}
-#at{flex:1 1 12rem;min-width:8rem}button{font:inherit;padding:.2rem .8rem}
-.text{white-space:pre-wrap;overflow-wrap:anywhere;border-left:3px solid var(--line);padding-left:.7rem;margin:.4rem 0}
-.text .later{opacity:.22}.text .last{background:var(--new);color:#fff;border-radius:3px}
-.row{display:flex;flex-wrap:wrap;gap:2px;margin:.2rem 0 .6rem}
-.row i{width:9px;height:9px;border:1px solid var(--line);border-radius:2px;box-sizing:border-box}
-.row .held{background:var(--dim);border-color:var(--dim)}.row .seen{background:var(--held);border-color:var(--held)}
-.row .sink{background:var(--sink);border-color:var(--sink)}.row .new{background:var(--new);border-color:var(--new)}
-.key{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;font-size:.85rem}.key .row{display:inline-flex;margin:0 .35rem 0 0}
-</style></head><body>
-<h1>TITLE</h1>
-<div id="bar"><button id="play">Play</button><input id="at" type="range" min="0" value="0" aria-label="step"><span id="say"></span></div>
-<div class="key"><span><span class="row"><i class="new"></i></span>written in this step</span>
-<span><span class="row"><i class="seen"></i></span>visible to the newest query</span>
-<span><span class="row"><i class="sink"></i></span>visible sink</span>
-<span><span class="row"><i class="held"></i></span>held, not visible</span><span><span class="row"><i></i></span>empty</span></div>
-<div id="texts"></div><div id="groups"></div>
-<script id="data" type="application/json">DATA</script>
-<script>
-const d=JSON.parse(document.getElementById("data").textContent),at=document.getElementById("at");
-at.max=d.steps.length-1;
-const make=(tag,name,parent)=>{const e=document.createElement(tag);e.className=name;parent.append(e);return e};
-const spans=d.texts.map(t=>{const box=make("div","text",document.getElementById("texts"));
-  return t.map(s=>{const e=make("span","",box);e.textContent=s;return e})});
-const cells=d.groups.map(g=>{const box=document.getElementById("groups");make("h2","",box).textContent=g.name;
-  return Array.from({length:d.rows},()=>{const line=make("div","row",box);
-    return Array.from({length:Math.ceil(g.slots/g.each)},()=>make("i","",line))})});
-const sees=(g,q,p)=>p<=q&&(g.size===null||(g.chunk?Math.floor(p/g.size)===Math.floor(q/g.size):p>q-g.size||p<g.sinks));
-function draw(n){
-  const held=d.groups.map(g=>Array.from({length:d.rows},()=>new Int32Array(g.slots).fill(-1)));
-  const newest=new Array(d.rows).fill(-1),fresh=new Set();
-  for(let i=0;i<=n;i++){const s=d.steps[i];
-    for(const [g,r,slot,p] of s.writes){held[g][r][slot]=p;if(i===n)fresh.add(g+","+r+","+slot)}
-    s.queries.forEach((q,r)=>{if(q>=0)newest[r]=q})}
-  d.groups.forEach((g,k)=>cells[k].forEach((line,r)=>line.forEach((e,c)=>{
-    let name="",told=[];
-    for(let s=c*g.each;s<Math.min((c+1)*g.each,g.slots);s++){const p=held[k][r][s];if(p<0)continue;told.push(p);
-      const now=fresh.has(k+","+r+","+s)?"new":!sees(g,newest[r],p)?"held":p<g.sinks?"sink":"seen";
-      if(name!=="new"&&(name===""||name==="held"||now==="new"))name=now}
-    e.className=name;e.title=told.length?"position "+told[0]+(told.length>1?" to "+told[told.length-1]:""):"empty"})));
-  spans.forEach((t,r)=>t.forEach((e,i)=>{e.className=i>newest[r]?"later":i===newest[r]?"last":""}));
-  document.getElementById("say").textContent="step "+(n+1)+" of "+d.steps.length+", "+d.steps[n].kind;
-}
-at.oninput=()=>draw(+at.value);
-let timer=null;const play=document.getElementById("play");
-play.onclick=()=>{if(timer){clearInterval(timer);timer=null;play.textContent="Play";return}
-  if(+at.value>=+at.max)at.value=0;play.textContent="Stop";
-  timer=setInterval(()=>{at.value=+at.value+1;draw(+at.value);if(+at.value>=+at.max)play.onclick()},120)};
-draw(0);
-</script></body></html>
-"""
