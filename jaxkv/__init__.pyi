@@ -5,6 +5,8 @@ from . import testing as testing
 from .cache.cache import Cache as Cache
 from .cache.export import exportable as exportable
 from .cache.layer import Layer as Layer
+from .cache.look import show as show
+from .cache.look import show_mask as show_mask
 from .cache.pages import Pages as Pages
 from .cache.plan import MemoryPlan as MemoryPlan
 from .cache.plan import plan_memory as plan_memory
@@ -56,6 +58,7 @@ from .nn.state import state_dict as state_dict
 from .nn.uncached import cross_attend as cross_attend
 from .nn.uncached import self_attend as self_attend
 from .offload.offload import Offload as Offload
+from .picture import Picture as Picture
 from .store.current import get_store as get_store
 from .store.current import set_store as set_store
 from .store.current import use_store as use_store

@@ -19,6 +19,7 @@ COMMON = {
     "extras",
     "logs",
     "meshes",
+    "picture",
     "regular",
     "safetensors",
     "sizes",

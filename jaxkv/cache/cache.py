@@ -19,6 +19,7 @@ from jaxkv.cache.claim import claim, claim_cross
 from jaxkv.cache.cross import Encoded
 from jaxkv.cache.group import Group
 from jaxkv.cache.layer import Layer
+from jaxkv.cache.look import html, show
 from jaxkv.cache.pages import Pages
 from jaxkv.cache.rows import Rows
 from jaxkv.cache.show import describe, headline
@@ -505,6 +506,9 @@ class Cache:
 
     def __repr__(self) -> str:
         return headline(self)
+
+    def _repr_html_(self) -> str:
+        return html(self, show)
 
     def _check_alive(self) -> None:
         for x in jax.tree.leaves(self):

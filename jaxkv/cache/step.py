@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from jaxkv.cache.look import html, show_step
 from jaxkv.cache.show import show
 from jaxkv.cache.spec import Reach
 
@@ -63,6 +64,9 @@ class Step:
     tree: Any = None  # a Tree, if the call's tokens are one
 
     __repr__ = show
+
+    def _repr_html_(self) -> str:
+        return html(self, show_step)
 
     @property
     def depths(self) -> Any:

@@ -45,9 +45,10 @@ CROSS = """num_heads: query heads N.
       encoded_features: size of the encoder's output; None means in_features.
       {SIZES}
       size: most places that an encoder's output has.
-      head_dim, qk_norm, qk_norm_epsilon, softcap, scale, use_bias, dropout_rate, broadcast_dropout, deterministic,
-        dtype, param_dtype, precision, kernel_init, bias_init, out_kernel_init, out_bias_init, implementation: as in
-        `Attention`.""".replace("{SIZES}", SIZES)
+      head_dim, qk_norm, qk_norm_epsilon, softcap, scale, use_bias: as in `Attention`.
+      dropout_rate, broadcast_dropout, deterministic: as in `Attention`.
+      dtype, param_dtype, precision, implementation: as in `Attention`.
+      kernel_init, bias_init, out_kernel_init, out_bias_init: as in `Attention`.""".replace("{SIZES}", SIZES)
 
 
 class AttentionModule:

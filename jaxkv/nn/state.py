@@ -210,8 +210,8 @@ def load_state(
       strict, mismatched: as for `load_state_dict`.
 
     Returns:
-      With a module what `load_state_dict` returns. Without one `{name: array}`, read-only NumPy arrays whose bytes are
-      read when they are touched.
+      With a module what `load_state_dict` returns. Without one a dict of read-only NumPy arrays by name, whose bytes
+      are read when they are touched.
 
     Raises:
       OSError: if the file can't be opened.
