@@ -48,7 +48,7 @@ class Drafting:
         """Returns this with the model; the arguments are those of `Source.load`."""
         if self.source is None:
             return self
-        return dataclasses.replace(self, model=self.source.load(dtype, num_tokens, quiet=quiet))
+        return dataclasses.replace(self, model=self.source.load(dtype, num_tokens, storage=None, quiet=quiet))
 
     def options(self, cache: Cache) -> dict[str, Any]:
         """Returns the arguments of `speculate` for a run with this cache."""

@@ -36,7 +36,7 @@ def check_ranked(args: argparse.Namespace, generation: Any) -> None:
         raise UsageError("--greedy gives the same text each time; leave it out, or --best-of")
     n = args.beams or args.best_of
     if n and args.speculate:
-        raise UsageError(f"--speculate writes one text at a time; leave it out, or {'--beams' if args.beams else '--best-of'}")
+        raise UsageError("--speculate does not go with --beams or --best-of; leave out one of them")
     if n and args.samples > n:
         name = "--beams" if args.beams else "--best-of"
         raise UsageError(f"--samples {args.samples} is more than {name} {n} gives; give at most {n}")
