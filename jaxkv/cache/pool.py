@@ -59,13 +59,12 @@ class _Writes:
 
     @classmethod
     def of(cls, pool: Pool, rows: Any, columns: Any) -> _Writes:
-        order = jnp.lexsort((columns, rows))
-        rows, columns = rows[order], columns[order]
+        rows, columns = lax.sort((rows, columns), num_keys=2)
         rows = jnp.where(_starts(rows) | _starts(columns), rows, pool.table.shape[0])
         pages = pool.table.at[rows, columns].get(mode="fill", fill_value=pool.num_pages)
         refs = pool.refs.at[pages].get(mode="fill", fill_value=0)
-        order = jnp.argsort(pages)
-        number = jnp.cumsum(_starts(pages[order]), dtype=jnp.int32) - 1
+        alike, order = lax.sort((pages, jnp.arange(pages.size, dtype=jnp.int32)), num_keys=1)
+        number = jnp.cumsum(_starts(alike), dtype=jnp.int32) - 1
         return cls(rows, columns, pages, refs, jnp.zeros_like(pages).at[order].set(number))
 
     def wants(self, num_rows: int) -> Any:
