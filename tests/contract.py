@@ -596,20 +596,16 @@ def rows_on_pages_equal_rows_on_rows(case: Case) -> None:
 
     def seen(layout: Any) -> Any:
         kind = dataclasses.replace(case, layout=layout)
-        cache, seen = prefilled(kind), []
-
-        def then(positions: Any, rows: Any = None) -> None:
-            nonlocal cache
-            cache, got, ok, answers = feed(kind, cache, positions, rows)
-            assert ok.all()
-            seen.append((got, [(mask, out) for *_, mask, out in answers], cache.lengths))
-
+        before, seen = prefilled(kind), []
         for name, args in operations(kind).items():
-            cache = OPERATIONS[name](cache, *args)
-            then(block(np.asarray(cache.lengths)))
-            then(block(np.asarray(cache.lengths), length=1))
-        then([[11], [EMPTY], [9], [8], [10], [8]], rows=[2, 1, 2, 2, 2, 0])
-        return seen, held(kind, cache)
+            cache = OPERATIONS[name](before, *args)
+            for length in (BLOCK, 1):
+                cache, _, ok, answers = feed(kind, cache, block(np.asarray(cache.lengths), length=length))
+                assert ok.all()
+                seen.append([(mask, out) for *_, mask, out in answers])
+            seen.append(held(kind, cache))
+        _, _, _, answers = feed(kind, before, [[11], [EMPTY], [9], [8], [10], [8]], rows=[2, 1, 2, 2, 2, 0])
+        return seen, [(mask, out) for *_, mask, out in answers]
 
     assert_equal(seen(case.layout), seen(Rows()))
 

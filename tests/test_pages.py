@@ -20,7 +20,7 @@ BLOCK = 4
 def make(*reaches, layout=Pages(5, 4), rows=3, capacity=24, max_block=BLOCK, drops=False, **options):  # noqa: B008
     specs = [
         LayerSpec(reach, 1, 2, rotary=None if isinstance(reach, Cross) else jaxkv.Rotary(), drops=drops)
-        for reach in reaches or (Full(), Window(3))
+        for reach in reaches or (Full(), Window(20))
     ]
     return Cache.init(specs, rows, capacity, layout=layout, max_block=max_block, **options)
 
@@ -102,7 +102,7 @@ def test_a_fork_takes_no_page_until_one_side_writes():
     assert held(cache) == [[*range(11)], [*range(10)], [*range(10)]]
     cache = change(cache, "reset", [True, False, False])
     assert cache.num_free[0] == 5 - 3
-    assert change(cache, "rewind", [0, 8, 0]).num_free[0] == 5 - 2
+    assert change(cache, "rewind", [0, 4, 4]).num_free[0] == 5 - 1
     check(cache)
 
 
@@ -138,15 +138,17 @@ def test_a_row_that_needs_less_is_served_after_one_that_needs_too_much():
     check(cache)
 
 
-def test_among_sharers_a_page_is_kept_by_the_last_who_is_served():
-    cache = change(fill(make(), 6, 0, 0), "take", [0, 0, 0])
-    cache, ok = feed(cache, [6, 8, 12])  # all pages are taken now; rows 1 and 2 share one
-    assert all(ok)
-    cache, ok = feed(cache, [], [6], [6])
+def test_a_page_counts_as_shared_with_rows_that_were_refused():
+    cache = change(fill(make(), 6, 0, 0), "take", [0, 0, 0])  # two pages are used, three free
+    cache, ok = feed(cache, [6, 8, 12, 16], [6], [6])
+    assert ok == [False, True, True]
+    assert cache.num_free[0] == 1
+    check(cache)
+    cache, ok = feed(cache.retry(jnp.array([True] * 3)), [6, 8], [8], [7])  # the first has its page for itself now
     assert ok == [True, False, True]
     assert cache.num_free[0] == 0
     check(cache)
-    assert held(cache)[1:] == [[*range(6)], [*range(6), 206]]
+    assert held(cache) == [[*range(7), 8], [*range(6), 106], [*range(6), 206, 207]]
 
 
 def test_remove_makes_private_copies_or_changes_nothing():
@@ -219,6 +221,15 @@ def test_gradients_flow_through_the_copy_of_a_page():
     copied = np.asarray(cache.groups[0].pages.table)[0, 1]  # its sum counts once for itself and once for each copy
     untouched = np.asarray(gradient(0 * x, cache.layers[0].k, cache, lambda q, *_: q)[1])
     assert untouched[copied, 0, 1].tolist() == [3, 3]
+
+
+def test_another_rows_nan_is_not_read_where_a_row_has_no_page():
+    cache = fill(make(), 1, 1, 1)
+    ill = cache.groups[0].pages.table[:, 0].tolist().index(4)
+    cache = cache.with_layers([dataclasses.replace(x, v=x.v.at[4].set(jnp.nan)) for x in cache.layers])
+    *_, out, gets = _feed(cache, np.array([[1, -1, -1, -1]] * 3), np.ones((3, BLOCK), bool))
+    for x in (*out, *(v for _, v, _ in gets)):
+        assert np.isnan(x).any((1, 2, 3)).tolist() == [row == ill for row in range(3)]
 
 
 # ---------------------------------------------------------------- what it costs

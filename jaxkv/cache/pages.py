@@ -161,12 +161,15 @@ class Pages:
         return buffer.at[at].set(x, mode="drop", unique_indices=True)
 
     def read(self, buffer: Any, index: Any, step: Any, group: int, start: Any, size: int) -> Any:
-        """Returns slots [start, start + size) of the step's sequences: [B, K, size, H]; 0 where a row has no page."""
+        """Returns slots [start, start + size) of the step's sequences: [B, K, size, H].
+
+        It is anything where a row has no page: to read 0 there would cost as much again.
+        """
         table = step.groups[group].pages.table
         num_pages = buffer.shape[-4]
         if index is not None:  # the layers of a stack one after the other: page p of layer i is page i * P + p
             buffer = buffer.reshape(-1, *buffer.shape[2:])
-            table = jnp.where(table < num_pages, index * num_pages + table, buffer.shape[0])
+            table = index * num_pages + jnp.minimum(table, num_pages - 1)
         # Pages are read in equal parts, the largest of which the stretch is made.
         part = math.gcd(self.page_size, size, start if isinstance(start, int | np.integer) else 0)
         per_page, count = self.page_size // part, size // part
@@ -176,8 +179,12 @@ class Pages:
             number = start // part + jnp.arange(count, dtype=jnp.int32)
             buffer = buffer.reshape(*buffer.shape[:2], per_page, part, buffer.shape[3])
             at = table[:, number // per_page], slice(None), (number % per_page)[None]
-        x = buffer.at[at].get(mode="fill", fill_value=0)  # [B, count, K, part, H]
+        x = buffer.at[at].get(mode="clip")  # [B, count, K, part, H]
         return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], size, x.shape[4])
+
+    def missing(self, buffer: Any, step: Any, group: int) -> Any:
+        """Returns which slots of the step's sequences have no place in the buffer: bool [B, V]; None where all have."""
+        return jnp.repeat(step.groups[group].pages.table >= buffer.shape[-4], self.page_size, axis=1)
 
     def take(self, buffer: Any, rows: Any, filled: Any) -> Any:
         """Returns the buffer after rows were taken: what it was, the page table says the rest."""
