@@ -52,14 +52,16 @@ def _faults(pool: Any, held: np.ndarray) -> Iterator[str]:
     counts = np.bincount(table[named], minlength=size)
     for page in np.flatnonzero(counts != refs):
         yield f"page {page} counts {refs[page]} references, but the tables name it {counts[page]} times"
-    listed = np.bincount(np.clip(free[: max(0, int(num_free))], 0, size), minlength=size + 1)
-    if listed[size]:
-        yield f"the free list names pages that there are not: {free[: int(num_free)]}"
-    for page in np.flatnonzero(listed[:size] > 1):
+    free = free[: max(0, int(num_free))]
+    there = (free >= 0) & (free < size)
+    if not there.all():
+        yield f"the free list names pages that there are not: {free}"
+    listed = np.bincount(free[there], minlength=size)
+    for page in np.flatnonzero(listed > 1):
         yield f"the free list has page {page} {listed[page]} times"
-    for page in np.flatnonzero((listed[:size] > 0) & (counts > 0)):
+    for page in np.flatnonzero((listed > 0) & (counts > 0)):
         yield f"page {page} is in use and in the free list"
-    for page in np.flatnonzero((listed[:size] == 0) & (counts == 0)):
+    for page in np.flatnonzero((listed == 0) & (counts == 0)):
         yield f"page {page} is lost: in no table and not in the free list"
     held = held.reshape(*table.shape, -1)
     for row, i in np.argwhere(named != (held != EMPTY).any(-1)):
