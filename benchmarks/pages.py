@@ -212,7 +212,8 @@ def samples(s: Setting, llama: Llama, rounds: int) -> dict[str, Any]:
     held.clear()
     if llama.peer:
         options = {"do_sample": True, "top_k": 0, "num_return_sequences": n}
-        times |= turns({THEIRS: lambda: llama.peer(prompt, s.new, **options)[0]}, 1)
+        say(THEIRS)  # once: it reads the prompt for every sample
+        times[THEIRS] = [llama.peer(prompt, s.new, **options)[0]]
     return {"seconds": times, "nbytes": nbytes, "of": [s.prompt, n, s.new]}
 
 
