@@ -346,7 +346,7 @@ def lookup(s: Setting, llama: Llama, rounds: int) -> dict[str, Any]:
         def ours(way: str, prompt=prompt, params=params, script=script, passes=passes) -> float:
             loop = jaxkv.generate if way == "plain" else jaxkv.speculate
             cache = rewind(held[way], jnp.int32(0))
-            _, cache = jaxkv.prefill(forward, params, [prompt], cache)
+            _, cache = jaxkv.prefill(forward, params, [prompt[:-1]], cache)
             cache = jax.block_until_ready(cache)
             begin = time.perf_counter()
             result = loop(forward, params, [prompt], cache, max_new_tokens=new)
