@@ -48,7 +48,7 @@ def _generate(prompt: list[int], new: int, script: Any, options: dict[str, Any])
     import transformers
 
     def dictate(held: Any, scores: Any) -> Any:
-        return scores.index_fill(1, torch.tensor([script[held.shape[1]]]), 1e4)
+        return scores.index_fill(1, torch.tensor([script[min(held.shape[1], len(script) - 1)]]), 1e4)
 
     if script is not None:
         options = {**options, "logits_processor": transformers.LogitsProcessorList([_Rule(dictate)])}

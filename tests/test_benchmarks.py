@@ -29,6 +29,22 @@ def test_the_decode_benchmark_runs_and_draws(tmp_path, capsys):
     assert figure.stat().st_size > 1000
 
 
+def test_the_benchmark_of_pages_runs_and_draws(tmp_path, capsys, monkeypatch):
+    pages = importlib.import_module("pages")
+    monkeypatch.setattr(pages.Peer, "there", lambda: False)  # transformers takes longer than all else
+    numbers, figure = tmp_path / "data" / "pages.json", tmp_path / "figures" / "pages.png"
+    options = ["--quick", "--out", str(numbers), "--figure", str(figure)]
+    assert pages.main([*options, "--only", "layer", "forks"]) == 0
+    assert pages.main([*options, "--only", "samples", "beams", "lookup"]) == 0
+    data = json.loads(numbers.read_text())
+    assert list(data) == ["layer", "samples", "forks", "beams", "lookup"]  # one run keeps what another measured
+    assert data["samples"]["nbytes"]["best_of on pages"] < data["samples"]["nbytes"]["best_of on rows"]
+    assert all(data["beams"]["same_text"].values())
+    assert set(data["lookup"]["texts"]["a file edited"]["passes"]) == {"plain", "by lookup"}
+    assert "copy_prefix" in capsys.readouterr().out
+    assert figure.stat().st_size > 1000
+
+
 def test_the_memo_benchmark_runs_and_draws(tmp_path):
     memo = importlib.import_module("memo")
     numbers, figure = tmp_path / "data" / "memo.json", tmp_path / "figures" / "memo.png"

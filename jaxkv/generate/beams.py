@@ -90,7 +90,7 @@ def beam_search(
     _check_numbers(n, num_return, length_penalty, early_stopping)
     num_prompts = len(prompts)
     cache, texts, held, vocab_size = checks.check_call(forward, params, padded(prompts, cache), cache)
-    texts, promised = texts[:num_prompts], jax.tree.map(jax.numpy.copy, cache.shared)  # the cache is donated
+    texts, promised = texts[:num_prompts], cache.shared is not None
     limits = np.minimum(checks.check_max_new_tokens(max_new_tokens, num_prompts), cache.capacity + 1)
     stops = checks.check_stop_tokens(stop_tokens, vocab_size)
     _check_rules(sampler)
@@ -131,7 +131,7 @@ def beam_search(
             sources[i], kept[i] = row, length
         leaves = _settle(form, sources, kept, leaves)
         leaves = read(best, np.asarray(form.build(leaves).lengths)[:num_prompts], leaves)
-        cache = dataclasses.replace(form.build(leaves), shared=promised)
+        cache = form.build(leaves) if promised else form.build(leaves).sharing(0)
         lengths, ok = (np.asarray(x)[:num_prompts] for x in (cache.lengths, cache.ok))
         checks.check_lengths(lengths, np.where(ok, [text.size for text in best], 0))
     scores = beams.ended.score[:, :num_return]

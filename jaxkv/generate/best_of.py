@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,7 +78,7 @@ def best_of(
     num_prompts, every = len(prompts), padded(prompts, cache)
     cache, texts, _, _ = checks.check_call(forward, params, every, cache)
     limits = checks.check_max_new_tokens(max_new_tokens, num_prompts)
-    promised = jax.tree.map(jax.numpy.copy, cache.shared)  # the cache is donated
+    promised = cache.shared is not None
     rows = np.arange(cache.num_rows, dtype=np.int32)
     samples = rows[: n * num_prompts].reshape(n, num_prompts).T
     steps = Stream(
@@ -103,6 +102,6 @@ def best_of(
     form = Form.of(made.cache)
     with checks.failures_told("sorting the samples"):
         (leaves,) = take_rows(form, rows, tuple(jax.tree.leaves(made.cache)))
-        cache = dataclasses.replace(form.build(leaves), shared=promised)
+        cache = form.build(leaves) if promised else form.build(leaves).sharing(0)
     reasons = tuple(tuple(made.reasons[i] for i in row) for row in order)
     return Candidates(made.tokens[order], made.lengths[order], made.log_probs[order], scores[order], reasons, cache)
