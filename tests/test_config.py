@@ -460,6 +460,7 @@ ACCEPTED = {  # what changes nothing
     "Phi-3-mini-128k": [{"resid_pdrop": 0.1}, {"attention_bias": True}, {"partial_rotary_factor": 1}],
     "Mixtral-8x7B-v0.1": [{"num_local_experts": None, "num_experts": 8}, {"router_jitter_noise": 0.1}],
     "Qwen3-30B-A3B": [{"max_window_layers": 3}, {"mlp_only_layers": None}, {"num_local_experts": 128}],
+    "Qwen1.5-MoE-A2.7B": [{"sliding_window": 0}, {"mlp_only_layers": []}, {"qkv_bias": None}],
     "Llama-4-Scout-17B-16E, its text": [
         {"no_rope_layers": None},
         {"no_rope_layers": [1, 1, 1, 0] * 13},

@@ -27,9 +27,9 @@ NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.name != "whisper")
 CAPACITY = 96
 # Keys turned by short factors don't fit queries turned by long ones, so a short text of this one is a case of its own.
 LONG = {"phi3_long"}
-# One for each way that attention looks back, and each form that the tests below compile anew: full, a window, windows
-# between full layers with soft caps, learned positions, sinks and experts, chunks, layers without rotary embeddings.
-THOROUGH = ("llama3", "mistral", "gemma2", "gpt2", "gpt_oss", "llama4", "cohere2", "phi3_long")
+# One for each way that attention looks back: full, windows between full layers with soft caps, learned positions, sinks
+# and experts, chunks, layers without rotary embeddings.
+THOROUGH = ("llama3", "gemma2", "gpt2", "gpt_oss", "llama4", "cohere2")
 
 
 @functools.cache
@@ -127,9 +127,8 @@ def test_a_row_alone_is_the_row_in_a_batch(name):
     np.testing.assert_array_equal(feed(model, [np.resize(first, 24), second], 24)[0][1], both[1])
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "llama4"])
-def test_greedy_texts(name):
-    model, facts = model_of(name), expected(name)
+def test_greedy_texts():
+    model, facts = model_of("gpt_oss"), expected("gpt_oss")
     cache = jaxkv.Cache.init(model.specs, num_rows=2, capacity=CAPACITY)
     result = jaxkv.generate(model.forward, model.params, [facts["tokens"], facts["short"]], cache, max_new_tokens=64)
     assert result.tokens.tolist() == [facts["greedy"].tolist(), facts["short_greedy"].tolist()]
@@ -138,10 +137,9 @@ def test_greedy_texts(name):
 def test_short_factors_of_longrope_where_sequences_stay_short():
     facts = expected("phi3_long")
     model = jaxkv.models.load(GOLDEN / "phi3_long", dtype="float32", context=16)
-    assert_close(feed(model, [facts["short"]], 7)[0][0], facts["short_logits"])
-    cache = jaxkv.Cache.init(model.specs, num_rows=1, capacity=16)
-    result = jaxkv.generate(model.forward, model.params, [facts["short"]], cache, max_new_tokens=9)
-    assert result.tokens[0].tolist() == facts["short_greedy"][:9].tolist()
+    got = feed(model, [np.concatenate([facts["short"], facts["short_greedy"][:9]])], 1)[0][0]
+    assert_close(got[:7], facts["short_logits"])
+    assert got.argmax(-1)[6:-1].tolist() == facts["short_greedy"][:9].tolist()
     assert model.context == 16 and model_of("phi3_long").context == 128
 
 
@@ -209,7 +207,7 @@ def test_fused_while_loading_the_logits_are_the_same():
         jaxkv.models.save(GOLDEN / "nowhere", model)
 
 
-@pytest.mark.parametrize("name", ["llama3", "gpt2", "gemma2", "phi3", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "phi3", "qwen2_moe"])
 def test_sharded_over_two_devices(name):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))
     model = jaxkv.models.load(GOLDEN / name, dtype="float32", sharding=jaxkv.models.tensor_parallel(mesh))
@@ -423,6 +421,22 @@ ODD = [
     "gpt2, another width within, untied",
     "gpt_oss with one expert, without biases",
     "gpt_oss with more experts than tokens",
+    "mixtral with a window, one expert for a token, tied",
+    "qwen2_moe, every second layer, scores that sum to 1, no biases",
+    "qwen3_moe with windows and biases, scores as they are",
+    "olmoe with biases, scores that sum to 1",
+    "olmo2 with biases, one kv head, tied",
+    "smollm3 with windows and biases, untied",
+    "cohere with biases, untied",
+    "cohere2, layers by default, with biases",
+    "llama4 with experts everywhere, one for a token, biases",
+    "llama4 with yarn, without chunks and temperature",
+    "granite with biases, untied",
+    "gemma, untied, with biases",
+    "glm4, turned as a whole, no biases, tied",
+    "glm4_moe in one group, two shared experts, scores as they are",
+    "seed_oss without biases, tied",
+    "ernie4_5 without biases, untied",
 ]
 
 

@@ -246,6 +246,104 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
         {**GPT_OSS, "num_local_experts": 1, "num_experts_per_tok": 1, "attention_bias": False},
     ),
     "gpt_oss with more experts than tokens": ("gpt_oss", {**GPT_OSS, "num_local_experts": 16, "intermediate_size": 8}),
+    "mixtral with a window, one expert for a token, tied": (
+        "mixtral",
+        {
+            **TWO,
+            **EXPERTS,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 1,
+            "sliding_window": 6,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2_moe, every second layer, scores that sum to 1, no biases": (
+        "qwen2_moe",
+        {
+            **SIZES,
+            "decoder_sparse_step": 2,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 12,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+        },
+    ),
+    "qwen3_moe with windows and biases, scores as they are": (
+        "qwen3_moe",
+        {
+            **TWO,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+    ),
+    "olmoe with biases, scores that sum to 1": (
+        "olmoe",
+        {**TWO, **EXPERTS, "num_experts": 3, "norm_topk_prob": True, "attention_bias": True},
+    ),
+    "olmo2 with biases, one kv head, tied": (
+        "olmo2",
+        {**TWO, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "smollm3 with windows and biases, untied": (
+        "smollm3",
+        {
+            **SIZES,
+            "no_rope_layers": [1, 0, 0],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "cohere with biases, untied": (
+        "cohere",
+        {**TWO, "attention_bias": True, "tie_word_embeddings": False, "logit_scale": 0.5},
+    ),
+    "cohere2, layers by default, with biases": (
+        "cohere2",
+        {**SIZES, "num_hidden_layers": 4, "sliding_window": 6, "attention_bias": True, "logit_scale": 0.5},
+    ),
+    "llama4 with experts everywhere, one for a token, biases": (
+        "llama4_text",
+        {**LLAMA4, "moe_layers": None, "num_experts_per_tok": 1, "attention_bias": True, "use_qk_norm": False},
+    ),
+    "llama4 with yarn, without chunks and temperature": (
+        "llama4_text",
+        {**LLAMA4, "rope_parameters": YARN, "attention_chunk_size": None, "attn_temperature_tuning": False},
+    ),
+    "granite with biases, untied": ("granite", {**GRANITE, "attention_bias": True}),
+    "gemma, untied, with biases": (
+        "gemma",
+        {**TWO, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "glm4, turned as a whole, no biases, tied": (
+        "glm4",
+        {**TWO, "head_dim": 8, "partial_rotary_factor": 1.0, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    "glm4_moe in one group, two shared experts, scores as they are": (
+        "glm4_moe",
+        {
+            **TWO,
+            "hidden_size": 32,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+        },
+    ),
+    "seed_oss without biases, tied": (
+        "seed_oss",
+        {**TWO, "head_dim": 8, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    "ernie4_5 without biases, untied": ("ernie4_5", {**TWO, "head_dim": 8, "tie_word_embeddings": False}),
 }
 
 

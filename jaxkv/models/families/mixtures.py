@@ -17,6 +17,7 @@ from jaxkv.models.families.fields import (
     LAYERS,
     LENGTH,
     MAX_LAYERS,
+    MAX_LENGTH,
     POSITIVE,
     WIDTH,
     Field,
@@ -99,7 +100,7 @@ def _qwen2_moe(fields: Fields) -> DecoderConfig:
         **shared,
         rotary=rope.rotary(fields, shared["head_dim"]),
         activation=fields["hidden_act"],
-        reaches=reaches(fields, fields["sliding_window"] if slides else None, pattern),
+        reaches=reaches(fields, (slides and fields["sliding_window"]) or None, pattern),
         use_bias=("query", "key", "value") if fields["qkv_bias"] else (),
         experts=_sparse(fields, shared_dim=fields["shared_expert_intermediate_size"], shared_gate=True),
     )
@@ -182,6 +183,8 @@ QWEN2_MOE = Family(
     {
         **_OF_QWENS,
         "num_key_value_heads": Field(HEADS, 16, null=None),
+        # transformers writes 0 where windows are switched off
+        "sliding_window": Field(Number(0, MAX_LENGTH, whole=True), 4096, null=None),
         "max_window_layers": Field(Number(0, MAX_LAYERS, whole=True), 28),
         "layer_types": LAYER_TYPES,
         "qkv_bias": Field(FLAG, True),
