@@ -501,7 +501,7 @@ def test_rows_that_are_all_alike_prove_nothing_and_a_later_batch_tells(memo):
         ((items(2), items(3)), {}, r"must have one batch axis, and have x \(2, 6\), y \(3, 6\).*shared=\(\"mask\",\)"),
         ((), {"x": 3.0, "y": None}, "no argument has items: give at least one array whose first axis is the batch"),
         ((np.array(["a", "b"]), None), {}, r"x is an array of <U1, which JAX can't compute with"),
-        ((items(2), object()), {}, r"y is a object; arguments are arrays.*functools\.partial"),
+        ((items(2), object()), {}, r"y is an object; arguments are arrays.*functools\.partial"),
         ((items(2), [items(2), {"k": max}]), {}, r"y\.1\.k is a builtin_function_or_method"),
         ((jax.random.split(jax.random.key(0)), None), {}, r"x are PRNG keys; give their jax\.random\.key_data"),
     ],
