@@ -17,6 +17,7 @@ COMMON = {
     "casting",
     "errors",
     "extras",
+    "kinds",
     "logs",
     "meshes",
     "picture",

@@ -92,7 +92,7 @@ class Counts:
         with self._lock:
             self._all.update(calls=1, items=items, hits=hits, misses=items - hits, computed=computed)
             asked.items, asked.hits = asked.items + items, asked.hits + hits
-        if asked.items >= MANY and not asked.hits:
+        if asked.items >= MANY and not asked.hits and not asked.said:
             self._say(asked, "so far", self.stats().grown)
 
     def stats(self) -> MemoStats:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxkv.kinds import kind_of
 from jaxkv.memo.call import Call, native
 from jaxkv.memo.disk import Disk
 from jaxkv.memo.entry import Entry
@@ -32,9 +33,7 @@ class Source:
             raise ValueError(f"missing is {missing!r}, must be one of {', '.join(MISSING)}")
         for method in ("__len__", "__getitem__"):
             if not hasattr(examples, method):
-                raise ValueError(
-                    f"examples is a {type(examples).__name__} without {method}; give a sequence of examples"
-                )
+                raise ValueError(f"examples is {kind_of(examples)} without {method}; give a sequence of examples")
         if not len(examples):
             raise ValueError("there are no examples")
         self._examples = examples
@@ -126,7 +125,7 @@ def part(example: Any, at: Any) -> Any:
     try:
         return example[at]
     except (KeyError, IndexError, TypeError) as error:
-        there = list(example) if isinstance(example, Mapping) else f"a {type(example).__name__}"
+        there = list(example) if isinstance(example, Mapping) else kind_of(example)
         raise ValueError(f"at={at!r}, and what was given is {there}") from error
 
 

@@ -7,6 +7,7 @@ straight into their place: beside the model there is one tensor in memory at mos
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import math
 import os
@@ -156,8 +157,13 @@ def save(
 
     Raises:
       ValueError: for a model that did not come from a config.json, or is fused, or a dtype that would quantize it.
+      NotADirectoryError: if there is a file of that name.
     """
     directory = Path(directory).expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(
+            errno.ENOTDIR, "this is not a directory; give the name of one to save into", str(directory)
+        )
     if not model.source:
         raise ValueError("this model did not come from a config.json; make it by jaxkv.models.init(config, rngs=...)")
     name, _, _ = read_config(model.source)

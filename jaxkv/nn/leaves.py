@@ -16,6 +16,7 @@ from flax import nnx
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_leaves_with_path, tree_map_with_path
 
 from jaxkv.casting import unheld
+from jaxkv.kinds import kind_of
 from jaxkv.nn.buffers import Buffer, TransientBuffer
 
 # Left by a forward pass, or made for the next one.
@@ -144,7 +145,7 @@ def tree_of(module: Any) -> Any:
     if is_module(module):
         return nnx.state(module)
     if module is None or _is_variable(module) or jax.tree_util.all_leaves([module]):
-        what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+        what = f"the class {module.__name__}" if isinstance(module, type) else kind_of(module)
         raise ValueError(f"{what} has no arrays with names; give an nnx module, an nnx.State or linen variables")
     return module
 

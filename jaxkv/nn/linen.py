@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross, Full, Reach
+from jaxkv.kinds import kind_of
 from jaxkv.meshes import dot_general, forward
 from jaxkv.nn.arguments import check_call
 from jaxkv.nn.heads import PROJECTIONS, Heads, Temperature, biased, qk_scale
@@ -446,7 +447,7 @@ def functional(module: nn.Module) -> Forward:
     if not _is_hashable(module):
         name, value = _unhashable(type(module).__name__, module)
         raise ValueError(
-            f"{name} is a {type(value).__name__}, which can't be hashed, so the module can't be a static argument of "
+            f"{name} is {kind_of(value)}, which can't be hashed, so the module can't be a static argument of "
             "jax.jit; make a config a frozen dataclass, @dataclasses.dataclass(frozen=True), and a list a tuple"
         )
     return Forward(module)

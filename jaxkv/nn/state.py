@@ -14,6 +14,7 @@ from flax import nnx
 
 from jaxkv import safetensors
 from jaxkv.errors import CacheError
+from jaxkv.kinds import kind_of
 from jaxkv.logs import log
 from jaxkv.nn.leaves import Leaf, as_array, empty, is_module, leaves, tied, tree_of, with_room
 from jaxkv.tracing import is_tracing
@@ -298,18 +299,18 @@ def _check_state(state: Any) -> None:
     if is_module(state):
         raise ValueError(f"the state is a module, {type(state).__name__}; give load_state_dict(module, state)")
     if not isinstance(state, Mapping):
-        raise ValueError(f"the state is a {type(state).__name__}; give arrays by name, as state_dict returns them")
+        raise ValueError(f"the state is {kind_of(state)}; give arrays by name, as state_dict returns them")
     for name, value in state.items():
         if isinstance(value, Mapping):
             raise ValueError(
-                f"the state looks nested: {name!r} is a {type(value).__name__}. Names are joined by dots, "
+                f"the state looks nested: {name!r} is {kind_of(value)}. Names are joined by dots, "
                 "as jaxkv.state_dict(state) gives them"
             )
 
 
 def _check_path(path: Any, call: str) -> None:
     if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"{call}: the path is a {type(path).__name__}; give {call}(path, module)")
+        raise ValueError(f"{call}: the path is {kind_of(path)}; give {call}(path, module)")
 
 
 def _check_not_tracing(call: str) -> None:
