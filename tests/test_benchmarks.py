@@ -84,3 +84,13 @@ def test_the_disk_benchmark_times_whatever_is_installed(tmp_path):
 def test_the_experts_benchmark_compares_ways_that_agree(capsys):
     assert importlib.import_module("experts").main(["--quick", "--rounds", "1"]) == 0
     assert "8 tokens: own tokens" in capsys.readouterr().out
+
+
+def test_the_storage_benchmark_runs(tmp_path, monkeypatch):
+    storage = importlib.import_module("storage")
+    monkeypatch.setattr(storage, "STORAGES", {name: storage.STORAGES[name] for name in ("float32", "k int8, v int4")})
+    monkeypatch.setattr(storage, "TIMED", tuple(storage.STORAGES))
+    assert storage.main(["--quick", "--only", "bytes", "errors", "times", "--out", str(tmp_path / "storage.json")]) == 0
+    data = json.loads((tmp_path / "storage.json").read_text())
+    assert {"float32", "k int8, v int4"} <= set(data["times"][0]["ms"])
+    assert 0.01 < data["errors"][1]["error"]["normal"] < 0.08

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxkv
@@ -214,6 +216,23 @@ def test_attend_reads_what_is_stored_and_moving_tokens_rounds_keys_once_at_most(
         assert (np.linalg.norm(k - want, axis=-1) < most * np.linalg.norm(want, axis=-1)).all()
     once = np.asarray(Rotary().rotate(round_trip(Int4(rotate=False), jnp.asarray(x[..., :16])), now))
     np.testing.assert_allclose(np.asarray(out[2][2][0])[0, :26], once, atol=1e-5)
+
+
+def test_an_attention_module_leaves_keys_as_they_are_where_they_are_rotated_when_read():
+    attn = jaxkv.nnx.Attention(4, 16, num_kv_heads=2, rotary=Rotary(), rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((1, 6, 16)), jnp.float32)
+    spec = dataclasses.replace(attn.layer_spec(), rotary_at="read")
+    cache = Cache.init([spec], 1, 8)
+    cache, step = cache.begin(jnp.arange(6, dtype=jnp.int32)[None])
+    y, layer = attn(x, cache.layers[0], step)
+    np.testing.assert_allclose(y, attn(x), atol=1e-5)
+    cache = cache.with_layers([layer]).remove(0, 0, 2)  # the four that stay see each other as if they had come first
+    _, step = cache.begin(jnp.array([[4]], jnp.int32))
+    k, *_ = cache.layers[0].get(step)
+    alone = Cache.init([spec], 1, 8)
+    alone, step = alone.begin(jnp.arange(4, dtype=jnp.int32)[None])
+    want, *_ = attn(x[:, 2:], alone.layers[0], step)[1].get(step)
+    np.testing.assert_array_equal(k[:, :4], want[:, :4])
 
 
 def test_a_put_changes_no_bit_of_another_token():
