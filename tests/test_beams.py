@@ -189,9 +189,12 @@ TOY = Toy(REACHES["window and full"])
 BROKEN = Toy(REACHES["sinks and chunk"], nan_after=3, inf_after=7)
 
 
-@pytest.mark.parametrize(
+on_both = pytest.mark.parametrize(
     ("toy", "layout"), [(TOY, jaxkv.Rows()), (BROKEN, jaxkv.Pages(64, page_size=4))], ids=["rows", "pages, nan, inf"]
 )
+
+
+@on_both
 def test_it_is_the_textbook_search_for_random_prompts_stops_and_settings(toy, layout):
     ended = set()
     for seed in range(25):
@@ -253,13 +256,17 @@ def test_the_rules_of_a_sampler_follow_each_beam():
         history = sampling.History.of(text, V, prompt_length=prompt_length)
         return np.asarray(sampler.adjust(jnp.asarray(log_probs, jnp.float32), history), np.float64)
 
-    for seed in range(3):
+    for seed in range(6):  # one prompt: its beams share it
         prompts, stops, _ = drawn(seed)
-        prompts = [prompt[:8] for prompt in prompts]
+        prompt = prompts[0][:12]
         options = settled(num_return=3, stop_tokens=[2, *stops], sampler=sampler)
-        result = jaxkv.beam_search(TOY, PARAMS, prompts, TOY.cache(), **options)
-        for i, prompt in enumerate(prompts):
-            assert_found(result, i, plain_search(TOY, prompt, 6, BEAMS, 1, False, [(2,), *stops], adjust), 3)
+        result = jaxkv.beam_search(TOY, PARAMS, [prompt], TOY.cache(), **options)
+        assert_found(result, 0, plain_search(TOY, prompt, 6, BEAMS, 1, False, [(2,), *stops], adjust), 3)
+        assert result.cache.shared is None
+    promised = TOY.cache().sharing(2)  # by the caller
+    result = jaxkv.beam_search(TOY, PARAMS, [prompt], promised, **options)
+    assert_found(result, 0, plain_search(TOY, prompt, 6, BEAMS, 1, False, [(2,), *stops], adjust), 3)
+    assert int(result.cache.shared) == 2
 
 
 def test_fewer_different_texts_than_were_asked_for():
@@ -273,19 +280,20 @@ def test_fewer_different_texts_than_were_asked_for():
     assert result.scores[0, 2] == result.scores[1, 0] == -np.inf
 
 
-@pytest.mark.parametrize("layout", [jaxkv.Rows(), jaxkv.Pages(64, page_size=4)], ids=["rows", "pages"])
-def test_a_second_turn_reads_what_is_new_and_other_rows_stay(layout):
-    _, cache = jaxkv.prefill(TOY, PARAMS, [*[None] * 6, [8, 9, 10]], TOY.cache(layout=layout))
-    prompts = [[1, 2, 3, 4, 5], None]
-    first = jaxkv.beam_search(TOY, PARAMS, prompts, cache, **settled())
+@on_both
+def test_a_second_turn_reads_what_is_new_and_other_rows_stay(toy, layout):
+    _, cache = jaxkv.prefill(toy, PARAMS, [*[None] * 6, [8, 9, 10]], toy.cache(layout=layout))
+    prompts = [[1, 2, 4, 4, 5], None]
+    first = jaxkv.beam_search(toy, PARAMS, prompts, cache, **settled())
     history = [*prompts[0], *first.tokens[0, 0].tolist(), 6, 6]
     told = [0, 0, *history[2:]]  # what is held is not read, whatever it is said to be
-    second = jaxkv.beam_search(TOY, PARAMS, [told, [2, 2]], first.cache, **settled())
+    second = jaxkv.beam_search(toy, PARAMS, [told, [2, 2]], first.cache, **settled())
     for i, prompt in enumerate([history, [2, 2]]):
-        assert_found(second, i, plain_search(TOY, prompt, 6, BEAMS, 1, False, []), 1)
+        assert_found(second, i, plain_search(toy, prompt, 6, BEAMS, 1, False, []), 1)
+    assert second.reasons == (("length",), ("length",))
     assert second.cache.lengths.tolist() == [len(history) + 5, 7, 0, 0, 0, 0, 3]
-    logits, _ = jaxkv.prefill(TOY, PARAMS, [*[None] * 6, [8, 9, 10, 11]], second.cache)
-    np.testing.assert_allclose(logits[6], TOY.after((8, 9, 10, 11)), atol=1e-3)
+    logits, _ = jaxkv.prefill(toy, PARAMS, [*[None] * 6, [8, 9, 10, 11]], second.cache)
+    np.testing.assert_allclose(logits[6], toy.after((8, 9, 10, 11)), atol=1e-3)
 
 
 def test_beams_that_do_not_fit_into_a_pool_end_as_full_with_their_tokens():

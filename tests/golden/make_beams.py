@@ -5,8 +5,8 @@
 
 For each family the `prompts`, and `cases`: the `config` that `generate` got, which prompts, and what it `found` for
 each: `texts` (new tokens, up to a stop token) and their `scores`, best first. Prompts of several lengths are padded on
-the left, all in one batch. Cases with rules about what a text holds go one by one, since those rules count the padding
-in, and for one family only.
+the left, all in one batch. A case with rules about what a text holds goes by itself, since those rules count the
+padding in, and for one family only.
 
 Only what is the same in float32 and float64 is kept, so that rounding decides nothing.
 """
@@ -34,12 +34,13 @@ CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     (ALL, {"max_new_tokens": 20, "length_penalty": 2.0, "early_stopping": "never", **STOPS}),
     (ALL, {"max_new_tokens": 20, "length_penalty": -0.7, **STOPS}),
     (ALL, {"max_new_tokens": 40, "eos_token_id": [5]}),
-    (ONE, {"num_return_sequences": 4, "max_new_tokens": 16, "no_repeat_ngram_size": 2, "repetition_penalty": 1.3}),
     (
         ONE,
         {
-            "num_return_sequences": 2,
-            "max_new_tokens": 8,
+            "num_return_sequences": 3,
+            "max_new_tokens": 12,
+            "repetition_penalty": 1.3,
+            "no_repeat_ngram_size": 2,
             "bad_words_ids": [[26], [41, 3]],
             "suppress_tokens": [9],
             "min_new_tokens": 6,
