@@ -164,11 +164,10 @@ def run(
         missed = 4 * (state.accepted - accepted) < jnp.minimum(drafted, len(branches.widths))
         wait = jnp.where(missed, state.pause, jnp.maximum(state.wait - (state.position - start), 0))
         pause = jnp.where(missed, 2 * state.pause, jnp.where(drafted > 0, state.pause // 2, state.pause))
-        longest = drafter.longest_pause
         state = dataclasses.replace(
             state,
             wait=jnp.where(crowded, FAR, wait),
-            pause=jnp.clip(pause, min(1, longest), longest),
+            pause=jnp.clip(pause, *drafter.pauses),
             drafted=state.drafted + drafted,
             steps=state.steps + live.astype(jnp.int32),
         )
