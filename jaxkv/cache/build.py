@@ -27,13 +27,15 @@ class Sizes:
     slack: int
 
     @classmethod
-    def of(cls, specs: Sequence[LayerSpec], num_rows: Any, capacity: Any, max_block: Any, slack: Any) -> Sizes:
+    def of(
+        cls, specs: Sequence[LayerSpec], num_rows: Any, capacity: Any, max_block: Any, slack: Any, layout: Any
+    ) -> Sizes:
         """Returns them checked, with the default of max_block."""
         num_rows = checked_size("Cache.init", "num_rows", num_rows, 1)
         capacity = checked_size("Cache.init", "capacity", capacity, 1)
         slack = checked_size("Cache.init", "slack", slack, 0)
         if max_block is None:
-            max_block = default_block([spec.reach for spec in specs], capacity)
+            max_block = min(default_block([spec.reach for spec in specs], capacity), layout.most(capacity))
         max_block = checked_size("Cache.init", "max_block", max_block, 1)
         return cls(num_rows, capacity, min(max_block, capacity), slack)
 

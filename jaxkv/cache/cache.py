@@ -96,7 +96,7 @@ class Cache:
             sequences share.
           max_block: most tokens of one sequence in one `begin`; rings are this much longer than their reach. More than
             the capacity counts as the capacity. None chooses: as many as the shortest reach that wraps, as a power of
-            two from 64 to 512.
+            two from 64 to 512, and no more than a pool of pages can hold.
           slack: tokens that a `rewind` may go back in a ring beyond what its queries see; speculation wants its draft
             length here.
           stacked: equal specs share one Layer with buffers [L, ...], for models that scan over their layers.
@@ -109,9 +109,9 @@ class Cache:
             capacity, a pool that can't hold max_block tokens, or one divided over rows.
         """
         specs = checked_specs(specs)
-        sizes = Sizes.of(specs, num_rows, capacity, max_block, slack)
         if not isinstance(layout, Rows | Pages):
             raise ValueError(f"Cache.init(layout={layout!r}): give Rows() or Pages(num_pages, page_size)")
+        sizes = Sizes.of(specs, num_rows, capacity, max_block, slack, layout)
         layout.check(sizes.capacity, sizes.max_block, sharding)
 
         def build() -> Cache:
@@ -371,8 +371,8 @@ class Cache:
         mask = jnp.asarray(mask)
         if mask.shape != (self.num_rows, self.capacity) or mask.dtype != bool:
             raise ValueError(
-                f"keep: mask is {mask.dtype}{list(mask.shape)}; give bool {[self.num_rows, self.capacity]}, one per row "
-                "and position"
+                f"keep: mask is {mask.dtype}{list(mask.shape)}; give bool [R, capacity] = "
+                f"{[self.num_rows, self.capacity]}"
             )
         return automatic(edit.keep, like(self))(self, mask)
 

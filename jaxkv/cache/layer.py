@@ -120,8 +120,8 @@ class Layer:
         """Returns slots [start, start + size) of the call's sequences: k [B, K, size, H], v [B, K, size, Hv].
 
         The form in which `attend` reads, block by block. `start` may be traced; the stretch must lie within num_slots.
-        On pages a traced start is a multiple of each number that divides both `size` and num_slots, as those of blocks
-        are that follow one another from slot 0, or end with the last.
+        On pages a traced start is a multiple of each number that divides both `size` and the page size, as those of
+        blocks of whole pages are that follow one another. What is read where a sequence has no token means nothing.
         """
 
         k, v = (PartitionSpec(*(self._axes(x, step))) for x in (self.k, self.v))
@@ -146,6 +146,9 @@ class Layer:
         """
         self.check_step(step)
         k, v = self.read(step, 0, self.num_slots)
+        missing = self.layout.missing(jax.tree.leaves(self.k)[0], step, self.group)
+        if missing is not None:  # what was read there may be another row's, and a NaN too
+            k, v = (jnp.where(missing[:, None, :, None], 0, x) for x in (k, v))
         group = step.groups[self.group]
         mask = step.visible(self.spec.reach, group.kv_positions, group.kv_spans)
         if self.spec.drops:

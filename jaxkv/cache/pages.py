@@ -44,8 +44,9 @@ class Pages:
     """A pool of pages that all sequences share. Forking one costs a few integers.
 
     Args:
-      num_pages: pages of each group of Full layers. Layers with a window or chunks get at most as many, and no more
-        than all rows can fill; Cross layers get as many as all rows can fill.
+      num_pages: pages of the Full layers. It may be less than what one sequence can hold: a sequence that finds no page
+        is refused, as it is at its capacity. Layers with a window or chunks get at most as many, and no more than all
+        rows can fill; Cross layers get as many as all rows can fill.
       page_size: slots of a page, 1 to 256. Small pages waste less at the end of a sequence, and share more of what two
         sequences have in common; large ones are read faster.
 
@@ -69,9 +70,9 @@ class Pages:
                 f"{self}: a page of {self.page_size} slots is larger than the capacity, {capacity}; give a page_size "
                 "of at most that"
             )
-        if self.num_pages * self.page_size < max_block:
+        if max_block > self.most(max_block):
             raise ValueError(
-                f"{self} holds {self.num_pages * self.page_size} tokens, and one block may bring {max_block}; give "
+                f"{self} holds {self.most(max_block)} tokens, and one block may bring {max_block}; give "
                 f"num_pages={-(-max_block // self.page_size)} or more, or a smaller max_block"
             )
         spec = () if sharding is None else tuple(sharding.spec) + (None,) * 4
@@ -80,6 +81,10 @@ class Pages:
                 f"{self} with sharding {sharding.spec}: all rows share the pool, so it can be divided over heads, not "
                 f"over rows or slots; give PartitionSpec(None, {spec[1]!r}), or a cache for each device"
             )
+
+    def most(self, capacity: int) -> int:
+        """Returns how many tokens one sequence can bring at most."""
+        return min(capacity, self.num_pages * self.page_size)
 
     def round_up(self, num_slots: int) -> int:
         """Returns how many slots a row has of which `num_slots` are asked for."""
@@ -157,12 +162,15 @@ class Pages:
         return buffer.at[at].set(x, mode="drop", unique_indices=True)
 
     def read(self, buffer: Any, index: Any, step: Any, group: int, start: Any, size: int) -> Any:
-        """Returns slots [start, start + size) of the step's sequences: [B, K, size, H]; 0 where a row has no page."""
+        """Returns slots [start, start + size) of the step's sequences: [B, K, size, H].
+
+        It is anything where a row has no page: to read 0 there would cost as much again.
+        """
         table = step.groups[group].pages.table
         num_pages = buffer.shape[-4]
         if index is not None:  # the layers of a stack one after the other: page p of layer i is page i * P + p
             buffer = buffer.reshape(-1, *buffer.shape[2:])
-            table = jnp.where(table < num_pages, index * num_pages + table, buffer.shape[0])
+            table = index * num_pages + jnp.minimum(table, num_pages - 1)
         # Pages are read in equal parts, the largest of which the stretch is made.
         part = math.gcd(self.page_size, size, start if isinstance(start, int | np.integer) else 0)
         per_page, count = self.page_size // part, size // part
@@ -172,15 +180,19 @@ class Pages:
             number = start // part + jnp.arange(count, dtype=jnp.int32)
             buffer = buffer.reshape(*buffer.shape[:2], per_page, part, buffer.shape[3])
             at = table[:, number // per_page], slice(None), (number % per_page)[None]
-        x = buffer.at[at].get(mode="fill", fill_value=0)  # [B, count, K, part, H]
+        x = buffer.at[at].get(mode="clip")  # [B, count, K, part, H]
         return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], size, x.shape[4])
 
     def gather(self, buffer: Any, index: Any, step: Any, group: int, slots: Any) -> Any:
-        """Returns what lies in slots [B, T] of the step's sequences: [B, T, K, H]; 0 where a row has no page."""
+        """Returns what lies in slots [B, T] of the step's sequences: [B, T, K, H]; anything where a row has no page."""
         table, batch = step.groups[group].pages.table, jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
-        page = table.at[batch, slots // self.page_size].get(mode="fill", fill_value=buffer.shape[-4])
+        page = table.at[batch, slots // self.page_size].get(mode="clip")
         lead = () if index is None else (index,)
-        return buffer.at[(*lead, page, slice(None), slots % self.page_size)].get(mode="fill", fill_value=0)
+        return buffer.at[(*lead, page, slice(None), slots % self.page_size)].get(mode="clip")
+
+    def missing(self, buffer: Any, step: Any, group: int) -> Any:
+        """Returns which slots of the step's sequences have no place in the buffer: bool [B, V]; None where all have."""
+        return jnp.repeat(step.groups[group].pages.table >= buffer.shape[-4], self.page_size, axis=1)
 
     def take(self, buffer: Any, rows: Any, filled: Any) -> Any:
         """Returns the buffer after rows were taken: what it was, the page table says the rest."""

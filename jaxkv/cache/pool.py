@@ -38,7 +38,7 @@ class Pool:
         unused = refs == 0
         place = jnp.where(unused, jnp.cumsum(unused, dtype=jnp.int32) - 1, num_pages)
         pages = jnp.arange(num_pages, dtype=jnp.int32)
-        free = jnp.full((num_pages,), num_pages, jnp.int32).at[place].set(pages, mode="drop", unique_indices=False)
+        free = jnp.full((num_pages,), num_pages, jnp.int32).at[place].set(pages, mode="drop")
         return cls(table, refs, free, unused.sum(dtype=jnp.int32))
 
     @property

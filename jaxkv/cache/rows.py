@@ -29,6 +29,10 @@ class Rows:
     def check(self, capacity: int, max_block: int, sharding: Any) -> None:
         """Raises ValueError if a cache of these sizes can't lie so."""
 
+    def most(self, capacity: int) -> int:
+        """Returns how many tokens one sequence can bring at most."""
+        return capacity
+
     def round_up(self, num_slots: int) -> int:
         """Returns how many slots a row has of which `num_slots` are asked for."""
         return num_slots
@@ -95,6 +99,9 @@ class Rows:
             return one(buffer, slots).swapaxes(1, 2)
         lead = () if index is None else (index,)
         return buffer.at[(*lead, step.rows[:, None], slice(None), slots)].get(mode="clip")
+
+    def missing(self, buffer: Any, step: Any, group: int) -> None:
+        """Returns which slots of the step's sequences have no place in the buffer: bool [B, V]; None where all have."""
 
     def take(self, buffer: Any, rows: Any, filled: Any) -> Any:
         """Returns the buffer whose row r is row rows[r] of this one, in slots below `filled` (int32 scalar).
