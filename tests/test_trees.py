@@ -39,7 +39,7 @@ class Branching(Toy):
         return x @ params["embed"].T, cache.with_layers(layers), *([step] if self.with_step else [])
 
 
-PARAMS = make_params(len(REACHES))
+PARAMS = jax.tree.map(lambda x: x / 2, make_params(len(REACHES)))  # smaller, so that rounding isn't magnified
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -102,7 +102,7 @@ def test_each_branch_gets_what_it_gets_alone_and_the_one_that_is_kept_goes_on(la
             assert depths.tolist() == np.where(there, ends, EMPTY).tolist()
             alone = uncached(toy, texts.reshape(B * T, -1)).reshape(B, T, CAPACITY, V)
             alone = np.take_along_axis(alone, ends[:, :, None, None], 2)[:, :, 0]
-            np.testing.assert_allclose(np.asarray(logits)[there], alone[there], rtol=1e-4, atol=1e-2)
+            np.testing.assert_allclose(np.asarray(logits)[there], alone[there], rtol=1e-4, atol=1e-4)
             for b in range(B):
                 rows[b] = rows[b] + [int(tokens[b, s]) for s in kept[b]]
             assert cache.lengths.tolist() == [len(row) for row in rows]
@@ -114,7 +114,7 @@ def test_each_branch_gets_what_it_gets_alone_and_the_one_that_is_kept_goes_on(la
             texts[b, : len(row) + 1] = [*row, new[b]]
         alone = uncached(toy, texts)
         for b, row in enumerate(rows):
-            np.testing.assert_allclose(logits[b, 0], alone[b, len(row)], rtol=1e-4, atol=1e-2)
+            np.testing.assert_allclose(logits[b, 0], alone[b, len(row)], rtol=1e-4, atol=1e-4)
 
 
 def uncached(toy, texts):

@@ -183,16 +183,16 @@ class Pages:
         x = buffer.at[at].get(mode="clip")  # [B, count, K, part, H]
         return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], size, x.shape[4])
 
+    def gather(self, buffer: Any, index: Any, step: Any, group: int, slots: Any) -> Any:
+        """Returns what lies in slots [B, T] of the step's sequences: [B, T, K, H]; anything where a row has no page."""
+        table, batch = step.groups[group].pages.table, jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+        page = table.at[batch, slots // self.page_size].get(mode="clip")
+        lead = () if index is None else (index,)
+        return buffer.at[(*lead, page, slice(None), slots % self.page_size)].get(mode="clip")
+
     def missing(self, buffer: Any, step: Any, group: int) -> Any:
         """Returns which slots of the step's sequences have no place in the buffer: bool [B, V]; None where all have."""
         return jnp.repeat(step.groups[group].pages.table >= buffer.shape[-4], self.page_size, axis=1)
-
-    def gather(self, buffer: Any, index: Any, step: Any, group: int, slots: Any) -> Any:
-        """Returns what lies in slots [B, T] of the step's sequences: [B, T, K, H]; 0 where a row has no page."""
-        table, batch = step.groups[group].pages.table, jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
-        page = table.at[batch, slots // self.page_size].get(mode="fill", fill_value=buffer.shape[-4])
-        lead = () if index is None else (index,)
-        return buffer.at[(*lead, page, slice(None), slots % self.page_size)].get(mode="fill", fill_value=0)
 
     def take(self, buffer: Any, rows: Any, filled: Any) -> Any:
         """Returns the buffer after rows were taken: what it was, the page table says the rest."""

@@ -94,9 +94,6 @@ class Rows:
         zero, start = jnp.int32(0), jnp.asarray(start, jnp.int32)
         return jax.vmap(lambda row: lax.dynamic_slice(buffer, (row, zero, start, zero), one)[0])(rows)
 
-    def missing(self, buffer: Any, step: Any, group: int) -> None:
-        """Returns which slots of the step's sequences have no place in the buffer: bool [B, V]; None where all have."""
-
     def gather(self, buffer: Any, index: Any, step: Any, group: int, slots: Any) -> Any:
         """Returns what lies in slots [B, T] of the step's sequences: [B, T, K, H]."""
         if step.whole and index is None:
@@ -104,6 +101,9 @@ class Rows:
             return one(buffer, slots).swapaxes(1, 2)
         lead = () if index is None else (index,)
         return buffer.at[(*lead, step.rows[:, None], slice(None), slots)].get(mode="clip")
+
+    def missing(self, buffer: Any, step: Any, group: int) -> None:
+        """Returns which slots of the step's sequences have no place in the buffer: bool [B, V]; None where all have."""
 
     def take(self, buffer: Any, rows: Any, filled: Any) -> Any:
         """Returns the buffer whose row r is row rows[r] of this one, in slots below `filled` (int32 scalar).

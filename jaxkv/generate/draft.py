@@ -33,7 +33,7 @@ class Small:
     forward: Any
     branches: Branches
     form: Form
-    longest_pause: ClassVar[int] = 0  # its cache would lag behind
+    pauses: ClassVar[tuple[int, int]] = (0, 0)  # its cache would lag behind
 
     @property
     def behind(self) -> int:

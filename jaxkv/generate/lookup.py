@@ -31,7 +31,7 @@ class Lookup:
     min_ngram: int
     max_ngram: int
     form: None = None  # there is no cache
-    longest_pause: ClassVar[int] = 32
+    pauses: ClassVar[tuple[int, int]] = (2, 32)  # after bad drafts, at least and at most, in tokens
 
     def propose(self, params: Any, cache: None, sampler: Any, keys: Any, state: Any, room: Any) -> tuple[Any, ...]:
         """Returns drafts int32 [B, T - 1], which of them there are, bool [B, T - 1], and no cache: see `Small`."""

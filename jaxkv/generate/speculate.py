@@ -8,9 +8,9 @@
 ...     layers = [layer.put(step, x, x) for layer in cache.layers]
 ...     return params[tokens], cache.with_layers(layers)
 >>> cache = jaxkv.Cache.init([spec], num_rows=1, capacity=32)
->>> result = speculate(forward, table, [[0, 1, 2, 3, 0, 1]], cache, max_new_tokens=12, num_draft=5)
+>>> result = speculate(forward, table, [[0, 1, 2, 3, 0, 1, 2]], cache, max_new_tokens=12, num_draft=5)
 >>> result.tokens, result.steps
-(array([[2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1]], dtype=int32), array([2], dtype=int32))
+(array([[3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]], dtype=int32), array([2], dtype=int32))
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def speculate(
     draft: tuple[Callable[..., Any], Any, Cache] | None = None,
     num_draft: int = 8,
     tree: Sequence[int] | None = None,
-    min_ngram: int = 2,
-    max_ngram: int = 4,
+    min_ngram: int = 3,
+    max_ngram: int = 5,
     sampler: Callable[..., Any] = Greedy(),
     stop_tokens: Sequence[Any] | int = (),
     key: Any = None,
@@ -98,7 +98,7 @@ def speculate(
         of a `jaxkv.models.Decoder` does.
       min_ngram, max_ngram: without a draft model, at least and at most so many last tokens are looked up: the place
         where most of them stand is taken, and of equal ones the latest. After a draft of which less than a quarter
-        was right a row makes none for some tokens: 1, 2, 4, up to 32, and fewer again after good ones.
+        was right a row makes none for some tokens: 2, 4, 8, up to 32, and fewer again after good ones.
 
     Returns:
       A Speculation.
@@ -115,7 +115,7 @@ def speculate(
     stops = checks.check_stop_tokens(stop_tokens, vocab_size)
     key = checks.check_sampler(sampler, key, vocab_size)
     begin = last_positions(checked)
-    start = _begin(checked, limits, most, sampler, vocab_size, drafter.longest_pause)
+    start = _begin(checked, limits, most, sampler, vocab_size, drafter.pauses[0])
     start = beside(cache, jax.tree.map(jnp.array, start))
     form = Form.of(start)
     fixed = Fixed(forward, sampler, Form.of(cache), form)
@@ -160,7 +160,7 @@ def speculate(
 
 
 def _begin(
-    prompts: list[np.ndarray], limits: np.ndarray, most: int, sampler: Any, vocab_size: int, longest_pause: int
+    prompts: list[np.ndarray], limits: np.ndarray, most: int, sampler: Any, vocab_size: int, pause: int
 ) -> State:
     """Returns the state before the first step, in NumPy."""
     zeros = np.zeros(len(prompts), np.int32)
@@ -182,7 +182,7 @@ def _begin(
         log_probs=np.zeros(text.shape, np.float32),
         history=history,
         wait=zeros,
-        pause=np.full_like(zeros, min(1, longest_pause)),
+        pause=np.full_like(zeros, pause),
         drafted=zeros,
         accepted=zeros,
         steps=zeros,

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.spec import EMPTY
-from jaxkv.cache.tree import Tree, commit
+from jaxkv.cache.step import Step
+from jaxkv.cache.tree import Tree
 from jaxkv.generate.choosing import choose, ends_with, fault, log_prob, row_keys
 from jaxkv.generate.generation import LENGTH, RUNNING, SAMPLER, STOP
 from jaxkv.generate.history import History
@@ -153,9 +154,10 @@ def run(
         *_, path, state = jax.lax.while_loop(unread, read, first)
         # What was looked at stays in the cache: all that was taken but the newest, or the token that broke the row.
         if grows:
-            tree, _ = Tree.of(positions, above, start)
+            taken = jnp.where(cache.ok[:, None], positions, EMPTY)
             row = jnp.arange(rows, dtype=jnp.int32)
-            cache = commit(cache, tree, row, live, live & cache.ok, path, whole=True)
+            tree, _ = Tree.of(taken, above, start)
+            cache = cache.commit(Step(taken, row, cache.ok, None, (), whole=True, tree=tree), path)
         elif width > 1:
             looked = (path != EMPTY).sum(1, dtype=jnp.int32)
             cache = cache.rewind(jnp.where(live, start + looked, FAR))
@@ -164,11 +166,10 @@ def run(
         missed = 4 * (state.accepted - accepted) < jnp.minimum(drafted, len(branches.widths))
         wait = jnp.where(missed, state.pause, jnp.maximum(state.wait - (state.position - start), 0))
         pause = jnp.where(missed, 2 * state.pause, jnp.where(drafted > 0, state.pause // 2, state.pause))
-        longest = drafter.longest_pause
         state = dataclasses.replace(
             state,
             wait=jnp.where(crowded, FAR, wait),
-            pause=jnp.clip(pause, min(1, longest), longest),
+            pause=jnp.clip(pause, *drafter.pauses),
             drafted=state.drafted + drafted,
             steps=state.steps + live.astype(jnp.int32),
         )
