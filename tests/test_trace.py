@@ -6,11 +6,13 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from jaxkv import Cache, Full, LayerSpec, Window
+from jaxkv.cli import main
 from jaxkv.cli import trace as traces
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], None]
@@ -84,3 +86,33 @@ def test_a_browser_shows_the_page_slides_and_has_nothing_to_complain_of(page, tm
     assert found["wrong"] == [] and found["first"] > 0 and found["seen"] > 0 and found["fits"]
     assert re.fullmatch(r"step \d+ of \d+, decode", found["say"])
     assert found["cells"] == sum(group["slots"] for group in data_of(page)["groups"]) * 3
+
+
+def run_command(*words, **options):
+    command = [sys.executable, "-m", "jaxkv", "generate", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_the_command_writes_the_page_and_the_same_text(tmp_path):
+    path = tmp_path / "run.html"
+    done = run_command("The with", "-n", "5", "--greedy", "--trace", str(path))
+    assert done.returncode == 0, done.stderr
+    data = data_of(path.read_text("utf-8"))
+    assert "".join(data["texts"][0]) == done.stdout.rstrip("\n")
+    assert [step["kind"] for step in data["steps"]].count("decode") == 5
+    assert str(path) in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--watch"], "--watch draws on a terminal"),
+        (["--trace", "nowhere/run.html"], "nowhere is not a directory"),
+        (["--trace", "x.html", "--samples", "2"], "--trace shows one text, token by token; leave out --samples"),
+        (["--watch", "--beams", "2"], "--watch shows one text, token by token; leave out --beams"),
+    ],
+    ids=["no terminal", "no folder", "samples", "beams"],
+)
+def test_what_can_not_be_seen_is_said(words, said, capsys):
+    assert main(["generate", "The", *words]) == 2
+    assert said in capsys.readouterr().err

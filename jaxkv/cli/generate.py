@@ -16,6 +16,7 @@ from jaxkv.cli.run import Run, check_capacity, choose_sampling, describe_size, s
 from jaxkv.cli.shown import reason_of, show
 from jaxkv.cli.source import find, told
 from jaxkv.cli.terminal import Text, counted, note, printable, write
+from jaxkv.cli.view import View, check_view
 
 _ROWS = 8  # of many prompts
 
@@ -27,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
             "--compare decodes one text, greedily; leave out --samples, --prompts, --json, --beams, --best-of, "
             "--layout, --speculate and the options for sampling"
         )
+    check_view(args)
     source = find(args.model)
     check_ranked(args, source.generation)
     chosen = choose_sampling(args, source.generation, source.stop_tokens, source.said_in)
@@ -54,11 +56,12 @@ def run(args: argparse.Namespace) -> int:
         runs.append(decoding)
         padding = [None] * (num_rows - len(batch))  # so that the last batch is no other program
         key = jax.random.fold_in(jax.random.key(args.seed), begin) if begin else jax.random.key(args.seed)
+        cache = Cache.init(model.specs, num_rows, capacity, layout=layout)
+        view = View.of(args, cache, batch[0], source.tokenizer)
         if live:
-            write(printable(batch[0].text))
+            (write if view is None else view.begin)(printable(batch[0].text))
         try:
             with told():
-                cache = Cache.init(model.specs, num_rows, capacity, layout=layout)
                 steps = decoding.tokens(
                     model,
                     [*(prompt.tokens for prompt in batch), *padding],
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
                 )
                 for new in steps:
                     if live:
-                        write(new[0])
+                        (write if view is None else view.step)(new[0])
         except KeyboardInterrupt:
             decoding.stop = True
         ended = ["running"] * len(batch) if decoding.result is None else decoding.result.reasons
@@ -81,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
             rest = text.end()
             if live:
                 write(f"{rest}\n")
+                if view is not None:
+                    view.end()
             else:
                 show(args, prompt, text, {"reason": reason}, number)
         if decoding.stop:

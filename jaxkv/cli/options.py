@@ -143,6 +143,8 @@ examples:
         "how the cache lies in memory: pages that texts share where they are the same, or rows (default: pages "
     )
     add("--layout", choices=("rows", "pages"), help=layout_help + "with --beams and --best-of, else rows)")
+    add("--watch", action="store_true", help="show in the terminal how the cache fills while the text is written")
+    add("--trace", metavar="FILE", help="write an HTML page that shows the cache step by step, with a slider")
     add(
         "--compare",
         action="store_true",

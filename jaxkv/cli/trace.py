@@ -1,4 +1,4 @@
-"""`--trace FILE` and `--watch`: the cache of a run, step by step, in one HTML page or in the terminal.
+"""The cache of a run, step by step: as one HTML page with a slider, or as it is now.
 
 Which position lies in which slot is decided by `Cache.begin` alone. So a cache of the same layers, of one number each,
 that is fed the same positions, is at each step what the run's own cache is, which was donated to the compiled loop.
