@@ -389,11 +389,12 @@ class Oracle:
         if length != self.lengths[row] and not lower:
             raise ValueError(f"row {row} must have length {self.lengths[row]}, not {length}")
         self._truncate(row, length)
-        for reach, kept in self.kept[row].items() if held is not None else ():
-            more, fewer = set(held[reach]) - set(kept), set(kept) - set(held[reach])
-            if more or (fewer and not (self.gaps[row] and reach in self.wraps)):
-                raise ValueError(f"row {row} must hold positions {sorted(kept)} of {reach}, not {sorted(held[reach])}")
-            self.kept[row][reach] = {p: token for p, token in kept.items() if p not in fewer}
+        for reach, kept in self.kept[row].items():
+            there = set(kept if held is None else held[reach])
+            fewer = set(kept) - there
+            if there - set(kept) or (fewer and not (self.gaps[row] and reach in self.wraps)):
+                raise ValueError(f"row {row} must hold positions {sorted(kept)} of {reach}, not {sorted(there)}")
+            self.kept[row][reach] = {p: token for p, token in kept.items() if p in there}
         self._release(row)
 
     def _leave_gaps(self, row: int) -> None:

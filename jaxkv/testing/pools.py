@@ -51,7 +51,8 @@ class CountedPool:
 
     def take(self, rows: Sequence[int]) -> None:
         """Makes row r what row rows[r] was; an unknown one has no pages."""
-        old, new = self.table, {}
+        old = self.table
+        new: dict[int, set[int]] = {}
         self.table = [{} for _ in rows]
         for r, row in enumerate(rows):
             for i, page in old[row].items() if 0 <= row < len(old) else ():

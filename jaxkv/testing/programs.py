@@ -380,9 +380,9 @@ class Machine:
                 self._change("retry", mask)
                 self.oracle.retry(mask)
             case Keep():
-                mask = operation.mask(self.oracle.capacity)
-                self._change("keep", mask)
-                self.oracle.keep(mask)
+                kept = operation.mask(self.oracle.capacity)
+                self._change("keep", kept)
+                self.oracle.keep(kept)
         self._settle()
         self._same("lengths", np.asarray(self.cache.lengths), np.array(self.oracle.lengths))
         self._same("ok", np.asarray(self.cache.ok), np.array(self.oracle.ok))
