@@ -264,7 +264,7 @@ def test_facts_of_published_configs():
     llama = config_of("Llama-4-Scout-17B-16E, its text")
     assert [llama.reach(i) for i in range(4)] == [jaxkv.Chunk(8192)] * 3 + [jaxkv.Full()]
     assert [llama.layer_qk_norm(i) for i in range(4)] == ["plain"] * 3 + [False]
-    assert [llama.layer_temperature(i) for i in range(4)] == [None] * 3 + [jaxkv.Temperature(8192, 0.1)]
+    assert [llama.layer_temperature(i) for i in range(4)] == [None] * 3 + [jaxkv.QueryTemperature(8192, 0.1)]
     maverick = config_of("Llama-4-Scout-17B-16E, its text", interleave_moe_layer_step=2, use_qk_norm=False)
     assert [maverick.layer_experts(i) is None for i in range(4)] == [True, False] * 2
     # Normalized once they are turned, queries and keys lose YaRN's magnitude again.

@@ -38,7 +38,7 @@ def test_queries_and_keys_are_normalized_as_asked_for(kind):
 KINDS = {
     "together": {"qk_norm": "together", "rotary": jaxkv.Rotary()},
     "centered": {"qk_norm": "centered"},
-    "plain": {"qk_norm": "plain", "temperature": jaxkv.Temperature(2, 0.7)},
+    "plain": {"qk_norm": "plain", "temperature": jaxkv.QueryTemperature(2, 0.7)},
 }
 
 
@@ -68,7 +68,7 @@ def test_both_flavors_give_the_same_with_a_cache_and_without(kind):
 
 
 def test_a_temperature_makes_attention_sharper_with_position():
-    attn = jaxkv.nnx.Attention(1, 2, temperature=jaxkv.Temperature(3, 1.0), rngs=nnx.Rngs(0))
+    attn = jaxkv.nnx.Attention(1, 2, temperature=jaxkv.QueryTemperature(3, 1.0), rngs=nnx.Rngs(0))
     plain = jaxkv.nnx.Attention(1, 2, rngs=nnx.Rngs(0))
     # As if each query were multiplied before it is projected, for there is no bias at first.
     factors = 1 + np.log1p(np.floor((np.arange(6) + 1) / 3))
@@ -85,4 +85,4 @@ def test_what_is_not_known_is_refused():
     with pytest.raises(ValueError, match="qk_norm='both': known are False, True, 'together', 'centered', 'plain'"):
         jaxkv.nnx.Attention(2, 4, qk_norm="both", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="length is at least 1"):
-        jaxkv.Temperature(0, 0.1)
+        jaxkv.QueryTemperature(0, 0.1)

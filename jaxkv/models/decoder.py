@@ -18,7 +18,7 @@ from jaxkv.cache.spec import Full, LayerSpec, Reach
 from jaxkv.meshes import like, rows_of
 from jaxkv.models.experts import Experts, ExpertsConfig
 from jaxkv.models.mlp import ACTIVATIONS, MLP
-from jaxkv.nn.heads import PROJECTIONS, Temperature, rms_norm
+from jaxkv.nn.heads import PROJECTIONS, QueryTemperature, rms_norm
 from jaxkv.nn.nnx import Attention
 from jaxkv.nn.rotary import Rotary
 from jaxkv.nn.spread import spread
@@ -98,7 +98,7 @@ class DecoderConfig:
     use_bias: bool | tuple[str, ...] = False
     qk_norm: bool | str | tuple[bool | str, ...] = False
     attention_scale: float | None = None
-    temperature: Temperature | tuple[Temperature | None, ...] | None = None
+    temperature: QueryTemperature | tuple[QueryTemperature | None, ...] | None = None
     attention_softcap: float | None = None
     sink_logits: bool = False
     embed_scale: float | None = None
@@ -177,7 +177,7 @@ class DecoderConfig:
         """Returns how queries and keys of a layer are normalized."""
         return self._of_layer("qk_norm", layer)
 
-    def layer_temperature(self, layer: int) -> Temperature | None:
+    def layer_temperature(self, layer: int) -> QueryTemperature | None:
         """Returns what the queries of a layer are multiplied by."""
         return self._of_layer("temperature", layer)
 

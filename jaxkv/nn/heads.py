@@ -22,7 +22,7 @@ QK_NORMS = (False, True, "together", "centered", "plain")
 
 
 @dataclasses.dataclass(frozen=True)
-class Temperature:
+class QueryTemperature:
     """Queries grow with their positions: by 1 + scale * ln(1 + floor((position + first) / length)).
 
     So attention stays sharp over long contexts, in layers without rotary embeddings of Llama 4 and in all of
@@ -36,7 +36,7 @@ class Temperature:
     Raises:
       ValueError: for a length below 1, a negative scale, or a negative first.
 
-    >>> Temperature(length=4, scale=0.1).factors(jnp.array([0, 2, 3, 7])).round(4).tolist()
+    >>> QueryTemperature(length=4, scale=0.1).factors(jnp.array([0, 2, 3, 7])).round(4).tolist()
     [1.0, 1.0, 1.0692999362945557, 1.1098999977111816]
     """
 
@@ -85,7 +85,7 @@ class Heads:
     rotary: Any = None
     softcap: float | None = None
     scale: float | None = None
-    temperature: Temperature | None = None
+    temperature: QueryTemperature | None = None
     implementation: str = "auto"
     dropout_rate: float = 0.0
     broadcast_dropout: bool = True

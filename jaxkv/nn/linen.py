@@ -16,7 +16,7 @@ from jaxkv.cache.spec import Cross, Full, Reach
 from jaxkv.kinds import kind_of
 from jaxkv.meshes import dot_general, forward
 from jaxkv.nn.arguments import check_call
-from jaxkv.nn.heads import PROJECTIONS, Heads, Temperature, biased, qk_scale
+from jaxkv.nn.heads import PROJECTIONS, Heads, QueryTemperature, biased, qk_scale
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
 
@@ -63,7 +63,7 @@ class Attention(AttentionModule, nn.Module):
     qk_norm_epsilon: float = 1e-6
     softcap: float | None = None
     scale: float | None = None
-    temperature: Temperature | None = None
+    temperature: QueryTemperature | None = None
     sink_logits: bool = False
     use_bias: bool | Collection[str] = True
     dropout_rate: float = 0.0

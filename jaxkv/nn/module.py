@@ -23,7 +23,7 @@ OPTIONS = """head_dim: size H of a head, instead of qkv_features.
       qk_norm_epsilon: added to the mean square.
       softcap: None, or the bound c of c * tanh(scores / c).
       scale: factor of the scores; None means head_dim ** -0.5.
-      temperature: None, or `jaxkv.Temperature(...)`, which lets queries grow with their positions.
+      temperature: None, or `jaxkv.QueryTemperature(...)`, which lets queries grow with their positions.
       sink_logits: whether one learned score per query head joins the softmax and brings no value (gpt-oss).
       use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out".
       dropout_rate: share of the attention weights left out in training, at least 0, below 1. With a cache there is no

@@ -26,7 +26,7 @@ from jaxkv.models.families.fields import (
 from jaxkv.models.families.mixtures import LAYER_NUMBERS, chosen, shared_expert, stacked_experts
 from jaxkv.models.families.reach import CHUNKED, FULL, TURNED_LAYERS, turned
 from jaxkv.models.families.table import Family, Ignored, linear
-from jaxkv.nn.heads import Temperature
+from jaxkv.nn.heads import QueryTemperature
 from jaxkv.nn.rotary import LongRopeScaling, YarnScaling
 
 _MLP, _OURS = "model.layers.{}.feed_forward", "layers.{}.mlp"
@@ -61,7 +61,7 @@ def _llama4(fields: Fields) -> DecoderConfig:
         rotary = dataclasses.replace(rotary, scaling=dataclasses.replace(rotary.scaling, attention_factor=1.0))
     temperature = None
     if fields["attn_temperature_tuning"]:
-        temperature = Temperature(fields["floor_scale"], fields["attn_scale"])
+        temperature = QueryTemperature(fields["floor_scale"], fields["attn_scale"])
     step = fields["interleave_moe_layer_step"]
     sparse = range(step - 1, len(layers), step) if fields["moe_layers"] is None else fields["moe_layers"]
     experts = ExpertsConfig(
