@@ -260,9 +260,9 @@ def beams(s: Setting, llama: Llama, rounds: int) -> dict[str, Any]:
     prompt = llama.prompt[: s.beam_prompt]
     pages = jaxkv.Pages(n * -(-capacity // 16), 16)
     reset = jax.jit(lambda cache: cache.reset(jnp.ones_like(cache.ok)), donate_argnums=0)
-    held = {"on pages": llama.cache(n, capacity, pages), "on rows": llama.cache(n, capacity)}
-    held |= {f"plain decoding {name}": cache for name, cache in ((k, llama.cache(n, capacity, pages if "pages" in k
-             else jaxkv.Rows())) for k in ("on pages", "on rows"))}  # fmt: skip
+    layouts = {"on pages": pages, "on rows": jaxkv.Rows()}
+    held = {on: llama.cache(n, capacity, layout) for on, layout in layouts.items()}
+    held |= {f"plain decoding {on}": llama.cache(n, capacity, layout) for on, layout in layouts.items()}
     texts: dict[str, list[int]] = {}
 
     def search(name: str) -> float:
