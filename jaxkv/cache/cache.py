@@ -311,7 +311,7 @@ class Cache:
         more attention than one. Every `begin` hands the promise on to its layers, so a model needs no change. It is
         about the rows that bring tokens, in all layers: keys, values and positions, and an encoder's output where
         n > 0. `copy_prefix` and `take` make such rows. Nothing checks it here: rows that differ get one another's keys.
-        `jaxkv.testing.check_shared` compares them.
+        `jaxkv.testing.assert_shared` compares them.
 
         Args:
           n: tokens, on Pages whole pages; a number, or int32 scalar, which may be traced and is rounded down to whole
