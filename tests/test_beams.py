@@ -369,6 +369,8 @@ class Lowering:
         ({"prompts": [[1], []]}, r"the prompt of row 1 is empty"),
         ({"prompts": [[1] * 25, [1]]}, r"the prompt of row 0 has 25 tokens, the cache a capacity of 24; shorten it"),
         ({"prompts": "text"}, r"prompts is text; encode it"),
+        ({"prompts": None}, r"prompts is None; give a list of token lists"),
+        ({"prompts": [[1]], "num_beams": 8}, r"num_beams=8 takes 8 rows for 1 prompt, and the cache has 7"),
         ({"cache": None}, r"cache is a NoneType; give a jaxkv.Cache"),
     ],
 )

@@ -180,10 +180,13 @@ def test_speculation_gives_the_same_text_and_says_what_was_accepted(small_model,
     out, err = capsys.readouterr()
     assert out == plain
     assert "drafts: 10 of 10 tokens accepted; 12 tokens in 2 steps of the model" in err
+    assert main(["generate", "x", "-n", "3", "--samples", "2", "--speculate", "lookup"]) == 0
+    assert re.search(r"accepted; \d\.\d tokens of a text per step of the model\n", capsys.readouterr().err)
     for options, message in (
+        (["--speculate", "lookup", "--capacity", "1"], "--capacity: --speculate checks a token and a draft at once"),
         (["--speculate", directory], "has a vocabulary of 96 tokens, the model that comes with jaxkv one of"),
         (["--speculate", "nowhere"], "nowhere is not a directory"),
-        (["--speculate", "lookup", "--compare"], "leave out --samples, --prompts, --json, --speculate"),
+        (["--speculate", "lookup", "--compare"], "--best-of, --layout, --speculate and the options"),
     ):
         assert main(["generate", "x", *options]) == 2
         assert message in capsys.readouterr().err

@@ -85,6 +85,17 @@ def test_the_best_of_several_is_drawn_even_from_a_greedy_checkpoint(model, capsy
     assert "read 13 tokens once" in err
 
 
+def test_a_text_that_is_not_there_has_no_score(model, capsys, monkeypatch):
+    generation = GenerationConfig(suppress_tokens=tuple(range(2, 128)))
+    monkeypatch.setattr(tiny, "load", lambda: dataclasses.replace(untrained(), generation=generation))
+    assert main(["generate", PROMPT, "-n", "1", "--json", "--beams", "3", "--samples", "3"]) == 0
+    out, err = capsys.readouterr()
+    *there, none = [json.loads(line, parse_constant=pytest.fail) for line in out.splitlines()]
+    assert sorted(one["tokens"] for one in there) == [[0], [1]]
+    assert (none["reason"], none["score"], none["text"]) == ("none", None, "")
+    assert "wrote 2 in" in err and "as many different texts as there are" in err
+
+
 def test_samples_in_pages_are_those_in_rows(model, capsys):
     in_rows, _ = said(capsys, "--samples", "2", "--temperature", "1")
     in_pages, err = said(capsys, "--samples", "2", "--temperature", "1", "--layout", "pages")

@@ -330,6 +330,12 @@ def wide(params, tokens, positions, cache):
         ({"tree": (2, 0)}, r"tree is \(2, 0\); give how many"),
         ({"forward": TOY, "params": PARAMS, "cache": TOY.cache(), "tree": (2,)}, r"parents.*tree= needs a forward"),
         ({"draft": (counting, UP, table_cache(max_block=1))}, r"reads blocks of 2 tokens, and its cache takes 1"),
+        ({"prompts": None}, r"prompts is None; give a list of token lists"),
+        (
+            {"cache": table_cache(capacity=6), "num_draft": 6},
+            r"a block is 7 tokens, and the cache takes blocks of 6: give num_draft=5$",
+        ),
+        ({"cache": table_cache(capacity=1)}, r"takes blocks of 1: give a cache of more capacity$"),
         ({"max_ngram": 1}, r"max_ngram=1.*at least 3"),
         ({"draft": counting}, r"draft is a function; give \(forward, params, cache\)"),
         ({"draft": (counting, UP, None)}, r"draft: cache is a NoneType"),
@@ -356,6 +362,10 @@ def test_a_donated_cache_and_a_bad_sampler_are_told_as_in_generate():
     speculate(counting, UP, [[1]] * B, cache, max_new_tokens=3)
     with pytest.raises(CacheError, match="donated"):
         speculate(counting, UP, [[1]] * B, cache, max_new_tokens=3)
+    cache = table_cache()
+    with pytest.raises(ValueError, match=r"the draft's cache is the model's own"):
+        speculate(counting, UP, [[1]] * B, cache, draft=(counting, UP, cache), max_new_tokens=3)
+    assert not cache.lengths.is_deleted()
     with pytest.raises(ValueError, match=r"answered with token 99 for row 0"):
         speculate(counting, UP, [[1]] * B, table_cache(), max_new_tokens=3, sampler=lambda key, logits: jnp.int32(99))
     with pytest.raises(ValueError, match="run on the host"):

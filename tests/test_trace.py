@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+import jaxkv
 from jaxkv import Cache, Full, LayerSpec, Window
 from jaxkv.cli import main
 from jaxkv.cli import trace as traces
@@ -26,6 +27,15 @@ def traced(steps=6):
     for i in range(steps):
         trace.step([f" a{i}</script>", f" b{i}" if i < 3 else None, None])
     return trace
+
+
+def test_numbers_of_any_storage_are_drawn_alike():
+    storage = (jaxkv.Int8(), jaxkv.Int4())
+    specs = [LayerSpec(Full(), 2, 16, rotary=jaxkv.Rotary(), rotary_at="read")]
+    cache = Cache.init(specs, num_rows=1, capacity=8, max_block=4, storage=storage)
+    trace = traces.Trace(cache, [[5, 6]], [["a", "b"]])
+    trace.step(["c"])
+    assert "row 0   0 1 . ." in str(trace.picture)
 
 
 def data_of(page):
@@ -108,10 +118,12 @@ def test_the_command_writes_the_page_and_the_same_text(tmp_path):
     [
         (["--watch"], "--watch draws on a terminal"),
         (["--trace", "nowhere/run.html"], "nowhere is not a directory"),
+        (["--trace", ""], "argument --trace: '' does not name a file; give one such as run.html"),
+        (["--trace", "/"], "argument --trace: '/' does not name a file"),
         (["--trace", "x.html", "--samples", "2"], "--trace shows one text, token by token; leave out --samples"),
         (["--watch", "--beams", "2"], "--watch shows one text, token by token; leave out --beams"),
     ],
-    ids=["no terminal", "no folder", "samples", "beams"],
+    ids=["no terminal", "no folder", "no name", "a folder", "samples", "beams"],
 )
 def test_what_can_not_be_seen_is_said(words, said, capsys):
     assert main(["generate", "The", *words]) == 2

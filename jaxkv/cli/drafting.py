@@ -9,6 +9,7 @@ from typing import Any
 from jaxkv.cache.cache import Cache
 from jaxkv.cli.options import UsageError
 from jaxkv.cli.source import Source, find
+from jaxkv.cli.terminal import counted
 
 LOOKUP = "lookup"
 _NUM_DRAFT = 8
@@ -66,4 +67,7 @@ def describe_drafts(results: Sequence[Any]) -> str:
         sum(int(getattr(result, name).sum()) for result in results)
         for name in ("drafted", "accepted", "steps", "lengths")
     )
-    return f"drafts: {accepted:,} of {drafted:,} tokens accepted; {tokens:,} tokens in {steps:,} steps of the model"
+    gained = f"{counted(tokens, 'token')} in {counted(steps, 'step')} of the model"
+    if sum(len(result.steps) for result in results) > 1:  # rows share a step
+        gained = f"{tokens / max(steps, 1):.1f} tokens of a text per step of the model"
+    return f"drafts: {accepted:,} of {counted(drafted, 'token')} accepted; {gained}"

@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     check_ranked(args, source.generation)
     chosen = choose_sampling(args, source.generation, source.stop_tokens, source.said_in)
     check_capacity(args.capacity, source.context)
+    if args.speculate and args.capacity == 1:
+        raise UsageError("argument --capacity: --speculate checks a token and a draft at once; give 2 or more")
     drafting = None if args.speculate is None else Drafting.find(args.speculate, source)
     prompts = read_prompts(args, source)
     capacity = choose_capacity(args, prompts, source.context)

@@ -140,9 +140,10 @@ examples:
     best_help = "draw N texts and print the one whose tokens are the most probable on average"
     add("--best-of", type=_count, metavar="N", help=best_help)
     layout_help = (
-        "how the cache lies in memory: pages that texts share where they are the same, or rows (default: pages "
+        "how the cache lies in memory: a row for each text, or a pool of pages, which the texts of --beams and "
+        "--best-of share where they are the same (default: pages with these two, else rows)"
     )
-    add("--layout", choices=("rows", "pages"), help=layout_help + "with --beams and --best-of, else rows)")
+    add("--layout", choices=("rows", "pages"), help=layout_help)
     add("--watch", action="store_true", help="show in the terminal how the cache fills while the text is written")
     add("--trace", metavar="FILE", help="write an HTML page that shows the cache step by step, with a slider")
     add(

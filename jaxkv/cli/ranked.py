@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -90,7 +91,8 @@ def find_best(
                 text.end()
                 reasons.add(reason_of(reason, prompt, source))
                 wrote += len(text.tokens)
-                facts = {"reason": reason, "score": float(found.scores[i, j])}
+                score = float(found.scores[i, j])
+                facts = {"reason": reason, "score": score if math.isfinite(score) else None}
                 if len(prompts) == args.samples == 1 and not args.json:
                     write(f"{printable(prompt.text)}{text.text}\n")
                 else:
@@ -104,8 +106,10 @@ def find_best(
 
 def _report(n: int, prompts: list[Prompt], wrote: int, seconds: float, reasons: list[str], layout: Any) -> None:
     read = sum(len(prompt.tokens) for prompt in prompts)
-    saved = f"read {counted(read, 'token')} once for {counted(n, 'text')}, not {n} times"
-    if layout != Rows():
+    saved = f"read {counted(read, 'token')}"
+    if n > 1:
+        saved += f" once for {n} texts, not {n} times"
+    if n > 1 and layout != Rows():
         shared = sum((len(prompt.tokens) - 1) // layout.page_size for prompt in prompts)
         saved += f"; {counted(shared, 'page')} of {layout.page_size} shared by all"
     note(f"{saved}; wrote {wrote:,} in {seconds:.1f} s: {', '.join(reasons)}")

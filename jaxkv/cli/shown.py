@@ -43,5 +43,6 @@ def reason_of(reason: str, prompt: Prompt, source: Source) -> str:
         "full": "until the cache was full; a larger --capacity holds more",
         "nan": "until the model's logits were NaN",
         "inf": "until the model's logits were infinite",
+        "none": "as many different texts as there are",
         "running": "until Ctrl-C",
     }.get(reason, reason)

@@ -19,6 +19,7 @@ import numpy as np
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.look import show
 from jaxkv.cache.spec import EMPTY, Chunk, Cross
+from jaxkv.cache.storage import Dense
 from jaxkv.generate.reading import blocks, last_positions
 from jaxkv.picture import Picture
 
@@ -36,10 +37,12 @@ class Trace:
     """
 
     def __init__(self, cache: Any, prompts: Sequence[Sequence[int] | None], texts: Sequence[Sequence[str]]) -> None:
+        small = {"num_kv_heads": 1, "head_dim": 1, "value_dim": 1, "k_storage": Dense(), "v_storage": Dense()}
         specs = [
-            dataclasses.replace(spec, num_kv_heads=1, head_dim=1, value_dim=1, rotary=None) for spec in cache.specs
+            dataclasses.replace(spec, **small, rotary=None, rotary_at="put")
+            for spec in cache.specs
+            if not isinstance(spec.reach, Cross)
         ]
-        specs = [spec for spec in specs if not isinstance(spec.reach, Cross)]
         options = {"max_block": cache.max_block, "slack": cache.slack, "layout": cache.layout}
         self._cache = Cache.init(specs, cache.num_rows, cache.capacity, **options)
         self._begin = jax.jit(lambda cache, positions: cache.begin(positions)[0])

@@ -18,7 +18,7 @@ _CLEAR = "\033[H\033[2J"
 
 def check_view(args: argparse.Namespace) -> None:
     """Raises UsageError if the options ask to see something else than one text, token by token."""
-    if not (args.watch or args.trace):
+    if not args.watch and args.trace is None:
         return
     name = "--watch" if args.watch else "--trace"
     others = {
@@ -35,8 +35,12 @@ def check_view(args: argparse.Namespace) -> None:
         raise UsageError(f"{name} shows one text, token by token; leave out {' and '.join(given)}")
     if args.watch and not sys.stdout.isatty():
         raise UsageError("--watch draws on a terminal, and standard output is none; --trace FILE writes a page")
-    if args.trace and not Path(args.trace).absolute().parent.is_dir():
-        raise UsageError(f"argument --trace: {Path(args.trace).parent} is not a directory; make it first")
+    if args.trace is not None:
+        path = Path(args.trace)
+        if path.is_dir():
+            raise UsageError(f"argument --trace: {args.trace!r} does not name a file; give one such as run.html")
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"argument --trace: {path.parent} is not a directory; make it first")
 
 
 @dataclasses.dataclass
@@ -46,6 +50,7 @@ class View:
     trace: Trace
     watch: bool
     path: str | None
+    quiet: bool
     text: str = ""
 
     @classmethod
@@ -55,7 +60,7 @@ class View:
             return None
         pieces = Text(tokenizer)
         texts = [pieces.take([token]) for token in prompt.tokens]
-        return cls(Trace(cache, [prompt.tokens], [texts]), args.watch, args.trace)
+        return cls(Trace(cache, [prompt.tokens], [texts]), args.watch, args.trace, args.quiet)
 
     def begin(self, text: str) -> None:
         """Shows the prompt."""
@@ -70,7 +75,8 @@ class View:
         """Writes the page."""
         if self.path is not None:
             Path(self.path).write_text(self.trace.page(f"jaxkv: {self.text[:60]}"), "utf-8")
-            note(f"the cache, step by step: {self.path}")
+            if not self.quiet:
+                note(f"the cache, step by step: {self.path}")
 
     def _show(self, piece: str) -> None:
         self.text += piece

@@ -40,13 +40,15 @@ def check_copies(name: str, value: Any, prompts: Any, cache: Any) -> int:
         raise ValueError(f"{name} is {value!r}; give a whole number, 1 or more")
     if isinstance(prompts, str | bytes) or not isinstance(cache, Cache):
         return int(value)  # `checks.check_call` says what is wrong
+    if not hasattr(prompts, "__len__"):
+        raise ValueError(f"prompts is {prompts!r}; give a list of token lists, such as [[1, 2, 3]]")
     if not len(prompts):
         raise ValueError("there are no prompts; give a list of token lists, such as [[1, 2, 3]]")
     needed = len(prompts) * int(value)
     if needed > cache.num_rows:
         raise ValueError(
-            f"{name}={value} takes {needed} rows for {len(prompts)} prompts, and the cache has {cache.num_rows}; make "
-            f"it with num_rows={needed}, or give fewer of either"
+            f"{name}={value} takes {needed} rows for {len(prompts)} prompt{'s' if len(prompts) > 1 else ''}, and the "
+            f"cache has {cache.num_rows}; make it with num_rows={needed}, or give fewer of either"
         )
     return int(value)
 

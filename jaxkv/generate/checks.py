@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -152,6 +152,8 @@ def check_prompts(prompts: Any, held: np.ndarray, capacity: int, vocab_size: int
     """Returns the prompts as int32 arrays, empty for idle rows."""
     if isinstance(prompts, str | bytes):
         raise ValueError("prompts is text; encode it, and give one sequence of token numbers per row: [encode(text)]")
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts is {prompts!r}; give a list of token lists, one per row, such as [[1, 2, 3]]")
     prompts = list(np.asarray(prompts) if isinstance(prompts, jax.Array) else prompts)
     if len(prompts) != len(held):
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxkv.cache.arguments import checked_size
@@ -25,12 +26,14 @@ def checked_branches(num_draft: Any, tree: Any, cache: Cache) -> Branches:
         )
     branches = Branches(tuple(map(int, widths)))
     if cache.max_block < branches.size:
-        what, less = (f"num_draft is {num_draft}", f"num_draft={cache.max_block - 1}")
+        cures = [f"Cache.init(max_block={branches.size})"] if branches.size <= cache.capacity else []
+        what, less = f"num_draft is {num_draft}", f"num_draft={cache.max_block - 1}"
         if tree is not None:
             what, less = f"tree is {branches.widths}", "a smaller tree"
+        cures += [less] if cache.max_block > 1 else []
         raise ValueError(
             f"{what}, so a block is {branches.size} tokens, and the cache takes blocks of {cache.max_block}: give "
-            f"Cache.init(max_block={branches.size}), or {less}"
+            f"{', or '.join(cures or ['a cache of more capacity'])}"
         )
     return branches
 
@@ -61,6 +64,12 @@ def checked_drafter(
         raise ValueError(
             f"the draft model has a vocabulary of {draft_vocab_size} tokens, the model one of {vocab_size}; a draft is "
             "made of the model's own tokens: take a draft model with the same tokenizer"
+        )
+    own = {id(leaf) for leaf in jax.tree.leaves(cache)}
+    if any(id(leaf) in own for leaf in jax.tree.leaves(small)):
+        raise ValueError(
+            "the draft's cache is the model's own, or shares arrays with it, and both are donated; make one for each "
+            "with Cache.init"
         )
     drafter, back = Small(forward, branches, Form.of(small)), branches.size - 1
     for name in ("num_rows", "capacity"):

@@ -119,7 +119,8 @@ def pages_for(lengths: Sequence[int], limits: Sequence[int], copies: int, capaci
 
 
 def _cache(model: Any, request: Request, copies: Any) -> Cache:
-    copies = copies if isinstance(copies, int) and copies > 0 else 1  # the search says what is wrong with it
+    whole = isinstance(copies, int | np.integer) and copies > 0
+    copies = int(copies) if whole else 1  # the search says what is wrong with it
     capacity = capacity_for(model, request.rows, request.limits)
     pages = pages_for([len(prompt) for prompt in request.prompts], request.limits.tolist(), copies, capacity)
     return model.init_cache(copies * len(request.rows), capacity, layout=pages)
