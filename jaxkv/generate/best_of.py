@@ -74,7 +74,10 @@ def best_of(
     if by not in ("mean", "sum"):
         raise ValueError(f'by is {by!r}; give "mean" or "sum"')
     if n > 1 and isinstance(sampler, Sampler) and sampler.greedy:
-        raise ValueError(f"sampler {sampler} is greedy, so all {n} samples would be the same; give Temperature(0.8)")
+        raise ValueError(
+            f"sampler {sampler} is greedy, so all {n} samples would be the same; give Temperature(0.8), or "
+            "temperature=0.8 to a Model"
+        )
     num_prompts, every = len(prompts), padded(prompts, cache)
     cache, texts, _, _ = checks.check_call(forward, params, every, cache)
     limits = checks.check_max_new_tokens(max_new_tokens, num_prompts)
