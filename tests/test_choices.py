@@ -62,6 +62,9 @@ def test_the_best_of_one_prompt_is_its_text():
     options = dict(n=3, max_new_tokens=5, sampler=rules, stop_tokens=0, key=jax.random.key(1))
     wanted = jaxkv.best_of(model().forward, model().params, [tokens_of("Return the ")], cache, **options)
     np.testing.assert_array_equal(drawn.tokens, wanted.tokens)
+    for leaf in jax.tree.leaves(drawn.cache):
+        leaf.delete()  # as when a later call went on with it
+    assert drawn.text == drawn.texts[0][0]
     with pytest.raises(ValueError, match="n is 0; give a whole number, 1 or more"):
         model().best_of("Return the ", n=0)
     with pytest.raises(ValueError, match="num_beams is 'two'; give a whole number"):

@@ -43,16 +43,7 @@ class Choices:
 
         Its cache has a row per prompt. On Pages it shares the memory of this one; on Rows it is a copy of them.
         """
-        texts = None if self.texts is None else tuple(texts[0] for texts in self.texts)
-        return Completion(
-            texts=texts,
-            tokens=self.tokens[:, 0],
-            lengths=self.lengths[:, 0],
-            log_probs=self.log_probs[:, 0],
-            reasons=tuple(reasons[0] for reasons in self.reasons),
-            prompts=self.prompts,
-            cache=self.cache.take(np.arange(len(self.prompts))),
-        )
+        return self._best(self.cache.take(np.arange(len(self.prompts))))
 
     @property
     def text(self) -> str:
@@ -61,7 +52,18 @@ class Choices:
         Raises:
           ValueError: if there are several, or no texts.
         """
-        return self.best.text
+        return self._best(None).text  # also after the cache was given on
+
+    def _best(self, cache: Any) -> Completion:
+        return Completion(
+            texts=None if self.texts is None else tuple(texts[0] for texts in self.texts),
+            tokens=self.tokens[:, 0],
+            lengths=self.lengths[:, 0],
+            log_probs=self.log_probs[:, 0],
+            reasons=tuple(reasons[0] for reasons in self.reasons),
+            prompts=self.prompts,
+            cache=cache,
+        )
 
 
 def choose(
