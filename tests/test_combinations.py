@@ -1,0 +1,112 @@
+"""Layouts, storages, shared beginnings, trees, dropped tokens and encoders together: what each does alone, all do."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkv
+from jaxkv import EMPTY, Cache, Chunk, Cross, Float8, Full, Int4, Int8, LayerSpec, Pages, Rotary, Rows, Window
+
+R, CAPACITY, SHARED, T, VOCABULARY = 3, 150, 80, 6, 11
+ROTARY = Rotary()
+SPECS = (
+    LayerSpec(Full(), 1, 8, None, Int8(), Int4(group=2), ROTARY, "read", drops=True),
+    LayerSpec(Window(70, sinks=2), 1, 8, 6, Int4(group=2), Float8(), ROTARY, drops=True),
+    LayerSpec(Cross(120), 1, 8, 6, Int8(), Int8(), drops=True),
+    LayerSpec(Chunk(8), 1, 8, None, Float8("e5m2"), Int8(rotate=False), ROTARY, "read"),
+)
+LAYOUTS = {"rows": Rows(), "pages": Pages(40, 16)}
+TABLE = np.random.default_rng(0).normal(size=(VOCABULARY, 3, 2, 8)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    """The smallest tiles and blocks, 64, so that few tokens are several of them."""
+    monkeypatch.setattr("jaxkv.nn.plan._power", lambda x, least, most: least)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def call(cache, tokens, positions, parents=None, form="blockwise"):
+    """A forward pass whose keys, values and dropped tokens depend on the token alone, and keys on where it stands."""
+    cache, step = cache.begin(positions, parents=parents)
+    q, k, v = (jnp.asarray(TABLE)[tokens, i] for i in range(3))  # [B, T, 2, 8]
+    outs, layers = [], []
+    for layer in cache.layers:
+        spec, one_q, one_k = layer.spec, q, k[:, :, :1]
+        if spec.rotary is not None:
+            at = step.depths[:, :, None, None]
+            one_q = spec.rotary.rotate(q, at)
+            one_k = spec.rotary.rotate(one_k, at) if spec.rotary_at == "put" else one_k
+        if not isinstance(spec.reach, Cross):
+            where = tokens % 3 != 0 if spec.drops else None
+            layer = layer.put(step, one_k, v[:, :, :1, : spec.value_dim], where=where)
+        if form is not None:
+            outs.append(jaxkv.attend(one_q, layer, step, implementation=form))
+        layers.append(layer)
+    return outs, cache.with_layers(layers), step
+
+
+@functools.cache
+def prefilled(layout):
+    """A cache whose rows share 80 tokens and an encoder's output, and hold 0, 1 and 9 more; and the rows' texts."""
+    random = np.random.default_rng(1)
+    cache = Cache.init(SPECS, R, CAPACITY, max_block=SHARED, layout=LAYOUTS[layout])
+    cache, step = cache.begin_cross(jnp.array([110, -1, -1]))
+    x = np.tile(random.normal(size=(1, 120, 1, 8)).astype(np.float32), (R, 1, 1, 1))
+    where = np.tile(random.random((1, 120)) < 0.8, (R, 1))
+    layers = list(cache.layers)
+    layers[2] = layers[2].put(step, x, x[..., :6], where=where)
+    cache = cache.with_layers(layers)
+    prompt = random.integers(0, VOCABULARY, SHARED).tolist()
+    _, cache, _ = feed(cache, [prompt, [], []], [0] * R, SHARED, form=None)
+    cache = cache.take(jnp.zeros(R, jnp.int32)).sharing(SHARED)
+    own = [random.integers(0, VOCABULARY, n).tolist() for n in (0, 1, 9)]
+    for start in (0, T):
+        _, cache, _ = feed(cache, [x[start : start + T] for x in own], [SHARED + start] * R, T, form=None)
+    return cache, [prompt + x for x in own]
+
+
+def feed(cache, texts, starts, length, parents=None, form="blockwise"):
+    tokens, positions = np.zeros((R, length), np.int32), np.full((R, length), EMPTY, np.int32)
+    for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        tokens[row, : len(text)], positions[row, : len(text)] = text, start + np.arange(len(text))
+    return call(cache, tokens, positions, parents, form=form)
+
+
+PARENTS = np.array([[-1, -1, 0, 1, 3, 3], [-1, 0, 0, 1, 2, 4], [-1, 0, 1, 2, 3, 4]], np.int32)
+PATHS = np.array([[1, 3, 5, -1], [0, 2, 4, 5], [-1, -1, -1, -1]], np.int32)
+
+
+def branch_of(parents, t):
+    return [] if t < 0 else [*branch_of(parents, parents[t]), t]
+
+
+@pytest.mark.parametrize(("layout", "by_row"), [("rows", False), ("pages", True)])
+def test_a_branch_gets_what_it_gets_alone_and_stays(layout, by_row, monkeypatch):
+    monkeypatch.setattr("jaxkv.nn.plan.pays_by_row", lambda spec: by_row)
+    cache, texts = prefilled(layout)
+    starts = [len(text) for text in texts]
+    tokens = np.random.default_rng(2).integers(0, VOCABULARY, (R, T)).tolist()
+    got, grown, step = feed(cache, tokens, starts, T, PARENTS)
+    for t in range(T):
+        branches = [branch_of(PARENTS[row], t) for row in range(R)]
+        alone = [[tokens[row][s] for s in branch] for row, branch in enumerate(branches)]
+        want, _, _ = feed(cache, alone, starts, T, form="reference")
+        for spec, one, other in zip(SPECS, got, want, strict=True):
+            for row, branch in enumerate(branches):
+                np.testing.assert_allclose(one[row, t], other[row, len(branch) - 1], atol=1e-5, err_msg=f"{spec}, {t}")
+    grown = jax.jit(Cache.commit)(grown, step, PATHS)
+    kept = [[tokens[row][t] for t in path if t >= 0] for row, path in enumerate(PATHS)]
+    _, alone, _ = feed(cache, kept, starts, T, form="reference")
+    ends = [start + len(path) for start, path in zip(starts, kept, strict=True)]
+    assert grown.lengths.tolist() == alone.lengths.tolist() == ends
+    np.testing.assert_array_equal(grown.num_free, alone.num_free)
+    more = [[1, 2, 4, 5, 7]] * R
+    got, want = feed(grown, more, ends, T)[0], feed(alone, more, ends, T, form="reference")[0]
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
