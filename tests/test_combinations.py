@@ -110,3 +110,43 @@ def test_a_branch_gets_what_it_gets_alone_and_stays(layout, by_row, monkeypatch)
     got, want = feed(grown, more, ends, T)[0], feed(alone, more, ends, T, form="reference")[0]
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_rows_on_their_way_share_as_far_as_they_are():
+    cache, texts = prefilled("rows")
+    cache = cache.rewind(jnp.array([81, 33, 89]))  # row 1 reads its prompt again while the others go on
+    tokens = [[1, 2, 4, 5, 7, 8], texts[1][33:39], [2, 2, 4]]
+    for part in (cache, cache.sharing(0)):
+        got, want = (feed(part, tokens, cache.lengths.tolist(), T, form=form)[0] for form in ("blockwise", "reference"))
+        for spec, one, other in zip(SPECS, got, want, strict=True):
+            for row, text in enumerate(tokens):
+                np.testing.assert_allclose(one[row, : len(text)], other[row, : len(text)], atol=1e-5, err_msg=f"{spec}")
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def rest(x, cache, positions, form):
+    cache, step = cache.begin(positions)
+    layer = cache.layers[0].put(step, x, x)
+    return jaxkv.attend(x, layer, step, implementation=form), cache.with_layers([layer])
+
+
+def test_the_last_block_is_read_once_where_pages_are_of_an_odd_size(monkeypatch):
+    monkeypatch.setattr("jaxkv.nn.plan._power", lambda x, least, most: 128)
+    cache = Cache.init([LayerSpec(Full(), 1, 2)], 1, 896, max_block=896, layout=Pages(180, 5))
+    x = jax.random.normal(jax.random.key(0), (1, 890, 1, 2))
+    _, cache = rest(x, cache, jnp.arange(890)[None], "reference")
+    assert cache.groups[0].num_slots == 900
+    got, want = (rest(x[:, :1], cache, jnp.array([[890]]), form)[0] for form in ("blockwise", "reference"))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_a_query_of_a_tree_longer_than_a_block_sees_the_sinks_of_its_branch():
+    cache = Cache.init([LayerSpec(Window(4, sinks=2), 1, 2)], 1, 400, max_block=260)
+    # Two texts from the first token on: the sinks of the second lie behind the first.
+    parents = np.concatenate([[-1], np.arange(69), [-1], np.arange(70, 259)])[None].astype(np.int32)
+    cache, step = cache.begin(jnp.arange(260)[None], parents=parents)
+    x = jax.random.normal(jax.random.key(0), (1, 260, 1, 2))
+    layer = cache.layers[0].put(step, x, x)
+    attend = jax.jit(jaxkv.attend, static_argnames="implementation")
+    got, want = (attend(x, layer, step, implementation=form) for form in ("blockwise", "reference"))
+    np.testing.assert_allclose(got, want, atol=1e-6)
