@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -150,3 +151,40 @@ def test_a_query_of_a_tree_longer_than_a_block_sees_the_sinks_of_its_branch():
     attend = jax.jit(jaxkv.attend, static_argnames="implementation")
     got, want = (attend(x, layer, step, implementation=form) for form in ("blockwise", "reference"))
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_what_a_row_left_behind_does_not_spoil_the_next_one():
+    x = jnp.ones((2, 4, 1, 2))
+    for layout in (Rows(), Pages(2, 4)):
+        cache = Cache.init([LayerSpec(Full(), 1, 2)], 2, 4, layout=layout)
+        cache, step = cache.begin(jnp.array([[0, 1, 2, 3], [EMPTY] * 4]))
+        cache = cache.with_layers([cache.layers[0].put(step, jnp.nan * x, jnp.nan * x)])
+        cache, step = cache.reset(jnp.array([True, False])).begin(jnp.array([[0], [0]]))
+        k, v, mask = cache.layers[0].put(step, x[:, :1], x[:, :1]).get(step)
+        assert (jax.nn.dot_product_attention(x[:, :1], k, v, mask=mask) == 1).all()
+
+
+def test_a_mask_is_drawn_without_the_tokens_that_a_layer_left_out():
+    cache = Cache.init([LayerSpec(Full(), 1, 2, drops=True), LayerSpec(Cross(3), 1, 2)], 1, 8, layout=Pages(2, 4))
+    cache, step = cache.begin_cross(jnp.array([2]))
+    x = jnp.ones((1, 3, 1, 2))
+    cache = cache.with_layers([cache.layers[0], cache.layers[1].put(step, x, x)])
+    cache, step = cache.begin(jnp.array([[0, 1, 2]]), parents=jnp.array([[-1, 0, 0]]))
+    layer = cache.layers[0].put(step, x, x, where=jnp.array([[False, True, True]]))
+    lines = [str(jaxkv.show_mask(step, one)).splitlines()[2:5] for one in (layer, cache.layers[1])]
+    assert [[line.split()[1:] for line in picture] for picture in lines] == [
+        [[*"..."], [*".1."], [*"..1"]],
+        [[*"11"]] * 3,
+    ]
+
+
+def test_a_program_takes_a_tree_through_a_file():
+    specs = [LayerSpec(Full(), 1, 4, None, Int8(), Int4(group=1), ROTARY, "read", drops=True)]
+    cache = Cache.init(specs, 1, 8, layout=Pages(2, 4)).sharing(4)
+    parents, path = jnp.array([[-1, 0, 0]]), jnp.array([[0, 2, -1]])
+    begin = jax.export.export(jax.jit(lambda cache, parents: cache.begin(jnp.array([[0, 1, 2]]), parents=parents)))
+    grown, step = jax.export.deserialize(begin(cache, parents).serialize()).call(cache, parents)
+    commit = jax.export.export(jax.jit(Cache.commit))(grown, step, path)
+    after = jax.export.deserialize(commit.serialize()).call(grown, step, path)
+    assert after.lengths.tolist() == [2]
+    assert int(after.shared) == 4
