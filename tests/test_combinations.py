@@ -14,6 +14,7 @@ import jaxkv
 from jaxkv import EMPTY, Cache, Chunk, Cross, Float8, Full, Int4, Int8, LayerSpec, Pages, Rotary, Rows, Window
 
 R, CAPACITY, SHARED, T, VOCABULARY = 3, 150, 80, 6, 11
+FORMS = ("blockwise", "reference")
 ROTARY = Rotary()
 SPECS = (
     LayerSpec(Full(), 1, 8, None, Int8(), Int4(group=2), ROTARY, "read", drops=True),
@@ -108,7 +109,7 @@ def test_a_branch_gets_what_it_gets_alone_and_stays(layout, by_row, monkeypatch)
     assert grown.lengths.tolist() == alone.lengths.tolist() == ends
     np.testing.assert_array_equal(grown.num_free, alone.num_free)
     more = [[1, 2, 4, 5, 7]] * R
-    got, want = feed(grown, more, ends, T)[0], feed(alone, more, ends, T, form="reference")[0]
+    got, want = (feed(cache, more, ends, T, form="reference")[0] for cache in (grown, alone))
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
@@ -117,11 +118,24 @@ def test_rows_on_their_way_share_as_far_as_they_are():
     cache, texts = prefilled("rows")
     cache = cache.rewind(jnp.array([81, 33, 89]))  # row 1 reads its prompt again while the others go on
     tokens = [[1, 2, 4, 5, 7, 8], texts[1][33:39], [2, 2, 4]]
-    for part in (cache, cache.sharing(0)):
-        got, want = (feed(part, tokens, cache.lengths.tolist(), T, form=form)[0] for form in ("blockwise", "reference"))
-        for spec, one, other in zip(SPECS, got, want, strict=True):
-            for row, text in enumerate(tokens):
-                np.testing.assert_allclose(one[row, : len(text)], other[row, : len(text)], atol=1e-5, err_msg=f"{spec}")
+    got, want = (feed(cache, tokens, cache.lengths.tolist(), T, form=form)[0] for form in FORMS)
+    for spec, one, other in zip(SPECS, got, want, strict=True):
+        for row, text in enumerate(tokens):
+            np.testing.assert_allclose(one[row, : len(text)], other[row, : len(text)], atol=1e-5, err_msg=f"{spec}")
+
+
+def test_queries_of_a_tree_have_the_gradients_of_plain_attention():
+    cache, texts = prefilled("pages")
+    _, cache, step = feed(cache, [[1] * T] * R, [len(text) for text in texts], T, PARENTS)
+    q, sinks = jax.random.normal(jax.random.key(0), (R, T, 2, 8)), jnp.arange(2.0)
+
+    def loss(q, sinks, form):
+        outs = [jaxkv.attend(q, x, step, sink_logits=sinks, implementation=form) for x in cache.layers[:3]]
+        return sum(jnp.sin(x).sum() for x in outs)
+
+    got, want = (jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)(q, sinks, form) for form in FORMS)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 @functools.partial(jax.jit, static_argnames="form")

@@ -28,7 +28,8 @@ class Stretch:
     @classmethod
     def halves(cls, plan: Plan, layer: Any, step: Step) -> tuple[Stretch, Stretch]:
         """Returns what is read once for all rows, of one that has it all, and what each row has of its own."""
-        lowest, page = jnp.where(step.positions == EMPTY, FAR, step.positions).min(1), step.groups[layer.group].page_size
+        page = step.groups[layer.group].page_size
+        lowest = jnp.where(step.positions == EMPTY, FAR, step.positions).min(1)
         # A row that has not come so far yet holds what lies before its first query.
         shared = jnp.minimum(step.shared, lowest.min() // page * page)
         if isinstance(plan.reach, Cross):  # rows that share tokens share all of an encoder's output
