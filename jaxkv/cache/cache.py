@@ -310,8 +310,9 @@ class Cache:
         `attend` then reads those once for all rows of a call, not once for each: many samples of one prompt cost little
         more attention than one. Every `begin` hands the promise on to its layers, so a model needs no change. It is
         about the rows that bring tokens, in all layers: keys, values and positions, and an encoder's output where
-        n > 0. `copy_prefix` and `take` make such rows. Nothing checks it here: rows that differ get one another's keys.
-        `jaxkv.testing.assert_shared` compares them.
+        n > 0. `copy_prefix` and `take` make such rows. A row may still be reading these tokens: then only what lies
+        before them is read once. Nothing checks it here: rows that differ, such as one that was reset and goes on with
+        another text, get one another's keys. `jaxkv.testing.assert_shared` compares them.
 
         Args:
           n: tokens, on Pages whole pages; a number, or int32 scalar, which may be traced and is rounded down to whole

@@ -24,6 +24,7 @@ from jaxkv.cache.rows import Rows
 from jaxkv.cache.spec import Chunk, Cross, Full, LayerSpec, Window
 from jaxkv.cache.step import GroupStep, Step
 from jaxkv.cache.storage import Dense
+from jaxkv.cache.tree import Tree
 
 _KIND = "kind"
 _kinds: dict[str, type] = {}
@@ -92,7 +93,7 @@ def _object(x: Any) -> Any:
 for _part in (Full, Window, Chunk, Cross, LayerSpec, Dense, Int8, Int4, Float8, Rows, Pages):
     exportable(_part)
 
-for _node in (Cache, Layer, Group, Encoded, Pool, Step, GroupStep, PageStep):
+for _node in (Cache, Layer, Group, Encoded, Pool, Step, GroupStep, PageStep, Tree):
     jax.export.register_pytree_node_serialization(
         _node,
         serialized_name=f"jaxkv.{_node.__name__}",

@@ -157,14 +157,12 @@ class Layer:
         `attend` gives it zeros and reads only what is filled.
 
         Returns:
-          k [B, S, K, H], v [B, S, K, Hv], mask bool [B, 1, T, S]; S is num_slots, in slot order.
+          k [B, S, K, H], v [B, S, K, Hv], 0 where no token lies, mask bool [B, 1, T, S]; S is num_slots, in slot order.
         """
         self.check_step(step)
-        k, v = self.read(step, 0, self.num_slots)
-        missing = self.layout.missing(jax.tree.leaves(self.k)[0], step, self.group)
-        if missing is not None:  # what was read there may be another row's, and a NaN too
-            k, v = (jnp.where(missing[:, None, :, None], 0, x) for x in (k, v))
         group = step.groups[self.group]
+        empty = (group.kv_positions == EMPTY)[:, None, :, None]  # what was read there may be another row's, and a NaN
+        k, v = (jnp.where(empty, 0, x) for x in self.read(step, 0, self.num_slots))
         mask = step.visible(self.spec.reach, group.kv_positions, group.kv_spans)
         if self.spec.drops:
             mask &= self.stored(step, 0, self.num_slots)[:, None]

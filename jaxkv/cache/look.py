@@ -93,7 +93,8 @@ def show_mask(step: Any, layer: Any, row: int = 0, tokens: Sequence[str] | None 
         raise ValueError(f"show_mask: there is no batch row {row}; the step has 0 to {step.positions.shape[0] - 1}")
     layer.check_step(step)
     group = step.groups[layer.group]
-    see = np.asarray(step.visible(layer.spec.reach, group.kv_positions, group.kv_spans))[row]  # [T, S]
+    *_, mask = layer.get(step)
+    see = np.asarray(mask)[row, 0]  # [T, S]
     held, queries = np.asarray(group.kv_positions)[row], np.asarray(step.positions)[row]
     slots = [slot for slot in np.argsort(held, kind="stable").tolist() if held[slot] != EMPTY]
 

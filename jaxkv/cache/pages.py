@@ -190,10 +190,6 @@ class Pages:
         lead = () if index is None else (index,)
         return buffer.at[(*lead, page, slice(None), slots % self.page_size)].get(mode="clip")
 
-    def missing(self, buffer: Any, step: Any, group: int) -> Any:
-        """Returns which slots of the step's sequences have no place in the buffer: bool [B, V]; None where all have."""
-        return jnp.repeat(step.groups[group].pages.table >= buffer.shape[-4], self.page_size, axis=1)
-
     def take(self, buffer: Any, rows: Any, filled: Any) -> Any:
         """Returns the buffer after rows were taken: what it was, the page table says the rest."""
         return buffer

@@ -102,9 +102,6 @@ class Rows:
         lead = () if index is None else (index,)
         return buffer.at[(*lead, step.rows[:, None], slice(None), slots)].get(mode="clip")
 
-    def missing(self, buffer: Any, step: Any, group: int) -> None:
-        """Returns which slots of the step's sequences have no place in the buffer: bool [B, V]; None where all have."""
-
     def take(self, buffer: Any, rows: Any, filled: Any) -> Any:
         """Returns the buffer whose row r is row rows[r] of this one, in slots below `filled` (int32 scalar).
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxkv.cache.look import html, show_step
 from jaxkv.cache.show import show
-from jaxkv.cache.spec import Reach
+from jaxkv.cache.spec import Cross, Reach
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +87,7 @@ class Step:
         Returns:
           bool [B, T, S].
         """
-        if self.tree is not None:
+        if self.tree is not None and not isinstance(reach, Cross):  # places in an encoder's output are no tokens
             return self.tree.visible(reach, self.positions, kv_positions)
         same_span = None
         if self.spans is not None and kv_spans is not None:

@@ -28,12 +28,14 @@ class Stretch:
     @classmethod
     def halves(cls, plan: Plan, layer: Any, step: Step) -> tuple[Stretch, Stretch]:
         """Returns what is read once for all rows, of one that has it all, and what each row has of its own."""
-        shared = step.shared
+        page = step.groups[layer.group].page_size
+        lowest = jnp.where(step.positions == EMPTY, FAR, step.positions).min(1)
+        # A row that has not come so far yet holds what lies before its first query.
+        shared = jnp.minimum(step.shared, lowest.min() // page * page)
         if isinstance(plan.reach, Cross):  # rows that share tokens share all of an encoder's output
             shared = jnp.where(shared > 0, layer.num_slots, 0)
         # The row furthest behind: what any query sees below `shared`, a ring still has there.
-        behind = jnp.where(step.positions == EMPTY, FAR, step.positions).min(1).argmin()
-        source = step.of_row(layer.group, behind.astype(jnp.int32))
+        source = step.of_row(layer.group, lowest.argmin().astype(jnp.int32))
         return cls(end=shared, source=source), cls(begin=shared)
 
     def hide(self, positions: Any) -> Any:
@@ -99,7 +101,8 @@ def _seen(plan: Plan, num_slots: int, step: Step, group: Any, real: Any, stretch
     count = -(-num_slots // plan.block)
     positions = stretch.hide(group.kv_positions)
     low = jnp.where(real, plan.reach.first(step.depths), jnp.iinfo(jnp.int32).max).min(1)[:, None]
-    seen = (positions >= low) | ((positions < plan.reach.sinks) & real.any(1)[:, None])
+    stands = positions if step.tree is None else step.tree.kv_depths(positions)
+    seen = (stands >= low) | ((stands < plan.reach.sinks) & real.any(1)[:, None])
     seen &= positions != EMPTY
     if step.spans is None:
         seen &= positions <= step.positions.max(1)[:, None]
@@ -118,7 +121,7 @@ def read_block(
     group = step.groups[layer.group]
     at = jnp.minimum(start, layer.num_slots - size)
     positions = stretch.hide(lax.dynamic_slice_in_dim(group.kv_positions, at, size, 1))
-    if layer.num_slots % size or stretch.begin is not None:
+    if layer.num_slots % size or plan.block % size or stretch.begin is not None:
         again = jnp.arange(size, dtype=jnp.int32) < start - at
         positions = jnp.where(again[None], EMPTY, positions)
     spans = None if group.kv_spans is None else lax.dynamic_slice_in_dim(group.kv_spans, at, size, 1)
