@@ -563,9 +563,9 @@ class Watched:
     def __getattr__(self, name):
         return getattr(self.layer, name)
 
-    def read(self, step, start, size):
+    def pieces(self, step, start, size):
         jax.debug.callback(lambda start: self.reads.append((int(start), size)), start)
-        return self.layer.read(step, start, size)
+        return self.layer.pieces(step, start, size)
 
 
 @pytest.mark.parametrize(

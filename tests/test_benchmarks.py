@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,13 +36,10 @@ def test_the_benchmark_of_pages_runs_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pages.Peer, "there", lambda: False)  # transformers takes longer than all else
     numbers, figure = tmp_path / "data" / "pages.json", tmp_path / "figures" / "pages.png"
     options = ["--quick", "--out", str(numbers), "--figure", str(figure)]
-    assert pages.main([*options, "--only", "layer", "forks"]) == 0
-    assert pages.main([*options, "--only", "samples", "beams", "lookup"]) == 0
+    assert pages.main([*options, "--only", "layer"]) == 0
+    assert pages.main([*options, "--only", "forks"]) == 0
     data = json.loads(numbers.read_text())
-    assert list(data) == ["layer", "samples", "forks", "beams", "lookup"]  # one run keeps what another measured
-    assert data["samples"]["nbytes"]["best_of on pages"] < data["samples"]["nbytes"]["best_of on rows"]
-    assert all(data["beams"]["same_text"].values())
-    assert set(data["lookup"]["texts"]["a file edited"]["passes"]) == {"plain", "by lookup"}
+    assert list(data) == ["layer", "forks"]  # one run keeps what another measured
     assert "copy_prefix" in capsys.readouterr().out
     assert figure.stat().st_size > 1000
 
@@ -66,10 +65,11 @@ def test_the_offload_benchmark_runs(tmp_path):
     assert {"ms", "overlap", "settings"} <= set(json.loads((tmp_path / "offload.json").read_text()))
 
 
-def test_writers_a_reader_clear_and_prune_at_once_lose_nothing(capsys):
-    """But what they are asked to remove."""
-    assert importlib.import_module("disk_together").main(["--seconds", "1"]) == 0
-    for line in capsys.readouterr().out.splitlines():
+def test_writers_a_reader_clear_and_prune_at_once_lose_nothing():
+    """But what they are asked to remove. In a process of its own, since it forks."""
+    script = Path(__file__).parent.parent / "benchmarks" / "disk_together.py"
+    done = subprocess.run([sys.executable, str(script), "--seconds", "1"], capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
         for what in ("wrong", "raised", "lost in the end", "corrupt", "lost", "replaced", "errors", "damaged"):
             assert f"  {what} 0" in line, line
 

@@ -530,7 +530,7 @@ def test_arguments_of_the_wrong_kind_are_said(path):
         (nn.Dense, "the class Dense"),
         ("abc", "a str"),
         (None, "a NoneType"),
-        (X, "a ArrayImpl"),
+        (X, "an ArrayImpl"),
         (nnx.Param(X), "a Param"),
         (np.sum, "a _ArrayFunctionDispatcher"),
     ]:
