@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import EMPTY, Cache, Chunk, Cross, Float8, Full, Int4, Int8, LayerSpec, Pages, Rotary, Rows, Window
+from jaxkv import EMPTY, Cache, Cross, Float8, Full, Int4, Int8, LayerSpec, Pages, Rotary, Window
 
 R, CAPACITY, SHARED, T, VOCABULARY = 3, 150, 80, 6, 11
 FORMS = ("blockwise", "reference")
@@ -20,16 +20,15 @@ SPECS = (
     LayerSpec(Full(), 1, 8, None, Int8(), Int4(group=2), ROTARY, "read", drops=True),
     LayerSpec(Window(70, sinks=2), 1, 8, 6, Int4(group=2), Float8(), ROTARY, drops=True),
     LayerSpec(Cross(120), 1, 8, 6, Int8(), Int8(), drops=True),
-    LayerSpec(Chunk(8), 1, 8, None, Float8("e5m2"), Int8(rotate=False), ROTARY, "read"),
 )
-LAYOUTS = {"rows": Rows(), "pages": Pages(40, 16)}
 TABLE = np.random.default_rng(0).normal(size=(VOCABULARY, 3, 2, 8)).astype(np.float32)
 
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    """The smallest tiles and blocks, 64, so that few tokens are several of them."""
+    """The smallest tiles and blocks, 64, so that few tokens are several of them; rows one after the other."""
     monkeypatch.setattr("jaxkv.nn.plan._power", lambda x, least, most: least)
+    monkeypatch.setattr("jaxkv.nn.plan.pays_by_row", lambda spec: True)
 
 
 @functools.partial(jax.jit, static_argnames="form")
@@ -54,10 +53,10 @@ def call(cache, tokens, positions, parents=None, form="blockwise"):
 
 
 @functools.cache
-def prefilled(layout):
+def prefilled():
     """A cache whose rows share 80 tokens and an encoder's output, and hold 0, 1 and 9 more; and the rows' texts."""
     random = np.random.default_rng(1)
-    cache = Cache.init(SPECS, R, CAPACITY, max_block=SHARED, layout=LAYOUTS[layout])
+    cache = Cache.init(SPECS, R, CAPACITY, max_block=SHARED, layout=Pages(40, 16))
     cache, step = cache.begin_cross(jnp.array([110, -1, -1]))
     x = np.tile(random.normal(size=(1, 120, 1, 8)).astype(np.float32), (R, 1, 1, 1))
     where = np.tile(random.random((1, 120)) < 0.8, (R, 1))
@@ -68,8 +67,7 @@ def prefilled(layout):
     _, cache, _ = feed(cache, [prompt, [], []], [0] * R, SHARED, form=None)
     cache = cache.take(jnp.zeros(R, jnp.int32)).sharing(SHARED)
     own = [random.integers(0, VOCABULARY, n).tolist() for n in (0, 1, 9)]
-    for start in (0, T):
-        _, cache, _ = feed(cache, [x[start : start + T] for x in own], [SHARED + start] * R, T, form=None)
+    _, cache, _ = feed(cache, own, [SHARED] * R, SHARED, form=None)
     return cache, [prompt + x for x in own]
 
 
@@ -88,10 +86,8 @@ def branch_of(parents, t):
     return [] if t < 0 else [*branch_of(parents, parents[t]), t]
 
 
-@pytest.mark.parametrize(("layout", "by_row"), [("rows", False), ("pages", True)])
-def test_a_branch_gets_what_it_gets_alone_and_stays(layout, by_row, monkeypatch):
-    monkeypatch.setattr("jaxkv.nn.plan.pays_by_row", lambda spec: by_row)
-    cache, texts = prefilled(layout)
+def test_a_branch_gets_what_it_gets_alone_and_stays():
+    cache, texts = prefilled()
     starts = [len(text) for text in texts]
     tokens = np.random.default_rng(2).integers(0, VOCABULARY, (R, T)).tolist()
     got, grown, step = feed(cache, tokens, starts, T, PARENTS)
@@ -115,7 +111,7 @@ def test_a_branch_gets_what_it_gets_alone_and_stays(layout, by_row, monkeypatch)
 
 
 def test_rows_on_their_way_share_as_far_as_they_are():
-    cache, texts = prefilled("rows")
+    cache, texts = prefilled()
     cache = cache.rewind(jnp.array([81, 33, 89]))  # row 1 reads its prompt again while the others go on
     tokens = [[1, 2, 4, 5, 7, 8], texts[1][33:39], [2, 2, 4]]
     got, want = (feed(cache, tokens, cache.lengths.tolist(), T, form=form)[0] for form in FORMS)
@@ -125,12 +121,12 @@ def test_rows_on_their_way_share_as_far_as_they_are():
 
 
 def test_queries_of_a_tree_have_the_gradients_of_plain_attention():
-    cache, texts = prefilled("pages")
+    cache, texts = prefilled()
     _, cache, step = feed(cache, [[1] * T] * R, [len(text) for text in texts], T, PARENTS)
     q, sinks = jax.random.normal(jax.random.key(0), (R, T, 2, 8)), jnp.arange(2.0)
 
     def loss(q, sinks, form):
-        outs = [jaxkv.attend(q, x, step, sink_logits=sinks, implementation=form) for x in cache.layers[:3]]
+        outs = [jaxkv.attend(q, x, step, sink_logits=sinks, implementation=form) for x in cache.layers]
         return sum(jnp.sin(x).sum() for x in outs)
 
     got, want = (jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)(q, sinks, form) for form in FORMS)
@@ -169,27 +165,21 @@ def test_a_query_of_a_tree_longer_than_a_block_sees_the_sinks_of_its_branch():
 
 def test_what_a_row_left_behind_does_not_spoil_the_next_one():
     x = jnp.ones((2, 4, 1, 2))
-    for layout in (Rows(), Pages(2, 4)):
-        cache = Cache.init([LayerSpec(Full(), 1, 2)], 2, 4, layout=layout)
-        cache, step = cache.begin(jnp.array([[0, 1, 2, 3], [EMPTY] * 4]))
-        cache = cache.with_layers([cache.layers[0].put(step, jnp.nan * x, jnp.nan * x)])
-        cache, step = cache.reset(jnp.array([True, False])).begin(jnp.array([[0], [0]]))
-        k, v, mask = cache.layers[0].put(step, x[:, :1], x[:, :1]).get(step)
-        assert (jax.nn.dot_product_attention(x[:, :1], k, v, mask=mask) == 1).all()
+    cache = Cache.init([LayerSpec(Full(), 1, 2)], 2, 4)
+    cache, step = cache.begin(jnp.array([[0, 1, 2, 3], [EMPTY] * 4]))
+    cache = cache.with_layers([cache.layers[0].put(step, jnp.nan * x, jnp.nan * x)])
+    cache, step = cache.reset(jnp.array([True, False])).begin(jnp.array([[0], [0]]))
+    k, v, mask = cache.layers[0].put(step, x[:, :1], x[:, :1]).get(step)
+    assert (jax.nn.dot_product_attention(x[:, :1], k, v, mask=mask) == 1).all()
 
 
 def test_a_mask_is_drawn_without_the_tokens_that_a_layer_left_out():
-    cache = Cache.init([LayerSpec(Full(), 1, 2, drops=True), LayerSpec(Cross(3), 1, 2)], 1, 8, layout=Pages(2, 4))
-    cache, step = cache.begin_cross(jnp.array([2]))
+    cache = Cache.init([LayerSpec(Full(), 1, 2, drops=True)], 1, 8, layout=Pages(2, 4))
     x = jnp.ones((1, 3, 1, 2))
-    cache = cache.with_layers([cache.layers[0], cache.layers[1].put(step, x, x)])
     cache, step = cache.begin(jnp.array([[0, 1, 2]]), parents=jnp.array([[-1, 0, 0]]))
     layer = cache.layers[0].put(step, x, x, where=jnp.array([[False, True, True]]))
-    lines = [str(jaxkv.show_mask(step, one)).splitlines()[2:5] for one in (layer, cache.layers[1])]
-    assert [[line.split()[1:] for line in picture] for picture in lines] == [
-        [[*"..."], [*".1."], [*"..1"]],
-        [[*"11"]] * 3,
-    ]
+    lines = str(jaxkv.show_mask(step, layer)).splitlines()[2:5]
+    assert [line.split()[1:] for line in lines] == [[*"..."], [*".1."], [*"..1"]]
 
 
 def test_a_program_takes_a_tree_through_a_file():
