@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export PYTHON PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test test-full test-all lint type docs site format hooks clean
+.PHONY: help demo chat test test-jax test-full test-all lint type docs site format hooks clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -24,6 +24,13 @@ chat: $(VENV)/.run ## talk with it; what was said stays in the cache
 
 test: $(VENV)/.dev ## run all tests, the doctests and the code in README.md and docs/
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# The cache, attention, the compiled loops, and the database of the memo: where another JAX or Python shows first.
+JAX_TESTS := $(addprefix tests/test_,$(addsuffix .py,attend beams best_of cache combinations cross devices disk export generate \
+  imports pages plan setup shared spec speculate storage trees))
+
+test-jax: $(VENV)/.dev ## run the tests that meet JAX most, for another Python
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(JAX_TESTS)
 
 test-full: ## run them with more random programs, every flipped bit and a million rows: half an hour
 	JAXKV_FULL=1 $(MAKE) test

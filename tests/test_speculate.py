@@ -116,7 +116,9 @@ def test_the_next_turn_goes_on_from_the_caches():
     assert (held >= np.asarray(result.cache.lengths) - 1).all()
     draft = (SMALL, SMALL_PARAMS, result.draft_cache)
     again = speculate(TOY, PARAMS, turn, result.cache, draft=draft, num_draft=NUM_DRAFT, min_ngram=1, max_new_tokens=9)
-    assert_same(again, generate(TOY, PARAMS, turn, plain.cache, max_new_tokens=9))
+    want = generate(TOY, PARAMS, turn, plain.cache, max_new_tokens=9)
+    assert (again.tokens == want.tokens).all() and again.reasons == want.reasons
+    np.testing.assert_allclose(again.log_probs, want.log_probs, atol=1e-4)  # other blocks, other rounding
 
 
 RANDOM_TABLE = jnp.asarray(np.random.default_rng(6).normal(size=(V, V)), jnp.float32)

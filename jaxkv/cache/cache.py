@@ -226,7 +226,8 @@ class Cache:
         """Returns this cache with one branch of the tree of tokens that `step` began, per row, and nothing else of it.
 
         The keys and values of the branch move up to the row's length, where their depths put them. It can't fail: a
-        ring keeps what it may need again as for any block.
+        ring keeps what it may need again as for any block. Call it before the rows are forked: on pages, a `take` or
+        `copy_prefix` between `begin` and `commit` shares the pages that it writes.
 
         Args:
           step: of `begin(positions, parents=)`, after all layers have put.
