@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_generate import CAPACITY, KEY, MAX_BLOCK, PARAMS, PROMPTS, RANDOM, TOY, B, Toy, V, assert_same, history
+from test_generate import CAPACITY, KEY, MAX_BLOCK, PARAMS, PROMPTS, RANDOM, TOY, B, Toy, V, history
 from test_trees import Branching
 
 import jaxkv
