@@ -27,6 +27,7 @@ myst_heading_anchors = 4
 exclude_patterns = ["data"]
 
 default_role = "py:obj"  # a public name in backquotes becomes a link; anything else stays code
+suppress_warnings = ["ref.python"]  # a word such as `dtype` is an attribute of several classes
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # most are Any: the docstrings give shapes and dtypes
 autodoc_preserve_defaults = True
