@@ -5,12 +5,13 @@ PROMPT ?= The with statement
 WORKERS ?= 2
 PYTEST_ARGS ?=
 EXTRAS_dev := [dev]
+EXTRAS_docs := [docs]
 
 BIN := $(VENV)/bin
 export PYTHON PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test test-full test-all lint type format hooks clean
+.PHONY: help demo chat test test-jax test-full test-all lint type docs site format hooks clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -23,6 +24,13 @@ chat: $(VENV)/.run ## talk with it; what was said stays in the cache
 
 test: $(VENV)/.dev ## run all tests, the doctests and the code in README.md and docs/
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# The cache, attention, the compiled loops, and the database of the memo: where another JAX or Python shows first.
+JAX_TESTS := $(addprefix tests/test_,$(addsuffix .py,attend beams best_of cache combinations cross devices disk export generate \
+  imports pages plan setup shared spec speculate storage trees))
+
+test-jax: $(VENV)/.dev ## run the tests that meet JAX most, for another Python
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(JAX_TESTS)
 
 test-full: ## run them with more random programs, every flipped bit and a million rows: half an hour
 	JAXKV_FULL=1 $(MAKE) test
@@ -42,6 +50,14 @@ lint: $(VENV)/.dev ## check style and formatting
 
 type: $(VENV)/.dev ## check types
 	$(BIN)/mypy
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python tests/public_types.py
+
+docs: site ## build the documentation in docs/_build, and run all code that it shows
+	$(BIN)/python -m pytest -q -n $(WORKERS) tests/test_readme.py
+
+site: $(VENV)/.docs ## build the documentation only; a warning is an error
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
+	@echo "The documentation is in docs/_build/index.html"
 
 format: $(VENV)/.dev ## repair style and formatting
 	$(BIN)/ruff check --fix .
@@ -51,11 +67,11 @@ hooks: $(VENV)/.dev ## let git run lint and type before each commit
 	$(BIN)/pre-commit install
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-* .cache build dist
+	rm -rf .venv .venv-* .cache build dist docs/_build docs/api
 
 # A stamp is made when pip has succeeded, and is out of date when pyproject.toml is newer. pip itself comes last into a new
 # environment, so one that was interrupted is made again.
-$(VENV)/.run $(VENV)/.dev: $(VENV)/.%: pyproject.toml
+$(VENV)/.run $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: pyproject.toml
 	@[ -x $(BIN)/pip ] || { python=$$(.ci/find-python) && echo "Making $(VENV) with $$python" && "$$python" -m venv --clear $(VENV); }
 	@echo "Installing jaxkv$(EXTRAS_$*) into $(VENV) (once, a few minutes at most)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.$(EXTRAS_$*)'

@@ -25,7 +25,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-collect_ignore_glob = ["tests/golden/make_*.py"]  # they need the libraries that made the golden files
+# They need the libraries that made the golden files; and what only type checkers read.
+collect_ignore_glob = ["tests/golden/make_*.py", "tests/public_types.py"]
 
 
 @pytest.fixture(autouse=True, scope="session")

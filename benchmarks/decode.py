@@ -61,7 +61,7 @@ class Jaxkv:
 
     def __init__(self, s: Setting, batch: int, capacity: int):
         spec = jaxkv.LayerSpec(jaxkv.Full(), s.num_kv_heads, s.head_dim)
-        cache = jaxkv.Cache.init([spec], batch, capacity)
+        cache = self.empty(spec, batch, capacity)
         block = min(cache.max_block, capacity)
 
         @functools.partial(jax.jit, donate_argnums=0)
@@ -79,6 +79,9 @@ class Jaxkv:
         self.books = {n: (c.groups, c.lengths) for n, c in shorter.items()}
         self.cache = cache
         self.q, self.k = random(1, batch, 1, s.num_heads, s.head_dim), random(2, batch, 1, s.num_kv_heads, s.head_dim)
+
+    def empty(self, spec: jaxkv.LayerSpec, batch: int, capacity: int) -> jaxkv.Cache:
+        return jaxkv.Cache.init([spec], batch, capacity)
 
     @staticmethod
     @functools.partial(jax.jit, donate_argnums=0)

@@ -14,6 +14,9 @@ The faults, each in a process of its own, on 64 items of 4 KB:
 - cut while open: the same after the reader has opened the store and read one item.
 - flipped: one bit, drawn over all files by size; opened and read.
 - killed: two writers, killed at a random moment; then all they had said to be written is read.
+- power: a writer is stopped at two moments, and of the pages of 4 KB that it changed in between some are as before,
+  others as after, as a loss of power may leave them where nobody waits for the disk. What was said to be written before
+  the first moment is read.
 - full: writing into a file system of 1 MB (where this may be mounted, else under a limit on the size of files), then
   reading all that was said to be written.
 
@@ -24,6 +27,7 @@ anybody, and a flipped bit may cost one item.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -45,7 +49,7 @@ from jaxkv.memo.disk import Disk
 
 ITEMS, SIZE = 64, 4096
 BATCHES = ((1 << 20, 8), (65536, 64), (4096, 64))  # bytes of an item, items of a batch
-FAULTS = ("cut", "cut while open", "flipped", "killed", "full")
+FAULTS = ("cut", "cut while open", "flipped", "killed", "power", "full")
 FULL_BYTES = 1 << 20
 
 
@@ -344,6 +348,66 @@ def killed(name: str, folder: str, chance: random.Random) -> dict[str, int]:
     return counts | {"items": len(numbers)}
 
 
+def mixed(before: str, after: str, folder: str, chance: random.Random) -> None:
+    """Makes a directory of pages that are as before or as after; a new page that was not written yet is of zeros."""
+    share = chance.random()
+    for path in {path.relative_to(place) for place in (before, after) for path in data_files(place)}:
+        old, new = (pathlib.Path(place, path) for place in (before, after))
+        if not (old if chance.random() < share else new).exists():
+            continue
+        was, now = (place.read_bytes() if place.exists() else b"" for place in (old, new))
+        size = len(was if chance.random() < share else now)
+        parts = [
+            (was if chance.random() < share else now)[at : at + 4096].ljust(4096, b"\0") for at in range(0, size, 4096)
+        ]
+        place = pathlib.Path(folder, path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(b"".join(parts)[:size])
+
+
+def powerless(name: str, folder: str, chance: random.Random) -> dict[str, int]:
+    os.makedirs(folder)
+    trial(lambda: STORES[name](folder) and {})
+    ours, theirs = os.pipe()
+    os.set_blocking(ours, False)
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        store, first = STORES[name](folder), 0
+        while True:
+            store.write(*items(range(first, first + 8), SIZE))
+            os.write(theirs, first.to_bytes(8, "little"))
+            first += 8
+    os.close(theirs)
+
+    def stop(place: str) -> None:
+        time.sleep(0.005 + 0.05 * chance.random())
+        os.kill(pid, signal.SIGSTOP)
+        os.waitpid(pid, os.WUNTRACED)
+        shutil.copytree(folder, place)
+
+    try:
+        stop(f"{folder}-before")
+        said = b""
+        with contextlib.suppress(BlockingIOError):
+            said = os.read(ours, 65536)
+        os.kill(pid, signal.SIGCONT)
+        stop(f"{folder}-after")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(ours)
+    shutil.rmtree(folder)
+    os.mkdir(folder)
+    mixed(f"{folder}-before", f"{folder}-after", folder, chance)
+    firsts = [int.from_bytes(said[at : at + 8], "little") for at in range(0, len(said), 8)]
+    numbers = [first + i for first in firsts for i in range(8)]
+    counts = trial(lambda: check(STORES[name](folder), numbers))
+    for place in (folder, f"{folder}-before", f"{folder}-after"):
+        shutil.rmtree(place)
+    return counts | {"items": len(numbers)}
+
+
 def full(name: str, folder: str) -> dict[str, int]:
     """Writes 2 MB into 1, going on after errors; then a new process reads what was said to be written."""
     os.makedirs(folder)
@@ -399,6 +463,8 @@ def faults(name: str, trials: dict[str, int]) -> dict[str, dict[str, int]]:
             for _ in range(trials[fault]):
                 if fault == "killed":
                     result = killed(name, place, random.Random(chance.random()))
+                elif fault == "power":
+                    result = powerless(name, place, random.Random(chance.random()))
                 elif fault == "full":
                     result = full(name, place)
                 else:
@@ -437,7 +503,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.out and arguments.out.exists():
         results = json.loads(arguments.out.read_text())
     if arguments.only != "times":
-        trials = dict(zip(FAULTS, (2, 2, 4, 1, 1) if arguments.quick else (120, 120, 500, 30, 3), strict=True))
+        trials = dict(zip(FAULTS, (2, 2, 4, 1, 1, 1) if arguments.quick else (120, 120, 500, 30, 60, 3), strict=True))
         table = {name: faults(name, trials) for name in names}
         results["faults"] = facts | {"items": ITEMS, "item_bytes": SIZE, "table": table}
         say("")

@@ -180,7 +180,7 @@ def read_bytes(folder: str, context: int) -> int:
         if (("embed_tokens" in name or "wte" in name) and not config.tied) or "wpe" in name:
             size = 4 * config.width
         if ".experts." in name:
-            size = size * config.experts_per_token // config.num_experts
+            size = size * config.experts.per_token // config.experts.num_experts
         weights += size
     held = [min(context, config.reach(i).size or context) for i in range(config.num_layers)]
     return weights + 4 * 2 * config.num_kv_heads * config.head_dim * sum(held)

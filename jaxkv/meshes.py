@@ -150,11 +150,17 @@ def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, *, out_sharding: Any
     return automatic(product, PartitionSpec(*(spec_of(lhs)[i] for i in batch), *left, *right))(lhs, rhs)
 
 
-def forward(function: Callable[..., Any], params: Any, tokens: Any, positions: Any, cache: Any) -> Any:
+def forward(
+    function: Callable[..., Any], params: Any, tokens: Any, positions: Any, cache: Any, parents: Any = None
+) -> Any:
     """Returns function(params, tokens, positions, cache), a model's (logits, cache), also on a mesh with Explicit axes.
 
-    There the logits are sharded over rows as the tokens are, and the cache stays as it is.
+    There the logits are sharded over rows as the tokens are, and the cache stays as it is. Of a tree of tokens the
+    function gets `parents` too, by name.
     """
-    if explicit_mesh((params, tokens, positions, cache)) is None:
-        return function(params, tokens, positions, cache)
-    return automatic(function, (rows_of(tokens), like(cache)))(params, tokens, positions, cache)
+
+    def call(params: Any, tokens: Any, positions: Any, cache: Any, *parents: Any) -> Any:
+        return function(params, tokens, positions, cache, **dict(zip(("parents",), parents, strict=False)))
+
+    args = (params, tokens, positions, cache, *(() if parents is None else (parents,)))
+    return call(*args) if explicit_mesh(args) is None else automatic(call, (rows_of(tokens), like(cache)))(*args)

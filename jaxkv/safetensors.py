@@ -12,7 +12,7 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,11 @@ class File(Mapping[str, np.ndarray]):
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
+    @property
+    def tied(self) -> dict[str, str]:
+        """Further names of tensors, each with the one there is: PyTorch's `save_model` has them in the metadata."""
+        return {name: there for name, there in self.metadata.items() if there in self and name not in self}
+
     def is_known(self, name: str) -> bool:
         """Returns whether the dtype of a tensor is known here, so that it can be read."""
         return self._entries[name][0] in DTYPES
@@ -126,13 +131,21 @@ class File(Mapping[str, np.ndarray]):
         return len(self._entries)
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], *, dtype: Any = None, metadata: Any = None) -> None:
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    exact: Collection[str] = (),
+    metadata: Any = None,
+) -> None:
     """Writes arrays as safetensors: all of them or, if anything goes wrong, nothing.
 
     Args:
       path: the file, replaced if it is there; "~" is the home directory, and links are followed.
       tensors: arrays by name, fetched from their device one by one.
       dtype: floating arrays are cast to it; None keeps their own.
+      exact: names of arrays that keep their own nevertheless.
       metadata: strings by name, put into the header.
 
     Raises:
@@ -146,7 +159,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], *, dtype: An
         raise ValueError(f"safetensors has the name {_METADATA} for itself; give that array another")
     dtypes = {}
     for name, tensor in tensors.items():
-        cast = dtype is not None and jnp.issubdtype(tensor.dtype, jnp.floating)
+        cast = dtype is not None and name not in exact and jnp.issubdtype(tensor.dtype, jnp.floating)
         kind = jnp.dtype(dtype if cast else tensor.dtype).name
         if kind not in _CODES:
             raise ValueError(f"{name} is {kind}; safetensors knows {', '.join(_CODES)}")

@@ -375,11 +375,14 @@ def test_a_long_prompt_never_has_an_array_of_queries_times_slots():
         assert not re.search(rf"\[[\d,]*{length},{length}[\d,]*\]", compiled.as_text())
 
 
-@pytest.mark.parametrize(("batch", "dtype"), [(1, "float32"), (2, "float16"), (1, "int8")])
-def test_a_decode_step_has_no_temporary_of_cache_size(batch, dtype):
+@pytest.mark.parametrize(
+    ("batch", "dtype", "page_size"), [(1, "float32", None), (2, "float16", None), (1, "int8", None), (2, "float32", 48)]
+)
+def test_a_decode_step_has_no_temporary_of_cache_size(batch, dtype, page_size):
     capacity = 65536
     spec = LayerSpec(Full(), 2, 16, None, jaxkv.Dense(dtype), jaxkv.Dense(dtype))
-    cache = jax.eval_shape(lambda: Cache.init([spec], batch, capacity))
+    layout = jaxkv.Rows() if page_size is None else jaxkv.Pages(batch * capacity // page_size, page_size)
+    cache = jax.eval_shape(lambda: Cache.init([spec], batch, capacity, layout=layout))
 
     def decode(cache, x):
         def body(i, carry):
@@ -392,7 +395,11 @@ def test_a_decode_step_has_no_temporary_of_cache_size(batch, dtype):
 
     x = jax.ShapeDtypeStruct((batch, 1, 2, 16), jnp.float32)
     compiled = jax.jit(decode, donate_argnums=0).lower(cache, x).compile()
-    assert not re.search(rf"\[{batch},2,{capacity},16\]\S* copy\(", compiled.as_text())
+    size = ",".join(map(str, cache.layers[0].k.shape))
+    assert not re.search(rf"\[{size}\]\S* copy\(", compiled.as_text())
+    if page_size is not None:  # nor are the pages of a row gathered
+        others = compiled.as_text().replace(f"[{size}]", "")
+        assert not re.search(rf"\[[\d,]*{-(-capacity // page_size)},[\d,]*16\]", others)
     buffer = batch * 2 * capacity * 16 * jnp.dtype(dtype).itemsize
     assert compiled.memory_analysis().temp_size_in_bytes < buffer // 2
 
@@ -556,9 +563,9 @@ class Watched:
     def __getattr__(self, name):
         return getattr(self.layer, name)
 
-    def read(self, step, start, size):
+    def pieces(self, step, start, size):
         jax.debug.callback(lambda start: self.reads.append((int(start), size)), start)
-        return self.layer.read(step, start, size)
+        return self.layer.pieces(step, start, size)
 
 
 @pytest.mark.parametrize(

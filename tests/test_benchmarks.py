@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,19 @@ def test_the_decode_benchmark_runs_and_draws(tmp_path, capsys):
     assert figure.stat().st_size > 1000
 
 
+def test_the_benchmark_of_pages_runs_and_draws(tmp_path, capsys, monkeypatch):
+    pages = importlib.import_module("pages")
+    monkeypatch.setattr(pages.Peer, "there", lambda: False)  # transformers takes longer than all else
+    numbers, figure = tmp_path / "data" / "pages.json", tmp_path / "figures" / "pages.png"
+    options = ["--quick", "--out", str(numbers), "--figure", str(figure)]
+    assert pages.main([*options, "--only", "layer"]) == 0
+    assert pages.main([*options, "--only", "forks"]) == 0
+    data = json.loads(numbers.read_text())
+    assert list(data) == ["layer", "forks"]  # one run keeps what another measured
+    assert "copy_prefix" in capsys.readouterr().out
+    assert figure.stat().st_size > 1000
+
+
 def test_the_memo_benchmark_runs_and_draws(tmp_path):
     memo = importlib.import_module("memo")
     numbers, figure = tmp_path / "data" / "memo.json", tmp_path / "figures" / "memo.png"
@@ -50,8 +65,32 @@ def test_the_offload_benchmark_runs(tmp_path):
     assert {"ms", "overlap", "settings"} <= set(json.loads((tmp_path / "offload.json").read_text()))
 
 
+def test_writers_a_reader_clear_and_prune_at_once_lose_nothing():
+    """But what they are asked to remove. In a process of its own, since it forks."""
+    script = Path(__file__).parent.parent / "benchmarks" / "disk_together.py"
+    done = subprocess.run([sys.executable, str(script), "--seconds", "1"], capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        for what in ("wrong", "raised", "lost in the end", "corrupt", "lost", "replaced", "errors", "damaged"):
+            assert f"  {what} 0" in line, line
+
+
 def test_the_disk_benchmark_times_whatever_is_installed(tmp_path):
     disk = importlib.import_module("disk")
     assert disk.main(["--quick", "--only", "times", "--out", str(tmp_path / "disk.json")]) == 0
     cases = json.loads((tmp_path / "disk.json").read_text())["times"]["cases"]
     assert all({"jaxkv", "files"} <= set(case["microseconds"]) for case in cases)
+
+
+def test_the_experts_benchmark_compares_ways_that_agree(capsys):
+    assert importlib.import_module("experts").main(["--quick", "--rounds", "1"]) == 0
+    assert "8 tokens: own tokens" in capsys.readouterr().out
+
+
+def test_the_storage_benchmark_runs(tmp_path, monkeypatch):
+    storage = importlib.import_module("storage")
+    monkeypatch.setattr(storage, "STORAGES", {name: storage.STORAGES[name] for name in ("float32", "k int8, v int4")})
+    monkeypatch.setattr(storage, "TIMED", tuple(storage.STORAGES))
+    assert storage.main(["--quick", "--only", "bytes", "errors", "times", "--out", str(tmp_path / "storage.json")]) == 0
+    data = json.loads((tmp_path / "storage.json").read_text())
+    assert {"float32", "k int8, v int4"} <= set(data["times"][0]["ms"])
+    assert 0.01 < data["errors"][1]["error"]["normal"] < 0.08

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -163,7 +164,9 @@ def test_all_that_does_not_fit_is_said_at_once_and_nothing_is_loaded():
         "  missing: layers.1.mlp.up.kernel (8, 32)",
         "  unexpected: lm_head (2, 3)",
     ]
-    with pytest.raises(ValueError, match=r"does not fit the module:\n  shape: norm.scale is \(9,\), here \(8,\)$"):
+    with pytest.raises(
+        ValueError, match=r'does not fit the module; mismatched="skip" .*:\n  shape: norm.scale is \(9,\), here \(8,\)$'
+    ):
         load_state_dict(model, state, strict=False)
     assert same(nnx.state(model), before)
 
@@ -392,6 +395,97 @@ def test_an_array_under_two_names_may_be_in_the_state_under_either_or_both():
         load_state_dict(Tied(), {"head": np.ones(3)} | rest)
 
 
+TIED = Path(__file__).with_name("golden") / "tied.safetensors"
+
+
+class Block(nnx.Module):
+    def __init__(self):
+        self.up = nnx.Dict(weight=nnx.Param(jnp.zeros((3, 2))))
+
+
+class OfTorch(nnx.Module):
+    """The model of golden/make_tied.py: tied as there, not tied, or with one name of each array."""
+
+    def __init__(self, tie: bool, *, head: str = "head", blocks: int = 3):
+        self.embed, block = nnx.Dict(weight=nnx.Param(jnp.zeros((4, 2)))), Block()
+        self.blocks = nnx.List([block if tie else Block() for _ in range(blocks)])
+        setattr(self, head, self.embed if tie else nnx.Dict(weight=nnx.Param(jnp.zeros((4, 2)))))
+        self.steps = Buffer(jnp.zeros(1, jnp.int32))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_tied_names_that_stand_only_in_the_metadata_of_pytorchs_files_are_filled(tie):
+    model = OfTorch(tie)
+    assert list(load_state(TIED, model)) == [[], []]
+    table, kernel = np.arange(8.0).reshape(4, 2), np.arange(6.0).reshape(3, 2)
+    assert same([x.weight[...] for x in (model.embed, model.head)], [jnp.array(table, jnp.float32)] * 2)
+    assert same([block.up.weight[...] for block in model.blocks], [jnp.array(kernel, jnp.float32)] * 3)
+    assert (model.embed is model.head) == tie and model.steps[0] == 7
+    state = load_state(TIED)
+    assert list(load_state_dict(OfTorch(tie), state)) == [[], []] and "format" not in state
+    assert state["head.weight"] is state["embed.weight"] and len(state) == 6
+
+
+def test_of_the_names_of_a_tied_array_in_a_file_one_is_enough():
+    variables = {"head": {"weight": jnp.zeros((4, 2))}, "blocks": {"1": {"up": {"weight": jnp.zeros((3, 2))}}}}
+    loaded = load_state(TIED, variables | {"steps": jnp.zeros(1)})
+    assert list(loaded) == [[], []] and loaded.variables["head"]["weight"][3].tolist() == [6, 7]
+    with pytest.raises(ValueError, match=r"unexpected: blocks\.0\.up\.weight \(3, 2\)$"):
+        load_state(TIED, {"head": variables["head"], "steps": jnp.zeros(1)})
+    missing, unexpected = load_state(TIED, OfTorch(False, head="tail", blocks=4), strict=False)
+    assert missing == ["blocks.3.up.weight", "tail.weight"] and unexpected == []
+
+
+class Empty(nnx.Module):
+    def __init__(self):
+        self.mask, self.scratch, self.bias = Buffer(None), TransientBuffer(None), nnx.Param(None)
+        self.also = self.mask
+        self.scale = nnx.Param(jnp.ones(2))
+
+
+def test_a_buffer_of_none_is_filled_if_the_state_has_it_and_not_missed_if_it_has_not(path):
+    scale = np.full(2, 3.0)
+    for name in ("mask", "also"):
+        model = Empty()
+        safetensors.write(path, {name: np.arange(6).reshape(2, 3) > 2, "scale": scale})
+        assert list(load_state(path, model)) == [[], []]
+        assert model.mask[...].dtype == bool and model.mask[...].tolist() == [[False] * 3, [True] * 3]
+        assert model.also is model.mask and "also" in state_dict(model)
+    assert list(load_state_dict(Empty(), {"scale": scale})) == [[], []]
+    for name in ("scratch", "bias"):
+        with pytest.raises(ValueError, match=rf"unexpected: {name} \(2,\)$"):
+            load_state_dict(Empty(), {name: scale, "scale": scale})
+    variables = {"buffers": {"mask": None}, "params": {"scale": jnp.ones(2)}}
+    filled = load_state_dict(variables, {"buffers.mask": scale, "params.scale": scale}).variables
+    assert filled["buffers"]["mask"].tolist() == [3, 3] and filled["buffers"]["mask"].dtype == jnp.float32
+    assert load_state_dict(variables, {"params.scale": scale}).variables["buffers"] == {"mask": None}
+
+
+def test_what_a_buffer_of_none_cannot_hold_is_refused_and_it_stays_none():
+    model = Empty()
+    with pytest.raises(ValueError, match="dtype: also is int64, with values that int32 here can't hold"):
+        load_state_dict(model, {"also": np.array([1 << 40]), "scale": np.ones(2)})
+    assert model.mask.get_value() is None and model.scale[0] == 1
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_arrays_of_other_shapes_may_be_skipped_and_are_reported(path, caplog, strict):
+    model = Masked()
+    state = state_dict(model) | {"mask": np.ones((5, 5)), "linear.bias": np.ones(())}
+    state["linear.kernel"] = 2 * state["linear.kernel"]
+    safetensors.write(path, state)
+    before = jnp.copy(model.linear.kernel[...])
+    with pytest.raises(ValueError, match=r"mismatched=\"skip\" leaves arrays of other shapes.*\n.*\n  shape: mask is"):
+        load_state(path, model, strict=strict)
+    loaded = load_state(path, model, strict=strict, mismatched="skip")
+    assert list(loaded) == [[], []] and sorted(loaded.mismatched) == ["linear.bias", "mask"]
+    assert (model.linear.kernel[...] == 2 * before).all() and model.mask[...].shape == (3, 3)
+    assert "mask is (5, 5), here (3, 3)" in caplog.text and "linear.bias is (), here (3,)" in caplog.text
+    assert load_state_dict(model, state_dict(model), mismatched="skip").mismatched == []
+    with pytest.raises(ValueError, match="mismatched is 'ignore', must be 'error' or 'skip'"):
+        load_state(path, model, mismatched="ignore")
+
+
 class Tensor:
     """As PyTorch's: a dtype of its own, and NumPy can read it unless it needs a gradient."""
 
@@ -436,7 +530,7 @@ def test_arguments_of_the_wrong_kind_are_said(path):
         (nn.Dense, "the class Dense"),
         ("abc", "a str"),
         (None, "a NoneType"),
-        (X, "a ArrayImpl"),
+        (X, "an ArrayImpl"),
         (nnx.Param(X), "a Param"),
         (np.sum, "a _ArrayFunctionDispatcher"),
     ]:

@@ -163,6 +163,35 @@ def test_samples_are_printed_one_after_another(small_model, capsys):
     assert "for 2 texts of up to 1,024 tokens" in err
 
 
+def test_speculation_gives_the_same_text_and_says_what_was_accepted(small_model, checkpoint, capsys):
+    prompt = "a list, a list, a list, a "
+    assert main(["generate", prompt, "-n", "20", "--seed", "2"]) == 0
+    plain = capsys.readouterr().out
+    assert main(["generate", prompt, "-n", "20", "--seed", "2", "--speculate", "lookup"]) == 0
+    out, err = capsys.readouterr()
+    assert out == plain
+    assert re.search(r"drafts: \d+ of \d+ tokens accepted; 20 tokens in \d+ steps of the model\n", err)
+    assert "all tokens after" in err
+
+    directory, words = checkpoint(), ["t5 t7 t9", "-n", "12", "--greedy"]
+    assert main(["generate", "-m", directory, *words]) == 0
+    plain = capsys.readouterr().out
+    assert main(["generate", "-m", directory, *words, "--speculate", directory]) == 0  # it agrees with itself
+    out, err = capsys.readouterr()
+    assert out == plain
+    assert "drafts: 10 of 10 tokens accepted; 12 tokens in 2 steps of the model" in err
+    assert main(["generate", "x", "-n", "3", "--samples", "2", "--speculate", "lookup"]) == 0
+    assert re.search(r"accepted; \d\.\d tokens of a text per step of the model\n", capsys.readouterr().err)
+    for options, message in (
+        (["--speculate", "lookup", "--capacity", "1"], "--capacity: --speculate checks a token and a draft at once"),
+        (["--speculate", directory], "has a vocabulary of 96 tokens, the model that comes with jaxkv one of"),
+        (["--speculate", "nowhere"], "nowhere is not a directory"),
+        (["--speculate", "lookup", "--compare"], "--best-of, --layout, --speculate and the options"),
+    ):
+        assert main(["generate", "x", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["-"], []])
 def test_the_prompt_may_come_from_standard_input(small_model, capsys, type_in, words):
     type_in(b"caf\xc3\xa9 \xff\n")

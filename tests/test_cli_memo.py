@@ -9,6 +9,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -107,12 +108,14 @@ def test_ls_prints_nothing_that_a_terminal_obeys(directory, capsys):
     assert "\x1b" not in out and len(out.splitlines()) == 3
 
 
-def test_stat_says_what_there_is_and_what_is_left_over(directory, capsys):
+def test_stat_says_what_there_is_what_there_may_be_and_what_is_left_over(directory, capsys, monkeypatch):
     fill(Disk(directory), [50], LARGE)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=(10 << 30) - taken(directory)))
     assert main(["memo", "stat", str(directory)]) == 0
     out = capsys.readouterr().out
     size = format_bytes(taken(directory))
-    assert out == f"size        {size}\nitems       41 of 3 namespaces\nleft over   0 B\n"
+    budget = "5.0 GiB now, unless a memo is given a disk_budget (50% of this size and of what is free)"
+    assert out == f"size        {size}\nitems       41 of 3 namespaces\nbudget      {budget}\nleft over   0 B\n"
     (directory / "memo-v1-000001.db-files" / "0123.partial").write_bytes(bytes(50))
     assert main(["memo", "stat", str(directory)]) == 0
     assert "left over   50 B, which prune --damaged removes\n" in capsys.readouterr().out

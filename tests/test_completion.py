@@ -254,7 +254,7 @@ def test_a_model_without_a_tokenizer_takes_and_gives_tokens():
         ("a", {"sampler": sampling.Greedy(), "top_k": 3}, "sampler and top_k are given; give one or the other"),
         ("a", {"top_p": 2}, "TopP: p is 2"),
         ("a", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; give a whole number"),
-        ("a", {"max_new_tokens": [1, 2]}, "max_new_tokens has 2 numbers for a cache of 1 rows"),
+        ("a", {"max_new_tokens": [1, 2]}, "max_new_tokens has 2 numbers for 1 prompts"),
         ("a", {"stop_strings": [""]}, "stop_strings is ['']; give a string or several"),
         ("a", {"stop_strings": 5}, "stop_strings is 5; give a string or several"),
         ("a", {"seed": "x"}, "seed is 'x'; give a whole number from 0 to 4294967295"),

@@ -3,6 +3,8 @@
 tests/golden/rope_configs.json is what transformers makes of it (tests/golden/make_rope_configs.py).
 """
 
+import dataclasses
+import functools
 import json
 import logging
 import math
@@ -18,6 +20,8 @@ import jaxkv
 from jaxkv import safetensors
 from jaxkv.models import FAMILIES, read_config
 from jaxkv.models.config import check_layers, context_of
+from jaxkv.models.decoder import Block
+from jaxkv.models.experts import ExpertsConfig
 from jaxkv.models.families.fields import Choice, Flag, List, Number, Object
 from jaxkv.models.model import abstract
 
@@ -206,13 +210,26 @@ PUBLISHED = {
     ),
 }
 
+PUBLISHED |= json.loads((GOLDEN / "published.json").read_text())
+
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_have_the_published_number_of_parameters(name):
     source, count = PUBLISHED[name]
     _, config, _ = jaxkv.models.read_config(source)
-    module = abstract(jaxkv.models.Decoder, config)
-    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module))) == count
+    # Layers of one kind are made once, which takes a tenth of the time of making all.
+    whole = size(jaxkv.models.Decoder, dataclasses.replace(config, num_layers=1))
+    blocks = {}
+    for i in range(config.num_layers):
+        key = config.layer_experts(i), config.layer_qk_norm(i)
+        if key not in blocks:
+            blocks[key] = size(functools.partial(Block, index=i), config)
+        whole += blocks[key] if i else 0
+    assert whole == count
+
+
+def size(kind, config):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract(kind, config))))
 
 
 def config_of(name, **changes):
@@ -229,6 +246,32 @@ def test_facts_of_published_configs():
     assert [gemma.reach(i).size for i in range(7)] == [512] * 5 + [None, 512]
     assert [gemma.layer_rotary(i).theta for i in (4, 5)] == [10_000.0, 1_000_000.0]
     assert [config_of("gemma-2-2b").reach(i).size for i in range(4)] == [4096, None, 4096, None]
+    mixtral, qwen = config_of("Mixtral-8x7B-v0.1"), config_of("Qwen3-30B-A3B")
+    assert (mixtral.layer_rotary(0).theta, mixtral.layer_experts(31)) == (1e6, ExpertsConfig(8, 2, 14336))
+    assert qwen.layer_experts(0) == ExpertsConfig(128, 8, 768)
+    sparse = config_of("Qwen3-30B-A3B", num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3])
+    assert [i for i in range(6) if sparse.layer_experts(i)] == [1, 5]
+    assert config_of("Qwen3-30B-A3B", num_experts=0).experts is None
+    windows = config_of("Qwen1.5-MoE-A2.7B", use_sliding_window=True, max_window_layers=3, num_hidden_layers=6)
+    assert [windows.reach(i).size for i in range(6)] == [32768, None, 32768, None, None, None]
+    olmo = config_of("Olmo-3-1025-7B")
+    assert [olmo.reach(i).size for i in range(5)] == [4096, 4096, 4096, None, 4096]
+    assert [olmo.layer_rotary(i).scaling is None for i in range(5)] == [True, True, True, False, True]
+    assert {config_of("Olmo-3-1025-7B", rope_theta=2e4).layer_rotary(i).theta for i in range(4)} == {2e4}
+    for name in ("SmolLM3-3B", "Llama-4-Scout-17B-16E, its text", "c4ai-command-r7b-12-2024"):
+        config = config_of(name)
+        assert [config.layer_rotary(i) is None for i in range(8)] == [False, False, False, True] * 2
+    llama = config_of("Llama-4-Scout-17B-16E, its text")
+    assert [llama.reach(i) for i in range(4)] == [jaxkv.Chunk(8192)] * 3 + [jaxkv.Full()]
+    assert [llama.layer_qk_norm(i) for i in range(4)] == ["plain"] * 3 + [False]
+    assert [llama.layer_temperature(i) for i in range(4)] == [None] * 3 + [jaxkv.QueryTemperature(8192, 0.1)]
+    maverick = config_of("Llama-4-Scout-17B-16E, its text", interleave_moe_layer_step=2, use_qk_norm=False)
+    assert [maverick.layer_experts(i) is None for i in range(4)] == [True, False] * 2
+    # Normalized once they are turned, queries and keys lose YaRN's magnitude again.
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+    assert config_of("Llama-4-Scout-17B-16E, its text", rope_scaling=yarn).layer_rotary(0).scaling.magnitude == 1
+    assert config_of("granite-3.3-2b-instruct").logit_scale == 1 / 8
+    assert config_of("GLM-4-9B-0414").layer_rotary(0) == jaxkv.Rotary(10_000.0, dim=64, interleaved=True)
     long = config_of("Phi-3-mini-128k").layer_rotary(0)
     assert long.scaling.factors == (2.0,) * 48 and long.scaling.magnitude == pytest.approx(1.1902380714238083)
 
@@ -246,8 +289,8 @@ def test_old_and_new_ways_to_write_rotary_mean_the_same():
 
 
 REFUSED = {
-    "unknown family": ("Llama-2-7b", {"model_type": "mamba"}, '"model_type": .mamba.*known are llama, mistral'),
-    "no family": ("Llama-2-7b", {"model_type": ["llama"]}, '"model_type": .*known are llama, mistral'),
+    "unknown family": ("Llama-2-7b", {"model_type": "mamba"}, '"model_type": .mamba.*known are llama, llama4'),
+    "no family": ("Llama-2-7b", {"model_type": ["llama"]}, '"model_type": .*known are llama, llama4'),
     "activation": ("Llama-2-7b", {"hidden_act": "xielu"}, '"hidden_act" is "xielu".*known are silu'),
     "rotary": (
         "Llama-2-7b",
@@ -273,6 +316,12 @@ REFUSED = {
         "gpt2",
         {"scale_attn_by_inverse_layer_idx": True},
         '"scale_attn_by_inverse_layer_idx" is true, .* only false is',
+    ),
+    "clipped": ("OLMoE-1B-7B-0924", {"clip_qkv": 8.0}, '"clip_qkv" is 8.0, .* only null is'),
+    "windows beside chunks": (
+        "Llama-4-Scout-17B-16E, its text",
+        {"layer_types": ["sliding_attention"] * 48},
+        r'"layer_types\[0\]" is "sliding_attention".*chunked_attention',
     ),
     "both directions": ("gemma-3-1b-it", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     "layers apart": ("Mistral-7B-v0.1", {"per_layer_config": {"1": {"sliding_window": None}}}, "per_layer_config"),
@@ -304,6 +353,33 @@ WRONG = {
     "heads": ("Llama-3.2-1B", {"num_key_value_heads": 5}, '"num_key_value_heads" is 5; it must divide the 32'),
     "heads of GPT-2": ("gpt2", {"n_head": 5}, '"n_head" is 5; it must divide the 768 in "n_embd"'),
     "no window": ("gemma-2-2b", {"sliding_window": None}, '"sliding_window" is null; it must be a number of tokens'),
+    "more experts for a token than there are": (
+        "Mixtral-8x7B-v0.1",
+        {"num_experts_per_tok": 9},
+        '"num_experts_per_tok" is 9; 9 of them is more than the 8 in "num_local_experts"',
+    ),
+    "groups": ("GLM-4.5-Air", {"n_group": 3}, '"n_group" is 3; it must divide the 128 in "n_routed_experts"'),
+    "too few groups": (
+        "GLM-4.5-Air",
+        {"n_group": 32},
+        '"topk_group" is 1; it must be at most the 32 .* with room for the 8 in',
+    ),
+    "rotary for some layers": (
+        "SmolLM3-3B",
+        {"no_rope_layers": [1, 0]},
+        '"no_rope_layers" is .*; it must have an entry for each of 36 layers',
+    ),
+    "neither with rotary nor without": ("SmolLM3-3B", {"no_rope_layers": [2] * 36}, r'"no_rope_layers\[0\]" is 2'),
+    "windows switched off in SmolLM3": (
+        "SmolLM3-3B",
+        {"layer_types": ["sliding_attention"] * 36},
+        '"use_sliding_window" is false; it must be true',
+    ),
+    "no chunk": (
+        "Llama-4-Scout-17B-16E, its text",
+        {"attention_chunk_size": None, "layer_types": ["chunked_attention"] * 48},
+        '"attention_chunk_size" is null; it must be a number of tokens',
+    ),
     "factors": (
         "Phi-3-mini-128k",
         {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
@@ -382,6 +458,18 @@ ACCEPTED = {  # what changes nothing
         {"attn_logit_softcapping": 50.0},  # has no effect in transformers
     ],
     "Phi-3-mini-128k": [{"resid_pdrop": 0.1}, {"attention_bias": True}, {"partial_rotary_factor": 1}],
+    "Mixtral-8x7B-v0.1": [{"num_local_experts": None, "num_experts": 8}, {"router_jitter_noise": 0.1}],
+    "Qwen3-30B-A3B": [{"max_window_layers": 3}, {"mlp_only_layers": None}, {"num_local_experts": 128}],
+    "Qwen1.5-MoE-A2.7B": [{"sliding_window": 0}, {"mlp_only_layers": []}, {"qkv_bias": None}],
+    "Llama-4-Scout-17B-16E, its text": [
+        {"no_rope_layers": None},
+        {"no_rope_layers": [1, 1, 1, 0] * 13},
+        {"moe_layers": list(range(48))},
+        {"layer_types": None},
+        {"floor_scale": 8192.0},
+    ],
+    "c4ai-command-r7b-12-2024": [{"layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8}],
+    "gemma-2b": [{"hidden_act": None}, {"hidden_act": "gelu_pytorch_tanh"}],
     "gpt2": [
         {"n_inner": None},
         {"n_ctx": 5, "resid_pdrop": 0.0},
@@ -495,6 +583,14 @@ def test_layers_that_the_files_do_not_have_are_never_made(name, field, count, tm
     check_layers(source, [f"other.{tensor}" for tensor in names])  # whose names are reported one by one
 
 
+def test_experts_that_the_files_do_not_have_are_never_made():
+    source = json.loads((GOLDEN / "families" / "mixtral" / "config.json").read_text())
+    names = list(jaxkv.models.Files(GOLDEN / "families" / "mixtral"))
+    check_layers(source, names)
+    with pytest.raises(ValueError, match='"num_local_experts" is 16384; the weights have 4 experts'):
+        check_layers({**source, "num_local_experts": 16384}, names)
+
+
 def test_loading_compares_the_layers_first(tmp_path):
     source = json.loads((GOLDEN / "families" / "llama2" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**source, "num_hidden_layers": 1000}))
@@ -513,7 +609,8 @@ HOSTILE = [
 KINDS = "yarn", "linear", "longrope", "llama3", "default"
 FULL = bool(os.environ.get("JAXKV_FULL"))
 MINIMAL = {source["model_type"]: source for source in CHECKPOINTS}
-MINIMAL["gemma3"] = {"model_type": "gemma3", "text_config": MINIMAL["gemma3_text"]}
+for _whole in ("gemma3", "llama4"):
+    MINIMAL[_whole] = {"model_type": _whole, "text_config": MINIMAL[f"{_whole}_text"]}
 
 
 def _inner(kind):
@@ -552,7 +649,8 @@ def test_no_value_of_any_field_gives_anything_but_an_error_that_names_it(model):
                     outcome({**source, name: {"rope_type": kind, key: value}}, name)
     for name, config in small:
         if all(size < 5000 for size in vars(config).values() if type(size) is int):
-            abstract(FAMILIES[name].module, config)
+            one = {"num_layers": 1} if FAMILIES[name].module is jaxkv.models.Decoder else {}
+            abstract(FAMILIES[name].module, dataclasses.replace(config, **one))
 
 
 def test_every_declared_kind_says_what_is_possible():

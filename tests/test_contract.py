@@ -30,8 +30,8 @@ def test_law(law, case):
 # chosen by what they run through, cases by what they keep; the random program below and test_attend.py do the rest.
 MODES = [
     ("x64", "rows_by_name_equal_rows_in_order", "mixture-stacked-bfloat16"),
-    ("x64", "copies_go_on_independently", "small-floats"),
-    ("debug_nans", "remove_closes_the_gap", "mixture"),
+    ("x64", "copies_go_on_independently", "mixture-pages"),
+    ("debug_nans", "remove_closes_the_gap", "mixture-pages"),
     ("disable_jit", "rows_by_name_equal_rows_in_order", "encoder-decoder-stacked-float16"),
 ]
 

@@ -175,6 +175,15 @@ def test_a_missing_library_is_named_with_the_cure(tmp_path, monkeypatch):
         Disk(tmp_path)
 
 
+def test_a_python_without_sqlite_or_with_one_for_a_single_thread_is_told_so(tmp_path, monkeypatch):
+    program = "import sys; sys.modules['_sqlite3'] = None; import jaxkv; jaxkv.Memo()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert "ImportError: this Python was built without sqlite3, which a Memo needs; use a Python that" in done.stderr
+    monkeypatch.setattr(sqlite3, "threadsafety", 0)
+    with pytest.raises(ValueError, match=r"was built for one thread \(SQLITE_THREADSAFE=0\); use another one"):
+        Disk(tmp_path)
+
+
 def test_a_directory_that_holds_something_else_is_refused_and_not_filled(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"holds other files, such as 'thesis.tex'; give an empty"):
@@ -213,6 +222,17 @@ def test_a_database_of_something_else_is_refused_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match="is a database of something else; give another directory"):
         Disk(tmp_path)
     assert files(tmp_path)[0].read_bytes() == before
+
+
+def test_a_database_that_somebody_holds_in_another_journal_mode_is_busy_until_they_let_go(tmp_path):
+    store = Disk(tmp_path)
+    fill(store, range(3)), store.close()
+    with contextlib.closing(sqlite3.connect(files(tmp_path)[0])) as theirs:
+        theirs.execute("pragma journal_mode=wal")
+        theirs.execute("select * from items").fetchone()
+        again = Disk(tmp_path)
+        assert found(again, range(3)) == [] and fill(again, [4]) == 0 and again.stats().busy > 1
+    assert found(again, range(3)) == [0, 1, 2] and fill(again, [4]) == 1 and again.stats().errors == 0
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
@@ -336,6 +356,22 @@ def test_a_budget_is_never_exceeded(tmp_path, policy):
     assert store.stats().items == store.stats().written - store.stats().evicted
     store.close()
     assert Disk(tmp_path, budget=budget, policy=policy).stats().items == store.stats().items
+
+
+def test_what_is_taken_is_measured_seldom_far_from_the_budget_and_always_near_it(tmp_path, statements):
+    store = Disk(tmp_path, budget=1 << 30)
+
+    def measured(count: int) -> int:
+        statements.clear()
+        for _ in range(count):
+            fill(store, [chance.getrandbits(60)], 4000)
+        return statements.count("pragma page_count")
+
+    chance = random.Random(0)
+    assert measured(50) <= 2
+    store.budget = store.stats().nbytes + 40 * 4096
+    store._sure = 0
+    assert 20 < measured(30) < 70 and store.stats().nbytes <= store.budget
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import resource
+import secrets
 import shutil
 import sqlite3
 import subprocess
@@ -21,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_disk import files, fill, found, key, taken
 
-from jaxkv.memo import database, record
+from jaxkv.memo import database, record, upkeep
 from jaxkv.memo.disk import Disk
 from jaxkv.memo.record import LARGE
 from jaxkv.memo.upkeep import prune, survey, verify
@@ -379,6 +380,55 @@ def test_a_database_that_another_process_clears_while_this_one_writes_is_no_erro
     assert (store.stats().errors, store.stats().replaced, caplog.messages) == (0, 0, [])
 
 
+@pytest.mark.parametrize("where", [(record, "put_aside"), (secrets, "token_hex")])
+def test_a_large_record_that_others_clear_around_is_whole_or_not_kept(tmp_path, monkeypatch, caplog, where):
+    store, other = Disk(tmp_path), Disk(tmp_path)
+    fill(store, [1], LARGE)
+    between(monkeypatch, *where, other.clear)
+    assert fill(store, [2], LARGE) == 0 and found(store, [1, 2], LARGE) == []
+    assert fill(store, [2], LARGE) == 1 and found(other, [1, 2], LARGE) == [2]
+    assert counted(store) == store.stats().errors == 0 and caplog.messages == []
+
+
+def test_a_large_record_whose_half_written_file_is_pruned_is_not_kept(tmp_path, monkeypatch):
+    store = Disk(tmp_path)
+    fill(store, [1], LARGE)
+
+    def pruned(path, mode, **how):
+        file = open(path, mode, **how)  # noqa: SIM115
+        prune(str(tmp_path), None, (), True, lambda done, total: None) if mode == "xb" else None
+        return file
+
+    monkeypatch.setattr(record, "open", pruned, raising=False)
+    assert fill(store, [2], LARGE) == 0
+    monkeypatch.undo()
+    assert fill(store, [2], LARGE) == 1 and found(store, [1, 2], LARGE) == [1, 2]
+    assert counted(store) == store.stats().errors == 0 and survey(str(tmp_path)).strays == 0
+
+
+def test_a_record_that_takes_the_number_of_a_damaged_one_is_not_pruned(tmp_path, monkeypatch):
+    store = Disk(tmp_path)
+    fill(store, range(3)), fill(store, [9], LARGE)
+    files(tmp_path, "-files")[0].unlink()
+
+    def others() -> None:
+        store.clear([key(0)[:16]])
+        fill(store, range(20, 24), namespace=1)  # the last of them has the number of the one without its file
+
+    between(monkeypatch, upkeep, "unpack", others)
+    assert prune(str(tmp_path), None, (), True, lambda done, total: None) == (0, 0)
+    assert found(store, range(20, 24), namespace=1) == [20, 21, 22, 23]
+    assert verify(str(tmp_path), lambda done, total: None) == (4, [])
+
+
+def test_a_store_that_is_cleared_while_it_is_pruned_is_no_error(tmp_path, monkeypatch):
+    store = Disk(tmp_path)
+    fill(store, range(50), 1000)
+    between(monkeypatch, database.Database, "remove", store.clear)
+    assert prune(str(tmp_path), 40_000, [key(0)[:16]], True, lambda done, total: None) == (0, 0)
+    assert fill(store, range(5)) == 5 and found(store, range(5)) == list(range(5))
+
+
 def test_large_records_that_were_kept_stay_where_the_rest_of_their_batch_fails(tmp_path, monkeypatch):
     store = Disk(tmp_path, budget=4 * LARGE)
     usual = Disk._insert
@@ -480,6 +530,56 @@ def test_ctrl_c_within_a_batch_leaves_all_of_it_or_nothing(tmp_path, monkeypatch
         assert found(store, range(3)) == [0, 1, 2] and fill(store, [100, 101], LARGE) == 2
         store.clear([bytes(16)])
         assert fill(store, range(3)) == 3 and fill(store, [9], LARGE) == 1
+
+
+# --- a loss of power ---
+
+
+def mixed(before: Path, after: Path, directory: Path, chance: random.Random) -> None:
+    """A store of which some pages are as before, and others as after: nobody had waited for the disk."""
+    share = chance.random()
+    for path in {path.relative_to(place) for place in (before, after) for path in place.rglob("*") if path.is_file()}:
+        states = [place / path for place in (before, after)]
+        if chance.choice(states).exists():
+            old, new = (state.read_bytes() if state.exists() else b"" for state in states)
+            size = len(chance.choice([old, new]))
+            pages = [(old, new)[chance.random() < share][at : at + 4096] for at in range(0, size, 4096)]
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            (directory / path).write_bytes(b"".join(page.ljust(4096, b"\0") for page in pages)[:size])
+
+
+@pytest.mark.parametrize("deed", ["write", "evict", "clear"])
+def test_a_loss_of_power_at_any_statement_leaves_right_values_or_none(tmp_path, monkeypatch, deed):
+    """All that had been written before is there, or some of it: which pages came to the disk is anybody's guess."""
+    kept, lost, chance = tmp_path / "kept", [], random.Random(deed)
+    policy = {"budget": 120_000, "policy": "lru"} if deed == "evict" else {}
+    store = Disk(kept, **policy)
+    fill(store, SOME, 1000), fill(store, [100], LARGE), store.close()
+    usual = database.Database.execute
+    for turn in range(200 if FULL else 25):
+        directory, before, after = (tmp_path / f"{name}-{turn}" for name in ("store", "before", "after"))
+        shutil.copytree(kept, directory)
+        store, statements = Disk(directory, **policy), iter(range(chance.randrange(3, 40)))
+
+        def until(self, *words, left=statements, here=directory, there=after):
+            done = usual(self, *words)
+            if next(left, None) is None and not there.exists():
+                shutil.copytree(here, there)
+            return done
+
+        shutil.copytree(directory, before)
+        monkeypatch.setattr(database.Database, "execute", until)
+        for first in range(200, 260, 12):
+            fill(store, range(first, first + 12), 1000), fill(store, [first], LARGE, namespace=1)
+            store.clear([key(0)[:16]]) if deed == "clear" else None
+        monkeypatch.setattr(database.Database, "execute", usual)
+        store.close(), shutil.rmtree(directory), directory.mkdir()
+        mixed(before, after, directory, chance)
+        again = Disk(directory)
+        lost.append(COUNT + 1 - len(found(again, SOME, 1000)) - len(found(again, [100], LARGE)))
+        found(again, range(200, 260), 1000)
+        works_again(directory, again)
+    assert deed != "write" or sum(lost) < len(lost) * COUNT // 2
 
 
 # --- killed processes ------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
+    "beam_search.py": "--beams 3 --new-tokens 8",
+    "build_a_cache.py": "",
     "buffers.py": "--sizes 64",
     "frozen_backbone.py": "--images 128 --size 32 --epochs 2",
     "neox_store.py": "--layers 2 --width 64 --steps 20",
@@ -19,6 +21,8 @@ SMALL = {
 }
 
 SAYS = {
+    "beam_search.py": ["the same texts as jaxkv.beam_search: True"],
+    "build_a_cache.py": ["jaxkv.Window(4), against 4"],
     "buffers.py": ["kept", "forgotten"],
     "frozen_backbone.py": ["losses of all steps: the same, bit by bit", "100.0% found, 0 computed"],
     "neox_store.py": ["equal: True"],

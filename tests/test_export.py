@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import Cache, Chunk, Cross, Dense, Full, LayerSpec, Window
+from jaxkv import Cache, Chunk, Cross, Dense, Float8, Full, Int4, Int8, LayerSpec, Window
 
 SCALINGS = [
     None,
@@ -26,6 +26,10 @@ SCALINGS = [
 SPECS = [LayerSpec(Window(3, sinks=1), 1, 4, None, Dense("int4"), Dense("float8_e4m3fn")), LayerSpec(Cross(3), 1, 4)]
 SPECS += [LayerSpec(Full(), 1, 4, 6, rotary=jaxkv.Rotary(scaling=scaling)) for scaling in SCALINGS]
 SPECS += [LayerSpec(Chunk(4), 1, 4, rotary=jaxkv.Rotary(dim=2, interleaved=True))]
+SPECS += [
+    LayerSpec(Full(), 1, 4, 6, Int8(), Int4(group=1), jaxkv.Rotary(), "read"),
+    LayerSpec(Full(), 1, 4, 4, Float8("e5m2"), Float8()),
+]
 
 
 def step(cache, x):

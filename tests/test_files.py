@@ -243,6 +243,13 @@ def test_saved_in_several_files_an_old_whole_one_goes(folder):
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 
 
+def test_a_model_is_not_saved_onto_a_file(tmp_path):
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="this is not a directory; give the name of one to save into"):
+        jaxkv.models.save(tmp_path / "model", jaxkv.models.tiny.load())
+    assert (tmp_path / "model").read_text() == "mine"
+
+
 def damaged(content: bytes, rng: random.Random) -> bytes:
     """Returns what a bad disk, a stopped download or a bad person makes of a file."""
     at, other = rng.randrange(len(content)), rng.randrange(len(content))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import warnings
 
@@ -85,3 +86,26 @@ def test_what_is_gone_is_not_called():
     lock = counter.lock
     del counter
     assert status_of_child(lambda: lock.__enter__() is None) == 0
+
+
+def test_a_fork_does_not_wait_for_a_thread_that_waits_for_it():
+    pairs = [(Lock(), Lock()) for _ in range(8)]
+
+    def fork_again_and_again() -> bool:
+        signal.alarm(60)  # ends a child that waits forever
+        ended = threading.Event()
+
+        def one_in_the_other() -> None:
+            while not ended.is_set():
+                for outer, inner in pairs:
+                    with outer, inner:
+                        pass
+
+        thread = threading.Thread(target=one_in_the_other)
+        thread.start()
+        statuses = [status_of_child(lambda: True) for _ in range(30)]
+        ended.set()
+        thread.join()
+        return statuses == [0] * 30
+
+    assert status_of_child(fork_again_and_again) == 0

@@ -546,7 +546,7 @@ OTHER = Toy((Full(),))
         ({"held": True, "prompts": [[5, 5], None, None]}, "with at least one new token, or cache.reset the row"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 or more"),
         ({"max_new_tokens": [1, 0, 2]}, "max_new_tokens is [1, 0, 2]; it must be 1 or more"),
-        ({"max_new_tokens": [1, 2]}, "max_new_tokens has 2 numbers for a cache of 3 rows; give one, or one per row"),
+        ({"max_new_tokens": [1, 2]}, "max_new_tokens has 2 numbers for 3 prompts; give one, or one per prompt"),
         ({"stop_tokens": [1, [2, V]]}, f"stop_tokens has token {V}, outside the model's vocabulary"),
         (
             {"stop_tokens": [1, []]},

@@ -263,8 +263,10 @@ def packed():
 
 def test_packed_experts_are_unpacked_as_by_transformers():
     model = packed()
-    assert (model.config.num_experts, model.notes) == (3, ())
-    np.testing.assert_array_equal(model.params["layers"][0]["mlp"]["gate_up"][0], expected("mxfp4")["unpacked"])
+    assert (model.config.experts.num_experts, model.notes) == (3, ())
+    mlp, unpacked = model.params["layers"][0]["mlp"], expected("mxfp4")["unpacked"]
+    np.testing.assert_array_equal(mlp["gate"][0], unpacked[:, ::2])
+    np.testing.assert_array_equal(mlp["up"][0], unpacked[:, 1::2])
     assert_logits(model, "mxfp4")
 
 
@@ -275,12 +277,12 @@ def test_packed_experts_are_loaded_in_any_dtype_onto_any_devices():
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
 
     def place(name, shape):
-        axes = (None, "a", "b") if name.endswith(("gate_up", "down")) else ()
+        axes = (None, "a", "b") if name.endswith((".gate", ".up", ".down")) else ()
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
     sharded = jaxkv.models.load(GOLDEN / "mxfp4", dtype="float32", sharding=place)
     assert_same_params(sharded, packed())
-    assert sharded.params["layers"][0]["mlp"]["gate_up"].addressable_shards[0].data.shape == (3, 32, 32)
+    assert sharded.params["layers"][0]["mlp"]["gate"].addressable_shards[0].data.shape == (3, 32, 16)
 
 
 def test_packed_experts_are_saved_unpacked(tmp_path):

@@ -13,6 +13,7 @@ import signal
 import sqlite3
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,10 @@ from flax import linen, nnx, struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxkv
+from jaxkv.memo import database
+from jaxkv.memo.disk import BUDGET_LEAST
 from jaxkv.memo.memory import Memory
+from jaxkv.sizes import format_bytes
 
 Pair = collections.namedtuple("Pair", "a b")
 
@@ -497,7 +501,7 @@ def test_rows_that_are_all_alike_prove_nothing_and_a_later_batch_tells(memo):
         ((items(2), items(3)), {}, r"must have one batch axis, and have x \(2, 6\), y \(3, 6\).*shared=\(\"mask\",\)"),
         ((), {"x": 3.0, "y": None}, "no argument has items: give at least one array whose first axis is the batch"),
         ((np.array(["a", "b"]), None), {}, r"x is an array of <U1, which JAX can't compute with"),
-        ((items(2), object()), {}, r"y is a object; arguments are arrays.*functools\.partial"),
+        ((items(2), object()), {}, r"y is an object; arguments are arrays.*functools\.partial"),
         ((items(2), [items(2), {"k": max}]), {}, r"y\.1\.k is a builtin_function_or_method"),
         ((jax.random.split(jax.random.key(0)), None), {}, r"x are PRNG keys; give their jax\.random\.key_data"),
     ],
@@ -840,7 +844,76 @@ def test_memory_that_is_full_is_said_once(caplog):
         features(items(20, seed))
     (record,) = caplog.records
     assert record.message.startswith("memory=1.0 KiB of a memo is full after 4 outputs of ")
-    assert str(memo.stats()).endswith("of memory (full: 56 times an output had no place in 1.0 KiB)")
+    assert str(memo.stats()).endswith("of memory, of at most 1.0 KiB (full: 56 times an output had no place)")
+
+
+def test_an_epoch_has_stats_of_its_own(tmp_path):
+    memo = jaxkv.Memo(disk=tmp_path / "store", disk_budget=None)
+    features = memo.wrap(double)
+    features(items(40, width=600))
+    first = memo.end_epoch()
+    assert (first.calls, first.items, first.hits, first.computed) == (1, 40, 0, 40)
+    assert first.grown > 40 * 2400 and first.memory.items == first.disk.items == 40
+    features(items(40, width=600)[:30]), features(items(10, seed=1, width=600))
+    second, nothing = memo.end_epoch(), memo.end_epoch()
+    assert (second.calls, second.items, second.hits, second.misses, second.computed) == (2, 40, 30, 10, 10)
+    assert second.hit_rate == 0.75 and 0 < second.grown < first.grown and nothing.items == nothing.grown == 0
+    assert memo.stats().items == 80 and memo.stats().grown == first.grown + second.grown
+
+
+@pytest.mark.parametrize("disk", [True, False])
+def test_items_that_are_others_in_each_epoch_are_said_once_with_what_they_took(tmp_path, caplog, disk):
+    memo = jaxkv.Memo(disk=tmp_path / "store" if disk else None)
+    augmented, right = memo.wrap(double), memo.wrap(lambda x: x + 1)
+    for epoch in range(4):
+        for seed in range(2):
+            augmented(items(16, seed=2 * epoch + seed)), right(items(16, seed=seed))
+        ended = memo.end_epoch()
+        assert len(caplog.messages) == (epoch > 0)
+        if epoch == 1:
+            grown = format_bytes(ended.grown)
+    (message,) = caplog.messages
+    assert message.startswith(f"double: none of 32 items was found in this epoch, and the store grew by {grown}. If")
+    assert "augmentation: let it come after the memo" in message
+
+
+def test_where_no_epoch_ends_many_items_without_a_hit_are_said_once(caplog, monkeypatch):
+    monkeypatch.setattr("jaxkv.memo.counts.MANY", 64)
+    memo = jaxkv.Memo()
+    features, other = memo.wrap(double), memo.wrap(lambda x: x + 1)
+    other(items(16)), other(items(16))
+    for seed in range(10):
+        features(items(16, seed=seed)), other(items(16, seed=seed))
+        assert len(caplog.messages) == (seed >= 3)
+    assert caplog.messages[0].startswith("double: none of 64 items was found so far, and the store grew by ")
+    monkeypatch.setattr(memo._tiers.counts, "stats", None)
+    features(items(16, seed=99))  # nothing is measured for what was said
+
+
+def test_the_budget_of_a_disk_is_a_share_of_what_is_free_when_it_is_opened(tmp_path, monkeypatch):
+    free = [10**9]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=free[0]))
+
+    def budget(**settings) -> int | None:
+        with jaxkv.Memo(disk=tmp_path / "store", **settings) as memo:
+            return memo.stats().disk.budget
+
+    taken = database.LEAST_BYTES
+    assert budget() == budget(disk_budget=" 50 %") == (10**9 + taken) // 2
+    assert budget(disk_budget="12.5%") == (10**9 + taken) // 8 and budget(disk_budget="100%") == 10**9 + taken
+    assert budget(disk_budget="1MB") == 10**6 and budget(disk_budget=None) is None
+    with jaxkv.Memo(disk=tmp_path / "store") as memo:
+        memo.wrap(double)(items(2000, 0))
+        free[0] -= memo.stats().grown
+        assert str(memo.stats()).endswith("of disk, of at most 476.9 MiB")
+        source = pickle.loads(pickle.dumps(memo.wrap(double).source(items(3))))
+        assert source._tiers[0].budget == memo.stats().disk.budget
+    assert budget() == (10**9 + taken) // 2, "what it takes itself is no reason to take less"
+    free[0] = 0
+    assert jaxkv.Memo(disk=tmp_path / "full").stats().disk.budget == BUDGET_LEAST
+    for wrong in ("0%", "101%", "%", "half%", "-5%"):
+        with pytest.raises(ValueError, match=f"disk_budget is '{wrong}'; give a share"):
+            budget(disk_budget=wrong)
 
 
 def test_a_memo_says_what_it_is(tmp_path):

@@ -75,6 +75,29 @@ def test_workers_read_what_was_computed_before_they_began_and_after(method, memo
     assert memo.stats().computed == COUNT
 
 
+def test_a_batch_of_examples_is_looked_up_at_once_and_each_example_fetched_once(memo, features, monkeypatch):
+    features.warm([X[:8]], progress=False)
+    fetched, asked = [], []
+
+    class Examples(list):
+        def __getitem__(self, index):
+            fetched.append(index)
+            return super().__getitem__(index)
+
+    source = features.source(Examples({"x": x, "label": i} for i, x in enumerate(X)), at="x", missing="none")
+    for tier in source._tiers:
+        usual = tier.read
+        monkeypatch.setattr(tier, "read", lambda keys, nbytes, usual=usual: asked.append(keys) or usual(keys, nbytes))
+    fetched.clear()
+    rows = source.__getitems__([3, 0, 9, -1, 3])
+    assert [row["label"] for row in rows] == [3, 0, 9, COUNT - 1, 3] and fetched == [3, 0, 9, -1, 3]
+    np.testing.assert_array_equal([rows[0]["x"], rows[1]["x"], rows[4]["x"]], [RIGHT[3], RIGHT[0], RIGHT[3]])
+    assert rows[2]["x"] is None and rows[3]["x"] is None
+    assert [len(keys) for keys in asked] == [4, 2][: len(source._tiers)]
+    with pytest.raises(IndexError, match="and 1000 is none of them"):
+        source.__getitems__([0, 1000])
+
+
 @pytest.mark.skipif("fork" not in METHODS, reason="this system can't fork")
 def test_what_is_only_in_memory_comes_along_in_a_fork():
     memo = jaxkv.Memo(memory="1MiB")

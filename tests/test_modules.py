@@ -797,7 +797,7 @@ class Configured(nn.Module):
         (Configured({"sizes": 3}), r"Configured\.config is a dict"),
         (Configured(Frozen([1, 2])), r"Configured\.config\.sizes is a list.*a list a tuple"),
         (Configured(Frozen(), (1, Configured([2]))), r"Configured\.inner\[1\]\.config is a list"),
-        (Configured(Frozen(), FrozenDict(a=np.ones(2))), r"Configured\.inner\['a'\] is a ndarray"),
+        (Configured(Frozen(), FrozenDict(a=np.ones(2))), r"Configured\.inner\['a'\] is an ndarray"),
     ],
 )
 def test_functional_of_linen_names_the_field_that_can_not_be_hashed(module, message):

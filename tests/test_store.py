@@ -124,7 +124,7 @@ def test_errors_say_what_there_is():
         store.get("gone")
     with pytest.raises(KeyError, match="no 'gone'; values: flag"):
         store.clear("gone")
-    with pytest.raises(ValueError, match="7 is a int; names in a store are strings"):
+    with pytest.raises(ValueError, match="7 is an int; names in a store are strings"):
         store.set(7, 1)
     with pytest.raises(ValueError, match="kv: a set is neither an array nor hashable"):
         store.push("kv", {1})

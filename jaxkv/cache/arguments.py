@@ -57,6 +57,25 @@ def checked_size(owner: str, name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def shared_length(n: Any, unit: int, most: int) -> Any:
+    """Returns how many first positions rows share: int32 scalar, whole `unit`s, at most `most`; None for none.
+
+    Raises:
+      ValueError: for a Python number that is not such a count, and for anything but one number. What is traced is
+        bounded and rounded down instead.
+    """
+    if isinstance(n, int | np.integer) and not isinstance(n, bool):
+        if not 0 <= n <= most:
+            raise ValueError(f"shared={n}: rows of {most} slots share from 0 to {most} of their first tokens")
+        if n % unit:
+            raise ValueError(f"shared={n} is not a multiple of the page size {unit}; {n // unit * unit} is")
+        return jnp.int32(n) if n else None
+    n = integers("shared", n)
+    if n.ndim:
+        raise ValueError(f"shared has shape {n.shape}; give one number, of all rows")
+    return jnp.clip(n, 0, most) // unit * unit
+
+
 def batch_rows(name: str, b: int, rows: Any, num_rows: int) -> tuple[Any, Any, bool]:
     """Returns int32 [B]: the sequence of each batch row; bool [B]: whether there is one; whether it is row b."""
     if rows is None:

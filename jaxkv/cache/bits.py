@@ -66,16 +66,24 @@ def unpack(stored: Any, dtype: Any) -> Any:
     return stored if stored.dtype == dtype else lax.bitcast_convert_type(stored, dtype)
 
 
-@jax.custom_jvp
+def without_gradient(x: Any, kept: str) -> Any:
+    """Returns x; to differentiate it is a NotSupportedError that says how it is kept."""
+
+    @jax.custom_jvp
+    def same(x: Any) -> Any:
+        return x
+
+    @same.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise NotSupportedError(
+            f"keys and values kept as {kept} lie in the cache as bits, through which no gradient flows; "
+            "differentiate with Dense('float32') or Dense('float16'), or stop the gradient of what is put: "
+            "jax.lax.stop_gradient(k)"
+        )
+
+    return same(x)
+
+
 def _bits(x: Any) -> Any:
     unsigned = jnp.dtype(f"uint{width(x.dtype)}")
-    return x if x.dtype == unsigned else lax.bitcast_convert_type(x, unsigned)
-
-
-@_bits.defjvp
-def _no_gradient(primals: Any, tangents: Any) -> Any:
-    raise NotSupportedError(
-        f"keys and values kept as {primals[0].dtype.name} lie in the cache as bits, through which no gradient flows; "
-        "differentiate with Dense('float32') or Dense('float16'), or stop the gradient of what is put: "
-        "jax.lax.stop_gradient(k)"
-    )
+    return x if x.dtype == unsigned else lax.bitcast_convert_type(without_gradient(x, x.dtype.name), unsigned)

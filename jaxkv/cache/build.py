@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,13 +28,15 @@ class Sizes:
     slack: int
 
     @classmethod
-    def of(cls, specs: Sequence[LayerSpec], num_rows: Any, capacity: Any, max_block: Any, slack: Any) -> Sizes:
+    def of(
+        cls, specs: Sequence[LayerSpec], num_rows: Any, capacity: Any, max_block: Any, slack: Any, layout: Any
+    ) -> Sizes:
         """Returns them checked, with the default of max_block."""
         num_rows = checked_size("Cache.init", "num_rows", num_rows, 1)
         capacity = checked_size("Cache.init", "capacity", capacity, 1)
         slack = checked_size("Cache.init", "slack", slack, 0)
         if max_block is None:
-            max_block = default_block([spec.reach for spec in specs], capacity)
+            max_block = min(default_block([spec.reach for spec in specs], capacity), layout.most(capacity))
         max_block = checked_size("Cache.init", "max_block", max_block, 1)
         return cls(num_rows, capacity, min(max_block, capacity), slack)
 
@@ -92,23 +95,48 @@ def checked_specs(specs: Any) -> tuple[LayerSpec, ...]:
     return specs
 
 
+def stored_as(specs: Iterable[LayerSpec], storage: Any) -> tuple[LayerSpec, ...]:
+    """Returns the specs with their numbers kept in another way.
+
+    Args:
+      specs: one LayerSpec per layer.
+      storage: a storage for all keys and values, or a pair: of keys, of values; None: as the specs say.
+
+    Raises:
+      ValueError: if it can't hold the vectors of a layer.
+
+    >>> import jaxkv
+    >>> spec = jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=32)
+    >>> stored_as([spec], (jaxkv.Int8(), jaxkv.Int4()))[0].v_storage
+    Int4(group=8, rotate=True)
+    """
+    if storage is None:
+        return tuple(specs)
+    k, v = storage if isinstance(storage, tuple) and len(storage) == 2 else (storage, storage)
+    return tuple(dataclasses.replace(spec, k_storage=k, v_storage=v) for spec in specs)
+
+
 def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool) -> tuple[Any, Any, Any]:
     """Returns the layers, the groups, and the bookkeeping of Cross layers or None, all empty."""
     reaches = list(dict.fromkeys(spec.reach for spec in specs if not isinstance(spec.reach, Cross)))
     crosses = list(dict.fromkeys(spec.reach for spec in specs if isinstance(spec.reach, Cross)))
     behind = max(sizes.max_block, sizes.slack)
-    groups = tuple(Group.init(reach, sizes.num_rows, sizes.capacity, behind) for reach in reaches)
-    encoded = Encoded.init(crosses[0], sizes.num_rows) if crosses else None
+    groups = tuple(Group.init(reach, sizes.num_rows, sizes.capacity, behind, layout) for reach in reaches)
+    encoded = Encoded.init(crosses[0], sizes.num_rows, layout) if crosses else None
     books: list[Any] = [*groups, encoded]
 
     def layer(spec: LayerSpec, num_stacked: int | None) -> Layer:
         group = [*reaches, *crosses].index(spec.reach)
         num_slots = books[group].num_slots
-        lead = layout.lead(sizes.num_rows, spec.num_kv_heads, num_slots)
-        lead = lead if num_stacked is None else (num_stacked, *lead)
+
+        def buffer(heads: int, size: int, storage: Any) -> Any:
+            lead = layout.lead(books[group].pages, sizes.num_rows, heads, num_slots)
+            return storage.zeros(lead if num_stacked is None else (num_stacked, *lead), size)
+
         return Layer(
-            k=spec.k_storage.zeros(lead, spec.head_dim),
-            v=spec.v_storage.zeros(lead, spec.value_dim),
+            k=buffer(spec.num_kv_heads, spec.head_dim, spec.k_storage),
+            v=buffer(spec.num_kv_heads, spec.value_dim, spec.v_storage),
+            sides={name: buffer(*side) for name, side in spec.sides.items()},
             index=None,
             group=group,
             spec=spec,
@@ -123,17 +151,28 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
 
 
 def shardings(cache: Any, sharding: Any) -> Any:
-    """Returns a tree of shardings for a cache: `sharding` (axes R, K, V, H) for buffers, replicated bookkeeping."""
+    """Returns a tree of shardings for a cache: `sharding` (axes R, K, V, H) for buffers, replicated bookkeeping.
+
+    Of a buffer with fewer numbers than H, such as one of scales, axes that don't divide them are left out.
+    """
     mesh, spec = sharding.mesh, sharding.spec
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     whole = jax.tree.map(lambda _: replicated, cache)
 
-    def place(buffer: Any) -> Any:
-        stack = (None,) * (len(buffer.shape) - 4)
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack, *spec))
+    rows, _, slots, _ = (*spec, None, None, None, None)[:4]
+
+    def placed(buffers: Any, *spec: Any) -> Any:
+        def place(buffer: Any) -> Any:
+            stack, axes = (None,) * (len(buffer.shape) - 4), spec
+            names = axes[3] if len(axes) > 3 else None
+            if names and buffer.shape[-1] % math.prod(mesh.shape[n] for n in jax.tree.leaves(names)):
+                axes = axes[:3]
+            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack, *axes))
+
+        return jax.tree.map(place, buffers)
 
     layers = tuple(
-        dataclasses.replace(layer, k=jax.tree.map(place, layer.k), v=jax.tree.map(place, layer.v))
+        layer.with_buffers((placed(layer.k, *spec), placed(layer.v, *spec), placed(layer.sides, rows, None, slots)))
         for layer in cache.layers
     )
     return dataclasses.replace(whole, layers=layers)

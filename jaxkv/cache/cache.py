@@ -13,18 +13,21 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxkv.cache import edit
-from jaxkv.cache.arguments import FAR, batch_rows, integers, one_row, row_mask
-from jaxkv.cache.build import Sizes, checked_specs, parts, place
+from jaxkv.cache.arguments import FAR, batch_rows, integers, one_row, row_mask, shared_length
+from jaxkv.cache.build import Sizes, checked_specs, parts, place, stored_as
 from jaxkv.cache.claim import claim, claim_cross
 from jaxkv.cache.cross import Encoded
 from jaxkv.cache.group import Group
 from jaxkv.cache.layer import Layer
+from jaxkv.cache.look import html, show
+from jaxkv.cache.pages import Pages
 from jaxkv.cache.rows import Rows
 from jaxkv.cache.show import describe, headline
-from jaxkv.cache.spec import Cross, LayerSpec
+from jaxkv.cache.spec import EMPTY, Cross, LayerSpec
 from jaxkv.cache.step import Step
+from jaxkv.cache.tree import checked_parents, commit
 from jaxkv.errors import CacheError, CacheFullError, NotSupportedError
-from jaxkv.meshes import automatic, like, resized
+from jaxkv.meshes import automatic, beside, like, resized
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +51,7 @@ class Cache:
       max_block: most tokens of one sequence in one `begin`.
       slack: how far behind the highest position written a `rewind` of a ring may go and land exactly.
       layout: where the numbers lie.
+      shared: how many first tokens all rows have in common, as `sharing` was told; None without such a promise.
 
     >>> import jax.numpy as jnp
     >>> from jaxkv import Cache, Full, LayerSpec
@@ -69,6 +73,7 @@ class Cache:
     max_block: int = dataclasses.field(metadata={"static": True})
     slack: int = dataclasses.field(metadata={"static": True})
     layout: Any = dataclasses.field(metadata={"static": True})
+    shared: Any = None  # int32 scalar, see `sharing`; None: nothing is promised
 
     @classmethod
     def init(
@@ -77,6 +82,7 @@ class Cache:
         num_rows: int,
         capacity: int,
         *,
+        storage: Any = None,
         layout: Any = Rows(),
         max_block: int | None = None,
         slack: int = 0,
@@ -90,22 +96,29 @@ class Cache:
             read the output of one encoder, so their reaches are equal.
           num_rows: sequences the cache holds (R).
           capacity: tokens a sequence can hold.
-          layout: Rows().
+          storage: how keys and values are kept in all layers, such as Int8(), or a pair (of keys, of values); None: as
+            each LayerSpec says.
+          layout: `Rows()`, one stretch of slots for each sequence; or `Pages(num_pages, page_size)`, a pool that all
+            sequences share.
           max_block: most tokens of one sequence in one `begin`; rings are this much longer than their reach. More than
             the capacity counts as the capacity. None chooses: as many as the shortest reach that wraps, as a power of
-            two from 64 to 512.
+            two from 64 to 512, and no more than a pool of pages can hold.
           slack: tokens that a `rewind` may go back in a ring beyond what its queries see; speculation wants its draft
             length here.
           stacked: equal specs share one Layer with buffers [L, ...], for models that scan over their layers.
-          sharding: None, or a `jax.sharding.NamedSharding` for axes (R, K, V, H) of k and v; the bookkeeping is
-            replicated over its mesh.
+          sharding: None, or a `jax.sharding.NamedSharding` for axes (R, K, V, H) of k and v; on pages (None, K, None,
+            H), as the pool is that of all rows. The bookkeeping is replicated over its mesh.
 
         Raises:
           ValueError: for no layers, a model instead of its specs, sizes below 1 or above 2**30, a negative slack, a
-            reach with as many sinks as capacity, or Cross layers of different sizes.
+            reach with as many sinks as capacity, or Cross layers of different sizes; for pages larger than the
+            capacity, a pool that can't hold max_block tokens, or one divided over rows.
         """
-        specs = checked_specs(specs)
-        sizes = Sizes.of(specs, num_rows, capacity, max_block, slack)
+        specs = stored_as(checked_specs(specs), storage)
+        if not isinstance(layout, Rows | Pages):
+            raise ValueError(f"Cache.init(layout={layout!r}): give Rows() or Pages(num_pages, page_size)")
+        sizes = Sizes.of(specs, num_rows, capacity, max_block, slack, layout)
+        layout.check(sizes.capacity, sizes.max_block, sharding)
 
         def build() -> Cache:
             lengths, ok = jnp.zeros((sizes.num_rows,), jnp.int32), jnp.ones((sizes.num_rows,), bool)
@@ -130,6 +143,12 @@ class Cache:
         return self.groups if self.encoded is None else (*self.groups, self.encoded)
 
     @property
+    def num_free(self) -> Any:
+        """How many pages each group has left: int32 [G], in the order of `bookkeeping`; int32 [0] on rows."""
+        free = [group.pages.num_free for group in self.bookkeeping if group.pages is not None]
+        return jnp.stack(free) if free else jnp.zeros((0,), jnp.int32)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all buffers and bookkeeping, from shapes alone."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
@@ -150,12 +169,14 @@ class Cache:
                 raise ValueError(f"with_layers: layer {i} is {new.spec}, the cache has {old.spec}; keep their order")
         return dataclasses.replace(self, layers=tuple(dataclasses.replace(layer, index=None) for layer in layers))
 
-    def begin(self, positions: Any, rows: Any = None, spans: Any = None) -> tuple[Cache, Step]:
+    def begin(self, positions: Any, rows: Any = None, spans: Any = None, parents: Any = None) -> tuple[Cache, Step]:
         """Claims slots for the tokens of one forward pass, all or nothing per sequence.
 
         A sequence fits iff its `ok` is True, no position is at or past the capacity or comes twice, and its lowest
-        query finds all it may see in every layer. One that does not fit takes nothing: its `ok` turns False, its
-        queries give zeros, what it held is intact. Writing a position that is already there replaces it.
+        query finds all it may see in every layer. On pages there must also be enough of them for what it writes to,
+        where it has none of its own; sequences are served in the order of rows. One that does not fit takes nothing:
+        its `ok` turns False, its queries give zeros, what it held is intact. Writing a position that is already there
+        replaces it.
 
         Args:
           positions: int [B, T], position of each token in its sequence; any negative one is padding, anywhere.
@@ -163,12 +184,18 @@ class Cache:
             come several times (a flat list of tokens is a batch of T = 1). Rows outside [0, R) are padding.
           spans: int [B, T]; tokens of this call with the same span other than 0 see each other in both directions,
             within reach. None: all causal.
+          parents: int [B, T], for a tree of tokens: which token of the call each one follows, by its column; a negative
+            one follows what the row holds. A token comes after its parent; the positions are consecutive from the row's
+            length on, padding comes last. A token sees what the row holds and its ancestors, and stands where its
+            branch puts it, at `step.depths`. Then `commit` keeps one branch. None: each follows all before it.
 
         Returns:
           The cache with the new bookkeeping, and the Step for the layers' put, get and attend.
 
         Raises:
-          ValueError: while tracing, for wrong shapes or dtypes, or, if rows is None, more than max_block tokens.
+          ValueError: while tracing, for wrong shapes or dtypes, parents together with spans, or, if rows is None, more
+            than max_block tokens; outside of jit, for a parent that does not come before its child (else that row does
+            not fit).
           CacheError: if this cache was donated.
         """
         self._check_alive()
@@ -186,8 +213,53 @@ class Cache:
             spans = integers("spans", spans)
             if spans.shape != (b, t):
                 raise ValueError(f"spans has shape {spans.shape}, positions {positions.shape}; they must be equal")
+        if parents is not None:
+            if spans is not None:
+                raise ValueError(
+                    "begin got parents and spans; the tokens of a tree see their ancestors and nothing else"
+                )
+            parents = checked_parents(parents, positions)
         run = automatic(functools.partial(claim, whole=whole), (like(self), PartitionSpec()))
-        return run(self, positions, rows, known, spans)
+        return run(self, positions, rows, known, spans, parents)
+
+    def commit(self, step: Step, path: Any) -> Cache:
+        """Returns this cache with one branch of the tree of tokens that `step` began, per row, and nothing else of it.
+
+        The keys and values of the branch move up to the row's length, where their depths put them. It can't fail: a
+        ring keeps what it may need again as for any block. Call it before the rows are forked: on pages, a `take` or
+        `copy_prefix` between `begin` and `commit` shares the pages that it writes.
+
+        Args:
+          step: of `begin(positions, parents=)`, after all layers have put.
+          path: int [B, D], the columns of the branch's tokens from one that follows the row down, each the child of the
+            one before; what comes after a number that isn't (such as -1, for shorter ones) is dropped.
+
+        Raises:
+          ValueError: while tracing, for a step without parents or a path of another shape.
+          CacheError: if this cache was donated.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxkv import Cache, Full, LayerSpec
+        >>> cache = Cache.init([LayerSpec(Full(), num_kv_heads=1, head_dim=1)], num_rows=1, capacity=8)
+        >>> cache, step = cache.begin(jnp.array([[0, 1, 2, 3]]), parents=jnp.array([[-1, 0, 0, 2]]))
+        >>> step.depths
+        Array([[0, 1, 1, 2]], dtype=int32)
+        >>> x = jnp.array([10.0, 11.0, 12.0, 13.0]).reshape(1, 4, 1, 1)
+        >>> cache = cache.with_layers([cache.layers[0].put(step, x, x)])
+        >>> cache = cache.commit(step, jnp.array([[0, 2, 3, -1]]))
+        >>> cache.lengths, cache.layers[0].k[0, 0, :3, 0]
+        (Array([3], dtype=int32), Array([10., 12., 13.], dtype=float32))
+        """
+        self._check_alive()
+        if step.tree is None:
+            raise ValueError("commit: this step has no tree; give the one of cache.begin(positions, parents=parents)")
+        path = integers("path", path)
+        if path.ndim != 2 or path.shape[0] != step.positions.shape[0]:
+            raise ValueError(f"commit: path has shape {path.shape}; give int [{step.positions.shape[0]}, D], -1 padded")
+        known = (step.rows >= 0) & (step.rows < self.num_rows)
+        took = (step.positions != EMPTY).any(1)
+        run = automatic(functools.partial(commit, whole=step.whole), like(self))
+        return run(self, step.tree, step.rows, known, took, path)
 
     def begin_cross(self, lengths: Any, rows: Any = None) -> tuple[Cache, Step]:
         """Makes room for the encoder's output of some sequences, in place of what they had; all or nothing for each.
@@ -232,6 +304,34 @@ class Cache:
         rows, known, whole = batch_rows("lengths", lengths.shape[0], rows, self.num_rows)
         run = automatic(functools.partial(claim_cross, whole=whole), (like(self), PartitionSpec()))
         return run(self, lengths, rows, known)
+
+    def sharing(self, n: Any) -> Cache:
+        """Returns this cache with the promise that all rows hold the same in their first n positions.
+
+        `attend` then reads those once for all rows of a call, not once for each: many samples of one prompt cost little
+        more attention than one. Every `begin` hands the promise on to its layers, so a model needs no change. It is
+        about the rows that bring tokens, in all layers: keys, values and positions, and an encoder's output where
+        n > 0. `copy_prefix` and `take` make such rows. A row may still be reading these tokens: then only what lies
+        before them is read once. Nothing checks it here: rows that differ, such as one that was reset and goes on with
+        another text, get one another's keys. `jaxkv.testing.assert_shared` compares them.
+
+        Args:
+          n: tokens, on Pages whole pages; a number, or int32 scalar, which may be traced and is rounded down to whole
+            pages. 0 takes the promise back.
+
+        Raises:
+          ValueError: for a number below 0, above the capacity, or that is not a multiple of the page size.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxkv import Cache, Full, LayerSpec
+        >>> cache = Cache.init([LayerSpec(Full(), num_kv_heads=1, head_dim=2)], num_rows=4, capacity=8)
+        >>> cache, _ = cache.begin(jnp.tile(jnp.arange(5), (4, 1)))  # and every layer puts the same for all rows
+        >>> _, step = cache.sharing(5).begin(jnp.full((4, 1), 5))
+        >>> step.shared
+        Array(5, dtype=int32)
+        """
+        shared = shared_length(n, self.layout.page_size, self.capacity)
+        return dataclasses.replace(self, shared=beside(self.lengths, shared))
 
     @property
     def encoder_cached(self) -> Any:
@@ -287,12 +387,39 @@ class Cache:
         self._check_alive()
         return dataclasses.replace(self, ok=self.ok | row_mask("retry", mask, self.num_rows))
 
+    def keep(self, mask: Any) -> Cache:
+        """Returns this cache without the tokens that a mask doesn't name: for eviction by rules of your own.
+
+        Positions and lengths stay what they were, and nothing counts as lost: what is forgotten is just not seen any
+        more, in all layers but Cross. Pages without a token are free again. Several such masks add up.
+
+        Args:
+          mask: bool [R, capacity], by position; what it says of positions that a row doesn't hold is not looked at.
+
+        >>> cache = jaxkv.Cache.init([jaxkv.LayerSpec(jaxkv.Full(), 1, 2)], 1, 8)
+        >>> cache, step = cache.begin([[0, 1, 2]])
+        >>> cache = cache.keep(jnp.arange(8)[None] != 1)
+        >>> cache.groups[0].positions[0, :4].tolist(), cache.lengths.tolist()
+        ([0, -1, 2, -1], [3])
+        """
+        self._check_alive()
+        mask = jnp.asarray(mask)
+        if mask.shape != (self.num_rows, self.capacity) or mask.dtype != bool:
+            raise ValueError(
+                f"keep: mask is {mask.dtype}{list(mask.shape)}; give bool [R, capacity] = "
+                f"{[self.num_rows, self.capacity]}"
+            )
+        return automatic(edit.keep, like(self))(self, mask)
+
     def remove(self, row: Any, begin: Any, end: Any = None) -> Cache:
         """Returns this cache without positions [begin, end) of one sequence.
 
         With a finite `end` the later tokens move down by `end - begin` and their keys are turned back by as much. With
         `end=None` the sequence is truncated, at the resume point at or below `begin`. Nothing changes if end <= begin,
         begin is past the length, or the row is unknown. An encoder's output stays.
+
+        On pages, tokens that move need pages of the row's own. Where there are too few nothing changes but `ok` of the
+        row, which turns False; truncating always works.
 
         Args:
           row: which sequence. int32 scalar, may be traced.
@@ -318,7 +445,8 @@ class Cache:
     def copy_prefix(self, src: Any, dst: Any, length: Any) -> Cache:
         """Returns this cache with row dst being the first `length` positions of row src, and ok.
 
-        Costs what is copied, whatever the capacity, where the cache is donated or the carry of a loop.
+        Costs what is copied, whatever the capacity, where the cache is donated or the carry of a loop. On pages only
+        integers move, and the two rows share what they have in common.
 
         The copy ends at src's resume point at or below `length`; the new `lengths` says where. An encoder's output is
         copied whole. An unknown src holds nothing, an unknown dst changes nothing; `copy_prefix(r, r, n)` rewinds r.
@@ -338,7 +466,8 @@ class Cache:
         """Returns a cache whose row r is row rows[r] of this one: beam reordering, best-of-n.
 
         As many rows as before cost what the longest of them holds, whatever the capacity, where the cache is donated or
-        the carry of a loop. Another number of rows makes new buffers.
+        the carry of a loop. Another number of rows makes new buffers. On pages only integers move: the pool stays as
+        large as it is, and rows that come several times share it.
 
         Args:
           rows: int [R2]; R2 may differ from R, a row may come several times, one outside [0, R) gives an empty row.
@@ -360,18 +489,28 @@ class Cache:
         if full.size:
             held = ", ".join(f"{row} (holds {int(self.lengths[row])})" for row in full)
             encoder = "" if self.encoded is None else f", or its encoder's output into {self.encoded.reach}"
+            pools = "".join(
+                f", or into the pages of {group.reach}: a pool of {group.pages.num_pages} pages has "
+                f"{int(group.pages.num_free)} left"
+                for group in self.groups
+                if group.pages is not None
+            )
             raise CacheFullError(
-                f"sequence {held} did not fit into capacity {self.capacity}{encoder}; what it holds is intact. Make a "
-                "larger cache, remove or rewind tokens and call retry, or reset the row"
+                f"sequence {held} did not fit into capacity {self.capacity}{encoder}{pools}; what it holds is intact. "
+                f"Make a larger cache{' or pool' * bool(pools)}, remove or rewind tokens and call retry, or reset the "
+                "row"
             )
 
     def describe(self) -> str:
-        """Returns a readable account: per group its layers, reach, storage, slots and why there are as many, bytes, and
-        the positions each row holds."""
+        """Returns a readable account: per group its layers, reach, storage, slots and why there are as many, how many
+        pages are used, shared and free, bytes, and the positions each row holds."""
         return describe(self)
 
     def __repr__(self) -> str:
         return headline(self)
+
+    def _repr_html_(self) -> str:
+        return html(self, show)
 
     def _check_alive(self) -> None:
         for x in jax.tree.leaves(self):

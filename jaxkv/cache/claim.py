@@ -14,9 +14,12 @@ import jax.numpy as jnp
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.spec import EMPTY
 from jaxkv.cache.step import GroupStep, Step
+from jaxkv.cache.tree import Tree
 
 
-def claim(cache: Any, positions: Any, rows: Any, known: Any, spans: Any, *, whole: bool) -> tuple[Any, Step]:
+def claim(
+    cache: Any, positions: Any, rows: Any, known: Any, spans: Any, parents: Any, *, whole: bool
+) -> tuple[Any, Step]:
     """Returns (cache, step) of `Cache.begin`.
 
     Args:
@@ -24,7 +27,7 @@ def claim(cache: Any, positions: Any, rows: Any, known: Any, spans: Any, *, whol
       positions: int32 [B, T], negative for padding.
       rows: int32 [B].
       known: bool [B], whether there is such a row.
-      spans: int32 [B, T] or None.
+      spans, parents: int32 [B, T] or None.
       whole: whether batch row b is sequence b, for all sequences.
     """
     num_rows = cache.num_rows
@@ -37,16 +40,24 @@ def claim(cache: Any, positions: Any, rows: Any, known: Any, spans: Any, *, whol
     fit = cache.ok & takes_part & (highest < cache.capacity)
     if positions.shape[1] > 1 or not whole:
         fit &= ~_has_twice(sequence, positions, num_rows)
+    at = None if whole else jnp.clip(rows, 0, num_rows - 1)
+    tree = None
+    if parents is not None:
+        tree, sound = Tree.of(jnp.where(real, positions, EMPTY), parents, _of_rows(cache.lengths, at))
+        fit = fit.at[jnp.where(sound | ~known, num_rows, rows)].set(False, mode="drop")
     top = jnp.maximum(highest, cache.lengths - 1)
     for group in cache.groups:
         fit &= group.fits(lowest, highest, top, dense)
+    fitting = jnp.where(fit.at[sequence].get(mode="fill", fill_value=False), sequence, num_rows)
+    books = [group.pages for group in cache.groups]
+    wanted = [group.slot(positions) for group in cache.groups]
+    fit, claimed = cache.layout.claim(books, [fitting] * len(books), wanted, fit)
     lengths = jnp.where(fit, jnp.maximum(cache.lengths, highest + 1), cache.lengths)
 
     token_fits = real & fit.at[sequence].get(mode="fill", fill_value=False)
     sequence = jnp.where(token_fits, sequence, num_rows)
-    at = None if whole else jnp.clip(rows, 0, num_rows - 1)
     groups, steps = [], []
-    for group in cache.groups:
+    for group, (pages, copies) in zip(cache.groups, claimed, strict=True):
         slots = jnp.where(token_fits, group.slot(positions), group.num_slots)
         written = _write_rows(group.positions, sequence, slots, positions, whole)
         kv_spans = None if spans is None else _write_rows(jnp.zeros_like(written), sequence, slots, spans, whole)
@@ -56,13 +67,14 @@ def claim(cache: Any, positions: Any, rows: Any, known: Any, spans: Any, *, whol
                 kv_positions=_of_rows(written, at),
                 kv_spans=None if kv_spans is None else _of_rows(kv_spans, at),
                 filled=_of_rows(group.filled(lengths), at),
+                pages=cache.layout.step(pages, at, copies),
                 slot_is_position=not group.wraps,
             )
         )
         lost = group.lost_by_writing(lowest, highest, dense, fit)
-        groups.append(dataclasses.replace(group, positions=written, lost=lost))
+        groups.append(dataclasses.replace(group, positions=written, lost=lost, pages=pages))
     if cache.encoded is not None:
-        steps.append(cache.encoded.step(at))
+        steps.append(cache.encoded.step(at, cache.layout.step(cache.encoded.pages, at)))
     refused = takes_part & ~fit
     step = Step(
         positions=jnp.where(token_fits, positions, EMPTY),
@@ -71,6 +83,8 @@ def claim(cache: Any, positions: Any, rows: Any, known: Any, spans: Any, *, whol
         spans=spans,
         groups=tuple(steps),
         whole=whole,
+        shared=cache.shared,
+        tree=tree,
     )
     return dataclasses.replace(cache, groups=tuple(groups), lengths=lengths, ok=cache.ok & ~refused), step
 
@@ -82,17 +96,25 @@ def claim_cross(cache: Any, lengths: Any, rows: Any, known: Any, *, whole: bool)
     sequence = jnp.where(real, rows, num_rows)
     _, asked, count = _brought(sequence[:, None], lengths[:, None], real[:, None], num_rows, whole)
     fit = cache.ok & (count == 1) & (asked <= encoded.reach.size)
-    refused = (count > 0) & ~fit
-    encoded = dataclasses.replace(encoded, lengths=jnp.where(fit, asked, encoded.lengths))
     at = None if whole else jnp.clip(rows, 0, num_rows - 1)
     positions = encoded.positions(jnp.where(real & _of_rows(fit, at), lengths, 0))
+    sequence = jnp.where(positions == EMPTY, num_rows, rows[:, None])
+    fit, [(pages, copies)] = cache.layout.claim([encoded.pages], [sequence], [positions], fit)
+    positions = jnp.where(_of_rows(fit, at)[:, None], positions, EMPTY)
+    refused = (count > 0) & ~fit
+    encoded = dataclasses.replace(encoded, lengths=jnp.where(fit, asked, encoded.lengths))
+    pages = cache.layout.keep(pages, encoded.in_use)
+    encoded = dataclasses.replace(encoded, pages=pages)
     slots = jnp.where(positions == EMPTY, encoded.num_slots, positions)
     step = Step(
         positions=positions,
         rows=rows,
         ok=~(_of_rows(refused, at) & known),
         spans=None,
-        groups=(*(None for _ in cache.groups), dataclasses.replace(encoded.step(at), slots=slots)),
+        groups=(
+            *(None for _ in cache.groups),
+            dataclasses.replace(encoded.step(at, cache.layout.step(pages, at, copies)), slots=slots),
+        ),
         whole=whole,
         cross=True,
     )

@@ -25,23 +25,28 @@ class Encoded:
     """What each row has of an encoder's output."""
 
     lengths: Any  # int32 [R], keys of the encoder's output; EMPTY: not encoded
+    pages: Any  # where the slots lie: None on rows; a Pool on pages
     reach: Cross = dataclasses.field(metadata={"static": True})
+    num_slots: int = dataclasses.field(metadata={"static": True})
 
     __repr__ = show
 
     @classmethod
-    def init(cls, reach: Cross, num_rows: int) -> Encoded:
+    def init(cls, reach: Cross, num_rows: int, layout: Any) -> Encoded:
         """Returns that no row is encoded."""
-        return cls(jnp.full((num_rows,), EMPTY, jnp.int32), reach)
-
-    @property
-    def num_slots(self) -> int:
-        return slots_for(self.reach.size)
+        num_slots = layout.round_up(slots_for(reach.size))
+        pages = layout.pages(reach, num_rows, num_slots, reach.size)
+        return cls(jnp.full((num_rows,), EMPTY, jnp.int32), pages, reach, num_slots)
 
     @property
     def held(self) -> Any:
         """The places of its output that each row has, EMPTY elsewhere: int32 [R, V]; None for abstract values."""
         return self.positions(self.lengths) if isinstance(self.lengths, jax.Array | np.ndarray) else None
+
+    @property
+    def in_use(self) -> Any:
+        """Which slots of each row hold something: bool [R, V]."""
+        return self.positions(self.lengths) != EMPTY
 
     @property
     def why(self) -> str:
@@ -58,7 +63,7 @@ class Encoded:
         slots = jnp.arange(self.num_slots, dtype=jnp.int32)[None, :]
         return jnp.where(slots < lengths[:, None], slots, EMPTY)
 
-    def step(self, rows: Any) -> GroupStep:
+    def step(self, rows: Any, pages: Any) -> GroupStep:
         """Returns what queries find in these rows: int32 [B], all of them known; None for all in order."""
         lengths, filled = (x if rows is None else x[rows] for x in (self.lengths, self.filled))
         return GroupStep(
@@ -66,6 +71,7 @@ class Encoded:
             kv_positions=self.positions(lengths),
             kv_spans=None,
             filled=filled,
+            pages=pages,
             slot_is_position=False,  # a query's position says nothing about the slots that it sees
         )
 

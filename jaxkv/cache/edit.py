@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.group import resume
 from jaxkv.cache.layer import Layer
-from jaxkv.cache.spec import Cross, LayerSpec
+from jaxkv.cache.spec import EMPTY, Cross, LayerSpec
 
 
 def resume_point(cache: Any, row: Any, known: Any, position: Any) -> Any:
@@ -25,14 +26,25 @@ def rewind(cache: Any, lengths: Any) -> Any:
     """Returns `Cache.rewind`; lengths int32 [R]."""
     landed = _resume(cache, jnp.clip(lengths, 0, cache.lengths), [group.lost for group in cache.groups])
     landed = jnp.where(lengths >= cache.lengths, cache.lengths, landed)
-    return dataclasses.replace(cache, groups=tuple(group.truncate(landed) for group in cache.groups), lengths=landed)
+    groups = [_paged(cache.layout, group.truncate(landed)) for group in cache.groups]
+    return dataclasses.replace(cache, groups=tuple(groups), lengths=landed)
 
 
 def reset(cache: Any, mask: Any) -> Any:
     """Returns `Cache.reset`; mask bool [R]."""
     cache = rewind(cache, jnp.where(mask, 0, FAR))
-    encoded = None if cache.encoded is None else cache.encoded.reset(mask)
+    encoded = None if cache.encoded is None else _paged(cache.layout, cache.encoded.reset(mask))
     return dataclasses.replace(cache, ok=cache.ok | mask, encoded=encoded)
+
+
+def keep(cache: Any, mask: Any) -> Any:
+    """Returns `Cache.keep`; mask bool [R, capacity]."""
+    groups = []
+    for group in cache.groups:
+        kept = jnp.take_along_axis(mask, jnp.maximum(group.positions, 0), 1)
+        positions = jnp.where(kept, group.positions, EMPTY)
+        groups.append(_paged(cache.layout, dataclasses.replace(group, positions=positions)))
+    return dataclasses.replace(cache, groups=tuple(groups))
 
 
 def remove(cache: Any, row: Any, known: Any, begin: Any, end: Any) -> Any:
@@ -41,23 +53,38 @@ def remove(cache: Any, row: Any, known: Any, begin: Any, end: Any) -> Any:
     begin = jnp.clip(begin, 0, length)
     end = jnp.clip(end, begin, length)
     moves = [group.remove(row, begin, end) for group in cache.groups]
+    changed = [delta != 0 for _, _, delta in moves]
+
+    books = [group.pages for group in cache.groups]
+    sequence = [jnp.where(x, row, cache.num_rows)[None] for x in changed]
+    slots = [jnp.arange(x.size, dtype=jnp.int32)[None] for x in changed]
+    fit, claimed = cache.layout.claim(books, sequence, slots, jnp.ones_like(cache.ok))
+    fit = fit[row]
+    pages = [(before, after) for before, (after, _) in zip(books, claimed, strict=True)]
+    groups = []
+    for group, (removed, _, _), (_, after) in zip(cache.groups, moves, pages, strict=True):
+        removed = jax.tree.map(lambda new, old: jnp.where(fit, new, old), removed, group)
+        groups.append(_paged(cache.layout, dataclasses.replace(removed, pages=after)))
 
     def moved(layer: Layer) -> Layer:
         if isinstance(layer.spec.reach, Cross):
             return layer
-        _, sources, delta = moves[layer.group]
+        number = layer.group
+        _, sources, delta = moves[number]
 
-        def move(turn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-            return lambda buffer: layer.layout.move(buffer, row, sources, turn)
+        def move(buffers: Any, turn: Callable[[Any], Any]) -> Any:
+            return layer.layout.move(buffers, row, sources, changed[number] & fit, pages[number], turn)
 
-        k = jax.tree.map(move(_turn_keys(layer.spec, delta)), layer.k)
-        return dataclasses.replace(layer, k=k, v=jax.tree.map(move(lambda x: x), layer.v))
+        turn = functools.partial(_turn_keys, layer.spec, delta)
+        v, sides = (move(buffers, lambda x: x) for buffers in layer.buffers[1:])
+        return layer.with_buffers((move(layer.k, turn), v, sides))
 
     return dataclasses.replace(
         cache,
         layers=tuple(moved(layer) for layer in cache.layers),
-        groups=tuple(group for group, _, _ in moves),
-        lengths=cache.lengths.at[row].add(begin - end),
+        groups=tuple(groups),
+        lengths=cache.lengths.at[row].add(jnp.where(fit, begin - end, 0)),
+        ok=cache.ok.at[row].min(fit),
     )
 
 
@@ -72,11 +99,16 @@ def copy_prefix(cache: Any, src: Any, src_known: Any, dst: Any, dst_known: Any, 
         filled.append(jnp.where(src_known, cache.encoded.filled[src], 0))
     filled = [jnp.where(dst_known, x, 0) for x in filled]
     to = jnp.where(dst_known, dst, cache.num_rows)
+    rows = jnp.arange(cache.num_rows, dtype=jnp.int32).at[to].set(src, mode="drop")
+    groups = [_paged(cache.layout, group.copy_prefix(src, to, landed), rows) for group in cache.groups]
+    encoded = None
+    if cache.encoded is not None:
+        encoded = _paged(cache.layout, cache.encoded.copy(src, src_known, to), rows)
     return dataclasses.replace(
         cache,
         layers=_map_buffers(cache.layers, lambda layer, x: layer.layout.copy(x, src, dst, filled[layer.group])),
-        groups=tuple(group.copy_prefix(src, to, landed) for group in cache.groups),
-        encoded=None if cache.encoded is None else cache.encoded.copy(src, src_known, to),
+        groups=tuple(groups),
+        encoded=encoded,
         lengths=cache.lengths.at[to].set(landed, mode="drop"),
         ok=cache.ok.at[to].set(True, mode="drop"),
     )
@@ -88,16 +120,27 @@ def take(cache: Any, rows: Any) -> Any:
     rows = jnp.clip(rows, 0, cache.num_rows - 1)
     lengths = jnp.where(known, cache.lengths[rows], 0)
     filled = [group.filled(lengths).max(initial=0) for group in cache.groups]
+    groups = [_paged(cache.layout, group.take(rows, known), rows) for group in cache.groups]
+    encoded = None
     if cache.encoded is not None:
         filled.append(jnp.where(known, cache.encoded.filled[rows], 0).max(initial=0))
+        encoded = _paged(cache.layout, cache.encoded.take(rows, known), rows)
     return dataclasses.replace(
         cache,
         layers=_map_buffers(cache.layers, lambda layer, x: layer.layout.take(x, rows, filled[layer.group])),
-        groups=tuple(group.take(rows, known) for group in cache.groups),
-        encoded=None if cache.encoded is None else cache.encoded.take(rows, known),
+        groups=tuple(groups),
+        encoded=encoded,
         lengths=lengths,
         ok=jnp.where(known, cache.ok[rows], True),
     )
+
+
+def _paged(layout: Any, group: Any, rows: Any = None) -> Any:
+    """Returns a Group or Encoded after its rows changed, with the pages of what they now hold.
+
+    `rows` int32 [R2] says whose pages they are that each row has now; None: its own.
+    """
+    return dataclasses.replace(group, pages=layout.keep(group.pages, group.in_use, rows))
 
 
 def _resume(cache: Any, position: Any, lost: list[Any]) -> Any:
@@ -109,19 +152,17 @@ def _resume(cache: Any, position: Any, lost: list[Any]) -> Any:
 
 def _map_buffers(layers: Iterable[Layer], f: Callable[[Layer, Any], Any]) -> tuple[Layer, ...]:
     def one(layer: Layer) -> Layer:
-        k, v = jax.tree.map(lambda x: f(layer, x), (layer.k, layer.v))
-        return dataclasses.replace(layer, k=k, v=v)
+        return layer.with_buffers(jax.tree.map(lambda x: f(layer, x), layer.buffers))
 
     return tuple(one(layer) for layer in layers)
 
 
-def _turn_keys(spec: LayerSpec, delta: Any) -> Callable[[Any], Any]:
-    """Returns the function that turns stored keys [..., V, H] by delta [V]."""
-
-    def turn(stored: Any) -> Any:
-        k = spec.k_storage.decode(stored)[..., : spec.head_dim]
-        by = delta.reshape((1,) * (k.ndim - 2) + (-1, 1))
-        by = jnp.broadcast_to(by, (*k.shape[:-1], 1))
-        return jnp.where(by != 0, spec.k_storage.encode(spec.rotary.shift(k, by)), stored)
-
-    return turn
+def _turn_keys(spec: LayerSpec, delta: Any, stored: Any) -> Any:
+    """Returns what is stored of keys [..., V, H], a pytree, turned by delta [V]."""
+    if spec.rotary_at == "read":  # what is stored does not depend on where it stands
+        return stored
+    k = spec.k_storage.decode(stored)[..., : spec.head_dim]
+    by = delta.reshape((1,) * (k.ndim - 2) + (-1, 1))
+    by = jnp.broadcast_to(by, (*k.shape[:-1], 1))
+    turned = spec.k_storage.encode(spec.rotary.shift(k, by))
+    return jax.tree.map(lambda new, old: jnp.where(by != 0, new, old), turned, stored)

@@ -17,10 +17,14 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.cross import Encoded
 from jaxkv.cache.group import Group
 from jaxkv.cache.layer import Layer
+from jaxkv.cache.pages import Pages, PageStep
+from jaxkv.cache.pool import Pool
+from jaxkv.cache.quantized import Float8, Int4, Int8
 from jaxkv.cache.rows import Rows
 from jaxkv.cache.spec import Chunk, Cross, Full, LayerSpec, Window
 from jaxkv.cache.step import GroupStep, Step
 from jaxkv.cache.storage import Dense
+from jaxkv.cache.tree import Tree
 
 _KIND = "kind"
 _kinds: dict[str, type] = {}
@@ -86,10 +90,10 @@ def _object(x: Any) -> Any:
     return _kinds[kind](**fields)
 
 
-for _part in (Full, Window, Chunk, Cross, LayerSpec, Dense, Rows):
+for _part in (Full, Window, Chunk, Cross, LayerSpec, Dense, Int8, Int4, Float8, Rows, Pages):
     exportable(_part)
 
-for _node in (Cache, Layer, Group, Encoded, Step, GroupStep):
+for _node in (Cache, Layer, Group, Encoded, Pool, Step, GroupStep, PageStep, Tree):
     jax.export.register_pytree_node_serialization(
         _node,
         serialized_name=f"jaxkv.{_node.__name__}",

@@ -29,6 +29,7 @@ class Group:
 
     positions: Any  # int32 [R, V], EMPTY where nothing lies
     lost: Any  # int32 [R, 2]: positions [lo, hi) may be gone; lo >= hi: nothing is
+    pages: Any  # where the slots lie: None on rows; a Pool on pages
     reach: Reach = dataclasses.field(metadata={"static": True})
     ring: int = dataclasses.field(metadata={"static": True})
     wraps: bool = dataclasses.field(metadata={"static": True})
@@ -36,7 +37,7 @@ class Group:
     __repr__ = show
 
     @classmethod
-    def init(cls, reach: Reach, num_rows: int, capacity: int, behind: int) -> Group:
+    def init(cls, reach: Reach, num_rows: int, capacity: int, behind: int, layout: Any) -> Group:
         """Returns an empty group; `behind` is max(max_block, slack), in tokens."""
         if reach.sinks >= capacity:
             raise ValueError(f"{reach} keeps {reach.sinks} sinks, but the capacity is {capacity}; give fewer sinks")
@@ -44,9 +45,11 @@ class Group:
         if reach.size is not None:
             ring = min(ring, reach.size - 1 + behind)
         used = reach.sinks + ring
+        num_slots = layout.round_up(slots_for(used))
         return cls(
-            positions=jnp.full((num_rows, slots_for(used)), EMPTY, jnp.int32),
+            positions=jnp.full((num_rows, num_slots), EMPTY, jnp.int32),
             lost=jnp.tile(nothing_lost(), (num_rows, 1)),
+            pages=layout.pages(reach, num_rows, num_slots, used),
             reach=reach,
             ring=ring,
             wraps=used < capacity,
@@ -62,6 +65,11 @@ class Group:
         return self.positions
 
     @property
+    def in_use(self) -> Any:
+        """Which slots of each row hold something: bool [R, V]."""
+        return self.positions != EMPTY
+
+    @property
     def why(self) -> str:
         """Why there are as many slots as there are."""
         if not self.wraps:
@@ -71,7 +79,10 @@ class Group:
             f"{seen} before a query",
             f"{self.ring - seen} for a block",
         ]
-        rounded = "" if self.num_slots == sinks + self.ring else f", in whole blocks of {READ_BLOCK}"
+        used = sinks + self.ring
+        rounded = "" if self.num_slots == used else f", in whole blocks of {READ_BLOCK}"
+        if self.num_slots != slots_for(used):
+            rounded = ", in whole pages"
         return f" ({' + '.join(parts)}{rounded})"
 
     def slot(self, p: Any) -> Any:

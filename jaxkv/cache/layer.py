@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxkv.cache.arguments import integers
@@ -27,14 +28,17 @@ class Layer:
     traced number, `put` returns the same kind, and `.at(None)` is the whole stack again.
     """
 
-    k: Any  # [R, K, V, H]; stacked: [L, R, K, V, H]; small numbers as bits, H may be packed: see storage and bits
-    v: Any  # [R, K, V, Hv]; stacked: [L, R, K, V, Hv]
+    # On rows A = R and S = V, on pages A = P and S = page_size. Small numbers lie as bits, H may be packed.
+    k: Any  # [A, K, S, H]; stacked: [L, A, K, S, H]
+    v: Any  # [A, K, S, Hv]; stacked: [L, A, K, S, Hv]
     index: Any  # None, or int32 scalar: which layer of a stack
     group: int = dataclasses.field(metadata={"static": True})
     spec: LayerSpec = dataclasses.field(metadata={"static": True})
     layout: Any = dataclasses.field(metadata={"static": True})
     num_slots: int = dataclasses.field(metadata={"static": True})
     num_stacked: int | None = dataclasses.field(metadata={"static": True})  # None: not a stack
+    # What else is kept of each token, by name, each as k is: the sides of the spec.
+    sides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     __repr__ = show
 
@@ -65,7 +69,17 @@ class Layer:
             raise ValueError(f"at({index}): the stack has {self.num_stacked} layers, 0 to {self.num_stacked - 1}")
         return dataclasses.replace(self, index=integers("index", index))
 
-    def put(self, step: Step, k: Any, v: Any) -> Layer:
+    @property
+    def buffers(self) -> tuple[Any, Any, dict[str, Any]]:
+        """All that lies where the layout says: k, v and the sides."""
+        return self.k, self.v, self.sides
+
+    def with_buffers(self, buffers: tuple[Any, Any, dict[str, Any]]) -> Layer:
+        """Returns this layer with other k, v and sides."""
+        k, v, sides = buffers
+        return dataclasses.replace(self, k=k, v=v, sides=sides)
+
+    def put(self, step: Step, k: Any, v: Any, where: Any = None) -> Layer:
         """Returns this layer with the keys and values of the call's tokens stored.
 
         In place when the cache is donated or the carry of a loop. Every layer puts once per `begin`; tokens of padding
@@ -75,12 +89,16 @@ class Layer:
 
         Args:
           step: from the `Cache.begin` of this forward pass; for a Cross layer, from `Cache.begin_cross`.
-          k: keys [B, T, num_kv_heads, head_dim], already rotated if the model rotates keys; cast to the storage dtype.
-            For a Cross layer T is any size up to that of its reach.
+          k: keys [B, T, num_kv_heads, head_dim], already rotated if the model rotates keys, but not where the spec
+            says rotary_at="read"; stored as the spec says. For a Cross layer T is any size up to that of its reach.
           v: values [B, T, num_kv_heads, value_dim].
+          where: bool [B, T], which of these tokens the layer keeps; the others are never seen in this layer, not even
+            by themselves, as if they were padding. Their positions and their places stay taken, for the sake of layers
+            that do keep them. None: all. Needs `LayerSpec(..., drops=True)`.
 
         Raises:
-          ValueError: while tracing, for shapes other than these, naming both, or a step of the other kind.
+          ValueError: while tracing, for shapes other than these, naming both, a step of the other kind, or `where`
+            without `drops`.
         """
         reach = self.spec.reach
         self._check_step(step, cross=isinstance(reach, Cross))
@@ -91,16 +109,46 @@ class Layer:
             want = (b, t, self.spec.num_kv_heads, size)
             if x.shape != want:
                 raise ValueError(f"put: {name} has shape {x.shape}, this layer and step want [B, T, K, H] = {want}")
-        return automatic(_put, like(self))(self, step, k, v)
+        if where is not None:
+            where = jnp.asarray(where)
+            if not self.spec.drops:
+                raise ValueError("put(where=) leaves tokens out, which this layer can't; give its LayerSpec drops=True")
+            if where.shape != (b, t) or where.dtype != bool:
+                raise ValueError(f"put: where is {where.dtype}{list(where.shape)}; give bool [B, T] = {[b, t]}")
+        return automatic(_put, like(self))(self, step, k, v, where)
 
     def read(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
         """Returns slots [start, start + size) of the call's sequences: k [B, K, size, H], v [B, K, size, Hv].
 
-        The form in which `attend` reads, block by block. `start` may be traced; the stretch must lie within num_slots.
+        Keys are rotated, whenever that is; those that are rotated when they are read are float32 at least. `start` may
+        be traced; the stretch must lie within num_slots. On pages a traced start is a multiple of each number that
+        divides both `size` and the page size, as those of blocks of whole pages are that follow one another. What is
+        read where a sequence has no token means nothing.
         """
 
         k, v = (PartitionSpec(*(self._axes(x, step))) for x in (self.k, self.v))
         return automatic(functools.partial(_read, size=size), (k, v))(self, step, start)
+
+    def pieces(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
+        """Returns what `read` does as it is stored: pieces of k and of v, see `Dense.pieces`.
+
+        The form in which `attend` reads, block by block: each piece is (numbers [B, K, size, h], factor [B, K, size, 1]
+        or None). Queries, and what is read of v, are in another basis then: see `k_basis` and `v_basis`.
+        """
+        k, v = _block(self, step, start, size)
+        spec = self.spec
+        if spec.rotary_at == "read":
+            k = _numbers(spec.k_storage, k, spec.head_dim)
+            return ((_rotated(self, step, k, start), None),), _pieces(spec.v_storage, v, spec.value_dim)
+        return _pieces(spec.k_storage, k, spec.head_dim), _pieces(spec.v_storage, v, spec.value_dim)
+
+    def stored(self, step: Step, start: Any, size: int) -> Any:
+        """Returns which tokens in slots [start, start + size) of the call's sequences the layer keeps: bool [B, size].
+
+        It says nothing of slots that hold no token. For layers whose spec has `drops`; start and size as for `read`.
+        """
+        rows = PartitionSpec(self._axes(self.sides["dropped"], step)[0])
+        return automatic(functools.partial(_stored, size=size), rows)(self, step, start)
 
     def get(self, step: Step) -> tuple[Any, Any, Any]:
         """Returns all keys and values of the call's sequences, and who sees what: the reference form.
@@ -109,12 +157,15 @@ class Layer:
         `attend` gives it zeros and reads only what is filled.
 
         Returns:
-          k [B, S, K, H], v [B, S, K, Hv], mask bool [B, 1, T, S]; S is num_slots, in slot order.
+          k [B, S, K, H], v [B, S, K, Hv], 0 where no token lies, mask bool [B, 1, T, S]; S is num_slots, in slot order.
         """
         self.check_step(step)
-        k, v = self.read(step, 0, self.num_slots)
         group = step.groups[self.group]
+        empty = (group.kv_positions == EMPTY)[:, None, :, None]  # what was read there may be another row's, and a NaN
+        k, v = (jnp.where(empty, 0, x) for x in self.read(step, 0, self.num_slots))
         mask = step.visible(self.spec.reach, group.kv_positions, group.kv_spans)
+        if self.spec.drops:
+            mask &= self.stored(step, 0, self.num_slots)[:, None]
         return k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None]
 
     def _axes(self, buffers: Any, step: Step) -> tuple[Any, ...]:
@@ -149,37 +200,69 @@ class Layer:
             raise ValueError(f"a stack of {self.num_stacked} layers was used as one layer; choose one with stack.at(i)")
 
 
-def _put(layer: Layer, step: Step, k: Any, v: Any) -> Layer:
-    slots = step.groups[layer.group].slots
+def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any) -> Layer:
+    if layer.spec.drops:
+        kept = jnp.ones(k.shape[:2], bool) if where is None else where
+        dropped = jnp.pad(~kept, ((0, 0), (0, layer.spec.reach.size - k.shape[1] if step.cross else 0)))
     if step.cross and k.shape[1] < layer.spec.reach.size:
         missing = step.positions[:, k.shape[1] : layer.spec.reach.size] != EMPTY
         k, v = (_fill_up(x, missing) for x in (k, v))
-    slots = slots[:, : k.shape[1]]
 
     def write(buffers: Any, storage: Any, x: Any) -> Any:
         return jax.tree.map(
-            lambda buffer, y: layer.layout.write(buffer, layer.index, step.rows, slots, y, whole=step.whole),
+            lambda buffer, y: layer.layout.write(buffer, layer.index, step, layer.group, y),
             buffers,
             storage.encode(x),
         )
 
-    return dataclasses.replace(
-        layer, k=write(layer.k, layer.spec.k_storage, k), v=write(layer.v, layer.spec.v_storage, v)
+    put = {"dropped": dropped.astype(jnp.uint8)[:, :, None, None]} if layer.spec.drops else {}
+    return layer.with_buffers(
+        (
+            write(layer.k, layer.spec.k_storage, k),
+            write(layer.v, layer.spec.v_storage, v),
+            {name: write(layer.sides[name], layer.spec.sides[name][2], x) for name, x in put.items()},
+        )
     )
 
 
-def _read(layer: Layer, step: Step, start: Any, *, size: int) -> tuple[Any, Any]:
-    def read(buffers: Any, storage: Any, length: int) -> Any:
-        x = storage.decode(
-            jax.tree.map(
-                lambda buffer: layer.layout.read(buffer, layer.index, step.rows, start, size, whole=step.whole),
-                buffers,
-            )
-        )
-        return x if x.shape[-1] == length else x[..., :length]
+def _block(layer: Layer, step: Step, start: Any, size: int) -> Any:
+    """Returns what lies in slots [start, start + size), of k and of v."""
+    return jax.tree.map(
+        lambda buffer: layer.layout.read(buffer, layer.index, step, layer.group, start, size), (layer.k, layer.v)
+    )
 
+
+def _stored(layer: Layer, step: Step, start: Any, *, size: int) -> Any:
+    dropped = layer.layout.read(layer.sides["dropped"], layer.index, step, layer.group, start, size)
+    return dropped[:, 0, :, 0] == 0
+
+
+def _read(layer: Layer, step: Step, start: Any, *, size: int) -> tuple[Any, Any]:
+    k, v = _block(layer, step, start, size)
     spec = layer.spec
-    return read(layer.k, spec.k_storage, spec.head_dim), read(layer.v, spec.v_storage, spec.value_dim)
+    k, v = _numbers(spec.k_storage, k, spec.head_dim), _numbers(spec.v_storage, v, spec.value_dim)
+    return (_rotated(layer, step, k, start), v) if spec.rotary_at == "read" else (k, v)
+
+
+def _rotated(layer: Layer, step: Step, k: Any, start: Any) -> Any:
+    """Returns keys [B, K, size, H] of slots from `start` on rotated to their positions: float32 or wider."""
+    k = k if k.dtype.itemsize > 4 else k.astype(jnp.float32)
+    there = lax.dynamic_slice_in_dim(step.groups[layer.group].kv_positions, start, k.shape[2], 1)
+    if step.tree is not None:
+        there = step.tree.kv_depths(there)
+    return layer.spec.rotary.rotate(k, there[:, None, :, None])
+
+
+def _numbers(storage: Any, stored: Any, length: int) -> Any:
+    x = storage.decode(stored)
+    return x if x.shape[-1] == length else x[..., :length]
+
+
+def _pieces(storage: Any, stored: Any, length: int) -> Any:
+    pieces = storage.pieces(stored)
+    if len(pieces) > 1 or pieces[0][0].shape[-1] == length:
+        return pieces
+    return ((pieces[0][0][..., :length], pieces[0][1]),)
 
 
 def _fill_up(x: Any, missing: Any) -> Any:

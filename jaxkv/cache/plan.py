@@ -24,7 +24,8 @@ class MemoryPlan:
       nbytes_per_device: what one device holds; equal to nbytes without a sharding.
       bytes_per_token: what one more token of one sequence takes in the layers whose slots are as many as the capacity;
         rings, and an encoder's output, have a fixed size and add nothing.
-      groups: per group (reach, number of layers, slots per sequence, bytes, why a ring is as long as it is).
+      groups: per group (reach, number of layers, slots per sequence, bytes, why a ring is as long as it is, and how
+        many pages there are).
     """
 
     nbytes: int
@@ -53,8 +54,8 @@ def plan_memory(
       specs: one LayerSpec per layer.
       num_rows: sequences.
       capacity: tokens per sequence.
-      sharding: None, or a NamedSharding for axes (R, K, V, H).
-      **options: layout, max_block, slack, stacked, as for `Cache.init`.
+      sharding: None, or a NamedSharding, as for `Cache.init`.
+      **options: storage, layout, max_block, slack, stacked, as for `Cache.init`.
 
     Raises:
       ValueError: as `Cache.init`.
@@ -69,10 +70,12 @@ def plan_memory(
     for number, group in enumerate(cache.bookkeeping):
         layers = [layer for layer in cache.layers if layer.group == number]
         count = sum(layer.num_stacked or 1 for layer in layers)
-        groups.append((group.reach, count, group.num_slots, _nbytes((layers, group)), group.why))
+        why = group.why + cache.layout.describe(group.pages)
+        groups.append((group.reach, count, group.num_slots, _nbytes((layers, group)), why))
     grows = [not group.wraps for group in cache.groups] + [False]
     growing = [layer for layer in cache.layers if grows[layer.group]]
-    per_token = sum(_nbytes((layer.k, layer.v)) // (num_rows * layer.num_slots) for layer in growing)
+    # A buffer [R or P, K, V or page_size, X], of a stack [L, ...], has so many slots.
+    per_token = sum(_nbytes(x) // (x.shape[-4] * x.shape[-2]) for x in jax.tree.leaves([y.buffers for y in growing]))
     return MemoryPlan(cache.nbytes, _nbytes(cache, places), per_token, tuple(groups))
 
 

@@ -15,8 +15,8 @@ def show(node: Any) -> str:
     """Returns the repr of a dataclass with every array in it as dtype[shape].
 
     >>> from jaxkv.cache.group import Group
-    >>> Group.init(jaxkv.Full(), num_rows=2, capacity=8, behind=4)
-    Group(positions=int32[2,8], lost=int32[2,2], reach=Full(), ring=8, wraps=False)
+    >>> Group.init(jaxkv.Full(), num_rows=2, capacity=8, behind=4, layout=jaxkv.Rows())
+    Group(positions=int32[2,8], lost=int32[2,2], pages=None, reach=Full(), ring=8, wraps=False)
     """
     fields = ", ".join(f"{field.name}={_short(getattr(node, field.name))}" for field in dataclasses.fields(node))
     return f"{type(node).__name__}({fields})"
@@ -47,7 +47,7 @@ def describe(cache: Any) -> str:
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((layers, group)))
         lines.append(
             f"{count} layer{'s' * (count > 1)} {group.reach}: {', '.join(kept)}, "
-            f"{group.num_slots} slots{group.why}, {format_bytes(size)}"
+            f"{group.num_slots} slots{group.why}{cache.layout.describe(group.pages)}, {format_bytes(size)}"
         )
         lines += [f"  row {row}: {text}" for row, text in enumerate(_held(group.held))]
     return "\n".join(lines)

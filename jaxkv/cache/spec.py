@@ -171,9 +171,14 @@ class LayerSpec:
       v_storage: how values are kept.
       rotary: None, or a frozen, hashable object whose `shift(k, delta)` turns keys to other positions (`jaxkv.Rotary`);
         `Cache.remove` needs it to move tokens. None for Cross, whose keys never move.
+      rotary_at: when keys are rotated. "put": before they are put, by who puts them. "read": each time they are read,
+        by `rotary.rotate(k, positions)`; what is put, and kept, is not rotated, so `Cache.remove` moves tokens without
+        any rounding, at the price of angles for all keys that a step reads.
+      drops: whether `Layer.put` may leave tokens out (`where=`). It costs a byte per slot.
 
     Raises:
-      ValueError: for sizes below 1, an unknown reach, a rotary that is a function, or one for Cross.
+      ValueError: for sizes below 1, an unknown reach, a size that a storage can't hold, a rotary that is a function,
+        one for Cross, or none, or one without `rotate`, where keys are to be rotated when they are read.
 
     >>> LayerSpec(Window(1024), num_kv_heads=4, head_dim=64).value_dim
     64
@@ -186,6 +191,8 @@ class LayerSpec:
     k_storage: Any = Dense()
     v_storage: Any = Dense()
     rotary: Any = None
+    rotary_at: str = "put"
+    drops: bool = False
 
     def __post_init__(self) -> None:
         if self.value_dim is None:
@@ -194,9 +201,14 @@ class LayerSpec:
             raise ValueError(f"LayerSpec(reach={self.reach!r}): give Full(), Window(size), Chunk(size) or Cross(size)")
         for name in ("num_kv_heads", "head_dim", "value_dim"):
             object.__setattr__(self, name, checked_size("LayerSpec", name, getattr(self, name), 1))
-        for name in ("k_storage", "v_storage"):
-            if not hasattr(getattr(self, name), "zeros"):
-                raise ValueError(f"LayerSpec({name}={getattr(self, name)!r}): give a storage such as Dense('float32')")
+        for name, size in (("k_storage", self.head_dim), ("v_storage", self.value_dim)):
+            storage = getattr(self, name)
+            if isinstance(storage, type) or not hasattr(storage, "zeros"):
+                raise ValueError(f"LayerSpec({name}={storage!r}): give a storage such as Dense('float32')")
+            try:
+                storage.check(size)
+            except ValueError as error:
+                raise ValueError(f"LayerSpec({name}={storage}): {error}") from error
         functions = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
         if self.rotary is not None and (isinstance(self.rotary, functions) or not hasattr(self.rotary, "shift")):
             raise ValueError(
@@ -207,9 +219,31 @@ class LayerSpec:
             raise ValueError(
                 f"LayerSpec({self.reach}, rotary={self.rotary!r}): an encoder's keys never move; give rotary=None"
             )
+        if self.rotary_at not in ("put", "read"):
+            raise ValueError(f"LayerSpec(rotary_at={self.rotary_at!r}): keys are rotated when they are 'put' or 'read'")
+        if self.rotary_at == "read" and not callable(getattr(self.rotary, "rotate", None)):
+            raise ValueError(
+                f"LayerSpec(rotary={self.rotary!r}, rotary_at='read'): nothing rotates the keys when they are read; "
+                "give an object with rotate(k, positions) such as jaxkv.Rotary()"
+            )
+        if not isinstance(self.drops, bool):
+            raise ValueError(f"LayerSpec(drops={self.drops!r}): give True or False")
         try:
             hash(self.rotary)
         except TypeError as error:
             raise ValueError(
                 f"LayerSpec(rotary={self.rotary!r}) is not hashable; make it a frozen dataclass"
             ) from error
+
+    def k_basis(self, x: Any) -> Any:
+        """Returns queries [..., H] in the basis in which `Layer.pieces` has the keys."""
+        return x if self.rotary_at == "read" else self.k_storage.basis(x)
+
+    def v_basis(self, x: Any) -> Any:
+        """Returns what was read [..., Hv] of `Layer.pieces` in the basis of the values that were put."""
+        return self.v_storage.basis(x)
+
+    @property
+    def sides(self) -> dict[str, tuple[int, int, Any]]:
+        """What is kept of each token beside its key and its value, by name: heads, size, storage."""
+        return {"dropped": (1, 1, Dense("uint8"))} if self.drops else {}

@@ -47,6 +47,9 @@ class Dense:
     def __repr__(self) -> str:
         return f"Dense({self.dtype.name!r})"
 
+    def check(self, size: int) -> None:
+        """Raises ValueError unless vectors of `size` numbers can be stored: every size can."""
+
     def zeros(self, lead: tuple[int, ...], size: int) -> Any:
         """Returns what is allocated for vectors of `size` numbers: a pytree of arrays, here one [*lead, items]."""
         return jnp.zeros((*lead, -(-size // per_item(self.dtype))), carrier(self.dtype))
@@ -63,6 +66,18 @@ class Dense:
         """Returns the numbers [..., H] that `encode` stored, of `dtype`; H may be rounded up to whole bytes."""
         return unpack(stored, self.dtype)
 
+    def pieces(self, stored: Any) -> tuple[tuple[Any, Any], ...]:
+        """Returns what is stored in the form that products want it in: pieces of the vectors, one after another.
+
+        A piece is (numbers [..., h], factor [..., 1] or None): it stands for numbers * factor. With a factor, what is
+        not finite is so in the factor alone.
+        """
+        return ((self.decode(stored), None),)
+
+    def basis(self, x: Any) -> Any:
+        """Returns x [..., H] in the basis in which `pieces` are, or from there in its own: here there is but one."""
+        return x
+
     def _saturate(self, x: Any) -> Any:
         if x.dtype == self.dtype:
             return x
@@ -75,3 +90,9 @@ class Dense:
         x = x if jnp.issubdtype(x.dtype, jnp.floating) and width(x.dtype) > 8 else x.astype(jnp.float32)
         largest = float(jnp.finfo(self.dtype).max)
         return jnp.clip(x, -largest, largest)
+
+
+def whole(pieces: Any) -> Any:
+    """Returns the numbers [..., H] that pieces are, one after another: what lies in bits as float32."""
+    parts = [numbers if factor is None else numbers.astype(factor.dtype) * factor for numbers, factor in pieces]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)

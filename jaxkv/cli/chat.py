@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
             f"argument --max-new-tokens: answers of {longest:,} tokens leave too little of a cache that holds "
             f"{capacity:,}; give {capacity // 2:,} or less" + _larger(4 * longest, source.context)
         )
-    model = source.load(args.dtype, capacity, quiet=args.quiet)
+    model = source.load(args.dtype, capacity, storage=args.storage, quiet=args.quiet)
     interrupts = Interrupts()
 
     def decode(decoding: Run, history: list[int], cache: Cache) -> None:

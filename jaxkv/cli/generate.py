@@ -3,38 +3,52 @@
 from __future__ import annotations
 
 import argparse
-import json
-from typing import Any
 
 import jax
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cli.compare import compare
+from jaxkv.cli.drafting import Drafting, describe_drafts
 from jaxkv.cli.options import UsageError
 from jaxkv.cli.prompts import Prompt, choose_capacity, read_prompts
+from jaxkv.cli.ranked import check_ranked, find_best, layout_of
 from jaxkv.cli.run import Run, check_capacity, choose_sampling, describe_size, sampling_options
-from jaxkv.cli.source import Source, find, told
+from jaxkv.cli.shown import reason_of, show
+from jaxkv.cli.source import find, told
 from jaxkv.cli.terminal import Text, counted, note, printable, write
+from jaxkv.cli.view import View, check_view
 
 _ROWS = 8  # of many prompts
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.compare and (args.samples > 1 or args.prompts or args.json or sampling_options(args)):
+    more = (args.samples > 1, args.prompts, args.json, args.beams, args.best_of, args.layout, args.speculate)
+    if args.compare and (any(more) or sampling_options(args)):
         raise UsageError(
-            "--compare decodes one text, greedily; leave out --samples, --prompts, --json and the options for sampling"
+            "--compare decodes one text, greedily; leave out --samples, --prompts, --json, --beams, --best-of, "
+            "--layout, --speculate and the options for sampling"
         )
+    check_view(args)
     source = find(args.model)
+    check_ranked(args, source.generation)
     chosen = choose_sampling(args, source.generation, source.stop_tokens, source.said_in)
     check_capacity(args.capacity, source.context)
+    if args.speculate and args.capacity == 1:
+        raise UsageError("argument --capacity: --speculate checks a token and a draft at once; give 2 or more")
+    drafting = None if args.speculate is None else Drafting.find(args.speculate, source)
     prompts = read_prompts(args, source)
     capacity = choose_capacity(args, prompts, source.context)
     longest = max(len(prompt.tokens) + prompt.limit for prompt in prompts)
-    model = source.load(args.dtype, longest, quiet=args.quiet)
+    model = source.load(args.dtype, longest, storage=args.storage, quiet=args.quiet)
+    if drafting is not None:
+        drafting = drafting.load(args.dtype, longest, quiet=args.quiet)
     if args.compare:
         return compare(args, model, prompts[0].tokens, prompts[0].limit, capacity)
+    if args.beams or args.best_of:
+        return find_best(args, source, model, prompts, capacity, chosen)
     texts = [prompt for prompt in prompts for _ in range(args.samples)]
     num_rows = min(args.rows or (_ROWS if args.prompts else args.samples), len(texts))
+    layout = layout_of(args, prompts, num_rows, 1, capacity)
     live = len(texts) == 1 and not args.json  # shown as it comes
     runs: list[Run] = []
     reasons: set[str] = set()
@@ -44,54 +58,47 @@ def run(args: argparse.Namespace) -> int:
         runs.append(decoding)
         padding = [None] * (num_rows - len(batch))  # so that the last batch is no other program
         key = jax.random.fold_in(jax.random.key(args.seed), begin) if begin else jax.random.key(args.seed)
+        cache = Cache.init(model.specs, num_rows, capacity, layout=layout)
+        view = View.of(args, cache, batch[0], source.tokenizer)
         if live:
-            write(printable(batch[0].text))
+            (write if view is None else view.begin)(printable(batch[0].text))
         try:
             with told():
                 steps = decoding.tokens(
                     model,
                     [*(prompt.tokens for prompt in batch), *padding],
-                    Cache.init(model.specs, num_rows, capacity),
+                    cache,
                     max_new_tokens=[*(prompt.limit for prompt in batch), *(1 for _ in padding)],
                     sampler=chosen.sampler,
                     stop_tokens=source.stop_tokens,
                     key=key,
+                    drafting=None if drafting is None else drafting.options(cache),
                 )
                 for new in steps:
                     if live:
-                        write(new[0])
+                        (write if view is None else view.step)(new[0])
         except KeyboardInterrupt:
             decoding.stop = True
         ended = ["running"] * len(batch) if decoding.result is None else decoding.result.reasons
-        told_reasons = [_reason(*pair, source) for pair in zip(ended, batch, strict=False)]
+        told_reasons = [reason_of(*pair, source) for pair in zip(ended, batch, strict=False)]
         reasons |= set(told_reasons)
         for number, (prompt, text, reason) in enumerate(zip(batch, decoding.texts, ended, strict=False), begin):
             rest = text.end()
             if live:
                 write(f"{rest}\n")
+                if view is not None:
+                    view.end()
             else:
-                _show(args, prompt, text, reason, number)
+                show(args, prompt, text, {"reason": reason}, number)
         if decoding.stop:
             break
     if not args.quiet:
         _report(runs, prompts, reasons)
+        if drafting is not None:
+            note(describe_drafts([run.result for run in runs if run.result is not None]))
         note(f"sampling: {chosen.text}")
-        note(describe_size(model.specs, num_rows, capacity))
+        note(describe_size(model.specs, num_rows, capacity, layout))
     return 130 if runs[-1].stop else 0
-
-
-def _show(args: argparse.Namespace, prompt: Prompt, text: Text, reason: str, number: int) -> None:
-    """Prints a text that has ended, so that it can be told from the next one."""
-    sample = number % args.samples + 1
-    if args.json:
-        place: dict[str, Any] = {} if prompt.line is None else {"line": prompt.line}
-        place |= {"sample": sample} if args.samples > 1 else {}
-        said = {"prompt": prompt.text, "text": text.text, "tokens": text.tokens, "reason": reason}
-        write(json.dumps(place | said, ensure_ascii=False) + "\n")
-        return
-    where = "" if prompt.line is None else f"line {prompt.line}"
-    which = f"{sample} of {args.samples}" if args.samples > 1 or not where else ""
-    write(f"--- {', '.join(filter(None, (where, which)))}\n{printable(prompt.text)}{text.text}\n")
 
 
 def _report(runs: list[Run], prompts: list[Prompt], reasons: set[str]) -> None:
@@ -100,16 +107,3 @@ def _report(runs: list[Run], prompts: list[Prompt], reasons: set[str]) -> None:
     ended = ", ".join(sorted(reasons))
     note(runs[0].speed())
     note(f"read {counted(read, 'token')}, wrote {wrote:,}: {ended}")
-
-
-def _reason(reason: str, prompt: Prompt, source: Source) -> str:
-    if reason == "length" and prompt.shortened:
-        return f"up to the {source.context:,} tokens that the model was made for"
-    return {
-        "length": "as many as asked for",
-        "stop": "up to an end of the text",
-        "full": "until the cache was full; a larger --capacity holds more",
-        "nan": "until the model's logits were NaN",
-        "inf": "until the model's logits were infinite",
-        "running": "until Ctrl-C",
-    }.get(reason, reason)

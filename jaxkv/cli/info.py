@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -13,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxkv.cache.build import stored_as
 from jaxkv.cache.plan import plan_memory
 from jaxkv.cache.storage import Dense
 from jaxkv.cli.options import DTYPES
 from jaxkv.cli.run import check_capacity
 from jaxkv.cli.source import Source, default_dtype, find, told
+from jaxkv.cli.storage import storages
 from jaxkv.cli.terminal import printable, write
 from jaxkv.models import Files, Tokenizer, tiny
 from jaxkv.safetensors import File
@@ -32,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     check_capacity(args.capacity, source.context)
     with told():
         counts = _counts(source)
-    specs = source.specs()
+    with told():
+        specs = stored_as(source.specs(), storages(args.storage))
     facts = {
         "model": f"{source.name} ({source.family})" if source.directory else source.name,
         "parameters": _parameters(source.num_params, counts),
@@ -46,13 +48,13 @@ def run(args: argparse.Namespace) -> int:
         write(f"{name:<12} {fact}\n")
     rows, capacity = args.rows, args.capacity or source.context or _EXAMPLE
     memory, where = free_memory() if args.memory is None else (args.memory, "given")
-    write(f"\n{_table(source, specs, source.num_params, memory, rows, capacity)}")
+    write(f"\n{_table(source, specs, source.num_params, memory, rows, capacity, args.storage)}")
     texts = "one text" if rows == 1 else f"each of {rows:,} texts"
     write(f"\nlongest: tokens of {texts} beside the parameters in {format_bytes(memory)} ({where})\n")
-    dtype = default_dtype() or source.config.dtype.name
+    kept = args.storage or default_dtype() or source.config.dtype.name
     with told():
-        plan = plan_memory(_of(specs, dtype), rows, capacity)
-    write(f"\ncache for {texts.removeprefix('each of ')} of up to {capacity:,} tokens in {dtype}:\n")
+        plan = plan_memory(specs if args.storage else stored_as(specs, Dense(kept)), rows, capacity)
+    write(f"\ncache for {texts.removeprefix('each of ')} of up to {capacity:,} tokens in {kept}:\n")
     write("".join(f"  {line}\n" for line in str(plan).splitlines()))
     return 0
 
@@ -103,13 +105,16 @@ def _tokenizer(source: Source) -> str:
     return f"{tokenizer.vocab_size:,} tokens, {chat}"
 
 
-def _table(source: Source, specs: Sequence[Any], num_params: int, memory: int, rows: int, capacity: int) -> str:
+def _table(
+    source: Source, specs: Sequence[Any], num_params: int, memory: int, rows: int, capacity: int, storage: str | None
+) -> str:
     of = "" if rows == 1 else f", {rows:,} texts"
     lines: list[tuple[str, ...]] = [
         ("dtype", "parameters", "cache per token", f"at {capacity:,} tokens{of}", "longest")
     ]
     for dtype in DTYPES:
-        nbytes, cached = num_params * jnp.dtype(dtype).itemsize, _of(specs, dtype)
+        nbytes = num_params * jnp.dtype(dtype).itemsize
+        cached = specs if storage else stored_as(specs, Dense(dtype))
         with told():
             plan = plan_memory(cached, rows, capacity)
         longest = _longest(cached, rows, memory - nbytes, source.context or _MOST)
@@ -122,10 +127,6 @@ def _table(source: Source, specs: Sequence[Any], num_params: int, memory: int, r
     return "".join(
         "   ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + "\n" for line in lines
     )
-
-
-def _of(specs: Sequence[Any], dtype: str) -> list[Any]:
-    return [dataclasses.replace(spec, k_storage=Dense(dtype), v_storage=Dense(dtype)) for spec in specs]
 
 
 def _longest(specs: Sequence[Any], rows: int, memory: int, most: int) -> int:

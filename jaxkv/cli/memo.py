@@ -13,6 +13,7 @@ from typing import Any
 from jaxkv.cli.options import UsageError
 from jaxkv.cli.terminal import counted, note, printable, progress_bar, write
 from jaxkv.memo import upkeep
+from jaxkv.memo.budget import SHARE, share_of_disk
 from jaxkv.sizes import format_bytes
 
 _SHORT = 12  # characters of a namespace that are shown
@@ -52,9 +53,12 @@ def _list(args: argparse.Namespace) -> int:
 
 def _stat(args: argparse.Namespace) -> int:
     found = upkeep.survey(args.directory)
+    most = share_of_disk(args.directory, SHARE, found.nbytes)
     facts = {
         "size": format_bytes(found.nbytes),
         "items": f"{found.items:,} of {counted(len(found.namespaces), 'namespace')}",
+        "budget": f"{format_bytes(most)} now, unless a memo is given a disk_budget ({SHARE:.0%} of this size and "
+        "of what is free)",
         "left over": f"{format_bytes(found.strays)}{', which prune --damaged removes' if found.strays else ''}",
     }
     for name, fact in facts.items():

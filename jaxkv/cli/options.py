@@ -16,6 +16,7 @@ from jaxkv.sizes import parse_bytes
 
 MIN_CAPACITY = 1024  # a power of two, so that most calls share their compiled programs
 DTYPES = ("float32", "bfloat16", "float16")
+STORAGES = ("int8", "int4", "float8", *DTYPES)
 _MOST_TOKENS = 1 << 30  # of a sequence: positions are int32
 _MOST_SEED = (1 << 32) - 1  # JAX reads 32 bits
 
@@ -107,6 +108,9 @@ examples:
   jaxkv generate "A list is" --samples 4 --top-p 0.9    four texts, decoded together in one cache
   echo "An iterator" | jaxkv generate -q                prompt from standard input, no report
   jaxkv generate "A list is" --compare                  what the cache saves
+  jaxkv generate "A list is" --beams 4                  the most probable text that four beams find
+  jaxkv generate "A list is" --best-of 8 --samples 2    the best two of eight; the prompt is read once
+  jaxkv generate -q --speculate lookup < old.py         texts that repeat what is there, in fewer steps
   jaxkv generate --prompts prompts.txt --json > out.jsonl   one prompt a line, one JSON object a text
   jaxkv generate --model Qwen3-0.6B "Once"              with a checkpoint, as its makers want it sampled""",
     )
@@ -119,13 +123,29 @@ examples:
         help="what to continue; standard input if it is - or left out",
     )
     _add_decoding(command, "200", f"what is needed, at least {MIN_CAPACITY:,}")
-    add("--samples", type=_count, default=1, metavar="N", help="how many texts of each prompt (default: 1)")
+    samples_help = "how many texts of each prompt (default: 1); with --beams and --best-of, the best so many"
+    add("--samples", type=_count, default=1, metavar="N", help=samples_help)
     prompts_help = "continue each line of this file, or of standard input for -; empty lines are left out"
     add("--prompts", metavar="FILE", help=prompts_help)
     rows_help = "how many texts are decoded at once (default: all samples of one prompt, 8 with --prompts)"
     add("--rows", type=_count, metavar="N", help=rows_help)
-    json_help = "print one JSON object for each text: line (with --prompts), prompt, text, tokens, reason"
+    speculate_help = (
+        "guess what comes next, and check many guesses at once: the same text in fewer steps, shown when it is "
+        "complete. lookup guesses from the text itself, a directory is a small checkpoint of the same vocabulary"
+    )
+    add("--speculate", metavar="lookup|DIR", help=speculate_help)
+    json_help = "print one JSON object for each text: line (with --prompts), prompt, text, tokens, reason, score"
     add("--json", action="store_true", help=json_help)
+    add("--beams", type=_count, metavar="N", help="search for the most probable text with N beams, all in one cache")
+    best_help = "draw N texts and print the one whose tokens are the most probable on average"
+    add("--best-of", type=_count, metavar="N", help=best_help)
+    layout_help = (
+        "how the cache lies in memory: a row for each text, or a pool of pages, which the texts of --beams and "
+        "--best-of share where they are the same (default: pages with these two, else rows)"
+    )
+    add("--layout", choices=("rows", "pages"), help=layout_help)
+    add("--watch", action="store_true", help="show in the terminal how the cache fills while the text is written")
+    add("--trace", metavar="FILE", help="write an HTML page that shows the cache step by step, with a slider")
     add(
         "--compare",
         action="store_true",
@@ -167,7 +187,8 @@ def _add_info(commands: Any) -> None:
 examples:
   jaxkv info                                         the model that comes with jaxkv
   jaxkv info Qwen3-0.6B --memory 8GB                 on another machine
-  jaxkv info Qwen3-0.6B --rows 16 --capacity 4096    16 texts at once, of up to 4,096 tokens""",
+  jaxkv info Qwen3-0.6B --rows 16 --capacity 4096    16 texts at once, of up to 4,096 tokens
+  jaxkv info Qwen3-0.6B --storage int8               a cache of 8 bits per number""",
     )
     command.set_defaults(command="info")
     command.add_argument("model", nargs="?", metavar="DIR", help="directory of a checkpoint")
@@ -177,6 +198,7 @@ examples:
     command.add_argument("--rows", type=_count, default=1, metavar="N", help=rows_help)
     capacity_help = "tokens of each text (default: as many as the model was made for)"
     command.add_argument("--capacity", type=_tokens, metavar="N", help=capacity_help)
+    _add_storage(command)
 
 
 def _add_memo(commands: Any) -> None:
@@ -245,6 +267,7 @@ def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: str, capacit
     add("-m", "--model", metavar="DIR", help=model_help)
     dtype_help = "of parameters, computation and cache (default: float32 on a CPU, else the checkpoint's own)"
     add("--dtype", choices=DTYPES, help=dtype_help)
+    _add_storage(command)
     length_help = f"at most this many new tokens (default: what generation_config.json says, else {max_new_tokens})"
     add("-n", "--max-new-tokens", type=_tokens, metavar="N", help=length_help)
     for name, (kind, metavar, help) in SAMPLING.items():
@@ -253,6 +276,24 @@ def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: str, capacit
     add("--seed", type=_seed, default=0, metavar="N", help="another seed gives another text (default: 0)")
     capacity_help = f"tokens that the cache can hold (default: {capacity}, but no more than the model was made for)"
     add("--capacity", type=_tokens, metavar="N", help=capacity_help)
+
+
+def _add_storage(command: argparse.ArgumentParser) -> None:
+    storage_help = (
+        f"how the cache keeps numbers: {', '.join(STORAGES)}; two with a comma between for keys and values, such as "
+        "int8,int4 (default: the dtype of the computation)"
+    )
+    command.add_argument("--storage", type=_storage, metavar="NAME", help=storage_help)
+
+
+def _storage(text: str) -> str:
+    names = text.split(",")
+    if len(names) > 2 or not set(names) <= set(STORAGES):
+        possible = ", ".join(STORAGES)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not name a storage; give one of {possible}, or two for keys and values, such as int8,int4"
+        )
+    return text
 
 
 def _size(text: str) -> int:

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 
 from jaxkv.cache.plan import plan_memory
+from jaxkv.cache.rows import Rows
 from jaxkv.cache.spec import EMPTY
 from jaxkv.cli.options import DRAWING, SAMPLING, Failure, UsageError, option
 from jaxkv.cli.terminal import Text, note
-from jaxkv.generate import sampling, stream
+from jaxkv.generate import sampling, speculate, stream
 from jaxkv.sizes import format_bytes
 
 _PREPARING = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
@@ -99,11 +100,12 @@ def check_capacity(capacity: int | None, context: int | None) -> None:
         )
 
 
-def describe_size(specs: Sequence[Any], num_rows: int, capacity: int) -> str:
-    plan = plan_memory(specs, num_rows, capacity)
+def describe_size(specs: Sequence[Any], num_rows: int, capacity: int, layout: Any = Rows()) -> str:
+    plan = plan_memory(specs, num_rows, capacity, layout=layout)
     texts = "1 text" if num_rows == 1 else f"{num_rows} texts"
     per_token, in_all = format_bytes(plan.bytes_per_token), format_bytes(plan.nbytes)
-    return f"cache: {per_token} per token, {in_all} in all, for {texts} of up to {capacity:,} tokens"
+    pool = "" if layout == Rows() else f", in {layout.num_pages:,} pages of {layout.page_size}"
+    return f"cache: {per_token} per token, {in_all} in all, for {texts} of up to {capacity:,} tokens{pool}"
 
 
 class Run:
@@ -136,12 +138,23 @@ class Run:
         sampler: Any,
         stop_tokens: Sequence[int],
         key: Any,
+        drafting: dict[str, Any] | None = None,
     ) -> Iterator[list[str]]:
-        """Yields what each row has got by one more step, as text; `result` is what became of it, however it ends."""
+        """Yields what each row has got by one more step, as text; `result` is what became of it, however it ends.
+
+        With `drafting`, further arguments of `speculate`, all comes in one step.
+        """
         silent = {EMPTY, *stop_tokens}
         with self._watching_jax():
             self._begin = time.perf_counter()
             options = {"max_new_tokens": max_new_tokens, "sampler": sampler, "stop_tokens": stop_tokens, "key": key}
+            if drafting is not None:
+                self.result = speculate(model.forward, model.params, prompts, cache, **drafting, **options)
+                self._first = self._last = time.perf_counter()
+                rows = [[token for token in row if token not in silent] for row in self.result.tokens.tolist()]
+                self._with_first = sum(map(len, rows))
+                yield [text.take(row) for text, row in zip(self.texts, rows, strict=False)]
+                return
             steps = stream(model.forward, model.params, prompts, cache, **options)
             try:
                 for step in steps:
@@ -173,7 +186,8 @@ class Run:
         if not self._first:
             return "no token came"
         first = self._first - self._begin
-        speed = f"first token after {first:.2f} s ({self.preparing:.2f} s of it preparing programs)"
+        what = "first token" if self._with_first <= len(self.texts) else "all tokens"
+        speed = f"{what} after {first:.2f} s ({self.preparing:.2f} s of it preparing programs)"
         more = self.num_tokens - self._with_first
         return speed + (f", then {_rate(more / (self._last - self._first))} tokens/s" if more else "")
 

@@ -15,8 +15,10 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxkv.cache.build import stored_as
 from jaxkv.cli.options import Failure, UsageError
 from jaxkv.cli.run import keep_compiled_programs
+from jaxkv.cli.storage import storages
 from jaxkv.cli.terminal import note, progress_bar
 from jaxkv.models import (
     FAMILIES,
@@ -114,15 +116,21 @@ class Source:
         """Returns what a cache must keep, layer by layer."""
         return list(self.module.specs())
 
-    def load(self, dtype: str | None, num_tokens: int, *, quiet: bool) -> Model:
+    def load(self, dtype: str | None, num_tokens: int, *, storage: str | None, quiet: bool) -> Model:
         """Returns the model, its weights laid out for decoding where that is faster.
 
         Args:
           dtype: of parameters and computation; None: see `default_dtype`.
           num_tokens: how long sequences may become.
+          storage: how its cache keeps numbers, as `--storage` names it; None: in the dtype of the computation.
           quiet: whether nothing is shown meanwhile.
         """
         keep_compiled_programs()
+        model = self._load(dtype, num_tokens, quiet=quiet)
+        with told():
+            return dataclasses.replace(model, specs=stored_as(model.specs, storages(storage)))
+
+    def _load(self, dtype: str | None, num_tokens: int, *, quiet: bool) -> Model:
         on_cpu = jax.default_backend() == "cpu"
         if self.directory is None:
             model = tiny.load(dtype) if self.shipped is None or dtype else self.shipped

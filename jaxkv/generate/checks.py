@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jaxkv.cache.arguments import integers
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY
 from jaxkv.errors import CacheError
+from jaxkv.generate.generation import SAMPLER
 from jaxkv.generate.history import History
 from jaxkv.meshes import beside
 from jaxkv.tracing import is_tracing
@@ -32,7 +33,7 @@ def check_call(forward: Any, params: Any, prompts: Any, cache: Any) -> tuple[Cac
     """Returns the cache in JAX's arrays, the checked prompts, what each row holds [B], and the vocabulary's size."""
     if is_tracing():
         raise ValueError(
-            "generate, stream, prefill and score run on the host: they compile their own programs, and can't be called "
+            "generate and the other loops run on the host: they compile their own programs, and can't be called "
             "under jit, vmap, grad or another transform of JAX. Call them outside; many prompts are the rows of one "
             "cache, not a vmap"
         )
@@ -151,6 +152,8 @@ def check_prompts(prompts: Any, held: np.ndarray, capacity: int, vocab_size: int
     """Returns the prompts as int32 arrays, empty for idle rows."""
     if isinstance(prompts, str | bytes):
         raise ValueError("prompts is text; encode it, and give one sequence of token numbers per row: [encode(text)]")
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts is {prompts!r}; give a list of token lists, one per row, such as [[1, 2, 3]]")
     prompts = list(np.asarray(prompts) if isinstance(prompts, jax.Array) else prompts)
     if len(prompts) != len(held):
         raise ValueError(
@@ -196,9 +199,7 @@ def check_max_new_tokens(value: Any, num_rows: int) -> np.ndarray:
     except ValueError:
         raise ValueError(f"max_new_tokens is {value!r}; give a whole number, 1 or more, or one per row") from None
     if most.ndim == 1 and most.size != num_rows:
-        raise ValueError(
-            f"max_new_tokens has {most.size} numbers for a cache of {num_rows} rows; give one, or one per row"
-        )
+        raise ValueError(f"max_new_tokens has {most.size} numbers for {num_rows} prompts; give one, or one per prompt")
     if most.ndim > 1:
         raise ValueError(f"max_new_tokens is {value!r}; give a whole number, 1 or more, or one per row")
     if (most < 1).any():
@@ -279,6 +280,23 @@ def check_sampler(sampler: Any, key: Any, vocab_size: int) -> Any:
     if key.shape:
         raise ValueError(f"key has shape {key.shape}; give one key, rows and steps derive theirs from it")
     return key
+
+
+def check_sampled(sampler: Any, tokens: Any, reasons: Any, vocab_size: int) -> None:
+    """Raises ValueError if the compiled loop ended because the sampler's answer was not a token.
+
+    Args:
+      sampler: that was asked.
+      tokens, reasons: int [B], of each row.
+      vocab_size: V.
+    """
+    for row in np.flatnonzero(np.asarray(reasons) == SAMPLER)[:1]:
+        token = int(tokens[row])
+        left = "; -1 says that no token was left to choose from" if token == EMPTY else ""
+        raise ValueError(
+            f"sampler {sampler} answered with token {token} for row {row}, outside the model's vocabulary of "
+            f"{vocab_size} (0 to {vocab_size - 1}){left}"
+        )
 
 
 def _works_without_key(sampler: Any, vocab_size: int) -> bool:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.cache.spec import EMPTY
-from jaxkv.generate.generation import FULL, INF, LENGTH, NAN, RUNNING, SAMPLER, STOP
+from jaxkv.generate.choosing import choose, ends_with, fault, log_prob, row_keys
+from jaxkv.generate.generation import LENGTH, RUNNING, SAMPLER, STOP
 from jaxkv.generate.history import History
 
 
@@ -51,19 +52,7 @@ def decode(
     forward, sampler = fixed.forward, fixed.sampler
     cache, state = fixed.cache.build(cache), fixed.state.build(state)
     before = state.count
-    rows = jnp.arange(state.token.shape[0], dtype=jnp.int32)
-    # A row's randomness depends on the key, its number and the position, on nothing else.
-    row_keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-
-    def choose(key: Any, position: Any, logits: Any, history: Any) -> Any:
-        key = None if key is None else jax.random.fold_in(key, position)
-        token = jnp.asarray(sampler(key, logits) if history is None else sampler(key, logits, history))
-        if token.shape or not jnp.issubdtype(token.dtype, jnp.integer):
-            raise ValueError(
-                f"sampler {sampler} returned {token.dtype}{list(token.shape)} for the logits [V] of one row; it must "
-                "return one token, an integer scalar"
-            )
-        return token.astype(jnp.int32)
+    keys = row_keys(key, state.token.shape[0])
 
     def unfinished(carry: tuple[Any, State]) -> Any:
         _, state = carry
@@ -76,28 +65,24 @@ def decode(
         positions = jnp.where(live, state.position, EMPTY)
         logits, cache = forward(params, state.token[:, None], positions[:, None], cache)
         logits = logits[:, 0].astype(jnp.float32)
-        chosen = jax.vmap(choose)(row_keys, state.position + 1, logits, state.history)
-        log_probs = jnp.take_along_axis(logits, chosen[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
-        nan = jnp.isnan(logits).any(1)  # XLA's logsumexp may be finite for NaN
-        inf = jnp.isinf(logits.max(1))
-        known = (chosen >= 0) & (chosen < logits.shape[1])
-        fits = live & cache.ok & ~nan & ~inf & known
+        chosen = choose(sampler, keys, state.position + 1, logits, state.history)
+        wrong = fault(logits, chosen, cache.ok)
+        fits = live & (wrong == RUNNING)
         count = state.count + 1
         tokens = _write_column(state.tokens, jnp.where(fits, chosen, EMPTY), state.count)
-        stopped = fits & _ends_with(tokens, count, stops)
+        stopped = ends_with(_last_columns(tokens, count, stops.shape[1]), stops)
         ended = jnp.where(stopped, STOP, jnp.where(count >= limits, LENGTH, RUNNING))
-        for wrong, reason in ((~known, SAMPLER), (inf, INF), (nan, NAN), (~cache.ok, FULL)):
-            ended = jnp.where(wrong, reason, ended)
+        ended = jnp.where(wrong == RUNNING, ended, wrong)
         history = state.history
         if history is not None:
             history = jax.vmap(History.append)(history, jnp.where(fits, chosen, EMPTY))
         state = State(
-            token=jnp.where(live & (fits | ~known), chosen, state.token),  # one that is not known is told by its name
+            token=jnp.where(live & (fits | (wrong == SAMPLER)), chosen, state.token),  # an unknown one is told by name
             position=jnp.where(fits, state.position + 1, state.position),
             reason=jnp.where(live, ended, state.reason),
             count=count,
             tokens=tokens,
-            log_probs=_write_column(state.log_probs, jnp.where(fits, log_probs, 0.0), state.count),
+            log_probs=_write_column(state.log_probs, jnp.where(fits, log_prob(logits, chosen), 0.0), state.count),
             history=history,
         )
         return cache, state
@@ -109,12 +94,10 @@ def decode(
     return fixed.cache.flatten(cache), fixed.state.flatten(state), newest
 
 
-def _ends_with(tokens: Any, count: Any, stops: Any) -> Any:
-    """Returns bool [B]: whether the first `count` tokens of a row end with one of the sequences."""
-    at = count - stops.shape[1] + jnp.arange(stops.shape[1], dtype=jnp.int32)
-    recent = jnp.where(at >= 0, jnp.take(tokens, jnp.maximum(at, 0), axis=1, mode="clip"), EMPTY)
-    same = (stops == EMPTY)[None, :, :] | (recent[:, None, :] == stops[None, :, :])
-    return same.all(2).any(1)
+def _last_columns(tokens: Any, count: Any, n: int) -> Any:
+    """Returns columns [count - n, count) of tokens, int32 [B, n], EMPTY in front of the first."""
+    at = count - n + jnp.arange(n, dtype=jnp.int32)
+    return jnp.where(at >= 0, jnp.take(tokens, jnp.maximum(at, 0), axis=1, mode="clip"), EMPTY)
 
 
 def _write_column(buffer: Any, column: Any, i: Any) -> Any:

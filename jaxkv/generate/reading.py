@@ -149,6 +149,11 @@ def read_block(fixed: Any, params: Any, tokens: Any, positions: Any, cache: Any)
     return (fixed.cache.flatten(after),)
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def take_rows(form: Form, rows: Any, cache: Any) -> tuple[Any]:
+    return (form.flatten(form.build(cache).take(rows)),)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _read_last(fixed: Any, params: Any, tokens: Any, positions: Any, cache: Any) -> tuple[Any, Any]:
     logits, after = fixed.forward(params, tokens, positions, fixed.cache.build(cache))

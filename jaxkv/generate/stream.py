@@ -43,7 +43,7 @@ from jaxkv.generate.generation import IDLE, REASONS, RUNNING, SAMPLER, STOP, Gen
 from jaxkv.generate.history import History
 from jaxkv.generate.loop import State, decode
 from jaxkv.generate.programs import Fixed, Form
-from jaxkv.generate.reading import blocks, last_positions, read_block
+from jaxkv.generate.reading import blocks, last_positions, read_block, take_rows
 from jaxkv.generate.sampling import Greedy
 from jaxkv.meshes import beside
 
@@ -66,8 +66,15 @@ class Stream:
         sampler: Any,
         stop_tokens: Any,
         key: Any,
+        forks: tuple[int, int] | None = None,
     ) -> None:
-        cache, self._prompts, held, vocab_size = checks.check_call(forward, params, prompts, cache)
+        """See `stream`; forks (P, n): prompt i < P is read into row i, and goes on in rows i, P + i, 2 P + i, ..."""
+        cache, texts, held, vocab_size = checks.check_call(forward, params, prompts, cache)
+        self._num_read, copies = forks or (len(texts), 1)
+        sources = np.arange(len(texts), dtype=np.int32)
+        sources[: self._num_read * copies] = np.tile(sources[: self._num_read], copies)
+        self._prompts = [texts[i] for i in sources]
+        self._forked = copies == 1
         most = cache.capacity + 1  # the last one is what does not fit any more
         limits = np.minimum(checks.check_max_new_tokens(max_new_tokens, cache.num_rows), most)
         stops = checks.check_stop_tokens(stop_tokens, vocab_size)
@@ -75,7 +82,7 @@ class Stream:
         self._limit = int(limits.max())
         self._sampler, self._vocab_size = sampler, vocab_size
         self._last = last_positions(self._prompts)
-        self._read = np.minimum(held, self._last)  # how much of each prompt the cache holds
+        self._read = np.minimum(held[sources], self._last)  # how much of each prompt the cache holds
         self._max_block = cache.max_block
 
         shape = (cache.num_rows, most)  # whatever the limit is, so that it is compiled once
@@ -100,6 +107,7 @@ class Stream:
         self._forms = Form.of(cache), Form.of(state)
         self._cache, self._state = (tuple(jax.tree.leaves(tree)) for tree in (cache, state))
         self._read_block = functools.partial(read_block, Fixed(forward, None, self._forms[0], None), params)
+        self._fork = functools.partial(take_rows, self._forms[0], sources)
         fixed = Fixed(forward, sampler, *self._forms)
         self._decode = functools.partial(decode, fixed, params, jnp.asarray(stops), jnp.asarray(limits), key)
         # A forward or a sampler that fails in the loop fails here, before the cache is donated.
@@ -210,19 +218,18 @@ class Stream:
             checks.check_lengths(lengths, np.where(position > self._last, position, 0))
             self._checked = True
         if (newest[2] == SAMPLER).any():
-            row = int(np.flatnonzero(newest[2] == SAMPLER)[0])
-            token = int(self._forms[1].build(self._state).token[row])
-            left = "; -1 says that no token was left to choose from" if token == EMPTY else ""
-            raise ValueError(
-                f"sampler {self._sampler} answered with token {token} for row {row}, outside the model's vocabulary of "
-                f"{self._vocab_size} (0 to {self._vocab_size - 1}){left}"
-            )
+            token = self._forms[1].build(self._state).token
+            checks.check_sampled(self._sampler, token, newest[2], self._vocab_size)
         return newest[0].copy()
 
     def _run(self, until: int) -> np.ndarray:
-        for tokens, positions, taken in blocks(self._prompts, self._read, self._last, self._max_block):
+        n = self._num_read
+        for tokens, positions, taken in blocks(self._prompts[:n], self._read[:n], self._last[:n], self._max_block):
             self._set(("_cache",), self._read_block, tokens, positions, self._cache)
-            self._read = self._read + taken
+            self._read = np.append(self._read[:n] + taken, self._read[n:])
+        if not self._forked:
+            self._set(("_cache",), self._fork, self._cache)
+            self._forked = True
         limit = np.int32(min(until, self._limit))
         self._set(("_cache", "_state", "_newest"), self._decode, self._cache, self._state, limit)
         return self._look()

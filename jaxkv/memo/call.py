@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.errors import NotSupportedError
+from jaxkv.kinds import kind_of
 from jaxkv.memo.function import is_static, say_static
 
 
@@ -101,7 +102,7 @@ class Call:
                 parts["static"].append(leaf)
             else:
                 raise ValueError(
-                    f"{_path(named, i)} is a {type(leaf).__name__}; arguments are arrays of NumPy or JAX with the "
+                    f"{_path(named, i)} is {kind_of(leaf)}; arguments are arrays of NumPy or JAX with the "
                     "items along the first axis, scalars, strings, enums and dtypes; "
                     + (
                         "give np.asarray of it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sqlite3
 from collections import Counter
@@ -55,9 +54,11 @@ class Current:
             _unused.append(self._db)
             self._db, self._pid = None, os.getpid()
         if self._db is not None:
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 if database.identity(self._path) == self._identity:
                     return self._db
+            except FileNotFoundError:
+                pass
             self.close()
         try:
             if create:

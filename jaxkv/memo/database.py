@@ -13,7 +13,6 @@ import random
 import re
 import shlex
 import shutil
-import sqlite3
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,12 @@ from typing import Any
 from urllib.parse import quote
 
 from jaxkv.memo.record import KEY_BYTES, LARGE, NAMESPACE_BYTES, path_of_file
+
+try:
+    import sqlite3
+except ImportError as error:
+    what, cure = "this Python was built without sqlite3, which a Memo needs", "with SQLite's headers (libsqlite3-dev)"
+    raise ImportError(f"{what}; use a Python that has it, or build this one again {cure}") from error
 
 VERSION = 1
 PAGE_BYTES = 4096
@@ -32,7 +37,7 @@ SELECT = "select rowid, key, raw, stored, hash, payload from items"  # as in a R
 INSERT = "insert or ignore into items values (?, ?, ?, ?, ?, ?)"
 COUNT = "select count(*) from items"
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-UNLINKED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)  # if it isn't there
+UNLINKED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)  # if it isn't there
 _ODD = (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_ERROR)  # the last one: a table isn't there
 DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT, *_ODD)
 _NAME = re.compile(r"memo-v(\d+)-(\d{6})\.db(|-journal|-files)")  # the version here, where no flipped bit changes it
@@ -82,10 +87,14 @@ def lower(path: str) -> list[str]:
 def identity(path: str) -> tuple[int, int]:
     """Returns what tells a database from another one that took its name, which must be a file: a FIFO would wait."""
     about = os.stat(path)
-    for name in (f"{path}-journal", path):
-        with contextlib.suppress(FileNotFoundError):  # a journal may go at any time
-            if not stat.S_ISREG(os.stat(name).st_mode):
-                raise ValueError(f"{name} is not a file, as a database must be; remove it, or give another directory")
+    journal = f"{path}-journal"
+    try:
+        there = stat.S_ISREG(os.stat(journal).st_mode)
+    except FileNotFoundError:  # it may go at any time
+        there = True
+    if not there or not stat.S_ISREG(about.st_mode):
+        name = journal if not there else path
+        raise ValueError(f"{name} is not a file, as a database must be; remove it, or give another directory")
     return about.st_dev, about.st_ino
 
 
@@ -105,11 +114,22 @@ class Database(sqlite3.Connection):
     """
 
     def __init__(self, path: str, timeout: float, *, create: bool = False) -> None:
+        if not sqlite3.threadsafety:
+            raise ValueError(
+                "the SQLite of this Python was built for one thread (SQLITE_THREADSAFE=0); use another one"
+            )
         with contextlib.suppress(FileNotFoundError):
             identity(path)
         name = f"file:{quote(os.fsencode(path))}?mode=rw{'c' * create}"
         super().__init__(name, timeout=timeout, isolation_level=None, check_same_thread=False, uri=True)
         self.text_factory, self.folder = bytes, f"{path}-files"
+        try:
+            self._prepare(path)
+        except BaseException:
+            self.close()  # the error keeps it alive, and what it holds
+            raise
+
+    def _prepare(self, path: str) -> None:
         for pragma in _PRAGMAS.split(";"):
             self.execute(f"pragma {pragma}")
         tables = {name for (name,) in self.execute("select name from sqlite_master")}
@@ -149,9 +169,11 @@ class Database(sqlite3.Connection):
 
     def with_keys(self, statement: str, keys: Sequence[bytes]) -> list[tuple[Any, ...]]:
         """Returns what a statement does with the rows that have these keys, in any order."""
-        parts = [keys[first : first + _ASKED_AT_ONCE] for first in range(0, len(keys), _ASKED_AT_ONCE)]
-        said = ((f"{statement} where key in ({','.join('?' * len(part))})", part) for part in parts)
-        return [row for words in said for row in self.execute(*words)]
+        rows: list[tuple[Any, ...]] = []
+        for first in range(0, len(keys), _ASKED_AT_ONCE):
+            part = keys[first : first + _ASKED_AT_ONCE]
+            rows += self.execute(f"{statement} where key in ({','.join('?' * len(part))})", part)
+        return rows
 
     def remove(self, where: str, values: Sequence[Any] = ()) -> int:
         """Removes rows, and labels without rows, in a transaction; returns how many."""
@@ -173,14 +195,15 @@ class Database(sqlite3.Connection):
             total += count
         return total
 
+    def still_there(self, rows: dict[int, Any]) -> list[int]:
+        """Returns the numbers of rows that still have these payloads: others may remove rows, and use numbers again."""
+        now = self.execute(f"select rowid, payload from items where rowid in ({','.join(map(str, rows))})").fetchall()
+        return [number for number, payload in now if payload == rows[number]]
+
     def remove_these(self, rows: dict[int, Any]) -> list[int]:
         """Removes rows by number, as long as they have these payloads; returns the numbers of those it removed."""
         with self.transaction():
-            now = self.execute(
-                f"select rowid, payload from items where rowid in ({','.join(map(str, rows))})"
-            ).fetchall()
-            there = [number for number, payload in now if payload == rows[number]]
-            self.remove(f"rowid in ({','.join(map(str, there))})")
+            self.remove(f"rowid in ({','.join(map(str, there := self.still_there(rows)))})")
         return there
 
     def make_room(self, size: int, order: str, used: int = 1 << 62) -> int:

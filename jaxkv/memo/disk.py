@@ -7,9 +7,11 @@ import functools
 import json
 import operator
 import os
+import secrets
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from jaxkv.extras import need
 from jaxkv.memo import database, record
 from jaxkv.memo.current import Current
 from jaxkv.memo.memory import BY_USE, POLICIES
@@ -17,6 +19,7 @@ from jaxkv.memo.record import KEY_BYTES, LARGE, NAMESPACE_BYTES, DamagedError, R
 from jaxkv.sizes import format_bytes
 
 BUDGET_LEAST = 2 * database.LEAST_BYTES
+_SURE = 16  # processes that may write what was sure to fit when each measured last, before the budget is exceeded
 _ORDER = {"lru": "used", "mru": "used desc", "fifo": "rowid"}
 
 
@@ -26,6 +29,7 @@ class DiskStats:
 
     items: int = 0  # records
     nbytes: int = 0  # of all files
+    budget: int | None = None  # most bytes of them
     hits: int = 0
     misses: int = 0
     written: int = 0
@@ -69,9 +73,12 @@ class Disk:
             raise ValueError(f"disk is {directory!r}; give the path of a directory")
         self.directory = os.path.abspath(os.path.expanduser(os.fsdecode(directory)))
         self.budget, self.policy, self.compress = budget, policy, compress
-        record.pack(b"", b"", compress is not None)  # are the libraries there?
+        need("xxhash", "the disk tier", "memo")
+        if compress is not None:
+            need(*record.ZSTD)
         self._labels: dict[bytes, bytes] = {}
         self._unsynced: set[str] = set()
+        self._sure = 0  # bytes that fit in any case: to measure what is taken, all large records are looked at
         self._current = Current(self.directory)
 
     def read(self, keys: Sequence[bytes], nbytes: int) -> list[Any]:
@@ -100,7 +107,9 @@ class Disk:
         if hits and self.policy in BY_USE and current.may_write():
             current.do("writing", lambda db: db.with_keys(f"update items set used = {db.now()}", list(values)), [])
         with current.lock:
-            current.counts.update([*wrong.values()], hits=hits, misses=len(keys) - hits)
+            current.counts["hits"] += hits
+            current.counts["misses"] += len(keys) - hits
+            current.counts.update(wrong.values())
         return found
 
     def write(self, keys: Sequence[bytes], payloads: Sequence[Any]) -> int:
@@ -118,29 +127,32 @@ class Disk:
         there = {key for (key,) in rows or ()}
         if rows is not None and len(there) < len(given):
             records = [record.pack(key, given[key], self.compress is not None) for key in given if key not in there]
-            there |= self._keep(self._current.do("reading", lambda db: self._admitted(db, records), []))
+            self._sure -= sum(one.stored + database.PAGE_BYTES for one in records)
+            budget = self.budget if self._sure < 0 else None
+            if budget is not None:
+                records = self._current.do("reading", lambda db: self._admitted(db, records, budget), [])
+            there |= self._keep(records, budget)
         return sum(key in there for key in keys)
 
-    def _admitted(self, db: database.Database, records: list[Record]) -> list[Record]:
+    def _admitted(self, db: database.Database, records: list[Record], budget: int) -> list[Record]:
         """Returns the records that may find room: what surely doesn't is not even written to a file."""
-        if self.budget is None:
-            return records
-        left = self.budget - (db.room_taken() if self.policy == "keep" else database.LEAST_BYTES)
+        left = budget - (db.room_taken() if self.policy == "keep" else database.LEAST_BYTES)
         fit = [one for one in records if one.stored + database.ROW_BYTES <= left]
         if len(fit) < len(records):
             self._refused(max(one.stored for one in records))
         return fit
 
-    def _keep(self, records: list[Record]) -> set[bytes]:
-        """Writes records, and returns the keys of those that were written."""
+    def _keep(self, records: list[Record], budget: int | None) -> set[bytes]:
+        """Writes records, and returns the keys of those that are there; the budget is None if they surely fit."""
         kept = set[bytes]()
         aside: dict[bytes, str] = {}  # the files of large ones
         try:
             for i, one in enumerate(records):
                 if one.stored >= LARGE:
-                    aside[one.key], records[i] = record.put_aside(one, self._current.folder)
+                    aside[one.key] = path = os.path.join(self._current.folder, secrets.token_hex(16))
+                    records[i] = record.put_aside(one, path)
             if records:
-                self._current.do("writing", lambda db: self._insert(db, records, aside, kept), None)
+                self._current.do("writing", lambda db: self._insert(db, records, aside, kept, budget), None)
         except OSError as error:
             self._current.failed("writing", error)
         finally:
@@ -148,36 +160,42 @@ class Disk:
         self._unsynced.update(path for key, path in aside.items() if key in kept)
         return kept
 
-    def _insert(self, db: Any, records: Sequence[Record], aside: dict[bytes, str], kept: set[bytes]) -> None:
-        """Adds the keys of those that it inserts to `kept`, also if it fails on the way."""
+    def _insert(
+        self, db: Any, records: Sequence[Record], aside: dict[bytes, str], kept: set[bytes], budget: int | None
+    ) -> None:
+        """Adds the keys of those that are there to `kept`, also if it fails on the way."""
         evicted = 0
         try:
             with db.transaction():
-                others = {key for (key,) in db.with_keys(database.KEYS, [one.key for one in records])}
-                others |= {key for key, path in aside.items() if not os.path.exists(path)}  # prune or clear took it
-                fresh = [one for one in records if one.key not in others]
+                there = {key for (key,) in db.with_keys(database.KEYS, [one.key for one in records])}
+                # Prune or clear took the file, or this is the next database already.
+                gone = {key for key, path in aside.items() if not _is_file_in(db.folder, path)}
+                fresh = [one for one in records if one.key not in there | gone]
                 for namespace in {one.key[:NAMESPACE_BYTES] for one in fresh} & set(self._labels):
                     db.execute("insert or ignore into labels values (?, ?)", (namespace, self._labels[namespace]))
                 used = db.now()
                 db.executemany(database.INSERT, [(*one[:4], used, one.payload) for one in fresh])
-                while self.budget is not None and db.room_taken() > self.budget:
+                while budget is not None and (left := budget - db.room_taken()) < 0:
                     order = _ORDER.get(self.policy)
-                    if not (count := db.make_room(self.budget, order, used) if order else 0):
+                    if not (count := db.make_room(budget, order, used) if order else 0):
                         raise _FullError
                     evicted += count
         except _FullError:
             if not (half := len(records) // 2):
                 self._refused(records[0].stored)
             for some in (records[:half], records[half:]) if half else ():
-                self._insert(db, some, aside, kept)
+                self._insert(db, some, aside, kept, budget)
             return
-        kept.update(one.key for one in fresh)
+        if budget is not None:
+            self._sure = left // _SURE
+        database.unlink([aside.pop(key) for key in (there - kept) & aside.keys()])
+        kept.update(there, (one.key for one in fresh))
         self._current.counts.update(written=len(fresh), evicted=evicted)
 
     def _refused(self, size: int) -> None:
-        budget, need = self.budget or 0, f"{max(self.budget or 0, size) + BUDGET_LEAST:,} bytes or more"
+        budget, enough = self.budget or 0, f"{max(self.budget or 0, size) + BUDGET_LEAST:,} bytes or more"
         what = f"the budget of {format_bytes(budget)} has no room for a record of {format_bytes(size)}; it is not kept"
-        cure = f'give a disk_budget of {need}, or disk_policy="lru", or make room by jaxkv memo prune'
+        cure = f'give a disk_budget of {enough}, or disk_policy="lru", or make room by jaxkv memo prune'
         self._current.say("budget", f"{what}: {cure}")
 
     def describe(self, namespace: bytes, about: Callable[[], dict[str, Any]]) -> None:
@@ -187,8 +205,12 @@ class Disk:
 
     def stats(self) -> DiskStats:
         """Returns what the tier holds, and what became of the calls so far."""
-        taken = self._current.do("reading", lambda db: (db.tell(database.COUNT), db.room_taken()), (0, 0))
-        return DiskStats(*taken, **self._current.counts)
+        items = self._current.do("reading", lambda db: db.tell(database.COUNT), 0)
+        return DiskStats(items, self.nbytes(), self.budget, **self._current.counts)
+
+    def nbytes(self) -> int:
+        """Returns the bytes of all files."""
+        return self._current.do("reading", lambda db: db.room_taken(), 0)
 
     def flush(self) -> None:
         """Has the system bring to the disk what this process wrote."""
@@ -210,6 +232,10 @@ class Disk:
     def __reduce__(self) -> Any:
         settings = {"budget": self.budget, "policy": self.policy, "compress": self.compress}
         return functools.partial(Disk, **settings), (self.directory,)
+
+
+def _is_file_in(folder: str, path: str) -> bool:
+    return os.path.dirname(path) == folder and os.path.exists(path)
 
 
 class _FullError(Exception):

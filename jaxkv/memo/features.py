@@ -67,6 +67,7 @@ class Features:
         self._function = Function(function, params, [shared] if isinstance(shared, str) else shared)
         self.__name__, self.__doc__ = self._function.name, getattr(function, "__doc__", None)
         self._settings = settings
+        self._asked = tiers.counts.of(self.__name__)
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._state = State(self._function)
@@ -166,7 +167,7 @@ class Features:
         {'image': array([2., 2.], dtype=float32), 'label': 7}
         """
         source = Source(examples, at, missing)
-        call, runner = self._prepare((source.batch(0),), kwargs)
+        call, runner = self._prepare((source.first(),), kwargs)
         return source.reading(self._tiers.each, self._hash, runner.entry, call)
 
     def clear(self) -> None:
@@ -203,7 +204,7 @@ class Features:
 
         if missing:
             payloads |= tiers.fill(missing, entry.nbytes, compute)
-        tiers.count(1, call.size, hits, call.size - hits, computed)
+        tiers.counts.add(self._asked, call.size, hits, computed)
         return [payloads[key] for key in keys], computed
 
     def _keys(self, runner: Runner, call: Call) -> list[bytes]:

@@ -31,6 +31,12 @@ class Lock:
         self._lock.acquire()
         self._depth += 1
 
+    def taken(self) -> bool:
+        """Enters it if nobody else is inside, and returns whether."""
+        if free := self._lock.acquire(blocking=False):
+            self._depth += 1
+        return free
+
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
         self._lock.release()
@@ -47,9 +53,16 @@ class Lock:
 
 def _before() -> None:
     _forking.acquire()
-    for lock in list(_all):
-        lock.__enter__()
-        _held.append(lock)
+    locks = list(_all)
+    while len(_held) < len(locks):
+        lock = locks[len(_held)]
+        if lock.taken():
+            _held.append(lock)
+            continue
+        while _held:  # who holds that one may wait for one of these
+            _held.pop().__exit__()
+        with lock:
+            locks.sort(key=lambda other: other is not lock)
 
 
 def _in_parent() -> None:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
+from jaxkv.kinds import kind_of
 from jaxkv.memo.captured import captured
 from jaxkv.memo.hashing import Hash
 from jaxkv.memo.program import digest_of, paths_of
@@ -211,7 +212,7 @@ class State:
         for path, leaf in zip(paths_of(self.arrays), self._leaves, strict=True):
             if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
                 raise ValueError(
-                    f"parameter {path} of {function.name} is a {type(leaf).__name__}; parameters are pytrees of "
+                    f"parameter {path} of {function.name} is {kind_of(leaf)}; parameters are pytrees of "
                     "arrays, bind anything else with functools.partial"
                 )
         self._digests: list[str | None] = [None] * len(self._leaves)

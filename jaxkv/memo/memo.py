@@ -8,14 +8,18 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxkv.memo.budget import SHARE, parse_share, share_of_disk
+from jaxkv.memo.counts import MemoStats
 from jaxkv.memo.disk import Disk
 from jaxkv.memo.features import Features
 from jaxkv.memo.hashing import Hash
 from jaxkv.memo.memory import Memory
 from jaxkv.memo.runner import Settings
 from jaxkv.memo.staging import Staging
-from jaxkv.memo.tiers import MemoStats, Tiers
+from jaxkv.memo.tiers import Tiers
 from jaxkv.sizes import format_bytes, parse_bytes
+
+_DISK_BUDGET = f"{SHARE:.0%}"
 
 
 class Memo:
@@ -29,7 +33,8 @@ class Memo:
     Args:
       memory: bytes to keep in memory, such as "1GiB"; None keeps nothing there.
       disk: a directory, made if it isn't there, which several processes may share; None keeps nothing on disk.
-      disk_budget: bytes to keep there, 64 KiB or more; None means no bound.
+      disk_budget: bytes to keep there, 64 KiB or more, or a share such as "50%" of what is free when the directory is
+        opened and what lies in it already; None means no bound.
       policy: what happens when memory is full: "keep" takes nothing more (best for epochs that visit everything in
         random order), "lru" drops what was used longest ago, "mru" what was used last, "fifo" what came first.
       disk_policy: the same for the disk; None means policy.
@@ -59,7 +64,7 @@ class Memo:
         memory: int | str | None = "1GiB",
         disk: Any = None,
         *,
-        disk_budget: int | str | None = None,
+        disk_budget: int | str | None = _DISK_BUDGET,
         policy: str = "keep",
         disk_policy: str | None = None,
         hash: str = "xxh3_128",
@@ -68,14 +73,19 @@ class Memo:
     ) -> None:
         if memory is None and disk is None:
             raise ValueError('a memo with neither memory nor disk keeps nothing; give memory="1GiB", disk=DIR or both')
-        if disk is None and (disk_budget is not None or disk_policy is not None or compress is not None):
+        if disk is None and (
+            disk_budget not in (None, _DISK_BUDGET) or disk_policy is not None or compress is not None
+        ):
             raise ValueError("disk_budget, disk_policy and compress are said about a disk; give disk=DIR as well")
         self._hash = Hash(hash)
         memory_tier = None if memory is None else Memory(parse_bytes(memory), policy)
         disk_tier = None
         if disk is not None:
-            budget = None if disk_budget is None else parse_bytes(disk_budget)
+            share = parse_share(disk_budget)
+            budget = parse_bytes(disk_budget) if disk_budget is not None and share is None else None
             disk_tier = Disk(disk, budget=budget, policy=disk_policy or policy, compress=compress)
+            if share is not None:
+                disk_tier.budget = share_of_disk(disk_tier.directory, share, disk_tier.nbytes())
         self._tiers = Tiers(memory_tier, disk_tier, once)
         self._staging = Staging()
 
@@ -122,7 +132,25 @@ class Memo:
 
     def stats(self) -> MemoStats:
         """Returns what was asked for and done so far."""
-        return self._tiers.stats()
+        return self._tiers.counts.stats()
+
+    def end_epoch(self) -> MemoStats:
+        """Returns what was asked for and done since the last epoch ended, or since this memo was made.
+
+        An epoch is what lies between two calls of this. Of a function that found nothing in an epoch that is not its
+        first, the log says so, once: its items are never the same, because something changes them before they come.
+        (Where no epoch ends, it says so after 100,000 items without a hit.)
+
+        >>> memo = jaxkv.Memo(memory="1MiB")
+        >>> features = memo.wrap(lambda x: x + 1)
+        >>> for epoch in range(2):
+        ...     for batch in np.eye(4, dtype=np.float32).reshape(2, 2, 4):
+        ...         y = features(batch)
+        ...     print(f"{memo.end_epoch().hit_rate:.0%}")
+        0%
+        100%
+        """
+        return self._tiers.counts.end_epoch()
 
     def clear(self) -> None:
         """Forgets everything, on disk too."""

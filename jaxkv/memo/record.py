@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import secrets
 from typing import Any, NamedTuple
 
 from jaxkv.extras import need
-from jaxkv.whole import written
 
 KEY_BYTES = 32
 NAMESPACE_BYTES = 16  # of a key, at its beginning: which function it is of
 LARGE = 1 << 16  # bytes from which a payload lies in a file
-_FOR = ('compress="zstd"', "memo")
+ZSTD = "zstandard", 'compress="zstd"', "memo"
 _LEVEL = 1  # of zstd: features are noise for the most part, so more effort wins little
 _NAME = re.compile(rb"[0-9a-f]{32}")
 
@@ -38,18 +37,24 @@ def pack(key: bytes, payload: Any, compress: bool) -> Record:
     data: Any = view.cast("B") if view.nbytes else b""
     raw = view.nbytes
     if compress:
-        packed = need("zstandard", *_FOR).ZstdCompressor(level=_LEVEL).compress(data)
+        packed = need(*ZSTD).ZstdCompressor(level=_LEVEL).compress(data)
         data = packed if len(packed) < raw else data
     return Record(key, raw, len(data), _check(key, raw, data), data)
 
 
-def put_aside(record: Record, folder: str) -> tuple[str, Record]:
-    """Writes the payload to a file of the folder whose name nobody else will use; returns its path, and the record."""
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, secrets.token_hex(16))
-    with written(path) as file:
-        file.write(record.payload)
-    return path, record._replace(payload=os.path.basename(path).encode())
+def put_aside(record: Record, path: str) -> Record:
+    """Writes the payload to a file, and returns the record that names it: nobody reads it before that is in its row."""
+    for last in (False, False, True):
+        try:
+            with open(path, "xb") as file:
+                file.write(record.payload)
+            break
+        except FileNotFoundError:
+            if last:  # others clear again and again
+                raise
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+    return record._replace(payload=os.path.basename(path).encode())
 
 
 def path_of_file(name: Any, folder: str) -> str | None:
@@ -75,10 +80,12 @@ def unpack(record: Record, folder: str) -> Any:
             data = file.readall()
     if _check(record.key, record.raw, data) != record.check:
         raise DamagedError
-    return data if record.stored == record.raw else need("zstandard", *_FOR).ZstdDecompressor().decompress(data)
+    return data if record.stored == record.raw else need(*ZSTD).ZstdDecompressor().decompress(data)
 
 
 def _check(key: bytes, raw: int, data: Any) -> bytes:
-    state = need("xxhash", "the disk tier", "memo").xxh3_64(b"%b%d" % (key, raw))
+    import xxhash  # `need` would take as long as the checksum of 4 KB
+
+    state = xxhash.xxh3_64(b"%b%d" % (key, raw))
     state.update(data)
     return state.digest()

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxkv.kinds import kind_of
 from jaxkv.memo.call import Call, native
 from jaxkv.memo.disk import Disk
 from jaxkv.memo.entry import Entry
@@ -32,18 +33,20 @@ class Source:
             raise ValueError(f"missing is {missing!r}, must be one of {', '.join(MISSING)}")
         for method in ("__len__", "__getitem__"):
             if not hasattr(examples, method):
-                raise ValueError(
-                    f"examples is a {type(examples).__name__} without {method}; give a sequence of examples"
-                )
+                raise ValueError(f"examples is {kind_of(examples)} without {method}; give a sequence of examples")
         if not len(examples):
             raise ValueError("there are no examples")
         self._examples = examples
         self._at = at
         self._missing = missing
 
-    def batch(self, index: int) -> Any:
+    def first(self) -> Any:
+        """Returns the function's argument for the first example, as `batch` does."""
+        return self.batch(self._examples[0])
+
+    def batch(self, example: Any) -> Any:
         """Returns the function's argument for one example, as a batch of one, in the byte order that calls hash."""
-        argument = part(self._examples[index], self._at)
+        argument = part(example, self._at)
         return jax.tree.map(lambda leaf: native(np.asarray(leaf))[None], argument)
 
     def reading(self, tiers: Sequence[Any], hashing: Hash, entry: Entry, call: Call) -> Source:
@@ -52,7 +55,7 @@ class Source:
         self._hash = hashing
         self._entry = entry
         self._namespace = entry.namespace_of(call, hashing)
-        self._form = _form(self.batch(0))
+        self._form = _form(self.first())
         if len(self._form) != len(call.columns):
             raise ValueError("only the first argument can be of the example; the others must belong to all of them")
         return self
@@ -70,21 +73,37 @@ class Source:
         """
         if isinstance(index, slice):
             raise IndexError(f"a source gives one example at a time, not {index}")
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
+        """Returns what `__getitem__` does for each index, looked up at once, as torch's `DataLoader` does."""
+        examples = [self._example(index) for index in indices]
+        keys = [self._key(index, example) for index, example in zip(indices, examples, strict=True)]
+        payloads: dict[bytes, Any] = dict.fromkeys(keys)
+        for tier in self._tiers:
+            asked = [key for key, payload in payloads.items() if payload is None]
+            payloads.update(zip(asked, tier.read(asked, self._entry.nbytes) if asked else (), strict=True))
+        found = [payloads[key] for key in keys]
+        return [self._output(*each) for each in zip(indices, examples, found, strict=True)]
+
+    def _example(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(f"there are {len(self):,} examples, and {index} is none of them")
-        batch = self.batch(index)
+        return self._examples[index]
+
+    def _key(self, index: Any, example: Any) -> bytes:
+        batch = self.batch(example)
         if (form := _form(batch)) != self._form:
             raise ValueError(
                 f"example {index} is {_said(form)}, and the first one {_said(self._form)}; make a source for each"
             )
-        key = self._namespace + self._hash.rows([np.asarray(leaf) for leaf in jax.tree.leaves(batch)])[0]
-        payload = next(
-            (got for tier in self._tiers if (got := tier.read([key], self._entry.nbytes)[0]) is not None), None
-        )
+        return self._namespace + self._hash.rows([np.asarray(leaf) for leaf in jax.tree.leaves(batch)])[0]
+
+    def _output(self, index: Any, example: Any, payload: Any) -> Any:
         if payload is None and self._missing == "raise":
             raise KeyError(f"the output for example {index} is not there; compute it before: features.warm(batches)")
         output = None if payload is None else jax.tree.map(lambda leaf: leaf[0], self._entry.assemble([payload]))
-        return output if self._at is None else _replace(self._examples[index], self._at, output)
+        return output if self._at is None else _replace(example, self._at, output)
 
     def __getstate__(self) -> dict[str, Any]:
         disk = [tier for tier in self._tiers if isinstance(tier, Disk)]
@@ -106,7 +125,7 @@ def part(example: Any, at: Any) -> Any:
     try:
         return example[at]
     except (KeyError, IndexError, TypeError) as error:
-        there = list(example) if isinstance(example, Mapping) else f"a {type(example).__name__}"
+        there = list(example) if isinstance(example, Mapping) else kind_of(example)
         raise ValueError(f"at={at!r}, and what was given is {there}") from error
 
 

@@ -1,54 +1,16 @@
-"""Where a memo keeps what was computed: memory before disk, with what was asked for counted."""
+"""Where a memo keeps what was computed: memory before disk."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from jaxkv.errors import CacheError
-from jaxkv.memo.disk import Disk, DiskStats
+from jaxkv.memo.counts import Counts
+from jaxkv.memo.disk import Disk
 from jaxkv.memo.forking import Lock
-from jaxkv.memo.memory import Memory, MemoryStats
+from jaxkv.memo.memory import Memory
 from jaxkv.memo.once import Once
-from jaxkv.sizes import format_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoStats:
-    """What a memo was asked for and did, since it was made.
-
-    Attributes:
-      calls: of all functions.
-      items: in these calls.
-      hits: items that were found.
-      misses: items that were not; those that occur twice in a call are counted twice.
-      computed: items that went through the function.
-      memory, disk: of the tiers, None where there is none.
-    """
-
-    calls: int
-    items: int
-    hits: int
-    misses: int
-    computed: int
-    memory: MemoryStats | None
-    disk: DiskStats | None
-
-    @property
-    def hit_rate(self) -> float:
-        """Hits per item, 0 before the first."""
-        return self.hits / self.items if self.items else 0.0
-
-    def __str__(self) -> str:
-        parts = [f"{self.items:,} items in {self.calls:,} calls, {self.hit_rate:.1%} found, {self.computed:,} computed"]
-        for name, tier in (("memory", self.memory), ("disk", self.disk)):
-            if tier is not None:
-                parts.append(f"{tier.items:,} in {format_bytes(tier.nbytes)} of {name}")
-        if self.memory is not None and self.memory.refused:
-            times = f"{self.memory.refused:,} time{'s' * (self.memory.refused > 1)}"
-            parts[1] += f" (full: {times} an output had no place in {format_bytes(self.memory.budget)})"
-        return "; ".join(parts)
 
 
 class Tiers:
@@ -57,13 +19,16 @@ class Tiers:
     Args:
       memory, disk: the tiers, None where there is none.
       once: whether threads that want one payload at the same time wait for the first of them.
+
+    Attributes:
+      counts: what was asked for.
     """
 
     def __init__(self, memory: Memory | None, disk: Disk | None, once: bool) -> None:
         self.memory, self.disk = memory, disk
         self._once = Once() if once else None
-        self._lock, self._keeping = Lock(), Lock()
-        self._counts = [0, 0, 0, 0, 0]
+        self._keeping = Lock()
+        self.counts = Counts(memory, disk)
         self.closed = False
 
     @property
@@ -108,18 +73,6 @@ class Tiers:
         if self._once is None:
             return kept(keys)
         return self._once.fill(keys, lambda keys: self.read(keys, nbytes), kept)
-
-    def count(self, *counts: int) -> None:
-        """Adds to calls, items, hits, misses and computed."""
-        with self._lock:
-            self._counts = [have + more for have, more in zip(self._counts, counts, strict=True)]
-
-    def stats(self) -> MemoStats:
-        """Returns what was asked for and done so far."""
-        memory = None if self.memory is None else self.memory.stats()
-        with self._lock:
-            calls, items, hits, misses, computed = self._counts
-        return MemoStats(calls, items, hits, misses, computed, memory, None if self.disk is None else self.disk.stats())
 
     def clear(self, namespaces: Collection[bytes] | None = None) -> None:
         """Forgets everything, or all keys of some namespaces."""

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxkv.errors import CacheError
 from jaxkv.memo import database
@@ -56,7 +56,7 @@ def survey(directory: str) -> Survey:
 def verify(directory: str, progress: Progress) -> tuple[int, list[str]]:
     """Reads every record, and returns how many are whole, and what is damaged. Raises as `survey`."""
     with _opened(directory) as db:
-        rows = list(_read_all(db, progress))
+        rows = [(number, what) for number, what, _ in _read_all(db, progress)]
         said = [f"record {number:,}: {what}" for number, what in rows if what]
         checked = [text.decode() for (text,) in db.execute("pragma integrity_check(20)") if text != b"ok"]
         return len(rows) - len(said), said + checked
@@ -74,11 +74,11 @@ def prune(
       namespaces: all records of these go.
       damaged: whether every record is read, and what is damaged or belongs to nothing goes.
     """
-    with _opened(directory) as db:
-        items = broken = 0
+    items = broken = 0
+    with contextlib.suppress(_ClearedError), _opened(directory) as db:
         if damaged:
-            for number, what in _read_all(db, progress):
-                broken += db.remove_all(f"rowid = {number}") if what else 0
+            for number, what, payload in _read_all(db, progress):
+                broken += len(db.remove_these({number: payload})) if what else 0
             with db.transaction():  # in which whoever wrote a file looks whether it is still there
                 database.unlink([stray for stray, _ in _strays(db)])
         for namespace in namespaces:
@@ -87,7 +87,11 @@ def prune(
         while size is not None and count and db.room_taken() > size:
             with db.transaction():
                 items += (count := db.make_room(size, "used"))
-        return items, broken
+    return items, broken
+
+
+class _ClearedError(CacheError):
+    """Another process has cleared the store while it was looked at."""
 
 
 @contextlib.contextmanager
@@ -100,14 +104,16 @@ def _opened(directory: str) -> Iterator[Database]:
         what = "it holds no store of a memo" if isinstance(error, IndexError) else os.strerror(error.errno or 0)
         raise ValueError(f"{directory!r}: {what}; give the directory that was named as disk=") from error
     except sqlite3.Error as error:
+        if not os.path.exists(path):
+            raise _ClearedError(f"{directory} was cleared by another process meanwhile; try again") from error
         cure = "the next program that uses it goes on with a new one, and what can be read of this one"
         if database.code_of(error) in database.BUSY:
             cure = "try again when the program that writes to it is done"
         raise CacheError(f"the database of {directory}: {error}; {cure}") from error
 
 
-def _read_all(db: Database, progress: Progress) -> Iterator[tuple[int, str]]:
-    """Yields each row's number, and what is wrong with it."""
+def _read_all(db: Database, progress: Progress) -> Iterator[tuple[int, str, Any]]:
+    """Yields each row's number, what is wrong with it, and its payload."""
     size, total, number, done = db.room_taken(), db.tell(database.COUNT), -(1 << 62), 0
     select = f"{database.SELECT} where rowid > ? order by rowid limit {_READ_AT_ONCE}"
     while rows := db.execute(select, (number,)).fetchall():
@@ -116,9 +122,10 @@ def _read_all(db: Database, progress: Progress) -> Iterator[tuple[int, str]]:
         for number, *fields in rows:
             try:
                 unpack(Record(*fields), db.folder)
-                yield number, ""
+                yield number, "", fields[-1]
             except (DamagedError, OSError) as error:
-                yield number, str(error) or "damaged"
+                if db.still_there({number: fields[-1]}):  # else others have removed it meanwhile
+                    yield number, str(error) or "damaged", fields[-1]
         progress(size * (done := done + len(rows)) // max(total, done), size)
 
 

@@ -6,6 +6,7 @@ from .checkpoint import init as init
 from .checkpoint import load as load
 from .checkpoint import save as save
 from .checkpoint import tensor_parallel as tensor_parallel
+from .choices import Choices as Choices
 from .completion import Completion as Completion
 from .completion import TextStream as TextStream
 from .config import read_config as read_config
@@ -13,6 +14,7 @@ from .decoder import Decoder as Decoder
 from .decoder import DecoderConfig as DecoderConfig
 from .encoder_decoder import EncoderDecoder as EncoderDecoder
 from .encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
+from .experts import ExpertsConfig as ExpertsConfig
 from .families import FAMILIES as FAMILIES
 from .files import Files as Files
 from .generation import GenerationConfig as GenerationConfig

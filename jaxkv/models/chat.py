@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxkv.kinds import kind_of
 from jaxkv.models.template import Refusal
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that templates read it by
@@ -55,7 +56,7 @@ def check(messages: Any) -> list[Message]:
     """
     example = '[{"role": "user", "content": "..."}]'
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages is a {type(messages).__name__}, must be a list such as {example}")
+        raise ValueError(f"messages is {kind_of(messages)}, must be a list such as {example}")
     if not messages:
         raise ValueError(f"messages is empty; give at least one: {example}")
     checked = []

@@ -7,6 +7,7 @@ straight into their place: beside the model there is one tensor in memory at mos
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import math
 import os
@@ -156,8 +157,13 @@ def save(
 
     Raises:
       ValueError: for a model that did not come from a config.json, or is fused, or a dtype that would quantize it.
+      NotADirectoryError: if there is a file of that name.
     """
     directory = Path(directory).expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(
+            errno.ENOTDIR, "this is not a directory; give the name of one to save into", str(directory)
+        )
     if not model.source:
         raise ValueError("this model did not come from a config.json; make it by jaxkv.models.init(config, rngs=...)")
     name, _, _ = read_config(model.source)
@@ -166,24 +172,30 @@ def save(
     params = named(model.params)
     tensors: dict[str, Any] = {}
     left = set(params)
-    for tensor, file, names in entries(family, params):
-        left -= set(names)
-        tensors[file] = _Written(tensor, [params[name] for name in names])
+    for tensor, files, parts in entries(family.tensors, params):
+        left -= set(parts)
+        for expert, file in enumerate(files):
+            tensors[file] = _Written(tensor, [params[part] for part in parts], expert if tensor.is_each else None)
     if left:
         raise ValueError(
             f"params {', '.join(sorted(left)[:3])} have no name in a {name} checkpoint; a fused model can't be saved: "
             "load it without fuse"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    shards = _shards(tensors, dtype.itemsize, max_shard_bytes)
+    exact = {name for name, tensor in tensors.items() if tensor.tensor.exact}
+    sizes = {
+        name: math.prod(tensor.shape) * (tensor.dtype if name in exact else dtype).itemsize
+        for name, tensor in tensors.items()
+    }
+    shards = _shards(sizes, max_shard_bytes)
     count = len(shards)
-    files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
-    for file, names in zip(files, shards, strict=True):
-        safetensors.write(directory / file, {n: tensors[n] for n in names}, dtype=dtype, metadata={"format": "pt"})
+    numbered = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
+    for file, names in zip(numbered, shards, strict=True):
+        own, metadata = {n: tensors[n] for n in names}, {"format": "pt"}
+        safetensors.write(directory / file, own, dtype=dtype, exact=exact, metadata=metadata)
     if len(shards) > 1:
-        total = sum(math.prod(tensor.shape) for tensor in tensors.values()) * dtype.itemsize
-        weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        weight_map = {n: file for file, names in zip(numbered, shards, strict=True) for n in names}
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
         (directory / SINGLE).unlink(missing_ok=True)  # it would be read instead
     else:
         (directory / INDEX).unlink(missing_ok=True)
@@ -215,9 +227,12 @@ def tensor_parallel(mesh: jax.sharding.Mesh, axis: str | None = None) -> Callabl
         r"attention\.(query|key|value)\.bias": 0,
         r"attention\.out\.kernel": 0,
         r"attention\.sink_logits": 0,
-        r"mlp\.(gate|up)\.kernel": 1,
-        r"mlp\.(gate|up)\.bias": 0,
-        r"mlp\.down\.kernel": 0,
+        r"mlp\.(shared\.)?(gate|up)\.kernel": 1,
+        r"mlp\.(shared\.)?(gate|up)\.bias": 0,
+        r"mlp\.(shared\.)?down\.kernel": 0,
+        r"mlp\.(gate|up)$": 2,  # of all experts
+        r"mlp\.(gate|up)_bias": 1,
+        r"mlp\.down$": 1,
         r"^embed\.embedding": 0,
         r"^head\.kernel": 1,
     }
@@ -235,22 +250,22 @@ def tensor_parallel(mesh: jax.sharding.Mesh, axis: str | None = None) -> Callabl
 class _Written:
     """A tensor of a file, put together from its params when it is written."""
 
-    def __init__(self, tensor: Tensor, params: list[Any]) -> None:
-        self.tensor, self.params = tensor, params
+    def __init__(self, tensor: Tensor, params: list[Any], expert: int | None) -> None:
+        self.tensor, self.params, self.expert = tensor, params, expert
         self.dtype = params[0].dtype
-        self.shape = tensor.joined_shape([param.shape for param in params])
+        shape = tensor.joined_shape([param.shape for param in params])
+        self.shape = shape if expert is None else shape[1:]
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        parts = [self.tensor.encode(np.asarray(param)) for param in self.params]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, self.tensor.joined_axis)
+        own = slice(None) if self.expert is None else slice(self.expert, self.expert + 1)
+        return self.tensor.encode([np.asarray(param)[own] for param in self.params]).reshape(self.shape)
 
 
-def _shards(tensors: Mapping[str, Any], itemsize: int, most: int) -> list[list[str]]:
-    """Returns names in groups of at most so many bytes, but for tensors that are larger alone."""
+def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Returns the names of sizes in bytes, in groups of at most so many, but for those that are larger alone."""
     shards: list[list[str]] = [[]]
     size = 0
-    for name, tensor in tensors.items():
-        nbytes = math.prod(tensor.shape) * itemsize
+    for name, nbytes in sizes.items():
         if shards[-1] and size + nbytes > most:
             shards.append([])
             size = 0

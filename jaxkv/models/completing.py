@@ -22,23 +22,57 @@ _MAX_NEW_TOKENS = 256  # where neither the caller nor the checkpoint says
 _MIN_CAPACITY = 1024  # a power of two, so that most calls share their compiled programs; and so that some turns fit
 
 
-def start(
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of a model, in tokens.
+
+    Attributes:
+      given: the prompts as they were given, one per row.
+      rows: their tokens, None for a row that stays idle.
+      one: whether one prompt was given, rather than a list.
+      limits: int [B], the most new tokens of each.
+      sampler: the checkpoint's, or what takes its place.
+      stop_tokens: what ends a text.
+      tokenizer: None: tokens in, tokens out.
+    """
+
+    given: Sequence[Any]
+    rows: Sequence[Any]
+    one: bool
+    limits: np.ndarray
+    sampler: Any
+    stop_tokens: Any
+    tokenizer: Any
+
+    @property
+    def single_stops(self) -> tuple[int, ...]:
+        """The stop tokens that end a text by themselves."""
+        return tuple(int(stop[0]) for stop in stop_sequences(self.stop_tokens) if stop.size == 1)
+
+    @property
+    def prompts(self) -> list[Any]:
+        """The tokens of each prompt, none for an idle row."""
+        return [() if row is None else row for row in self.rows]
+
+    @property
+    def joined(self) -> list[bool]:
+        """Whether each text goes on from where its prompt ends; an answer to messages stands for itself."""
+        return [isinstance(prompt, str) or row is prompt for prompt, row in zip(self.given, self.rows, strict=True)]
+
+
+def understand(
     model: Any,
     prompts: Any,
     *,
     max_new_tokens: Any,
-    cache: Cache | Completion | None,
+    cache: Any,
     sampler: Any,
     stop_tokens: Any,
-    stop_strings: Any,
-    seed: Any,
-    key: Any,
     chat: Mapping[str, Any],
     features: Any,
-    feature_lengths: Any,
     numbers: Mapping[str, Any],
-) -> TextStream:
-    """Returns the texts to come. For the arguments see `Model.generate`; `numbers` are those of the sampler."""
+) -> Request:
+    """Returns what is asked for. For the arguments see `Model.generate`; `numbers` are those of the sampler."""
     _check_hearing(model, cache, features)
     if prompts is None:
         prompts = _beginnings(model, cache, features)
@@ -49,33 +83,49 @@ def start(
     limits = _limits(model, max_new_tokens, rows)
     tokenizer = _tokenizer(model)
     stops = _stop_tokens(model, tokenizer) if stop_tokens is None else stop_tokens
-    single = tuple(int(stop[0]) for stop in stop_sequences(stops) if stop.size == 1)
+    request = Request(given, rows, one, limits, sampler, stops, tokenizer)
     if sampler is None:
-        sampler = dataclasses.replace(model.generation, stop_tokens=single).sampler(**numbers)
+        sampler = dataclasses.replace(model.generation, stop_tokens=request.single_stops).sampler(**numbers)
     elif numbers:
         raise ValueError(f"sampler and {', '.join(numbers)} are given; give one or the other")
-    strings = _stop_strings(model, tokenizer, stop_strings)
-    held: Any = _cache(model, cache, given, rows, limits)
+    return dataclasses.replace(request, sampler=sampler)
+
+
+def start(
+    model: Any,
+    prompts: Any,
+    *,
+    cache: Cache | Completion | None,
+    stop_strings: Any,
+    seed: Any,
+    key: Any,
+    features: Any,
+    feature_lengths: Any,
+    **asked: Any,
+) -> TextStream:
+    """Returns the texts to come. For the arguments see `Model.generate`, and `understand` for what is `asked`."""
+    request = understand(model, prompts, cache=cache, features=features, **asked)
+    strings = _stop_strings(model, request.tokenizer, stop_strings)
+    held: Any = _cache(model, cache, request.given, request.rows, request.limits)
     if features is not None:
-        held = _hear(model.module, held, features, feature_lengths)
+        held = hear(model.module, held, features, feature_lengths)
     steps = stream(
         model.forward,
         model.params,
-        rows,
+        request.rows,
         held,
-        max_new_tokens=limits.tolist(),
-        sampler=sampler,
-        stop_tokens=stops,
-        key=_key(seed) if key is None else key,
+        max_new_tokens=request.limits.tolist(),
+        sampler=request.sampler,
+        stop_tokens=request.stop_tokens,
+        key=key_of(seed) if key is None else key,
     )
     return TextStream(
         steps,
-        [() if row is None else row for row in rows],
-        one=one,
-        tokenizer=tokenizer,
-        # An answer to messages stands for itself; all else goes on from where the prompt ends.
-        joined=[isinstance(prompt, str) or row is prompt for prompt, row in zip(given, rows, strict=True)],
-        stop_tokens=single,
+        request.prompts,
+        one=request.one,
+        tokenizer=request.tokenizer,
+        joined=request.joined,
+        stop_tokens=request.single_stops,
         stop_strings=strings,
     )
 
@@ -89,7 +139,8 @@ def _check_chat(chat: Any, prompts: Sequence[Any]) -> None:
         )
 
 
-def _key(seed: Any) -> Any:
+def key_of(seed: Any) -> Any:
+    """Returns the PRNG key of a seed."""
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 32:  # JAX reads 32 bits
         raise ValueError(f"seed is {seed!r}; give a whole number from 0 to {(1 << 32) - 1}")
     return jax.random.key(seed)
@@ -169,9 +220,7 @@ def _stop_strings(model: Any, tokenizer: Any, given: Any) -> tuple[str, ...]:
 def _cache(model: Any, given: Any, prompts: Sequence[Any], rows: Sequence[Any], limits: np.ndarray) -> Any:
     """Returns the cache to decode with, which holds what it can of the rows."""
     if given is None:
-        needed = max(int(limit) + (0 if row is None else len(row)) for row, limit in zip(rows, limits, strict=True))
-        capacity = max(_MIN_CAPACITY, 1 << (needed - 1).bit_length())
-        return model.init_cache(len(rows), capacity if model.context is None else min(capacity, model.context))
+        return model.init_cache(len(rows), capacity_for(model, rows, limits))
     if isinstance(given, Completion):
         if given.cache is None:
             raise ValueError(
@@ -192,6 +241,13 @@ def _cache(model: Any, given: Any, prompts: Sequence[Any], rows: Sequence[Any], 
             "result of the earlier call, cache=result, or prompts of tokens"
         )
     return given
+
+
+def capacity_for(model: Any, rows: Sequence[Any], limits: np.ndarray) -> int:
+    """Returns how many tokens a row of a cache for these prompts is to hold."""
+    needed = max(int(limit) + (0 if row is None else len(row)) for row, limit in zip(rows, limits, strict=True))
+    capacity = max(_MIN_CAPACITY, 1 << (needed - 1).bit_length())
+    return capacity if model.context is None else min(capacity, model.context)
 
 
 def _num_equal(held: Sequence[int], row: Any) -> int:
@@ -220,4 +276,4 @@ def _changed_by_rewind(cache: Cache, lengths: Any) -> list[Any]:
     return [None if new is old else new for new, old in leaves]
 
 
-_hear = nnx.jit(EncoderDecoder.encode_into, donate_argnums=1)
+hear = nnx.jit(EncoderDecoder.encode_into, donate_argnums=1)

@@ -52,7 +52,7 @@ def context_of(source: Mapping[str, Any]) -> int:
 
 
 def check_layers(source: Mapping[str, Any], names: Iterable[str], where: Any = "config.json") -> None:
-    """Checks that the files have as many layers as config.json says, before those are made.
+    """Checks that the files have as many layers and experts as config.json says, before those are made.
 
     Args:
       source: the parsed config.json.
@@ -60,7 +60,7 @@ def check_layers(source: Mapping[str, Any], names: Iterable[str], where: Any = "
       where: the path of config.json, for the error.
 
     Raises:
-      ValueError: naming the field, if the files have some layers, but fewer.
+      ValueError: naming the field, if the files have some, but fewer.
     """
     family, fields = _fields(source, where=str(where))
     known = [family.known_as(name) for name in names]
@@ -68,9 +68,9 @@ def check_layers(source: Mapping[str, Any], names: Iterable[str], where: Any = "
         if not field.counts:
             continue
         pattern = re.compile(re.escape(field.counts).replace(r"\{\}", r"(\d+)"))
-        numbers = {found[1] for found in map(pattern.match, known) if found}
+        numbers = {found[pattern.groups] for found in map(pattern.match, known) if found}
         if 0 < len(numbers) < fields[name]:  # with none of them, the names are what is wrong: all are reported later
-            raise fields.wrong(name, f"the weights have {len(numbers)} layers")
+            raise fields.wrong(name, f"the weights have {len(numbers)} {field.counted}")
 
 
 def text_fields(source: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,20 +16,14 @@ from flax import nnx
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Full, LayerSpec, Reach
 from jaxkv.meshes import like, rows_of
-from jaxkv.models.experts import Experts
-from jaxkv.nn.fuse import Joined, Transposed
-from jaxkv.nn.heads import PROJECTIONS, rms_norm
+from jaxkv.models.experts import Experts, ExpertsConfig
+from jaxkv.models.mlp import ACTIVATIONS, MLP
+from jaxkv.nn.heads import PROJECTIONS, QueryTemperature, rms_norm
 from jaxkv.nn.nnx import Attention
 from jaxkv.nn.rotary import Rotary
 from jaxkv.nn.spread import spread
 
 NORMS = ("rms", "layer")
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +43,26 @@ class DecoderConfig:
       rotary: how queries and keys are turned by position: one Rotary, a pattern repeated like `reaches`, or None.
       max_positions: length of a learned table of positions, added to the embeddings; None for no table.
       norm: "rms" or "layer": before attention, before the MLP, and at the end.
+      norm_bias: whether norms of the kind "layer" have a bias.
       norm_eps: added to the mean square.
-      post_norms: whether what attention and MLP give is normalized too, before it is added (Gemma 2 and 3).
+      pre_norms: whether what attention and MLP read is normalized (OLMo 2: no).
+      post_norms: whether what attention and MLP give is normalized, before it is added (Gemma 2 and 3, OLMo 2).
+      parallel: whether the MLP reads what attention reads, and both are added at once (Cohere).
       activation: of the MLP: "silu", "gelu" (exact), "gelu_tanh" or "relu".
       gated: whether the MLP multiplies two projections (SwiGLU with "silu", GeGLU with "gelu") or has one.
-      num_experts: None, or how many experts take the MLP's place, of which each token is sent to a few. They are those
-        of gpt-oss, see `Experts`; `activation` and `gated` are then not looked at.
-      experts_per_token: how many.
+      experts: which layers have experts in the MLP's place: one ExpertsConfig for all, a pattern repeated like
+        `reaches`, with None for an MLP, or None.
       use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out" and
         "mlp".
-      qk_norm: whether each head's queries and keys are RMS-normalized before they are turned.
+      qk_norm: whether each head's queries and keys are RMS-normalized before they are turned; "together", "centered" or
+        "plain" in other ways, see `jaxkv.nnx.Attention`. A pattern repeated like `reaches` if layers differ.
       attention_scale: factor of the scores; None means head_dim ** -0.5.
+      temperature: None, or what queries are multiplied by, position by position. A pattern if layers differ.
       attention_softcap: None, or the bound c of c * tanh(scores / c).
       sink_logits: whether one learned score per query head joins the softmax and brings no value (gpt-oss).
       embed_scale: factor of the embeddings, rounded to the dtype of the computation (Gemma: width ** 0.5).
+      residual_scale: factor of what attention and MLP give, before it is added (Granite).
+      logit_scale: factor of the logits (Cohere, Granite).
       logit_softcap: None, or the bound of the logits, as `attention_softcap`.
       tied: whether the embedding table is the output head too.
       dtype: of the computation and the logits.
@@ -87,18 +87,23 @@ class DecoderConfig:
     rotary: Rotary | tuple[Rotary | None, ...] | None = Rotary()
     max_positions: int | None = None
     norm: str = "rms"
+    norm_bias: bool = True
     norm_eps: float = 1e-6
+    pre_norms: bool = True
     post_norms: bool = False
+    parallel: bool = False
     activation: str = "silu"
     gated: bool = True
-    num_experts: int | None = None
-    experts_per_token: int = 1
+    experts: ExpertsConfig | tuple[ExpertsConfig | None, ...] | None = None
     use_bias: bool | tuple[str, ...] = False
-    qk_norm: bool = False
+    qk_norm: bool | str | tuple[bool | str, ...] = False
     attention_scale: float | None = None
+    temperature: QueryTemperature | tuple[QueryTemperature | None, ...] | None = None
     attention_softcap: float | None = None
     sink_logits: bool = False
     embed_scale: float | None = None
+    residual_scale: float | None = None
+    logit_scale: float | None = None
     logit_softcap: float | None = None
     tied: bool = True
     dtype: Any = "float32"
@@ -126,11 +131,6 @@ class DecoderConfig:
             raise ValueError(f"max_positions={self.max_positions}: a table has at least 1; None for no table")
         if not self.reaches or not all(isinstance(reach, Reach) for reach in self.reaches):
             raise ValueError(f"reaches={self.reaches!r}: give a tuple of Full(), Window(size) or Chunk(size)")
-        if self.num_experts is not None and not 1 <= self.experts_per_token <= self.num_experts:
-            raise ValueError(
-                f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}: a token is sent to at "
-                "least one, at most all"
-            )
         known_biases = (*PROJECTIONS, "mlp")
         if not isinstance(self.use_bias, bool) and not (
             isinstance(self.use_bias, tuple) and set(self.use_bias) <= set(known_biases)
@@ -138,8 +138,11 @@ class DecoderConfig:
             raise ValueError(
                 f"use_bias={self.use_bias!r}: give True, False, or a tuple of names out of {', '.join(known_biases)}"
             )
-        if self.rotary == ():
-            raise ValueError("rotary=(): a pattern has at least one entry; None for no rotation")
+        for name in ("rotary", "experts", "qk_norm", "temperature"):
+            if getattr(self, name) == ():
+                raise ValueError(f"{name}=(): a pattern has at least one entry; None or False for none")
+        if self.parallel and not self.pre_norms:
+            raise ValueError("parallel=True needs pre_norms: attention and MLP share the norm of what they read")
         for name in ("attention_softcap", "logit_softcap"):
             if (bound := getattr(self, name)) is not None and not bound > 0:
                 raise ValueError(f"{name}={bound}: it is a bound, so it is above 0; None for none")
@@ -164,7 +167,23 @@ class DecoderConfig:
 
     def layer_rotary(self, layer: int) -> Rotary | None:
         """Returns how a layer turns queries and keys."""
-        return self.rotary[layer % len(self.rotary)] if isinstance(self.rotary, tuple) else self.rotary
+        return self._of_layer("rotary", layer)
+
+    def layer_experts(self, layer: int) -> ExpertsConfig | None:
+        """Returns the experts of a layer, or None if it has an MLP."""
+        return self._of_layer("experts", layer)
+
+    def layer_qk_norm(self, layer: int) -> bool | str:
+        """Returns how queries and keys of a layer are normalized."""
+        return self._of_layer("qk_norm", layer)
+
+    def layer_temperature(self, layer: int) -> QueryTemperature | None:
+        """Returns what the queries of a layer are multiplied by."""
+        return self._of_layer("temperature", layer)
+
+    def _of_layer(self, name: str, layer: int) -> Any:
+        value = getattr(self, name)
+        return value[layer % len(value)] if isinstance(value, tuple) else value
 
 
 class Norm(nnx.Module):
@@ -172,8 +191,9 @@ class Norm(nnx.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         self.centered, self.epsilon, self.dtype = config.norm == "layer", config.norm_eps, config.dtype
+        biased = self.centered and config.norm_bias
         self.scale = nnx.Param(jnp.ones((config.width,), config.param_dtype))
-        self.bias = nnx.Param(jnp.zeros((config.width,), config.param_dtype)) if self.centered else nnx.data(None)
+        self.bias = nnx.Param(jnp.zeros((config.width,), config.param_dtype)) if biased else nnx.data(None)
 
     def __call__(self, x: Any) -> Any:
         y = x.astype(jnp.float32)
@@ -185,45 +205,14 @@ class Norm(nnx.Module):
         return y.astype(self.dtype)
 
 
-class MLP(nnx.Module):
-    """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        kind = {
-            "use_bias": "mlp" in config.biases,
-            "dtype": config.dtype,
-            "param_dtype": config.param_dtype,
-            "rngs": rngs,
-        }
-        self.activation = config.activation
-        self.gate: Any = nnx.Linear(config.width, config.mlp_dim, **kind) if config.gated else nnx.data(None)
-        self.up: Any = nnx.Linear(config.width, config.mlp_dim, **kind)
-        self.down: Any = nnx.Linear(config.mlp_dim, config.width, **kind)
-        self.gate_up: Joined | None = nnx.data(None)  # instead of gate and up, after `fuse`
-
-    def __call__(self, x: Any) -> Any:
-        act = ACTIVATIONS[self.activation]
-        if self.gate_up is not None:
-            gate, up = self.gate_up(x)
-            return self.down(act(gate) * up)
-        return self.down(act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x))
-
-    def fuse(self) -> None:
-        """Lays the weights out for decoding, see `jaxkv.nnx.fuse`."""
-        if isinstance(self.down, Transposed):
-            return
-        self.down = Transposed(self.down)
-        if self.gate is not None:
-            self.gate_up = Joined([self.gate, self.up])
-            self.gate = self.up = nnx.data(None)
-
-
 class Block(nnx.Module):
-    """One layer: attention and MLP, each after a norm and added to what came in."""
+    """One layer: attention and MLP, each between norms, if the family has them, and added to what came in."""
 
     def __init__(self, config: DecoderConfig, index: int, *, rngs: nnx.Rngs) -> None:
         kind = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        self.attention_norm = Norm(config)
+        experts = config.layer_experts(index)
+        self.residual_scale = config.residual_scale
+        self.attention_norm = Norm(config) if config.pre_norms else nnx.data(None)
         self.attention = Attention(
             config.num_heads,
             config.width,
@@ -231,28 +220,37 @@ class Block(nnx.Module):
             head_dim=config.head_dim,
             reach=config.reach(index),
             rotary=config.layer_rotary(index),
-            qk_norm=config.qk_norm,
+            qk_norm=config.layer_qk_norm(index),
             qk_norm_epsilon=config.norm_eps,
             scale=config.attention_scale,
+            temperature=config.layer_temperature(index),
             softcap=config.attention_softcap,
             sink_logits=config.sink_logits,
             use_bias=config.biases - {"mlp"},
             **kind,
         )
         self.attention_post_norm = Norm(config) if config.post_norms else nnx.data(None)
-        self.mlp_norm = Norm(config)
-        self.mlp = MLP(config, rngs=rngs) if config.num_experts is None else Experts(config, rngs=rngs)
+        self.mlp_norm = Norm(config) if config.pre_norms and not config.parallel else nnx.data(None)
+        self.mlp = MLP(config, rngs=rngs) if experts is None else Experts(config, experts, rngs=rngs)
         self.mlp_post_norm = Norm(config) if config.post_norms else nnx.data(None)
+        self.parallel = config.parallel
 
     def __call__(self, x: Any, positions: Any, layer: Any, step: Any) -> tuple[Any, Any]:
-        h = self.attention_norm(x)
+        h = _normed(self.attention_norm, x)
         if layer is None:
             y = self.attention(h, positions=positions)
         else:
             y, layer = self.attention(h, layer, step)
-        x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
-        y = self.mlp(self.mlp_norm(x))
-        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), layer
+        x = x + self._scaled(_normed(self.attention_post_norm, y))
+        y = self.mlp(h if self.parallel else _normed(self.mlp_norm, x))
+        return x + self._scaled(_normed(self.mlp_post_norm, y)), layer
+
+    def _scaled(self, y: Any) -> Any:
+        return y if self.residual_scale is None else y * jnp.asarray(self.residual_scale, y.dtype)
+
+
+def _normed(norm: Norm | None, x: Any) -> Any:
+    return x if norm is None else norm(x)
 
 
 class Decoder(nnx.Module):
@@ -286,13 +284,14 @@ class Decoder(nnx.Module):
         head = nnx.data(None) if config.tied else nnx.Linear(config.width, config.vocab_size, use_bias=False, **kind)
         self.head = head
 
-    def __call__(self, tokens: Any, positions: Any = None, cache: Cache | None = None) -> Any:
+    def __call__(self, tokens: Any, positions: Any = None, cache: Cache | None = None, parents: Any = None) -> Any:
         """Returns the logits of the token after each, and the cache if one was given.
 
         Args:
           tokens: int [B, T]. One outside the vocabulary makes logits NaN; of padding the token doesn't matter.
           positions: int [B, T], EMPTY for padding; without a cache None means 0, 1, 2, ... in every row.
           cache: None, or what the tokens continue, made from `specs()`.
+          parents: int [B, T], if the tokens are a tree, see `Cache.begin`; with a cache only.
 
         Returns:
           logits [B, T, V] in the config's dtype, or (logits, cache).
@@ -303,14 +302,14 @@ class Decoder(nnx.Module):
         """
         self._check(tokens, positions, cache)
         specs = rows_of(tokens) if cache is None else (rows_of(tokens), like(cache))
-        return spread(Decoder._run, specs, self, tokens, positions, cache)
+        return spread(Decoder._run, specs, self, tokens, positions, cache, parents)
 
-    def _run(self, tokens: Any, positions: Any, cache: Cache | None) -> Any:
+    def _run(self, tokens: Any, positions: Any, cache: Cache | None, parents: Any) -> Any:
         layers: Any = (None,) * len(self.layers)
         step = None
         if cache is not None:
-            cache, step = cache.begin(positions)
-            layers = cache.layers
+            cache, step = cache.begin(positions, parents=parents)
+            layers, positions = cache.layers, step.depths
         x = self._embed(tokens, positions)  # [B, T, D]
         put = []
         for block, layer in zip(self.layers, layers, strict=True):
@@ -318,6 +317,8 @@ class Decoder(nnx.Module):
             put.append(layer)
         x = self.norm(x)
         logits = self.embed.attend(x) if self.head is None else self.head(x)
+        if self.config.logit_scale is not None:
+            logits = logits * jnp.asarray(self.config.logit_scale, logits.dtype)
         if (bound := self.config.logit_softcap) is not None:
             logits = bound * jnp.tanh(logits / bound)
         return logits if cache is None else (logits, cache.with_layers(put))

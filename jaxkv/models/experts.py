@@ -2,64 +2,192 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxkv.models.mlp import ACTIVATIONS, MLP
 
-class Experts(nnx.Module):
-    """The experts of gpt-oss in place of an MLP: a router sends each token to a few of them and weighs what they give.
+SCORES = ("softmax", "sigmoid")
+_MOST_ROWS = 64  # tokens that an expert takes at once, see benchmarks/experts.py
 
-    An expert is (up + 1) * gate * sigmoid(1.702 gate), clamped at 7, between two projections with biases, as
-    transformers' `GptOssExperts` has it: gate and up lie interleaved in one kernel. Every token runs through every
-    expert in turn, but for few tokens, which run through theirs alone: decoding reads the weights that it needs.
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """What the experts of a layer are, and how tokens find them. Frozen and hashable.
 
     Args:
-      config: a `DecoderConfig`: width, mlp_dim, num_experts, experts_per_token and dtypes are looked at.
+      num_experts: how many there are, E.
+      per_token: to how many of them a token is sent.
+      mlp_dim: inner size of one.
+      scores: what a router's logits become: "softmax" over all experts, or the "sigmoid" of each.
+      normalized: whether the scores of a token's experts are divided by their sum.
+      scale: factor of the scores then.
+      choice_bias: whether a learned number per expert is added to its score for the choice alone (DeepSeek).
+      num_groups: in how many groups of equal size the experts lie, and
+      groups_per_token: of how many groups a token's experts are taken: those whose best two make the largest sum.
+      weighs_input: whether scores multiply what an expert reads instead of what it gives (Llama 4).
+      shared_dim: None, or the inner size of an MLP that all tokens run through besides.
+      shared_gate: whether what that gives is multiplied by the sigmoid of a learned projection to one number.
+      use_bias: whether router and experts have biases.
+      clamped: whether an expert is (up + 1) * gate * sigmoid(1.702 gate), clamped at 7 (gpt-oss), instead of
+        act(gate) * up.
+
+    Raises:
+      ValueError: for sizes below 1, more experts per token than there are, or groups that don't divide.
+
+    >>> jaxkv.models.ExpertsConfig(num_experts=8, per_token=2, mlp_dim=64).scores
+    'softmax'
+    """
+
+    num_experts: int
+    per_token: int
+    mlp_dim: int
+    scores: str = "softmax"
+    normalized: bool = True
+    scale: float = 1.0
+    choice_bias: bool = False
+    num_groups: int = 1
+    groups_per_token: int = 1
+    weighs_input: bool = False
+    shared_dim: int | None = None
+    shared_gate: bool = False
+    use_bias: bool = False
+    clamped: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "per_token", "mlp_dim", "num_groups", "groups_per_token", "shared_dim"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"ExpertsConfig({name}={size}): {name} is at least 1")
+        if self.per_token > self.num_experts:
+            raise ValueError(f"per_token={self.per_token} is more than num_experts={self.num_experts}")
+        if self.scores not in SCORES:
+            raise ValueError(f"scores={self.scores!r}: known are {', '.join(SCORES)}")
+        if self.num_experts % self.num_groups or self.groups_per_token > self.num_groups:
+            raise ValueError(
+                f"num_groups={self.num_groups} must divide num_experts={self.num_experts}, and groups_per_token="
+                f"{self.groups_per_token} be at most as many"
+            )
+        if self.per_token > self.groups_per_token * (self.num_experts // self.num_groups):
+            raise ValueError(
+                f"per_token={self.per_token} experts are more than groups_per_token={self.groups_per_token} groups have"
+            )
+
+
+class Experts(nnx.Module):
+    """Experts in place of an MLP: a router sends each token to a few of them, and what they give is added up.
+
+    Only a token's own experts are computed: tokens are ordered by expert and taken in blocks of up to 64, so that an
+    expert's weights are read once for a block, and not at all if no token needs it.
+
+    Args:
+      config: a `DecoderConfig`: width, activation and dtypes are looked at.
+      experts: what they are.
       rngs: random streams of the parameters.
     """
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs) -> None:
-        experts = config.num_experts or 1
-        width, hidden, dtype = config.width, config.mlp_dim, config.param_dtype
-        self.dtype, self.chosen = config.dtype, config.experts_per_token
-        self.router = nnx.Linear(width, experts, dtype=config.dtype, param_dtype=dtype, rngs=rngs)
+    def __init__(self, config: Any, experts: ExpertsConfig, *, rngs: nnx.Rngs) -> None:
+        count, width, hidden, dtype = experts.num_experts, config.width, experts.mlp_dim, config.param_dtype
+        linear = {"param_dtype": dtype, "rngs": rngs}
+        self.config, self.dtype, self.activation = experts, config.dtype, config.activation
+        # In float32 whatever the model computes in: rounding would choose other experts.
+        self.router = nnx.Linear(width, count, use_bias=experts.use_bias, dtype=jnp.float32, **linear)
+        self.choice_bias = nnx.Param(jnp.zeros((count,), jnp.float32)) if experts.choice_bias else nnx.data(None)
         init = nnx.initializers.lecun_normal(batch_axis=0)
-        self.gate_up = nnx.Param(init(rngs.params(), (experts, width, 2 * hidden), dtype))
-        self.gate_up_bias = nnx.Param(jnp.zeros((experts, 2 * hidden), dtype))
-        self.down = nnx.Param(init(rngs.params(), (experts, hidden, width), dtype))
-        self.down_bias = nnx.Param(jnp.zeros((experts, width), dtype))
+        for name, sizes in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
+            setattr(self, name, nnx.Param(init(rngs.params(), (count, *sizes), dtype)))
+            bias = nnx.Param(jnp.zeros((count, sizes[1]), dtype)) if experts.use_bias else nnx.data(None)
+            setattr(self, f"{name}_bias", bias)
+        self.shared = nnx.data(None) if experts.shared_dim is None else MLP(config, experts.shared_dim, rngs=rngs)
+        gate = (
+            nnx.Linear(width, 1, use_bias=False, dtype=config.dtype, **linear)
+            if experts.shared_gate
+            else nnx.data(None)
+        )
+        self.shared_gate = gate
 
     def __call__(self, x: Any) -> Any:
-        tokens = x.reshape(-1, x.shape[-1])
-        scores, experts = jax.lax.top_k(self.router(tokens), self.chosen)  # [T, k]
-        weights = jax.nn.softmax(scores, axis=-1)
-        parts = [p[...].astype(self.dtype) for p in (self.gate_up, self.gate_up_bias, self.down, self.down_bias)]
-        if experts.size < parts[0].shape[0]:
+        tokens = x.reshape(-1, x.shape[-1])  # [T, D]
+        weights, chosen = self.route(self.router(tokens))
+        total = self._routed(tokens, weights.astype(self.dtype), chosen).reshape(x.shape)
+        if self.shared is not None:
+            y = self.shared(x)
+            total = total + (y if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * y)
+        return total
 
-            def one_choice(total: Any, choice: Any) -> tuple[Any, None]:
-                token, expert, weight = choice
-                y = _expert(tokens[token][None, :], *(part[expert] for part in parts))
-                return total.at[token].add(weight * y[0]), None
+    def route(self, logits: Any) -> tuple[Any, Any]:
+        """Returns the weights of each token's experts and their numbers: float32 and int32 [T, per_token].
 
-            owners = jnp.repeat(jnp.arange(tokens.shape[0], dtype=jnp.int32), self.chosen)
-            total, _ = jax.lax.scan(one_choice, jnp.zeros_like(tokens), (owners, experts.ravel(), weights.ravel()))
-        else:
-            all_weights = jnp.zeros((tokens.shape[0], parts[0].shape[0]), weights.dtype)
-            all_weights = jnp.put_along_axis(all_weights, experts, weights, axis=1, inplace=False)
+        Args:
+          logits: of the router, float32 [T, E].
+        """
+        config = self.config
+        scores = jax.nn.softmax(logits, axis=-1) if config.scores == "softmax" else jax.nn.sigmoid(logits)
+        ranks = scores if self.choice_bias is None else scores + self.choice_bias[...][None, :]
+        if config.num_groups > 1:
+            groups = ranks.reshape(-1, config.num_groups, config.num_experts // config.num_groups)
+            best = jnp.sum(jax.lax.top_k(groups, min(2, groups.shape[-1]))[0], axis=-1)  # [T, groups]
+            _, kept = jax.lax.top_k(best, config.groups_per_token)
+            is_kept = jnp.any(jnp.arange(config.num_groups)[None, :, None] == kept[:, None, :], axis=-1)
+            ranks = jnp.where(is_kept[:, :, None], groups, -jnp.inf).reshape(ranks.shape)
+        _, chosen = jax.lax.top_k(ranks, config.per_token)
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        if config.normalized:
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.float32(1e-20))
+        return weights * jnp.float32(config.scale), chosen
 
-            def one_expert(total: Any, expert: Any) -> tuple[Any, None]:
-                weight, *part = expert
-                return total + weight[:, None] * _expert(tokens, *part), None
+    def _routed(self, tokens: Any, weights: Any, chosen: Any) -> Any:
+        """Returns the sum of what the chosen experts [T, k] give for tokens [T, D], [T, D]."""
+        (count, each), experts = chosen.shape, self.config.num_experts
+        names = ("gate", "up", "down") + (("gate_bias", "up_bias", "down_bias") if self.config.use_bias else ())
+        params = {name: getattr(self, name)[...].astype(self.dtype) for name in names}
+        rows = _rows(count * each, experts)
+        # Pairs of a token and an expert, ordered by expert; how many pairs and blocks each expert has.
+        order = jnp.argsort(chosen.ravel(), stable=True)
+        pairs = jnp.sum(chosen.ravel()[:, None] == jnp.arange(experts)[None, :], axis=0, dtype=jnp.int32)  # [E]
+        blocks = -(-pairs // rows)
+        ends, first = jnp.cumsum(blocks), jnp.cumsum(pairs) - pairs
+        numbers = jnp.arange(min(count * each, count * each // rows + experts), dtype=jnp.int32)
+        owners = jnp.sum(ends[None, :] <= numbers[:, None], axis=1, dtype=jnp.int32)  # the expert of each block
 
-            total, _ = jax.lax.scan(one_expert, jnp.zeros_like(tokens), (all_weights.T, *parts))
-        return total.reshape(x.shape)
+        def one_block(total: Any, block: Any) -> tuple[Any, None]:
+            number, expert = block
+
+            def read(total: Any) -> Any:
+                place = (number - ends[expert] + blocks[expert]) * rows + jnp.arange(rows, dtype=jnp.int32)
+                pair = order[jnp.minimum(first[expert] + place, count * each - 1)]
+                real = place < pairs[expert]
+                weight = jnp.where(real, weights.ravel()[pair], 0)[:, None]
+                token = pair // each
+                x = tokens[token]
+                part = {name: param[expert] for name, param in params.items()}
+                y = self._expert(x * weight, part) if self.config.weighs_input else weight * self._expert(x, part)
+                return total.at[jnp.where(real, token, count)].add(y, mode="drop")
+
+            return jax.lax.cond(number < ends[-1], read, lambda total: total, total), None
+
+        return jax.lax.scan(one_block, jnp.zeros_like(tokens), (numbers, owners))[0]
+
+    def _expert(self, x: Any, part: dict[str, Any]) -> Any:
+        """Returns what one expert gives for x [T, D]."""
+
+        def project(x: Any, name: str) -> Any:
+            bias = part.get(f"{name}_bias")
+            return x @ part[name] if bias is None else x @ part[name] + bias[None, :]
+
+        gate, up = project(x, "gate"), project(x, "up")
+        if not self.config.clamped:
+            return project(ACTIVATIONS[self.activation](gate) * up, "down")
+        gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+        return project((up + 1) * gate * jax.nn.sigmoid(1.702 * gate), "down")
 
 
-def _expert(x: Any, gate_up: Any, gate_up_bias: Any, down: Any, down_bias: Any) -> Any:
-    """Returns what one expert gives for x [T, D]."""
-    y = x @ gate_up + gate_up_bias[None, :]
-    gate, up = jnp.minimum(y[:, ::2], 7.0), jnp.clip(y[:, 1::2], -7.0, 7.0)
-    return ((up + 1) * gate * jax.nn.sigmoid(1.702 * gate)) @ down + down_bias[None, :]
+def _rows(pairs: int, experts: int) -> int:
+    """Returns how many tokens an expert takes at once: about as many as come to each, in a power of two."""
+    rows = 1
+    while rows < min(pairs / experts, _MOST_ROWS):
+        rows *= 2
+    return rows

@@ -13,7 +13,9 @@ from flax import nnx
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import LayerSpec
-from jaxkv.models.completing import start
+from jaxkv.generate import beam_search, best_of
+from jaxkv.models.choices import Choices, choose
+from jaxkv.models.completing import key_of, start
 from jaxkv.models.completion import Completion, TextStream
 from jaxkv.models.generation import GenerationConfig
 from jaxkv.nn.nnx import Forward, functional
@@ -92,7 +94,7 @@ class Model:
         Args:
           num_rows: sequences that it holds.
           capacity: tokens that a sequence can hold; None: as many as the model was made for.
-          **options: of `jaxkv.Cache.init`, such as `sharding`.
+          **options: of `jaxkv.Cache.init`, such as `storage=jaxkv.Int8()` or `sharding`.
 
         Raises:
           ValueError: for sizes that make no sense, or no capacity where the model does not say what it was made for.
@@ -148,6 +150,121 @@ class Model:
         (('number o', ' of all '), ('length', 'length'))
         """
         return self.stream(prompts, **options).run()
+
+    def beam_search(
+        self,
+        prompts: Any = None,
+        *,
+        num_beams: int,
+        num_return: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+        max_new_tokens: Any = None,
+        cache: Cache | None = None,
+        sampler: Any = None,
+        stop_tokens: Any = None,
+        chat: Mapping[str, Any] = types.MappingProxyType({}),
+        features: Any = None,
+        feature_lengths: Any = None,
+        **options: Any,
+    ) -> Choices:
+        """Returns the most likely continuations of prompts that a beam search finds, see `jaxkv.beam_search`.
+
+        Each prompt is read once. What the checkpoint says of penalties and suppressed tokens is obeyed; of drawing, and
+        of stop strings, nothing is.
+
+        Args:
+          prompts, max_new_tokens, sampler, stop_tokens, chat, features, feature_lengths: as for `generate`.
+          num_beams, num_return, length_penalty, early_stopping: see `jaxkv.beam_search`.
+          cache: None makes one whose rows share a pool of pages. Or one of `num_beams` rows for each prompt, as
+            `jaxkv.beam_search` takes it. It is donated.
+          **options: rules of `jaxkv.sampling.sampler`, such as repetition_penalty=1.2.
+
+        Raises:
+          ValueError, TypeError, CacheError, ImportError, OSError: as `generate` and `jaxkv.beam_search`.
+
+        ```python
+        found = model.beam_search(["Return the ", "A list is"], num_beams=4, num_return=2, max_new_tokens=20)
+        print(found.texts, found.scores)
+        ```
+        """
+        search = functools.partial(
+            beam_search,
+            num_beams=num_beams,
+            num_return=num_return,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+        )
+        drawing = dict.fromkeys(("top_k", "top_p", "min_p")) | {"temperature": 0} if sampler is None else {}
+        return choose(
+            self,
+            prompts,
+            num_beams,
+            search,
+            max_new_tokens=max_new_tokens,
+            cache=cache,
+            sampler=sampler,
+            stop_tokens=stop_tokens,
+            chat=chat,
+            features=features,
+            feature_lengths=feature_lengths,
+            numbers=drawing | options,
+        )
+
+    def best_of(
+        self,
+        prompts: Any = None,
+        *,
+        n: int,
+        by: str = "mean",
+        max_new_tokens: Any = None,
+        cache: Cache | None = None,
+        sampler: Any = None,
+        stop_tokens: Any = None,
+        seed: int = 0,
+        key: Any = None,
+        chat: Mapping[str, Any] = types.MappingProxyType({}),
+        features: Any = None,
+        feature_lengths: Any = None,
+        **options: Any,
+    ) -> Choices:
+        """Returns n samples of each prompt, the one that the model finds most likely first, see `jaxkv.best_of`.
+
+        Each prompt is read once. Drawn as the checkpoint's makers want it; where they want it greedy, at temperature 1.
+        Stop strings are not obeyed.
+
+        Args:
+          prompts, max_new_tokens, sampler, stop_tokens, seed, key, chat, features, feature_lengths: as for `generate`.
+          n, by: see `jaxkv.best_of`.
+          cache: None makes one whose rows share a pool of pages. Or one of n rows for each prompt, as `jaxkv.best_of`
+            takes it. It is donated.
+          **options: arguments of `jaxkv.sampling.sampler`, such as temperature=0.8.
+
+        Raises:
+          ValueError, TypeError, CacheError, ImportError, OSError: as `generate` and `jaxkv.best_of`.
+
+        ```python
+        found = model.best_of("Return the ", n=8, temperature=0.8, max_new_tokens=20)
+        print(found.text)
+        more = model.generate("Return the " + found.text + " because", cache=found.best)
+        ```
+        """
+        if sampler is None and self.generation.greedy:
+            options = {"temperature": 1.0} | options
+        return choose(
+            self,
+            prompts,
+            n,
+            functools.partial(best_of, n=n, by=by, key=key_of(seed) if key is None else key),
+            max_new_tokens=max_new_tokens,
+            cache=cache,
+            sampler=sampler,
+            stop_tokens=stop_tokens,
+            chat=chat,
+            features=features,
+            feature_lengths=feature_lengths,
+            numbers=options,
+        )
 
     def stream(
         self,

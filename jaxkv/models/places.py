@@ -7,6 +7,7 @@ here anyway, which is compared before it is passed over.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -29,7 +30,7 @@ class Place:
 
     Attributes:
       tensor: the family's entry.
-      names: of the file's tensors: one, or blocks and scales.
+      names: of the file's tensors: one, or blocks and scales, or one for each expert.
       stretch: of its joined axis; None: it is the param's alone.
       nbytes: how many of them are read.
     """
@@ -56,29 +57,52 @@ class Place:
         return param + 1 if self.tensor.form == "minus_one" else param
 
     def _part(self, files: Files, shape: tuple[int, ...], dtype: Any, index: Any) -> np.ndarray:
-        """Returns a part of the param; unless it is packed, a view of the file."""
+        """Returns a part of the param; a view of the file, if it lies there as one tensor that is not packed."""
+        stretch = slice(None) if self.stretch is None else self.stretch
+        at = (slice(None),) * (self.tensor.joined_axis % len(self.tensor.file_shape(shape))) + (stretch,)
+        if self.tensor.is_each:
+            experts, *rest = index
+            x = _stacked([files[name] for name in self.names[experts]], dtype)
+            return self.tensor.decode(x[at], (len(x), *shape[1:]))[:, *rest]
         if len(self.names) > 1:
             experts, *rest = index
-            blocks, scales = (files[name].view(np.uint8)[experts] for name in self.names)
+            blocks, scales = (files[name].view(np.uint8)[experts][:, stretch] for name in self.names)
             return mxfp4.unpack(blocks, scales, dtype)[:, *rest]
-        x = files[self.names[0]]
-        if self.stretch is not None:
-            x = x[self.stretch] if self.tensor.joined_axis == 0 else x[..., self.stretch]
-        return self.tensor.decode(x, shape)[index]
+        return self.tensor.decode(files[self.names[0]][at], shape)[index]
+
+
+def _stacked(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
+    """Returns arrays of one shape as one; those of several dtypes in the given one."""
+    dtypes = {array.dtype for array in arrays}
+    stack = np.empty((len(arrays), *arrays[0].shape), dtypes.pop() if len(dtypes) == 1 else dtype)
+    for place, array in zip(stack, arrays, strict=True):
+        place[...] = array
+    return stack
 
 
 _cast = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
 
 
-def entries(family: Family, names: Iterable[str]) -> Iterator[tuple[Tensor, str, list[str]]]:
-    """Yields (tensor, its name in the file, names of its params) for all that a model with these params has."""
-    names = set(names)
-    numbers = sorted({int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)})
-    for tensor in family.tensors:
+def entries(
+    tensors: Iterable[Tensor], params: Mapping[str, Any]
+) -> Iterator[tuple[Tensor, tuple[str, ...], tuple[str, ...]]]:
+    """Yields (tensor, its names in the file, names of its params) for all that a model with these params has.
+
+    Args:
+      tensors: of a family's table.
+      params: arrays or their shapes by name.
+    """
+    numbers = sorted({int(number) for name in params for number in re.findall(r"\.(\d+)\.", name)})
+    for tensor in tensors:
         for number in numbers if "{}" in tensor.file else [0]:
-            params = [param.format(number) for param in tensor.params]
-            if params[0] in names:
-                yield tensor, tensor.file.format(number), params
+            names = tuple(name.format(number) for name in tensor.params)
+            if names[0] not in params:
+                continue
+            if tensor.is_each:
+                experts = range(params[names[0]].shape[0])
+                yield tensor, tuple(tensor.file.format(number, expert) for expert in experts), names
+            else:
+                yield tensor, (tensor.file.format(number),), names
 
 
 class Contents:
@@ -124,27 +148,25 @@ class Contents:
         Raises:
           ValueError: with all that doesn't fit.
         """
-        family, files = self.family, self.files
+        files = self.files
         found: dict[str, Place] = {}
         is_tied = _HEAD[0] not in params
         expected: set[str | None] = {self._head} if is_tied else set()
         problems: list[str] = []
-        for tensor, file, names in entries(family, params):
-            joined = tensor.joined_shape([params[name].shape for name in names])
-            want = self._wanted(tensor, file, joined, is_tied)
+        for tensor, file, names in self._entries(params):
+            shapes = [params[name].shape for name in names]
+            want = self._wanted(tensor, file, tensor.joined_shape(shapes), is_tied)
             expected.update(want)
-            wrong = [line for item in want.items() if (line := self._wrong(*item, is_packed=len(want) > 1))]
+            packed = not tensor.is_each and len(want) > 1
+            wrong = [line for item in want.items() if (line := self._wrong(*item, is_packed=packed))]
             if wrong:
                 problems += wrong
                 continue
             own = tuple(self._names[name] for name in want)
-            begin = 0
-            for name in names:
-                shape = tensor.file_shape(params[name].shape)
-                end = begin + shape[tensor.joined_axis]
-                nbytes = sum(map(files.nbytes, own)) * shape[tensor.joined_axis] // joined[tensor.joined_axis]
-                found[name] = Place(tensor, own, None if len(names) == 1 else slice(begin, end), nbytes)
-                begin = end
+            size, whole = sum(map(files.nbytes, own)), sum(map(math.prod, shapes))
+            for number, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+                nbytes = size * math.prod(shape) // max(whole, 1)
+                found[name] = Place(tensor, own, tensor.stretch(number, shapes), nbytes)
         for known, name in self._names.items():
             if known not in expected and not any(re.fullmatch(ignored.pattern, known) for ignored in self._ignored):
                 problems.append(f"unknown: {_shown(name)} {files.shape(name)!s:.200}")
@@ -157,8 +179,22 @@ class Contents:
             raise ValueError(f"the family's table has no tensor for {', '.join(sorted(lost))}")
         return found
 
-    def _wanted(self, tensor: Tensor, file: str, shape: tuple[int, ...], is_tied: bool) -> dict[str, tuple[int, ...]]:
+    def _entries(self, params: Mapping[str, Any]) -> list[tuple[Tensor, tuple[str, ...], tuple[str, ...]]]:
+        """Returns the entries by which these params are read: another one where the files have that alone."""
+        chosen = {name: entry for entry in entries(self.family.tensors, params) for name in entry[2]}
+        for entry in entries(self.family.others, params):
+            usual = [chosen[name][1][0] for name in entry[2]]
+            if entry[1][0] in self._names and not any(name in self._names for name in usual):
+                chosen |= dict.fromkeys(entry[2], entry)
+        return list(dict.fromkeys(chosen.values()))
+
+    def _wanted(
+        self, tensor: Tensor, names: tuple[str, ...], shape: tuple[int, ...], is_tied: bool
+    ) -> dict[str, tuple[int, ...]]:
         """Returns which tensors hold one of the table, and their shapes."""
+        if tensor.is_each:
+            return dict.fromkeys(names, shape[1:])
+        (file,) = names
         if file not in self._names:
             if tensor.packed and f"{file}_blocks" in self._names and shape[1] % mxfp4.BLOCK == 0:
                 blocks, scales = mxfp4.packed_shapes(shape)

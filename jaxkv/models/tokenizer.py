@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.extras import need
+from jaxkv.kinds import kind_of
 from jaxkv.models import chat, pipelines, special
 from jaxkv.models.files import MOST_LISTED, read_json, read_text
 from jaxkv.models.template import TemplateLimit, render
@@ -155,7 +156,7 @@ class Tokenizer:
           ValueError: for what is no text, has no UTF-8 (half of a surrogate pair), or the tokenizer has no tokens for.
         """
         if not isinstance(text, str):
-            raise ValueError(f"text is a {type(text).__name__}, must be a str; chat takes messages")
+            raise ValueError(f"text is {kind_of(text)}, must be a str; chat takes messages")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -349,7 +350,7 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
         named = {entry["name"]: entry["template"] for entry in given}
     if not isinstance(named, dict) or not all(isinstance(text, str) for pair in named.items() for text in pair):
         raise ValueError(
-            f"{directory / 'tokenizer_config.json'}: chat_template is a {type(given).__name__}, must be a text, or a "
+            f"{directory / 'tokenizer_config.json'}: chat_template is {kind_of(given)}, must be a text, or a "
             'list of {"name": ..., "template": ...} with texts'
         )
     return named

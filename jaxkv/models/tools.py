@@ -15,6 +15,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Union
 
+from jaxkv.kinds import kind_of
+
 _NAMES = {
     int: "integer",
     float: "number",
@@ -38,7 +40,7 @@ def schemas(tools: Iterable[Any]) -> list[Any]:
       ValueError: for what is neither, and for functions without annotations or docstrings.
     """
     if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
-        raise ValueError(f"tools is a {type(tools).__name__}, must be a list of functions or of JSON schemas")
+        raise ValueError(f"tools is {kind_of(tools)}, must be a list of functions or of JSON schemas")
     return [tool if isinstance(tool, Mapping) else schema(tool) for tool in tools]
 
 
@@ -63,7 +65,7 @@ def schema(function: Callable[..., Any]) -> dict[str, Any]:
     ['a']
     """
     if not (inspect.isfunction(function) or inspect.ismethod(function)):
-        raise ValueError(f"a tool is a {type(function).__name__}, must be a function or a JSON schema")
+        raise ValueError(f"a tool is {kind_of(function)}, must be a function or a JSON schema")
     name = function.__name__
     doc = (inspect.getdoc(function) or "").strip()
     if not doc:

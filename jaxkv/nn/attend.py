@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+from jaxkv.cache.arguments import FAR, shared_length
 from jaxkv.cache.layer import Layer
 from jaxkv.cache.step import Step
 from jaxkv.nn import call
@@ -17,6 +19,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Any = None,
+    shared: Any = None,
     implementation: str = "auto",
 ) -> Any:
     """Returns attention of the call's queries over what the layer holds of their sequences.
@@ -34,6 +37,9 @@ def attend(
       softcap: None, or the bound c > 0 of c * tanh(scores / c) (Gemma 2).
       sink_logits: None, or learned float [N], one score per query head that joins the softmax and brings no value
         (gpt-oss).
+      shared: how many first tokens all rows of the call have in common: those are read once for all of them. None: what
+        `Cache.sharing` promised. A number of tokens, whole pages where the layer has pages, or int32 scalar. Where rows
+        differ in spite of it, they get one another's keys.
       implementation: "auto", "reference" (plain, builds [T, S]) or "blockwise" (reads only filled blocks).
 
     Returns:
@@ -41,7 +47,7 @@ def attend(
 
     Raises:
       ValueError: while tracing, for shapes or dtypes that don't fit the layer and the step, a softcap of 0 or below, or
-        an unknown implementation.
+        an unknown implementation, or a `shared` that is below 0, longer than the layer, or not a whole number of pages.
 
     >>> cache = jaxkv.Cache.init([jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=2)], num_rows=1, capacity=4)
     >>> cache, step = cache.begin(jnp.array([[0, 1]]))
@@ -55,4 +61,8 @@ def attend(
             f"layer is of type {type(layer).__name__}; give attend(q, layer, step), layer = cache.layers[i]"
         )
     layer.check_step(step)
+    if shared is not None:
+        group = step.groups[layer.group]
+        most = layer.num_slots if group.slot_is_position else FAR
+        step = dataclasses.replace(step, shared=shared_length(shared, group.page_size, most))
     return call.run(q, layer, step, scale, softcap, sink_logits, implementation)

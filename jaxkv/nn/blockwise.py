@@ -17,11 +17,13 @@ from jax import lax
 
 from jaxkv.cache.spec import EMPTY
 from jaxkv.cache.step import Step
+from jaxkv.cache.storage import whole
 from jaxkv.meshes import vary_like
 from jaxkv.nn import dropout
+from jaxkv.nn.pieces import mix, score
 from jaxkv.nn.plan import Plan
 from jaxkv.nn.reference import LOWEST
-from jaxkv.nn.visits import Visits, read_block
+from jaxkv.nn.visits import EVERYTHING, Stretch, Visits, read_block
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -32,15 +34,7 @@ def blockwise(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step, bits: Any)
 
 def _forward(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step, bits: Any) -> tuple[Any, Any]:
     """Returns the result, and the log of the denominator of its softmax [B, K, G, T, 1]."""
-    batch, length = step.positions.shape
-    if plan.by_row:
-
-        def row(b: Any) -> Any:
-            one = lax.dynamic_slice_in_dim(q, b, 1, 0)
-            return _forward_tile(plan, one, sinks, layer, step.of_row(layer.group, b), None)
-
-        out, log_total = lax.map(row, jnp.arange(batch, dtype=jnp.int32))
-        return out[:, 0], log_total[:, 0]
+    length = step.positions.shape[1]
     if length <= plan.tile:
         return _forward_tile(plan, q, sinks, layer, step, bits)
 
@@ -60,30 +54,47 @@ def _forward_tile(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step, bits: 
     else:
         top = _merge(jnp.broadcast_to(sinks[None, :, :, None, None], (*lead, 1)))
         total = jnp.ones(column, q.dtype)
+    carry = vary_like(q, (top, total, jnp.zeros((*column[:3], layer.spec.value_dim), q.dtype)))
+    own = EVERYTHING
+    if plan.common is not None:
+        common, own = Stretch.halves(plan, layer, step)
+        together = _visit(plan.common, _together(q), jax.tree.map(_together, carry), layer, step, None, common)
+        carry = jax.tree.map(functools.partial(_apart, lead[0]), together)
+    if plan.by_row:
+
+        def row(b: Any) -> Any:
+            one_q, one = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, b, 1, 0), (q, carry))
+            return _visit(plan, one_q, one, layer, step.of_row(layer.group, b), None, own)
+
+        carry = jax.tree.map(lambda x: x[:, 0], lax.map(row, jnp.arange(lead[0], dtype=jnp.int32)))
+    else:
+        carry = _visit(plan, q, carry, layer, step, bits, own)
+    top, total, mixed = carry
+    total = jnp.where(total == 0, 1, total)  # a query that sees nothing
+    return (mixed / total).reshape(*lead, -1), (top + jnp.log(total)).reshape(*lead, 1)
+
+
+def _visit(plan: Plan, q: Any, carry: Any, layer: Any, step: Step, bits: Any, stretch: Stretch) -> Any:
+    """Returns the running maximum, sum [B, K, G * T, 1] and mix [B, K, G * T, Hv] after the blocks of a stretch."""
+    lead = q.shape[:4]
 
     def visit(start: Any, size: int, carry: Any) -> Any:
-        top, total, mix = carry
-        k, v, see, at = read_block(plan, layer, step, start, size, q.dtype)
+        top, total, mixed = carry
+        k, v, see, at = read_block(plan, layer, step, start, size, q.dtype, stretch)
         scores = _scores(plan, q, k, see)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
         p, keep = jnp.exp(scores - new_top), jnp.exp(top - new_top)
-        mix = mix * keep + jnp.einsum("bkrs,bksh->bkrh", _drop(plan, bits, p, lead, at), v)
-        return new_top, total * keep + p.sum(-1, keepdims=True), mix
+        mixed = mixed * keep + mix(_drop(plan, bits, p, lead, at), v)
+        return new_top, total * keep + p.sum(-1, keepdims=True), mixed
 
-    visits = Visits.of(plan, layer, step)
-    size = plan.block
-    carry = vary_like(q, (top, total, jnp.zeros((*column[:3], layer.spec.value_dim), q.dtype)))
-    if plan.tails:
-        full = jnp.maximum(visits.last - 1, 0) // size
-        carry = lax.fori_loop(visits.begin, full, lambda i, c: visit(i * size, size, c), carry)
-        which = sum((visits.last - full * size > tail).astype(jnp.int32) for tail in plan.tails[:-1])
-        branches = [lambda c, tail=tail: visit(full * size, tail, c) for tail in plan.tails]
-        carry = lax.switch(which, branches, carry)
-    else:
-        carry = lax.fori_loop(visits.begin, visits.end, lambda i, c: visit(visits.start(i), size, c), carry)
-    top, total, mix = carry
-    total = jnp.where(total == 0, 1, total)  # a query that sees nothing
-    return (mix / total).reshape(*lead, -1), (top + jnp.log(total)).reshape(*lead, 1)
+    visits, size = Visits.of(plan, layer, step, stretch), plan.block
+    if not plan.tails:
+        return lax.fori_loop(visits.begin, visits.end, lambda i, c: visit(visits.start(i), size, c), carry)
+    full = jnp.maximum(visits.last - 1, 0) // size
+    carry = lax.fori_loop(visits.begin, full, lambda i, c: visit(visits.start(i), size, c), carry)
+    which = sum((visits.last - full * size > tail).astype(jnp.int32) for tail in plan.tails[:-1])
+    branches = [lambda c, tail=tail: visit(visits.start(full), tail, c) for tail in plan.tails]
+    return lax.switch(which, branches, carry)
 
 
 def _forward_and_saved(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step, bits: Any) -> Any:
@@ -103,6 +114,7 @@ def _backward(plan: Plan, saved: Any, d_out: Any) -> Any:
         d_q, d_k, d_v = carry
         k, v, see, at = read_block(plan, layer, tile_step, visits.start(i), plan.block, q.dtype)
         scores = _scores(plan, q, k, see)
+        k, v = whole(k), whole(v)
         p = jnp.exp(scores - _merge(log_total))
         drop = functools.partial(_drop, plan, tile_bits, lead=q.shape[:4], at=at)
         d_scores = p * (drop(jnp.einsum("bkrh,bksh->bkrs", _merge(d_out), v)) - _merge(mean))
@@ -132,7 +144,7 @@ def _backward(plan: Plan, saved: Any, d_out: Any) -> Any:
     d_sinks = None
     if sinks is not None:
         d_sinks = -(jnp.exp(sinks[None, :, :, None, None] - log_total) * mean).sum((0, 3, 4))
-    kept, pull = jax.vjp(lambda layer: layer.read(step, 0, num_slots), layer)
+    kept, pull = jax.vjp(lambda layer: tuple(whole(x) for x in layer.pieces(step, 0, num_slots)), layer)
     (d_layer,) = pull(tuple(x.astype(y.dtype) for x, y in zip(carry, kept, strict=True)))
     return d_q, d_sinks, d_layer, None, None
 
@@ -141,11 +153,14 @@ blockwise.defvjp(_forward_and_saved, _backward)
 
 
 def _scores(plan: Plan, q: Any, k: Any, see: Any) -> Any:
-    """Returns float [B, K, G * T, size], -inf where a query may not see. q is [B, K, G, T, H]."""
-    if q.shape[3] <= 16:  # with few queries, keys first is quicker on a CPU
-        scores = jnp.einsum("bksh,bkrh->bksr", k, _merge(q)).swapaxes(2, 3)
-    else:
-        scores = jnp.einsum("bkrh,bksh->bkrs", _merge(q), k)
+    """Returns float [B, K, G * T, size], -inf where a query may not see. q is [B, K, G, T, H], see [B, T, size].
+
+    Where one row is read for all, `see` has a B of its own, that of the queries in q [1, K, B * G, T, H].
+    """
+    b, _, groups, _, _ = q.shape
+    see = jnp.broadcast_to(see[:, None], (see.shape[0], b * groups // see.shape[0], *see.shape[1:]))
+    see = see.reshape(b, 1, groups, *see.shape[2:])
+    scores = score(_merge(q), k, keys_first=q.shape[3] <= 16)  # with few queries, that is quicker on a CPU
     apart = plan.cap(scores).reshape(*q.shape[:4], -1)
     return jnp.where(see, apart, -jnp.inf).reshape(scores.shape)
 
@@ -157,6 +172,16 @@ def _drop(plan: Plan, bits: Any, p: Any, lead: tuple[int, ...], at: Any) -> Any:
     queries, slots = bits
     keep = dropout.kept(queries, lax.dynamic_slice_in_dim(slots, at, p.shape[3], 0), plan.dropout_rate)
     return dropout.scale(p, jnp.broadcast_to(keep, (*lead, p.shape[3])).reshape(p.shape), plan.dropout_rate)
+
+
+def _together(x: Any) -> Any:
+    """[B, K, G, T, H] -> [1, K, B * G, T, H], and [B, K, G * T, H] -> [1, K, B * G * T, H]."""
+    return x.swapaxes(0, 1).reshape(1, x.shape[1], -1, *x.shape[3:])
+
+
+def _apart(batch: int, x: Any) -> Any:
+    """[1, K, B * G * T, H] -> [B, K, G * T, H]."""
+    return x.reshape(x.shape[1], batch, -1, x.shape[3]).swapaxes(0, 1)
 
 
 def _merge(x: Any) -> Any:

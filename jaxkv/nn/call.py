@@ -38,7 +38,8 @@ def run(
     _check(q, step.positions.shape, layer.spec, softcap, sink_logits, implementation)
     if not q.size or not layer.num_slots:
         return jnp.zeros((*q.shape[:3], layer.spec.value_dim), q.dtype)
-    plan = Plan.choose(layer.spec, step.groups[layer.group], q.shape, softcap, chance.rate)
+    shares = step.shared is not None
+    plan = Plan.choose(layer.spec, step.groups[layer.group], q.shape, softcap, chance.rate, shares=shares)
     key = chance.key if chance.rate else None
     return _run(plan, implementation, chance.broadcast, q, layer, step, scale, sink_logits, key)
 
@@ -87,5 +88,9 @@ def _form(
     if sinks is not None:
         sinks = jnp.asarray(sinks).astype(dtype).reshape(heads, num_heads // heads)
     bits = None if key is None else dropout.draw(key, x.shape[:4], layer.num_slots, broadcast=broadcast)
+    if form is blockwise:  # it reads keys and values in the basis in which they are stored
+        x = layer.spec.k_basis(x)
     out = form(plan, *vary_alike((x, sinks, layer, step, bits)))  # [B, K, G, T, Hv]
+    if form is blockwise:
+        out = layer.spec.v_basis(out)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, -1).astype(q.dtype)

@@ -18,6 +18,40 @@ from jaxkv.nn.dropout import check_rate
 from jaxkv.nn.uncached import cross_attend, self_attend
 
 PROJECTIONS = ("query", "key", "value", "out")
+QK_NORMS = (False, True, "together", "centered", "plain")
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryTemperature:
+    """Queries grow with their positions: by 1 + scale * ln(1 + floor((position + first) / length)).
+
+    So attention stays sharp over long contexts, in layers without rotary embeddings of Llama 4 and in all of
+    Ministral 3. Nakanishi 2025, https://arxiv.org/abs/2501.19399.
+
+    Args:
+      length: tokens over which the factor stays the same, at least 1.
+      scale: how fast it grows, at least 0.
+      first: what the first position counts as: 1 in Llama 4, 0 in Ministral 3.
+
+    Raises:
+      ValueError: for a length below 1, a negative scale, or a negative first.
+
+    >>> QueryTemperature(length=4, scale=0.1).factors(jnp.array([0, 2, 3, 7])).round(4).tolist()
+    [1.0, 1.0, 1.0692999362945557, 1.1098999977111816]
+    """
+
+    length: float
+    scale: float
+    first: int = 1
+
+    def __post_init__(self) -> None:
+        if not (self.length >= 1 and self.scale >= 0 and self.first >= 0):
+            raise ValueError(f"{self}: length is at least 1, scale and first at least 0")
+
+    def factors(self, positions: Any) -> Any:
+        """Returns the factor of each query. float32, the shape of positions."""
+        times = jnp.floor((positions + jnp.int32(self.first)).astype(jnp.float32) / jnp.float32(self.length))
+        return 1 + jnp.float32(self.scale) * jnp.log1p(jnp.maximum(times, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +66,7 @@ class Heads:
       rotary: None, or a frozen, hashable object with `rotate` and `shift`, such as `jaxkv.Rotary()`.
       softcap: None, or the bound of the scores.
       scale: factor of the scores; None means head_dim ** -0.5.
+      temperature: None, or what queries are multiplied by, position by position.
       implementation: of `attend`.
       dropout_rate: share of the attention weights left out in training.
       broadcast_dropout: whether all rows and heads leave out the same.
@@ -50,6 +85,7 @@ class Heads:
     rotary: Any = None
     softcap: float | None = None
     scale: float | None = None
+    temperature: QueryTemperature | None = None
     implementation: str = "auto"
     dropout_rate: float = 0.0
     broadcast_dropout: bool = True
@@ -137,12 +173,13 @@ class Heads:
         """
         rest = self._options | {"sink_logits": sink_logits}
         if layer is not None:
-            q, k = self._rotate(q, k, step.positions)
+            q, rotated = self._turn(q, k, step.depths)
+            if layer.spec.rotary_at == "put":
+                k = rotated
             layer = layer.put(step, k, v)
             return attend(q, layer, step, **rest), layer
-        if self.rotary is not None:
-            there = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] if positions is None else positions
-            q, k = self._rotate(q, k, there)
+        there = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] if positions is None else positions
+        q, k = self._turn(q, k, there)
         return self_attend(
             q, k, v, reach=self.reach, positions=positions, spans=spans, **rest, **self._dropout(dropout_key)
         ), None
@@ -193,11 +230,14 @@ class Heads:
             positions = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
         return cache.begin(positions, spans=spans)
 
-    def _rotate(self, q: Any, k: Any, positions: Any) -> tuple[Any, Any]:
-        if self.rotary is None:
-            return q, k
+    def _turn(self, q: Any, k: Any, positions: Any) -> tuple[Any, Any]:
+        """Returns q and k as their positions make them."""
         positions = positions[:, :, None, None]
-        return self.rotary.rotate(q, positions), self.rotary.rotate(k, positions)
+        if self.rotary is not None:
+            q, k = self.rotary.rotate(q, positions), self.rotary.rotate(k, positions)
+        if self.temperature is not None:
+            q = (q.astype(jnp.float32) * self.temperature.factors(positions)).astype(q.dtype)
+        return q, k
 
 
 def biased(use_bias: bool | Collection[str]) -> frozenset[str]:
@@ -220,15 +260,53 @@ def biased(use_bias: bool | Collection[str]) -> frozenset[str]:
     return names
 
 
-def rms_norm(x: Any, scale: Any, epsilon: float) -> Any:
-    """Returns x divided by its root mean square along the last axis, times `scale`, computed in float32.
+def qk_scale(kind: bool | str, num_heads: int, head_dim: int) -> tuple[int, ...] | None:
+    """Returns the shape of the learned scale of queries or keys, None where there is none.
+
+    Args:
+      kind: the `qk_norm` of an attention module.
+      num_heads: heads of what is normalized, N or K.
+      head_dim: size of a head.
+
+    Raises:
+      ValueError: for a kind that is not known.
+
+    >>> qk_scale(True, 4, 8), qk_scale("together", 4, 8)
+    ((8,), (4, 8))
+    """
+    if kind not in QK_NORMS:
+        raise ValueError(f"qk_norm={kind!r}: known are {', '.join(map(repr, QK_NORMS))}")
+    return {True: (head_dim,), "together": (num_heads, head_dim), "centered": (num_heads, head_dim)}.get(kind)
+
+
+def qk_normed(kind: bool | str, x: Any, scale: Any, epsilon: float) -> Any:
+    """Returns queries or keys normalized, x's shape and dtype.
+
+    Args:
+      kind: the `qk_norm` of an attention module.
+      x: [B, T, N, H], any floating dtype.
+      scale: what was learned, of the shape of `qk_scale`, or None.
+      epsilon: added to the mean square.
+
+    >>> qk_normed("together", jnp.full((1, 1, 2, 4), 3.0), jnp.ones((2, 4)), 0.0)[0, 0, 0].tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
+    y = x.astype(jnp.float32)
+    if kind == "centered":
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    return rms_norm(y, scale, epsilon, axes=(-2, -1) if kind == "together" else (-1,)).astype(x.dtype)
+
+
+def rms_norm(x: Any, scale: Any, epsilon: float, axes: tuple[int, ...] = (-1,)) -> Any:
+    """Returns x divided by its root mean square along the last axis or axes, times `scale`, computed in float32.
 
     Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
 
     Args:
       x: [..., H], any floating dtype.
-      scale: [H].
+      scale: [H], or as many of the last axes as it has; None for none.
       epsilon: added to the mean square.
+      axes: what the mean is taken over.
 
     Returns:
       x's shape and dtype.
@@ -237,5 +315,7 @@ def rms_norm(x: Any, scale: Any, epsilon: float) -> Any:
     [[1.0, 1.0]]
     """
     y = x.astype(jnp.float32)
-    y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + jnp.float32(epsilon))
-    return (y * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + jnp.float32(epsilon))
+    if scale is not None:
+        y = y * scale.astype(jnp.float32).reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+    return y.astype(x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import flax.linen
@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_leaves_with_path
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_leaves_with_path, tree_map_with_path
 
 from jaxkv.casting import unheld
-from jaxkv.nn.buffers import TransientBuffer
+from jaxkv.kinds import kind_of
+from jaxkv.nn.buffers import Buffer, TransientBuffer
 
 # Left by a forward pass, or made for the next one.
 _TRANSIENT = (TransientBuffer, nnx.Intermediate, nnx.Cache)
 _TRANSIENT_COLLECTION = "transient_buffers"
+_COLLECTION = "buffers"
 # Each holds the values of those before it.
 _KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 
@@ -143,9 +145,31 @@ def tree_of(module: Any) -> Any:
     if is_module(module):
         return nnx.state(module)
     if module is None or _is_variable(module) or jax.tree_util.all_leaves([module]):
-        what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+        what = f"the class {module.__name__}" if isinstance(module, type) else kind_of(module)
         raise ValueError(f"{what} has no arrays with names; give an nnx module, an nnx.State or linen variables")
     return module
+
+
+def empty(tree: Any) -> set[str]:
+    """Returns the names of buffers that hold None."""
+    nodes = tree_leaves_with_path(tree, is_leaf=_is_node)
+    return {name_of(path) for path, node in nodes if _is_empty(path, node)}
+
+
+def with_room(tree: Any, state: Mapping[str, Any]) -> Any:
+    """Returns the tree with abstract arrays, of the state's shapes and dtypes, in buffers that hold None."""
+
+    def room(path: Any, node: Any) -> Any:
+        if not _is_empty(path, node) or name_of(path) not in state:
+            return node
+        try:
+            array = as_array(state[name_of(path)])
+        except ValueError:
+            return node
+        abstract = jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
+        return node.replace(abstract) if _is_variable(node) else abstract
+
+    return tree_map_with_path(room, tree, is_leaf=_is_node)
 
 
 def tied(module: Any, known: Collection[str]) -> dict[str, str]:
@@ -209,6 +233,16 @@ def _kind(dtype: Any) -> int:
 
 def _is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
+
+
+def _is_node(x: Any) -> bool:
+    return x is None or _is_variable(x)
+
+
+def _is_empty(path: Any, node: Any) -> bool:
+    if _is_variable(node):
+        return isinstance(node, Buffer) and not isinstance(node, _TRANSIENT) and node.get_value() is None
+    return node is None and name_of(path[:1]) == _COLLECTION
 
 
 def _is_key(x: Any) -> bool:

@@ -13,9 +13,10 @@ from flax import linen as nn
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross, Full, Reach
+from jaxkv.kinds import kind_of
 from jaxkv.meshes import dot_general, forward
 from jaxkv.nn.arguments import check_call
-from jaxkv.nn.heads import PROJECTIONS, Heads, biased, rms_norm
+from jaxkv.nn.heads import PROJECTIONS, Heads, QueryTemperature, biased, qk_scale
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
 
@@ -58,10 +59,11 @@ class Attention(AttentionModule, nn.Module):
     head_dim: int | None = None
     reach: Reach = Full()
     rotary: Any = None
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     qk_norm_epsilon: float = 1e-6
     softcap: float | None = None
     scale: float | None = None
+    temperature: QueryTemperature | None = None
     sink_logits: bool = False
     use_bias: bool | Collection[str] = True
     dropout_rate: float = 0.0
@@ -144,10 +146,8 @@ class Attention(AttentionModule, nn.Module):
         out_features = x.shape[-1] if self.out_features is None else self.out_features
         linear = {name: functools.partial(_projection, self, heads, out_features, name) for name in PROJECTIONS}
         q, k, v = (linear[name](name=name)(x) for name in ("query", "key", "value"))
-        if self.qk_norm:
-            size = heads.head_dim
-            q = rms_norm(q, RMSScale(size, self.param_dtype, name="query_norm")(), self.qk_norm_epsilon)
-            k = rms_norm(k, RMSScale(size, self.param_dtype, name="key_norm")(), self.qk_norm_epsilon)
+        q = self._normed(q, _scale(self, heads, heads.num_heads, "query_norm"))
+        k = self._normed(k, _scale(self, heads, heads.num_kv_heads, "key_norm"))
         sinks = None
         if self.sink_logits:
             sinks = self.param("sink_logits", nn.initializers.zeros_init(), (heads.num_heads,), self.param_dtype)
@@ -175,6 +175,7 @@ class Attention(AttentionModule, nn.Module):
             rotary=self.rotary,
             softcap=self.softcap,
             scale=self.scale,
+            temperature=self.temperature,
             implementation=self.implementation,
             dropout_rate=self.dropout_rate,
             broadcast_dropout=self.broadcast_dropout,
@@ -224,7 +225,7 @@ class CrossAttention(CrossAttentionModule, nn.Module):
     _: dataclasses.KW_ONLY
     size: int
     head_dim: int | None = None
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     qk_norm_epsilon: float = 1e-6
     softcap: float | None = None
     scale: float | None = None
@@ -247,8 +248,7 @@ class CrossAttention(CrossAttentionModule, nn.Module):
         self.query, self.key, self.value, self.out = (
             _projection(self, heads, out_features, name) for name in PROJECTIONS
         )
-        norms = [RMSScale(heads.head_dim, self.param_dtype) if self.qk_norm else None for _ in range(2)]
-        self.query_norm, self.key_norm = norms
+        self.query_norm, self.key_norm = (_scale(self, heads, count) for count in (heads.num_heads, heads.num_kv_heads))
 
     def __call__(
         self,
@@ -358,16 +358,22 @@ class _Flat(nn.meta.AxisMetadata[Any]):
         return _Flat(self.box.remove_axis(index, params))
 
 
-class RMSScale(nn.Module):
-    """The learned scale of an RMS norm. Parameter: `scale` [features], ones."""
+def _scale(module: Any, heads: Heads, count: int, name: str | None = None) -> Any:
+    """Returns the module of the scale of q or k, with `count` heads; None if there is none to learn."""
+    shape = qk_scale(module.qk_norm, count, heads.head_dim)
+    return None if shape is None else Scale(shape, module.param_dtype, name=name)
 
-    features: int
+
+class Scale(nn.Module):
+    """The learned scale of a norm. Parameter: `scale`, ones of a shape."""
+
+    shape: tuple[int, ...]
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self) -> Any:
-        """Returns the scale, [features]."""
-        return self.param("scale", nn.initializers.ones_init(), (self.features,), self.param_dtype)
+        """Returns the scale."""
+        return self.param("scale", nn.initializers.ones_init(), self.shape, self.param_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,7 +382,9 @@ class Forward:
 
     module: nn.Module
 
-    def __call__(self, params: Any, tokens: Any, positions: Any, cache: Cache) -> tuple[Any, Cache]:
+    def __call__(
+        self, params: Any, tokens: Any, positions: Any, cache: Cache, parents: Any = None
+    ) -> tuple[Any, Cache]:
         """Returns logits and the cache after the call's tokens.
 
         Args:
@@ -384,14 +392,18 @@ class Forward:
           tokens: int32 [B, T].
           positions: int32 [B, T], EMPTY for padding.
           cache: what the tokens continue.
+          parents: int32 [B, T], of a tree of tokens, see `Cache.begin`; the model gets it by name. None: no tree.
 
         Raises:
           ValueError: for all the variables instead of the parameters alone.
         """
         if "params" in params:
             raise ValueError("params holds a collection 'params'; give the parameters alone: variables['params']")
-        apply = self.module.apply
-        return forward(lambda params, *args: apply({"params": params}, *args), params, tokens, positions, cache)
+
+        def call(params: Any, *args: Any, **tree: Any) -> Any:
+            return self.module.apply({"params": params}, *args, **tree)
+
+        return forward(call, params, tokens, positions, cache, parents)
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -435,7 +447,7 @@ def functional(module: nn.Module) -> Forward:
     if not _is_hashable(module):
         name, value = _unhashable(type(module).__name__, module)
         raise ValueError(
-            f"{name} is a {type(value).__name__}, which can't be hashed, so the module can't be a static argument of "
+            f"{name} is {kind_of(value)}, which can't be hashed, so the module can't be a static argument of "
             "jax.jit; make a config a frozen dataclass, @dataclasses.dataclass(frozen=True), and a list a tuple"
         )
     return Forward(module)

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxkv.cache.spec import LayerSpec
 from jaxkv.nn.arguments import check_cross_call, check_encoded
-from jaxkv.nn.heads import Heads, rms_norm
+from jaxkv.nn.heads import Heads, qk_normed
 
 # Into the docstrings of the classes, behind the arguments that differ.
 SIZES = """qkv_features: num_heads * head_dim, in all; None means in_features.
@@ -17,10 +17,13 @@ OPTIONS = """head_dim: size H of a head, instead of qkv_features.
       reach: which past tokens a query may see, with a cache and without: Full(), Window(size, sinks) or Chunk(size).
       rotary: None, or `jaxkv.Rotary(...)`, which rotates q and k by their positions.
       qk_norm: whether each head's q and k are RMS-normalized before they are rotated, as in Qwen 3 and Gemma 3 (whose
-        checkpoints hold scale - 1).
+        checkpoints hold scale - 1). "together": all heads of a token as one vector, with a scale for each number
+        (OLMo 2); "centered": each head, with a scale of its own, after its mean is subtracted (Command R+); "plain":
+        each head, and no scale (Llama 4).
       qk_norm_epsilon: added to the mean square.
       softcap: None, or the bound c of c * tanh(scores / c).
       scale: factor of the scores; None means head_dim ** -0.5.
+      temperature: None, or `jaxkv.QueryTemperature(...)`, which lets queries grow with their positions.
       sink_logits: whether one learned score per query head joins the softmax and brings no value (gpt-oss).
       use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out".
       dropout_rate: share of the attention weights left out in training, at least 0, below 1. With a cache there is no
@@ -42,9 +45,10 @@ CROSS = """num_heads: query heads N.
       encoded_features: size of the encoder's output; None means in_features.
       {SIZES}
       size: most places that an encoder's output has.
-      head_dim, qk_norm, qk_norm_epsilon, softcap, scale, use_bias, dropout_rate, broadcast_dropout, deterministic,
-        dtype, param_dtype, precision, kernel_init, bias_init, out_kernel_init, out_bias_init, implementation: as in
-        `Attention`.""".replace("{SIZES}", SIZES)
+      head_dim, qk_norm, qk_norm_epsilon, softcap, scale, use_bias: as in `Attention`.
+      dropout_rate, broadcast_dropout, deterministic: as in `Attention`.
+      dtype, param_dtype, precision, implementation: as in `Attention`.
+      kernel_init, bias_init, out_kernel_init, out_bias_init: as in `Attention`.""".replace("{SIZES}", SIZES)
 
 
 class AttentionModule:
@@ -55,6 +59,7 @@ class AttentionModule:
     param_dtype: Any
     deterministic: bool | None
     dropout_rate: float
+    qk_norm: bool | str
     qk_norm_epsilon: Any
     query: Any
     key: Any
@@ -83,6 +88,12 @@ class AttentionModule:
 
     def _heads(self) -> Heads:
         return self.heads
+
+    def _normed(self, x: Any, norm: Any) -> Any:
+        """Returns queries or keys normalized as `qk_norm` says; `norm` returns the scale, None without one."""
+        if not self.qk_norm:
+            return x
+        return qk_normed(self.qk_norm, x, None if norm is None else norm(), self.qk_norm_epsilon)
 
     def _dropout_key(self, layer: Any, deterministic: bool | None, draw: Callable[[], Any]) -> Any:
         """Returns a key for the call's dropout, from `draw`, or None for no dropout."""
@@ -141,6 +152,3 @@ class CrossAttentionModule(AttentionModule):
                 f"encoded has {encoded.shape[-1]} features, this module was made for encoded_features={features}"
             )
         return self._normed(self.key(encoded), self.key_norm), self.value(encoded)
-
-    def _normed(self, x: Any, norm: Any) -> Any:
-        return x if norm is None else rms_norm(x, norm(), self.qk_norm_epsilon)

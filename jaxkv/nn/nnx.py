@@ -18,7 +18,7 @@ from jaxkv.meshes import dot_general, forward
 from jaxkv.nn.arguments import check_call
 from jaxkv.nn.fuse import Joined, Transposed
 from jaxkv.nn.fuse import fuse as fuse
-from jaxkv.nn.heads import Heads, biased, rms_norm
+from jaxkv.nn.heads import Heads, QueryTemperature, biased, qk_scale
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
 
@@ -63,10 +63,11 @@ class Attention(AttentionModule, nnx.Module):
         head_dim: int | None = None,
         reach: Reach = Full(),
         rotary: Any = None,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         qk_norm_epsilon: float = 1e-6,
         softcap: float | None = None,
         scale: float | None = None,
+        temperature: QueryTemperature | None = None,
         sink_logits: bool = False,
         use_bias: bool | Collection[str] = True,
         dropout_rate: float = 0.0,
@@ -93,6 +94,7 @@ class Attention(AttentionModule, nnx.Module):
             rotary=rotary,
             softcap=softcap,
             scale=scale,
+            temperature=temperature,
             implementation=implementation,
             dropout_rate=dropout_rate,
             broadcast_dropout=broadcast_dropout,
@@ -105,7 +107,8 @@ class Attention(AttentionModule, nnx.Module):
             biased(use_bias),
             (kernel_init, bias_init),
             (out_kernel_init or kernel_init, out_bias_init or bias_init),
-            qk_norm_epsilon if qk_norm else None,
+            qk_norm,
+            qk_norm_epsilon,
             deterministic,
             keep_rngs,
             dtype=dtype,
@@ -149,9 +152,7 @@ class Attention(AttentionModule, nnx.Module):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
         q, k, v = (self.query(x), self.key(x), self.value(x)) if self.qkv is None else self.qkv(x)
-        if self.query_norm is not None:
-            q = rms_norm(q, self.query_norm(), self.qk_norm_epsilon)
-            k = rms_norm(k, self.key_norm(), self.qk_norm_epsilon)
+        q, k = self._normed(q, self.query_norm), self._normed(k, self.key_norm)
         sinks = None if self.sink_logits is None else self.sink_logits[...]
         key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, rngs))
         y, layer = self.heads.attend(
@@ -268,7 +269,7 @@ class CrossAttention(CrossAttentionModule, nnx.Module):
         *,
         size: int,
         head_dim: int | None = None,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         qk_norm_epsilon: float = 1e-6,
         softcap: float | None = None,
         scale: float | None = None,
@@ -308,7 +309,8 @@ class CrossAttention(CrossAttentionModule, nnx.Module):
             biased(use_bias),
             (kernel_init, bias_init),
             (out_kernel_init or kernel_init, out_bias_init or bias_init),
-            qk_norm_epsilon if qk_norm else None,
+            qk_norm,
+            qk_norm_epsilon,
             deterministic,
             keep_rngs,
             dtype=dtype,
@@ -362,7 +364,8 @@ def _fill(
     with_bias: Collection[str],
     inner_inits: tuple[Any, Any],
     out_inits: tuple[Any, Any],
-    norm_epsilon: float | None,
+    qk_norm: bool | str,
+    qk_norm_epsilon: float,
     deterministic: bool | None,
     keep_rngs: bool,
     **kind: Any,
@@ -383,10 +386,10 @@ def _fill(
     module.value = linear(features[1], keys, "value", inner_inits)
     module.out = linear(queries, features[2], "out", out_inits, axis=(-2, -1))
     module.dtype, module.param_dtype = kind["dtype"], kind["param_dtype"]
-    module.qk_norm_epsilon = norm_epsilon
-    for name in ("query_norm", "key_norm"):
-        norm = nnx.data(None) if norm_epsilon is None else RMSScale(heads.head_dim, param_dtype=module.param_dtype)
-        setattr(module, name, norm)
+    module.qk_norm, module.qk_norm_epsilon = qk_norm, qk_norm_epsilon
+    for name, count in (("query_norm", heads.num_heads), ("key_norm", heads.num_kv_heads)):
+        shape = qk_scale(qk_norm, count, heads.head_dim)
+        setattr(module, name, nnx.data(None) if shape is None else Scale(shape, param_dtype=module.param_dtype))
     module.dropout_rate, module.deterministic = heads.dropout_rate, deterministic
     module.rngs = kind["rngs"].dropout.fork() if keep_rngs and heads.dropout_rate else nnx.data(None)
 
@@ -402,14 +405,14 @@ def _draw(module: Any, rngs: Any) -> Any:
     return rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
 
 
-class RMSScale(nnx.Module):
-    """The learned scale of an RMS norm. Parameter: `scale` [features], ones."""
+class Scale(nnx.Module):
+    """The learned scale of a norm. Parameter: `scale`, ones of a shape."""
 
-    def __init__(self, features: int, *, param_dtype: Any = jnp.float32) -> None:
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+    def __init__(self, shape: tuple[int, ...], *, param_dtype: Any = jnp.float32) -> None:
+        self.scale = nnx.Param(jnp.ones(shape, param_dtype))
 
     def __call__(self) -> Any:
-        """Returns the scale, [features]."""
+        """Returns the scale."""
         return self.scale[...]
 
 
@@ -422,7 +425,9 @@ class Forward:
 
     graphdef: Any = dataclasses.field(repr=False)
 
-    def __call__(self, params: Any, tokens: Any, positions: Any, cache: Cache) -> tuple[Any, Cache]:
+    def __call__(
+        self, params: Any, tokens: Any, positions: Any, cache: Cache, parents: Any = None
+    ) -> tuple[Any, Cache]:
         """Returns logits and the cache after the call's tokens.
 
         Args:
@@ -430,8 +435,13 @@ class Forward:
           tokens: int32 [B, T].
           positions: int32 [B, T], EMPTY for padding.
           cache: what the tokens continue.
+          parents: int32 [B, T], of a tree of tokens, see `Cache.begin`; the model gets it by name. None: no tree.
         """
-        return forward(lambda params, *args: nnx.merge(self.graphdef, params)(*args), params, tokens, positions, cache)
+
+        def call(params: Any, *args: Any, **tree: Any) -> Any:
+            return nnx.merge(self.graphdef, params)(*args, **tree)
+
+        return forward(call, params, tokens, positions, cache, parents)
 
     @functools.cached_property
     def _hash(self) -> int:

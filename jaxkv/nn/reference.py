@@ -18,6 +18,8 @@ def reference(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step, bits: Any)
     """Returns attention [B, K, G, T, Hv] of q [B, K, G, T, H]; sinks [K, G] or None, bits of `dropout.draw` or None."""
     group = step.groups[layer.group]
     see = step.visible(plan.reach, group.kv_positions, group.kv_spans)  # [B, T, S]
+    if layer.spec.drops:
+        see &= layer.stored(step, 0, layer.num_slots)[:, None]
     used = see.any(1)[:, None, :, None]
     k, v = (jnp.where(used, x.astype(q.dtype), 0) for x in layer.read(step, 0, layer.num_slots))
     see = see[:, None, None]

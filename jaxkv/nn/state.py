@@ -14,8 +14,9 @@ from flax import nnx
 
 from jaxkv import safetensors
 from jaxkv.errors import CacheError
+from jaxkv.kinds import kind_of
 from jaxkv.logs import log
-from jaxkv.nn.leaves import Leaf, as_array, is_module, leaves, tied, tree_of
+from jaxkv.nn.leaves import Leaf, as_array, empty, is_module, leaves, tied, tree_of, with_room
 from jaxkv.tracing import is_tracing
 
 _MAKE_NNX = "nnx.update(module, jax.jit(lambda: nnx.state(make_module(), nnx.Not(nnx.Param)))())"
@@ -65,21 +66,24 @@ class Loaded:
       variables: the tree with the new values; an nnx module given was changed, and is here as well.
       missing: names of the module that were not in the state.
       unexpected: names of the state that the module doesn't have.
+      mismatched: names whose arrays have other shapes in the state, and were left as they are.
     """
 
     variables: Any = dataclasses.field(repr=False)
     missing: list[str]
     unexpected: list[str]
+    mismatched: list[str] = dataclasses.field(default_factory=list)
 
     def __iter__(self) -> Iterator[list[str]]:
         return iter((self.missing, self.unexpected))
 
 
-def load_state_dict(module: Any, state: Mapping[str, Any], *, strict: bool = True) -> Loaded:
+def load_state_dict(module: Any, state: Mapping[str, Any], *, strict: bool = True, mismatched: str = "error") -> Loaded:
     """Puts arrays by name into a module: all of them, or nothing if something doesn't fit.
 
     Values are copied, cast to the dtype that is there and put where it is: the sharding stays. A Variable that an nnx
-    module has under several names may be in the state under each, with equal values.
+    module has under several names may be in the state under each, with equal values. A Buffer of None (in linen, None
+    in the collection "buffers") is filled if the state has its name, with the dtype there, and not missed if not.
 
     Args:
       module: an `nnx` module, changed in place; or linen variables or an `nnx.State`, which stay as they are: take
@@ -88,9 +92,11 @@ def load_state_dict(module: Any, state: Mapping[str, Any], *, strict: bool = Tru
         and not missed if they aren't.
       strict: whether missing and unexpected names are errors. Without it a state that has no name of the module is
         warned of.
+      mismatched: what happens to arrays of another shape: "error", or "skip" leaves those of the module as they are,
+        with a warning that names them.
 
     Returns:
-      A Loaded: `.variables`, `.missing`, `.unexpected`; unpacks as `missing, unexpected`.
+      A Loaded: `.variables`, `.missing`, `.unexpected`, `.mismatched`; unpacks as `missing, unexpected`.
 
     Raises:
       ValueError: naming all that does not fit: arrays of another shape, values that the dtype can't hold (it may round
@@ -106,15 +112,27 @@ def load_state_dict(module: Any, state: Mapping[str, Any], *, strict: bool = Tru
     >>> jaxkv.load_state_dict({"params": {"scale": jnp.zeros(2)}}, {"params.scale": [1, 2]}).variables
     {'params': {'scale': Array([1., 2.], dtype=float32)}}
     """
+    return _load(module, state, {}, strict, mismatched)
+
+
+def _load(module: Any, state: Any, tied_names: Mapping[str, str], strict: bool, mismatched: str) -> Loaded:
+    """Does what `load_state_dict` does; `tied_names` are further ones of arrays of the state."""
     _check_not_tracing("load_state_dict")
+    if mismatched not in ("error", "skip"):
+        raise ValueError(f"mismatched is {mismatched!r}, must be 'error' or 'skip'")
     tree = tree_of(module)
     _check_state(state)
+    here = {leaf.name for leaf in leaves(tree) if leaf.saved or leaf.is_rng} | empty(tree)
+    ties = tied(module, here)
+    given, problems = _untied(_named_as_here(state, tied_names, here | ties.keys()), ties)
+    tree = with_room(tree, given)
     all_leaves = _distinct(leaves(tree))
     known = {leaf.name: leaf for leaf in all_leaves if leaf.saved or leaf.is_rng}
-    given, problems = _untied(state, tied(module, known))
+    others = [name for name, value in given.items() if name in known and _has_other_shape(known[name], value)]
+    skipped = others if mismatched == "skip" else []
     absent = [leaf for leaf in all_leaves if leaf.saved and leaf.name not in given]
     unexpected = [name for name in given if name not in known]
-    found = {name: value for name, value in given.items() if name in known}
+    found = {name: value for name, value in given.items() if name in known and name not in skipped}
     problems += filter(None, (known[name].misfit(value) for name, value in found.items()))
     problems += _left_abstract(leaf for leaf in all_leaves if not leaf.saved and leaf.name not in found)
     if strict:
@@ -122,8 +140,12 @@ def load_state_dict(module: Any, state: Mapping[str, Any], *, strict: bool = Tru
         problems += [f"unexpected: {name} {np.shape(given[name])}" for name in unexpected]
     if problems:
         cure = "; strict=False leaves names that are missing or unexpected aside" if strict else ""
+        cure += '; mismatched="skip" leaves arrays of other shapes as they are' if others and not skipped else ""
         raise ValueError(f"the state does not fit the module{cure}:\n  " + "\n  ".join(problems))
-    if given and known and not found:
+    if skipped:
+        said = ", ".join(f"{name} is {np.shape(given[name])}, here {known[name].shape}" for name in skipped)
+        log.warning("left as they are, because they have other shapes in the state: %s", said)
+    elif given and known and not found:
         names = next(iter(given)), next(iter(known))
         log.warning("nothing was loaded: the state has names such as %s, the module such as %s", *names)
 
@@ -134,7 +156,7 @@ def load_state_dict(module: Any, state: Mapping[str, Any], *, strict: bool = Tru
     if in_place:
         nnx.update(module, tree)
         tree = module
-    return Loaded(tree, [leaf.name for leaf in absent], unexpected)
+    return Loaded(tree, [leaf.name for leaf in absent], unexpected, skipped)
 
 
 def save_state(
@@ -175,17 +197,22 @@ def save_state(
     safetensors.write(path, state, dtype=dtype, metadata=metadata)
 
 
-def load_state(path: str | os.PathLike[str], module: Any = None, *, strict: bool = True) -> Any:
+def load_state(
+    path: str | os.PathLike[str], module: Any = None, *, strict: bool = True, mismatched: str = "error"
+) -> Any:
     """Reads a safetensors file into a module, or, without one, as arrays by name.
+
+    Names that stand only in the file's metadata, as PyTorch's `save_model` writes further names of tied weights, are
+    names of the same array; a module that has one of them need not have the others.
 
     Args:
       path: the file; "~" is the home directory.
       module: as for `load_state_dict`; None returns what the file holds.
-      strict: as for `load_state_dict`.
+      strict, mismatched: as for `load_state_dict`.
 
     Returns:
-      With a module what `load_state_dict` returns. Without one `{name: array}`, read-only NumPy arrays whose bytes are
-      read when they are touched.
+      With a module what `load_state_dict` returns. Without one a dict of read-only NumPy arrays by name, whose bytes
+      are read when they are touched.
 
     Raises:
       OSError: if the file can't be opened.
@@ -195,10 +222,11 @@ def load_state(path: str | os.PathLike[str], module: Any = None, *, strict: bool
     _check_path(path, "load_state")
     file = safetensors.File(path)
     if module is None:
-        return dict(file)
+        arrays = dict(file)
+        return arrays | {other: arrays[name] for other, name in file.tied.items()}
     try:
         state = {name: file[name] if file.is_known(name) else _Unknown(file, name) for name in file}
-        return load_state_dict(module, state, strict=strict)
+        return _load(module, state, file.tied, strict, mismatched)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
 
@@ -222,6 +250,13 @@ def _distinct(all_leaves: Iterable[Leaf]) -> list[Leaf]:
     return list(found.values())
 
 
+def _named_as_here(state: Mapping[str, Any], tied_names: Mapping[str, str], known: set[str]) -> dict[str, Any]:
+    """Returns the state with arrays of several names under those that are known, or else under the first."""
+    here = {other: state[name] for other, name in tied_names.items() if other in known}
+    only_elsewhere = {tied_names[other] for other in here} - known
+    return {name: value for name, value in state.items() if name not in only_elsewhere} | here
+
+
 def _untied(state: Mapping[str, Any], other_names: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Returns the state with one name for each Variable, and what contradicts that."""
     one = {name: value for name, value in state.items() if name not in other_names}
@@ -232,7 +267,16 @@ def _untied(state: Mapping[str, Any], other_names: Mapping[str, str]) -> tuple[d
     return one, problems
 
 
+def _has_other_shape(leaf: Leaf, value: Any) -> bool:
+    try:
+        return as_array(value).shape != leaf.shape
+    except ValueError:
+        return False  # what is wrong with it is said elsewhere
+
+
 def _equal(x: Any, y: Any) -> bool:
+    if x is y:
+        return True
     try:
         x, y = (np.asarray(as_array(value)) for value in (x, y))
     except ValueError:
@@ -255,18 +299,18 @@ def _check_state(state: Any) -> None:
     if is_module(state):
         raise ValueError(f"the state is a module, {type(state).__name__}; give load_state_dict(module, state)")
     if not isinstance(state, Mapping):
-        raise ValueError(f"the state is a {type(state).__name__}; give arrays by name, as state_dict returns them")
+        raise ValueError(f"the state is {kind_of(state)}; give arrays by name, as state_dict returns them")
     for name, value in state.items():
         if isinstance(value, Mapping):
             raise ValueError(
-                f"the state looks nested: {name!r} is a {type(value).__name__}. Names are joined by dots, "
+                f"the state looks nested: {name!r} is {kind_of(value)}. Names are joined by dots, "
                 "as jaxkv.state_dict(state) gives them"
             )
 
 
 def _check_path(path: Any, call: str) -> None:
     if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"{call}: the path is a {type(path).__name__}; give {call}(path, module)")
+        raise ValueError(f"{call}: the path is {kind_of(path)}; give {call}(path, module)")
 
 
 def _check_not_tracing(call: str) -> None:

@@ -72,6 +72,7 @@ def self_attend(
         kv_positions=positions,
         kv_spans=spans,
         filled=jnp.full((batch,), length, jnp.int32),
+        pages=None,
         slot_is_position=in_order,
     )
     rest = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits, "implementation": implementation}
@@ -128,6 +129,7 @@ def cross_attend(
         kv_positions=jnp.where(slots < lengths[:, None], slots, EMPTY),
         kv_spans=None,
         filled=lengths,
+        pages=None,
         slot_is_position=False,
     )
     positions = jnp.zeros((batch, *jnp.shape(q)[1:2]), jnp.int32)
@@ -164,6 +166,10 @@ class _Fresh:
     spec: LayerSpec = dataclasses.field(metadata={"static": True})
     group: int = dataclasses.field(metadata={"static": True})
     num_slots: int = dataclasses.field(metadata={"static": True})
+
+    def pieces(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
+        k, v = self.read(step, start, size)
+        return ((k, None),), ((v, None),)
 
     def read(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
         k, v = (x if step.whole else jnp.take(x, step.rows, axis=0, mode="clip") for x in (self.k, self.v))

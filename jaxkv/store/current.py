@@ -16,6 +16,7 @@ from typing import Any
 from jax.extend.core import get_opaque_trace_state
 
 from jaxkv.errors import CacheError
+from jaxkv.kinds import kind_of
 from jaxkv.store.store import Store
 from jaxkv.tracing import NO_TRACE
 
@@ -95,5 +96,5 @@ def _reachable(what: str) -> _Current:
 
 def _checked(store: Any) -> Store:
     if not isinstance(store, Store):
-        raise ValueError(f"{store!r} is a {type(store).__name__}; give a jaxkv.Store")
+        raise ValueError(f"{store!r} is {kind_of(store)}; give a jaxkv.Store")
     return store

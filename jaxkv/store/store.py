@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jax.tree_util import GetAttrKey
 
+from jaxkv.kinds import kind_of
+
 _MISSING: Any = object()
 
 
@@ -146,7 +148,7 @@ class _Static:
 
 def _checked(name: Any) -> str:
     if not isinstance(name, str):
-        raise ValueError(f"{name!r} is a {type(name).__name__}; names in a store are strings")
+        raise ValueError(f"{name!r} is {kind_of(name)}; names in a store are strings")
     return name
 
 

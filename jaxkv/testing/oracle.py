@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxkv.cache.spec import Chunk, Cross
+from jaxkv.testing.pools import CountedPool
 
 EMPTY = -1
 
@@ -37,12 +38,24 @@ class Oracle:
     only, mutable, slow, and shares no code with the cache: visibility, ring sizes and slots are worked out here once
     more.
 
+    On pages it counts them too (`pools`), by these rules:
+
+    - A row has a page iff it holds a position in it; of an output of the encoder, iff a key.
+    - Whoever writes needs a page for itself: a new one where it has none, or another row has it too.
+    - `begin` serves rows in the order of their numbers, each as if it came alone: one that finds too few free pages in
+      any pool takes nothing. So of the sharers of a page that write it in one call the last keeps it, unless one before
+      it was refused and has the page still.
+    - `remove` with an end writes the pages that moved tokens land in, before it gives back those that it empties.
+
     Args:
       reaches: the reaches of the layers; repeated ones count once.
       num_rows: how many sequences.
       capacity: tokens that a sequence can hold.
       max_block: longest block of one call.
       slack: how far behind the highest position written a rewind may go.
+      num_pages: how many pages the pool of a reach without a size has; the others get what their rows need, if that is
+        less, and Cross what its rows need. None: the cache is not on pages.
+      page_size: tokens in a page.
 
     >>> from jaxkv.cache.spec import Window
     >>> oracle = Oracle([Window(2)], num_rows=1, capacity=8, max_block=2)
@@ -54,7 +67,17 @@ class Oracle:
     2
     """
 
-    def __init__(self, reaches: Iterable[Any], *, num_rows: int, capacity: int, max_block: int, slack: int = 0):
+    def __init__(
+        self,
+        reaches: Iterable[Any],
+        *,
+        num_rows: int,
+        capacity: int,
+        max_block: int,
+        slack: int = 0,
+        num_pages: int | None = None,
+        page_size: int = 1,
+    ):
         reaches = dict.fromkeys(reaches)
         self.cross = next((reach for reach in reaches if isinstance(reach, Cross)), None)
         self.reaches = tuple(reach for reach in reaches if reach != self.cross)
@@ -65,12 +88,23 @@ class Oracle:
             if (size := _size(reach)) is not None:
                 ring = min(ring, size - 1 + max(min(max_block, capacity), slack))
             self.ring[reach] = ring
+        self.wraps = [reach for reach in self.reaches if reach.sinks + self.ring[reach] < capacity]
+        self.page_size = page_size
+        self.pools: dict[Any, CountedPool] = {}
+        if num_pages is not None:
+            for reach in [*self.reaches, *([] if self.cross is None else [self.cross])]:
+                used = reach.size if reach == self.cross else reach.sinks + self.ring[reach]
+                most = num_rows * -(-used // page_size)
+                size = most if reach == self.cross else num_pages if _size(reach) is None else min(num_pages, most)
+                self.pools[reach] = CountedPool(size, num_rows)
         self.history: list[dict[int, int]] = [{} for _ in range(num_rows)]
         self.kept: list[dict[Any, dict[int, int]]] = [self._nothing() for _ in range(num_rows)]
         self.lengths = [0] * num_rows
         self.ok = [True] * num_rows
         self.encoded: list[list[int] | None] = [None] * num_rows  # tokens of the encoder's output
-        self.gaps = [False] * num_rows  # positions were skipped, or lost ones written in part: see `_write`
+        # Of a row with gaps, one interval can't say exactly what is lost: positions were skipped or forgotten, or lost
+        # ones written in part. The cache may then answer lower than it must; without rings nothing is ever lost.
+        self.gaps = [False] * num_rows
 
     # ---------------------------------------------------------------- questions
 
@@ -79,17 +113,15 @@ class Oracle:
         return position if position < reach.sinks else reach.sinks + (position - reach.sinks) % self.ring[reach]
 
     def fits(self, row: int, positions: Sequence[int]) -> bool:
-        """Whether `row` can take tokens at these positions in one call."""
+        """Whether `row` can take tokens at these positions in one call, alone or as the next one that is served."""
         if not self.ok[row] or max(positions) >= self.capacity or len(set(positions)) < len(positions):
             return False
         lowest, top = min(positions), max(max(positions), self.lengths[row] - 1)
         if not all(self._finds(row, p, positions) for p in positions):
             return False
-        return all(
-            top - _first(reach, lowest) < self.ring[reach]
-            for reach in self.reaches
-            if reach.sinks + self.ring[reach] < self.capacity
-        )
+        if not all(top - _first(reach, lowest) < self.ring[reach] for reach in self.wraps):
+            return False
+        return self._has_pages(row, dict.fromkeys(self.reaches, positions))
 
     def resume_point(self, row: int, position: int) -> int:
         """The largest p <= position from which `row` can go on, finding all that its queries may see."""
@@ -112,6 +144,17 @@ class Oracle:
             for reach in self.reaches
             for past in self.history[row]
             if past < position and _reaches(reach, position, past)
+        )
+
+    def pages(self, reach: Any, positions: Iterable[int]) -> set[int]:
+        """Which pages of a row these positions lie in, counted from 0."""
+        return {(p if reach == self.cross else self.slot(reach, p)) // self.page_size for p in positions}
+
+    def _has_pages(self, row: int, written: Mapping[Any, Iterable[int]]) -> bool:
+        """Whether `row` gets the pages that it lacks to write these positions of each reach."""
+        return all(
+            len(pool.lacking(row, self.pages(reach, written.get(reach, ())))) <= pool.num_free
+            for reach, pool in self.pools.items()
         )
 
     # ---------------------------------------------------------------- operations
@@ -150,7 +193,7 @@ class Oracle:
                 if p >= 0 and 0 <= row < self.num_rows:
                     wanted.setdefault(int(row), []).append((int(p), int(token), int(span)))
         served = {}
-        for row, new in wanted.items():
+        for row, new in sorted(wanted.items()):
             fits = self.fits(row, [p for p, _, _ in new])
             whole = max(p for p, _, _ in new) - min(p for p, _, _ in new) < len(new)
             if fits and row in refused and whole and not self.gaps[row]:
@@ -203,6 +246,10 @@ class Oracle:
                 continue
             if self.ok[row] and length <= size and bring.count(row) == 1:
                 self.encoded[row] = output[:length]
+                if self.cross in self.pools:
+                    pages = self.pages(self.cross, range(length))
+                    self.pools[self.cross].keep(row, pages)
+                    self.pools[self.cross].own(row, pages)
             else:
                 refused.add(row)
         for row in refused:
@@ -210,20 +257,32 @@ class Oracle:
         return np.array([row not in refused for row in rows])
 
     def _write(self, row: int, new: Mapping[int, int]) -> None:
+        for reach in self.reaches:
+            if reach in self.pools:
+                self.pools[reach].own(row, self.pages(reach, new))
         length = max(self.lengths[row], max(new) + 1)
         if set(new) | set(range(self.lengths[row])) != set(range(length)):
-            self.gaps[row] = True
+            self._leave_gaps(row)
         self.history[row].update(new)
         self.lengths[row] = length
         for reach, held in self.kept[row].items():
             overwritten = {self.slot(reach, p) for p in new}
             kept = {p: token for p, token in held.items() if self.slot(reach, p) not in overwritten}
             self.kept[row][reach] = kept | dict(new)
-            # One interval of what is lost can't say this exactly either, so the cache may answer lower than it must.
-            self.gaps[row] |= any(p not in self.kept[row][reach] for p in self.history[row] if p > min(new))
+            if any(p not in self.kept[row][reach] for p in self.history[row] if p > min(new)):
+                self._leave_gaps(row)
 
-    def remove(self, row: int, begin: int, end: int | None = None) -> None:
-        """Forgets positions [begin, end); with an end, the later tokens move down."""
+    def remove(
+        self, row: int, begin: int, end: int | None = None, *, held: Mapping[Any, Collection[int]] | None = None
+    ) -> None:
+        """Forgets positions [begin, end); with an end, the later tokens move down, if there are pages for them.
+
+        Args:
+          row: which sequence; an unknown one changes nothing.
+          begin, end: the positions; None truncates.
+          held: what the cache then held of each reach, unless it refused. On a row with gaps it may have forgotten
+            more, and then needs fewer pages.
+        """
         if not 0 <= row < self.num_rows:
             return
         if end is None:
@@ -232,15 +291,42 @@ class Oracle:
             return
         end = min(end, self.lengths[row])
         begin = max(0, min(begin, end))
+        if begin == end:
+            return
 
         def moved(held: Mapping[int, int]) -> dict[int, int]:
             return {p if p < begin else p - (end - begin): t for p, t in sorted(held.items()) if not begin <= p < end}
 
-        self.history[row] = moved(self.history[row])
-        for reach, held in self.kept[row].items():
-            by_slot = {self.slot(reach, p): (p, token) for p, token in moved(held).items()}  # the newest stays
-            self.kept[row][reach] = dict(by_slot.values())
+        kept = {}
+        for reach, tokens in self.kept[row].items():
+            by_slot = {self.slot(reach, p): (p, token) for p, token in moved(tokens).items()}  # the newest stays
+            kept[reach] = dict(by_slot.values())
+            if held is not None and self.gaps[row]:
+                kept[reach] = {p: token for p, token in kept[reach].items() if p in held[reach]}
+        written = {reach: [p for p in tokens if p >= begin] for reach, tokens in kept.items()}
+        if not self._has_pages(row, written):
+            self.ok[row] = False
+            return
+        for reach, positions in written.items():
+            if reach in self.pools:
+                self.pools[reach].own(row, self.pages(reach, positions))
+        self.history[row], self.kept[row] = moved(self.history[row]), kept
         self.lengths[row] -= end - begin
+        self._release(row)
+
+    def keep(self, mask: Any) -> None:
+        """Forgets all positions but those that a mask names, bool [R, capacity]; nothing moves."""
+        mask = np.asarray(mask)
+
+        def named(row: int, held: Mapping[int, int]) -> dict[int, int]:
+            return {p: token for p, token in held.items() if mask[row, p]}
+
+        for row, history in enumerate(self.history):
+            self.history[row] = named(row, history)
+            self.kept[row] = {reach: named(row, held) for reach, held in self.kept[row].items()}
+            if self.history[row] != history:
+                self._leave_gaps(row)
+            self._release(row)
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Truncates every row; one asked for its own length or more is not touched."""
@@ -254,18 +340,21 @@ class Oracle:
         if src == dst:
             self.remove(src, length)
         elif not 0 <= src < self.num_rows:
-            self._truncate(dst, 0)
-            self.encoded[dst] = None
+            self._forget(dst)
         else:
-            keep = self.resume_point(src, length)
+            landed = self.resume_point(src, length)
             self._set(dst, self._get(src))
-            self._truncate(dst, keep)
+            for pool in self.pools.values():
+                pool.copy(src, dst)
+            self._truncate(dst, landed)
         self.ok[dst] = True
 
     def take(self, rows: Sequence[int]) -> None:
         """Makes row r what row rows[r] is; an unknown one is empty."""
         empty: tuple[Any, ...] = {}, self._nothing(), 0, True, False, None
         states = [self._get(row) if 0 <= row < self.num_rows else empty for row in rows]
+        for pool in self.pools.values():
+            pool.take(rows)
         self.num_rows = len(rows)
         self.history, self.kept = [{} for _ in rows], [self._nothing() for _ in rows]
         self.lengths, self.ok, self.gaps = [0] * len(rows), [True] * len(rows), [False] * len(rows)
@@ -276,24 +365,50 @@ class Oracle:
     def reset(self, mask: Sequence[bool]) -> None:
         """Forgets whole sequences."""
         for row in np.flatnonzero(mask).tolist():
-            self._truncate(row, 0)
-            self.ok[row], self.encoded[row] = True, None
+            self._forget(row)
+            self.ok[row] = True
 
     def retry(self, mask: Sequence[bool]) -> None:
         """Lets sequences that did not fit try again."""
         for row in np.flatnonzero(mask).tolist():
             self.ok[row] = True
 
-    def settle(self, row: int, length: int) -> None:
-        """Follows a cache that landed on a lower length than it must; only rows with gaps may.
+    def settle(self, row: int, length: int, held: Mapping[Any, Collection[int]] | None = None) -> None:
+        """Follows a cache that landed on a lower length, or holds less, than it must; only rows with gaps may.
+
+        Args:
+          row: which sequence.
+          length: its length in the cache.
+          held: the positions that the cache holds of each reach; None: what it must.
 
         Raises:
-          ValueError: if the length is higher than it may be, or lower than it must be.
+          ValueError: if the length is higher than it may be, or lower than it must be; if the cache holds a position
+            that was overwritten or forgotten, or has lost one that wasn't.
         """
         lower = self.gaps[row] and length <= self.lengths[row] and self._resumes(row, length)
         if length != self.lengths[row] and not lower:
             raise ValueError(f"row {row} must have length {self.lengths[row]}, not {length}")
         self._truncate(row, length)
+        for reach, kept in self.kept[row].items():
+            there = set(kept if held is None else held[reach])
+            fewer = set(kept) - there
+            if there - set(kept) or (fewer and not (self.gaps[row] and reach in self.wraps)):
+                raise ValueError(f"row {row} must hold positions {sorted(kept)} of {reach}, not {sorted(there)}")
+            self.kept[row][reach] = {p: token for p, token in kept.items() if p in there}
+        self._release(row)
+
+    def _leave_gaps(self, row: int) -> None:
+        self.gaps[row] = bool(self.wraps)
+
+    def _forget(self, row: int) -> None:
+        self.encoded[row] = None
+        self._truncate(row, 0)
+
+    def _release(self, row: int) -> None:
+        """Gives back the pages in which the row holds nothing."""
+        for reach, pool in self.pools.items():
+            held = range(len(self.encoded[row] or [])) if reach == self.cross else self.kept[row][reach]
+            pool.keep(row, self.pages(reach, held))
 
     def _truncate(self, row: int, length: int) -> None:
         def below(held: Mapping[int, int]) -> dict[int, int]:
@@ -303,6 +418,7 @@ class Oracle:
         self.kept[row] = {reach: below(held) for reach, held in self.kept[row].items()}
         self.lengths[row] = length
         self.gaps[row] &= length > 0
+        self._release(row)
 
     def _nothing(self) -> dict[Any, dict[int, int]]:
         return {reach: {} for reach in self.reaches}

@@ -18,9 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache.cache import Cache
+from jaxkv.cache.pages import Pages
 from jaxkv.cache.spec import Cross
+from jaxkv.cache.storage import Dense
 from jaxkv.nn.attend import attend
 from jaxkv.testing.oracle import EMPTY, Oracle
+from jaxkv.testing.pages import assert_only_written, assert_pages_sound, assert_unchanged
 
 Choose = Callable[[int, int], int]  # (least, most) -> a whole number between them, both included
 
@@ -90,7 +93,21 @@ class Retry:
     mask: tuple[bool, ...]
 
 
-Operation = Begin | BeginCross | Remove | Rewind | CopyPrefix | Take | Reset | Retry
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """`cache.keep(mask)` with a mask that is False at these positions of each row, and True elsewhere."""
+
+    forgets: tuple[tuple[int, ...], ...]
+
+    def mask(self, capacity: int) -> np.ndarray:
+        """Returns the mask: bool [R, capacity]."""
+        mask = np.ones((len(self.forgets), capacity), bool)
+        for row, positions in zip(mask, self.forgets, strict=True):
+            row[list(positions)] = False
+        return mask
+
+
+Operation = Begin | BeginCross | Remove | Rewind | CopyPrefix | Take | Reset | Retry | Keep
 
 
 def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: bool = True) -> Operation:
@@ -113,9 +130,12 @@ def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: b
     def near(length: int) -> int:
         return choose(0, length + 2)
 
-    kind = choose(0, 15)
+    kind = choose(0, 16)
     if not all(oracle.ok) and chance(40):  # or most of a program would be spent on sequences that take nothing
         full = [n >= oracle.capacity - max_block for n in oracle.lengths]
+        dry = any(pool.num_free < num_rows for pool in oracle.pools.values())
+        if dry and chance(50):
+            full[choose(0, num_rows - 1)] = True
         if any(full) and chance(50):
             return Reset(tuple(full))
         return Retry(tuple(not ok for ok in oracle.ok))
@@ -146,8 +166,20 @@ def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: b
         return Remove(row, near(oracle.lengths[row]), near(oracle.lengths[row]) if shift else None)
     if kind == 14:
         return Remove(row, near(oracle.lengths[row]))
+    if kind == 15:
+        return Keep(tuple(_some_positions(n, choose, chance) for n in oracle.lengths))
     mask = tuple(chance(30) for _ in range(num_rows))
     return Retry(mask) if chance(40) else Reset(mask)
+
+
+def _some_positions(length: int, choose: Choose, chance: Any) -> tuple[int, ...]:
+    """Returns some of the first `length` positions: mostly none or a stretch, or here and there."""
+    if not length or chance(40):
+        return ()
+    if chance(50):
+        return tuple(p for p in range(length) if chance(30))
+    begin = choose(0, length - 1)
+    return tuple(range(begin, choose(begin, length - 1) + 1))
 
 
 def _random_begin(oracle: Oracle, choose: Choose, chance: Any, shape: tuple[int, int], rows: Any) -> Begin:
@@ -186,13 +218,16 @@ def _call(name: str, cache: Cache, *args: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="num_heads")
-def forward(cache: Cache, positions: Any, rows: Any, spans: Any, ks: Any, vs: Any, *, num_heads: int) -> Any:
+def forward(
+    cache: Cache, positions: Any, rows: Any, spans: Any, ks: Any, vs: Any, wheres: Any = None, *, num_heads: int
+) -> Any:
     """Returns what one forward pass through all layers gives: the way a model uses a cache, without a model.
 
     Args:
       cache: any cache.
       positions, rows, spans: as `Cache.begin` takes them.
       ks, vs: for each layer, stacked ones too, keys [B, T, K, H] and values [B, T, K, Hv]; Cross layers don't put them.
+      wheres: for each layer, stacked ones too, what `put` takes as `where`; None for none.
       num_heads: query heads per kv head; the keys themselves are the queries, head h of them times h + 1.
 
     Returns:
@@ -200,13 +235,14 @@ def forward(cache: Cache, positions: Any, rows: Any, spans: Any, ks: Any, vs: An
     """
     cache, step = cache.begin(positions, rows, spans)
     ks, vs, layers, seen = list(ks), list(vs), [], []
+    wheres = [None] * len(ks) if wheres is None else list(wheres)
     for layer in cache.layers:
         stacked = layer.num_stacked is not None
         for i in range(layer.num_stacked or 1):
-            k, v = ks.pop(0), vs.pop(0)
+            k, v, where = ks.pop(0), vs.pop(0), wheres.pop(0)
             layer = layer.at(i) if stacked else layer
             if not isinstance(layer.spec.reach, Cross):
-                layer = layer.put(step, k, v)
+                layer = layer.put(step, k, v, where)
             q = jnp.stack([k.astype(jnp.float32) * (h + 1) for h in range(num_heads)], 3)
             q = q.reshape(*k.shape[:2], -1, k.shape[3])  # [B, T, K * num_heads, H]
             seen.append((step.groups[layer.group].kv_positions, *layer.get(step), attend(q, layer, step)))
@@ -215,22 +251,24 @@ def forward(cache: Cache, positions: Any, rows: Any, spans: Any, ks: Any, vs: An
 
 
 @jax.jit
-def encode(cache: Cache, lengths: Any, rows: Any, ks: Any, vs: Any) -> Any:
+def encode(cache: Cache, lengths: Any, rows: Any, ks: Any, vs: Any, wheres: Any = None) -> Any:
     """Returns the cache after an encoder's output went into its Cross layers, and the step's ok.
 
     Args:
       cache: a cache with Cross layers.
       lengths, rows: as `Cache.begin_cross` takes them.
       ks, vs: for each layer, stacked ones too, keys [B, S, K, H] and values [B, S, K, Hv]; Cross layers put them.
+      wheres: for each layer, stacked ones too, what `put` takes as `where`; None for none.
     """
     cache, step = cache.begin_cross(lengths, rows)
     ks, vs, layers = list(ks), list(vs), []
+    wheres = [None] * len(ks) if wheres is None else list(wheres)
     for layer in cache.layers:
         stacked = layer.num_stacked is not None
         for i in range(layer.num_stacked or 1):
-            k, v = ks.pop(0), vs.pop(0)
+            k, v, where = ks.pop(0), vs.pop(0), wheres.pop(0)
             if isinstance(layer.spec.reach, Cross):
-                layer = (layer.at(i) if stacked else layer).put(step, k, v)
+                layer = (layer.at(i) if stacked else layer).put(step, k, v, where)
         layers.append(layer.at(None) if stacked else layer)
     return cache.with_layers(layers), step.ok
 
@@ -238,13 +276,18 @@ def encode(cache: Cache, lengths: Any, rows: Any, ks: Any, vs: Any) -> Any:
 # Compiled once per kind of cache, for all machines.
 OPERATIONS: dict[str, Callable[..., Any]] = {
     name: jax.jit(functools.partial(_call, name))
-    for name in ("remove", "rewind", "copy_prefix", "take", "reset", "retry", "resume_point", "can_resume")
+    for name in ("remove", "rewind", "copy_prefix", "take", "reset", "retry", "keep", "resume_point", "can_resume")
 }
 
 
-@functools.partial(jax.jit, static_argnames="rotary")
-def _shift(rotary: Any, k: Any, delta: Any) -> Any:
-    return rotary.shift(k, delta)
+@functools.partial(jax.jit, static_argnames=("rotary", "at"))
+def _turn(rotary: Any, at: str, k: Any, by: Any) -> Any:
+    return rotary.rotate(k, by) if at == "read" else rotary.shift(k, by)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _round_trip(storage: Any, x: Any) -> Any:
+    return storage.decode(storage.encode(x))
 
 
 class Machine:
@@ -290,11 +333,14 @@ class Machine:
             capacity=cache.capacity,
             max_block=cache.max_block,
             slack=cache.slack,
+            **(dataclasses.asdict(cache.layout) if isinstance(cache.layout, Pages) else {}),
         )
         self.program: list[Operation] = []
         self.counts: collections.Counter[str] = collections.Counter()
-        self._written: list[tuple[int, list[np.ndarray], list[np.ndarray]]] = []  # token: position, k and v by layer
+        # By token: its position, and by layer k, v and whether it was kept.
+        self._written: list[tuple[int, list[np.ndarray], list[np.ndarray], list[bool]]] = []
         self._turns = 0
+        self._rounded: dict[Any, float] = {}  # the largest error of what a storage keeps, so far
 
     @property
     def can_shift(self) -> bool:
@@ -309,6 +355,7 @@ class Machine:
         """
         self.program.append(operation)
         self.counts[type(operation).__name__] += 1
+        before = self.cache
         match operation:
             case Begin():
                 self._begin(operation)
@@ -316,17 +363,13 @@ class Machine:
                 self._begin_cross(operation)
             case Remove(row, begin, end):
                 self._change("remove", row, begin, *([] if end is None else [end]))
-                self.oracle.remove(row, begin, end)
-                self._turns += end is not None
-                self._settle([row] if end is None else [])
+                self._remove(row, begin, end)
             case Rewind(lengths):
                 self._change("rewind", lengths)
                 self.oracle.rewind(lengths)
-                self._settle(range(self.oracle.num_rows))
             case CopyPrefix(src, dst, length):
                 self._change("copy_prefix", src, dst, length)
                 self.oracle.copy_prefix(src, dst, length)
-                self._settle([dst])
             case Take(rows):
                 self._change("take", rows)
                 self.oracle.take(rows)
@@ -336,10 +379,16 @@ class Machine:
             case Retry(mask):
                 self._change("retry", mask)
                 self.oracle.retry(mask)
+            case Keep():
+                kept = operation.mask(self.oracle.capacity)
+                self._change("keep", kept)
+                self.oracle.keep(kept)
+        self._settle()
         self._same("lengths", np.asarray(self.cache.lengths), np.array(self.oracle.lengths))
         self._same("ok", np.asarray(self.cache.ok), np.array(self.oracle.ok))
         encoded = np.array([output is not None for output in self.oracle.encoded])
         self._same("encoder_cached", np.asarray(self.cache.encoder_cached), encoded)
+        self._compare_pages(before, operation)
 
     def compare_resume_points(self, row: int, position: int) -> None:
         """Compares `resume_point` and `can_resume`; on a row with gaps the cache may answer lower, never higher.
@@ -357,8 +406,14 @@ class Machine:
             self._fail(f"can_resume({row}, {position}) is {can}, but resume_point({row}, {position}) is {got}")
 
     def _change(self, name: str, *args: Any) -> None:
-        arrays = [np.asarray(x, bool if name in ("reset", "retry") else np.int32) for x in args]
+        arrays = [np.asarray(x, bool if name in ("reset", "retry", "keep") else np.int32) for x in args]
         self.cache = OPERATIONS[name](self.cache, *arrays)
+
+    def _remove(self, row: int, begin: int, end: int | None) -> None:
+        known = 0 <= row < self.oracle.num_rows
+        moved = known and int(self.cache.lengths[row]) != self.oracle.lengths[row]
+        self.oracle.remove(row, begin, end, held=self._held()[row] if moved else None)
+        self._turns += end is not None
 
     # ------------------------------------------------------------ forward passes
 
@@ -367,8 +422,10 @@ class Machine:
         rows = None if operation.rows is None else np.array(operation.rows, np.int32)
         # One compiled form with and without spans: all 0 is causal.
         spans = np.zeros_like(positions) if operation.spans is None else np.array(operation.spans, np.int32)
-        tokens, ks, vs = self._new_tokens(positions)
-        cache, got_positions, ok, seen = forward(self.cache, positions, rows, spans, ks, vs, num_heads=self.HEADS)
+        tokens, ks, vs, wheres = self._new_tokens(positions)
+        cache, got_positions, ok, seen = forward(
+            self.cache, positions, rows, spans, ks, vs, wheres, num_heads=self.HEADS
+        )
         ok, names = np.asarray(ok), range(len(positions)) if rows is None else rows.tolist()
         wanted = [row for b, row in enumerate(names) if (positions[b] >= 0).any()]
         refused = {row for b, row in enumerate(names) if not ok[b] and row in wanted}
@@ -389,27 +446,44 @@ class Machine:
         lengths = np.array(operation.lengths, np.int32)
         rows = None if operation.rows is None else np.array(operation.rows, np.int32)
         size = 0 if self.oracle.cross is None else self.oracle.cross.size
-        tokens, ks, vs = self._new_tokens(np.tile(np.arange(size), (len(lengths), 1)))
-        self.cache, ok = encode(self.cache, lengths, rows, ks, vs)
+        tokens, ks, vs, wheres = self._new_tokens(np.tile(np.arange(size), (len(lengths), 1)))
+        self.cache, ok = encode(self.cache, lengths, rows, ks, vs, wheres)
         want = self.oracle.begin_cross(operation.lengths, operation.rows, tokens=tokens)
         self.counts["did not fit"] += int((~want).sum())
         self._same("step.ok", np.asarray(ok), want)
 
-    def _new_tokens(self, positions: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-        """Draws keys and values of every layer; token n is the n-th ever written, padding included."""
+    def _new_tokens(self, positions: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray], list[Any]]:
+        """Draws keys and values of every layer, and which tokens layers with `drops` keep.
+
+        Token n is the n-th ever written, padding included.
+        """
         first = len(self._written)
         random = np.random.default_rng(first)
         ks: list[np.ndarray] = []
         vs: list[np.ndarray] = []
+        wheres = [random.random(positions.shape) < 0.7 if spec.drops else None for spec in self.layers]
         for spec in self.layers:
             for out, size, storage in ((ks, spec.head_dim, spec.k_storage), (vs, spec.value_dim, spec.v_storage)):
                 x = random.normal(size=(*positions.shape, spec.num_kv_heads, size))
                 whole = jnp.issubdtype(storage.dtype, jnp.integer)
                 out.append(np.round(4 * x).astype(storage.dtype) if whole else x.astype(np.float32))
+        kept_ks, kept_vs = (
+            [self._kept(getattr(spec, side), x) for spec, x in zip(self.layers, xs, strict=True)]
+            for side, xs in (("k_storage", ks), ("v_storage", vs))
+        )
         tokens = first + np.arange(positions.size).reshape(positions.shape)
         for b, t in np.ndindex(positions.shape):
-            self._written.append((int(positions[b, t]), [k[b, t] for k in ks], [v[b, t] for v in vs]))
-        return tokens, ks, vs
+            kept = [where is None or bool(where[b, t]) for where in wheres]
+            self._written.append((int(positions[b, t]), [k[b, t] for k in kept_ks], [v[b, t] for v in kept_vs], kept))
+        return tokens, ks, vs, wheres
+
+    def _kept(self, storage: Any, x: np.ndarray) -> np.ndarray:
+        """Returns what a storage that has codes and scales makes of x; for others the tolerance sees to it."""
+        if isinstance(storage, Dense):
+            return x
+        kept = np.asarray(_round_trip(storage, x))
+        self._rounded[storage] = max(self._rounded.get(storage, 0.0), float(np.abs(kept - x).max(initial=0)))
+        return kept
 
     def _compare_layer(self, i: int, spec: Any, arrays: list[np.ndarray], want: Any, queries: np.ndarray) -> None:
         slots, k, v, mask, out = arrays
@@ -422,7 +496,8 @@ class Machine:
         for b, t in np.ndindex(batch, length):
             sees = want.sees[b][t]
             if sees is not None:
-                expected[b, t, list(sees[spec.reach])] = 1
+                sees = {p: token for p, token in sees[spec.reach].items() if self._written[token][3][i]}
+                expected[b, t, list(sees)] = 1
             visible = np.flatnonzero(mask[b, 0, t])
             if (slots[b, visible] < 0).any():
                 self._fail(
@@ -430,7 +505,7 @@ class Machine:
                 )
             np.add.at(seen, (b, t, slots[b, visible]), 1)
             if sees is not None and (seen[b, t] == expected[b, t]).all():
-                tokens[b, visible] = [sees[spec.reach][p] for p in slots[b, visible]]
+                tokens[b, visible] = [sees[p] for p in slots[b, visible]]
         if (expected != seen).any():
             b = int(np.argwhere(expected != seen)[0][0])
             self._fail(
@@ -441,9 +516,10 @@ class Machine:
         want_k, want_v = self._expected(i, spec, slots[used], tokens[used])
         eps_k, eps_v = (_rounding(storage.dtype) for storage in (spec.k_storage, spec.v_storage))
         self._close(f"layer {i} {spec.reach}: v", v[used].astype(np.float64), want_v, 8 * eps_v, slots, used)
-        self._close(
-            f"layer {i} {spec.reach}: k", k[used].astype(np.float64), want_k, 8 * eps_k * (1 + self._turns), slots, used
-        )
+        most = 8 * eps_k * (1 + self._turns)
+        if spec.rotary_at == "put":  # a key that is turned is rounded once more
+            most += 4 * self._turns * self._rounded.get(spec.k_storage, 0.0)
+        self._close(f"layer {i} {spec.reach}: k", k[used].astype(np.float64), want_k, most, slots, used)
         k, v = (np.where(used[:, :, None, None], x, 0).astype(np.float64) for x in (k, v))
         attended = _attention(queries.astype(np.float64), k, v, mask, self.HEADS)
         wrong = ~np.isclose(out, attended, rtol=1e-4, atol=1e-4)  # padding too: it must give zeros
@@ -458,23 +534,67 @@ class Machine:
         """Returns keys and values that tokens must have by now at these positions: as written, then turned."""
         ks = np.array([self._written[n][1][i] for n in tokens]).reshape(-1, spec.num_kv_heads, spec.head_dim)
         vs = np.array([self._written[n][2][i] for n in tokens]).reshape(-1, spec.num_kv_heads, spec.value_dim)
-        moved = at - np.array([self._written[n][0] for n in tokens], int)
+        moved = at if spec.rotary_at == "read" else at - np.array([self._written[n][0] for n in tokens], int)
         if moved.any():  # padded to one length, so that it compiles once
             most = 8 * self.oracle.num_rows * self.oracle.capacity
             pad = lambda x: np.concatenate([x, np.zeros((most - len(x), *x.shape[1:]), x.dtype)])  # noqa: E731
-            turned = _shift(spec.rotary, pad(ks), pad(moved.astype(np.int32))[:, None, None])
+            turned = _turn(spec.rotary, spec.rotary_at, pad(ks), pad(moved.astype(np.int32))[:, None, None])
             ks = np.where(moved[:, None, None] != 0, np.asarray(turned)[: len(ks)], ks)
         return ks.astype(np.float64), vs.astype(np.float64)
 
     # ------------------------------------------------------------ comparing
 
-    def _settle(self, rows: Iterable[int]) -> None:
-        for row in rows:
-            if 0 <= row < self.oracle.num_rows:
-                try:
-                    self.oracle.settle(row, int(self.cache.lengths[row]))
-                except ValueError as error:
-                    self._fail(str(error))
+    def _settle(self) -> None:
+        """Compares lengths and all that is held, and follows the cache where it may hold less."""
+        for row, (length, held) in enumerate(zip(np.asarray(self.cache.lengths).tolist(), self._held(), strict=True)):
+            try:
+                self.oracle.settle(row, length, held)
+            except ValueError as error:
+                self._fail(str(error))
+
+    def _held(self) -> list[dict[Any, list[int]]]:
+        """Returns the positions that the cache holds of each row and reach."""
+        rows: list[dict[Any, list[int]]] = [{} for _ in range(self.cache.num_rows)]
+        for group in self.cache.groups:
+            for row, held in zip(rows, np.asarray(group.held), strict=True):
+                row[group.reach] = held[held != EMPTY].tolist()
+        return rows
+
+    def _compare_pages(self, before: Cache, operation: Operation) -> None:
+        """Compares who shares which pages, and whether the operation left alone what it has no business with."""
+        if not self.oracle.pools:
+            return
+        try:
+            assert_pages_sound(self.cache)
+            match operation:
+                case Begin(positions, rows):
+                    assert_only_written(before, self.cache, positions, rows)
+                case BeginCross(_, rows):
+                    assert_unchanged(before, self.cache, encoded=range(before.num_rows) if rows is None else rows)
+                case Remove(row, begin):
+                    moved = {(row, p) for p in range(max(0, begin), before.capacity)}
+                    assert_unchanged(before, self.cache, written=moved)
+                case Take(rows):
+                    assert_unchanged(before, self.cache, sources=rows)
+                case CopyPrefix(src, dst):
+                    rows = tuple(src if row == dst else row for row in range(before.num_rows))
+                    assert_unchanged(before, self.cache, sources=rows)
+                case _:
+                    assert_unchanged(before, self.cache)
+        except AssertionError as error:
+            self._fail(str(error))
+        for book in self.cache.bookkeeping:
+            pool = self.oracle.pools[book.reach]
+            table = np.asarray(book.pages.table)
+            got = [
+                {i: set(np.flatnonzero(table[:, i] == page).tolist()) for i, page in enumerate(row) if page < pool.size}
+                for row in table
+            ]
+            if got != pool.table:
+                self._fail(
+                    f"pages of {book.reach}, each with the rows that have it, are\n{got}\nexpected\n{pool.table}"
+                )
+            self._same(f"free pages of {book.reach}", np.asarray(book.pages.num_free), np.array(pool.num_free))
 
     def _same(self, name: str, got: np.ndarray, want: np.ndarray) -> None:
         if got.shape != want.shape or (got != want).any():

@@ -88,6 +88,28 @@ GPT_OSS = {
     "num_experts_per_tok": 2,
     "rope_parameters": {**YARN, "rope_theta": 150_000.0},
 }
+TWO = {**SIZES, "num_hidden_layers": 2}  # enough wherever a pattern of layers is not longer
+EXPERTS = {"num_experts_per_tok": 2, "intermediate_size": 24}
+LLAMA4 = {
+    **TWO,
+    "head_dim": 8,
+    "intermediate_size": 16,
+    "intermediate_size_mlp": 24,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_layers": [1],
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 7,
+    "floor_scale": 5,
+    "attn_scale": 0.4,
+}
+GRANITE = {
+    **TWO,
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 2.0,
+}
 
 # The committed folders: name -> (model_type, config).
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -105,6 +127,75 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("gpt2", GPT2),
     "gpt_oss": ("gpt_oss", GPT_OSS),
+    "mixtral": ("mixtral", {**TWO, **EXPERTS, "num_local_experts": 4}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **TWO,
+            **EXPERTS,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **TWO,
+            "head_dim": 8,
+            "intermediate_size": 24,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 8,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "olmoe": ("olmoe", {**TWO, **EXPERTS, "num_experts": 4, "norm_topk_prob": False}),
+    "olmo2": ("olmo2", TWO),
+    "olmo3": (
+        "olmo3",
+        {
+            **TWO,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "full_attention": YARN,
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {**TWO, "no_rope_layer_interval": 2}),
+    "cohere": ("cohere", {**TWO, "use_qk_norm": True, "logit_scale": 0.25}),
+    "cohere2": (
+        "cohere2",
+        {**TWO, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 0.25},
+    ),
+    "llama4": ("llama4_text", LLAMA4),
+    "granite": ("granite", {**GRANITE, "tie_word_embeddings": True, "mlp_bias": True}),
+    "granitemoe": ("granitemoe", {**GRANITE, **EXPERTS, "num_local_experts": 4}),
+    "gemma": ("gemma", {**TWO, "head_dim": 8, "num_key_value_heads": 1}),
+    "glm4": ("glm4", {**TWO, "head_dim": 8}),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            **TWO,
+            "hidden_size": 32,
+            "intermediate_size": 24,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        },
+    ),
+    "ernie4_5": ("ernie4_5", {**TWO, "head_dim": 8, "use_bias": True}),
+    "seed_oss": ("seed_oss", {**TWO, "head_dim": 8, "attention_out_bias": True}),
 }
 CASES["gemma3"][1]["layer_types"] = ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"]
 
@@ -155,6 +246,104 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
         {**GPT_OSS, "num_local_experts": 1, "num_experts_per_tok": 1, "attention_bias": False},
     ),
     "gpt_oss with more experts than tokens": ("gpt_oss", {**GPT_OSS, "num_local_experts": 16, "intermediate_size": 8}),
+    "mixtral with a window, one expert for a token, tied": (
+        "mixtral",
+        {
+            **TWO,
+            **EXPERTS,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 1,
+            "sliding_window": 6,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2_moe, every second layer, scores that sum to 1, no biases": (
+        "qwen2_moe",
+        {
+            **SIZES,
+            "decoder_sparse_step": 2,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 12,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+        },
+    ),
+    "qwen3_moe with windows and biases, scores as they are": (
+        "qwen3_moe",
+        {
+            **TWO,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+    ),
+    "olmoe with biases, scores that sum to 1": (
+        "olmoe",
+        {**TWO, **EXPERTS, "num_experts": 3, "norm_topk_prob": True, "attention_bias": True},
+    ),
+    "olmo2 with biases, one kv head, tied": (
+        "olmo2",
+        {**TWO, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "smollm3 with windows and biases, untied": (
+        "smollm3",
+        {
+            **SIZES,
+            "no_rope_layers": [1, 0, 0],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "cohere with biases, untied": (
+        "cohere",
+        {**TWO, "attention_bias": True, "tie_word_embeddings": False, "logit_scale": 0.5},
+    ),
+    "cohere2, layers by default, with biases": (
+        "cohere2",
+        {**SIZES, "num_hidden_layers": 4, "sliding_window": 6, "attention_bias": True, "logit_scale": 0.5},
+    ),
+    "llama4 with experts everywhere, one for a token, biases": (
+        "llama4_text",
+        {**LLAMA4, "moe_layers": None, "num_experts_per_tok": 1, "attention_bias": True, "use_qk_norm": False},
+    ),
+    "llama4 with yarn, without chunks and temperature": (
+        "llama4_text",
+        {**LLAMA4, "rope_parameters": YARN, "attention_chunk_size": None, "attn_temperature_tuning": False},
+    ),
+    "granite with biases, untied": ("granite", {**GRANITE, "attention_bias": True}),
+    "gemma, untied, with biases": (
+        "gemma",
+        {**TWO, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "glm4, turned as a whole, no biases, tied": (
+        "glm4",
+        {**TWO, "head_dim": 8, "partial_rotary_factor": 1.0, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    "glm4_moe in one group, two shared experts, scores as they are": (
+        "glm4_moe",
+        {
+            **TWO,
+            "hidden_size": 32,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+        },
+    ),
+    "seed_oss without biases, tied": (
+        "seed_oss",
+        {**TWO, "head_dim": 8, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    "ernie4_5 without biases, untied": ("ernie4_5", {**TWO, "head_dim": 8, "tie_word_embeddings": False}),
 }
 
 
@@ -181,6 +370,9 @@ def build(model_type: str, config: dict[str, Any], seed: int) -> Any:
             else:
                 parameter.copy_(0.3 * noise)
             parameter.copy_(parameter.bfloat16().float())
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_((0.3 * torch.randn(buffer.shape, generator=generator)).bfloat16().float())
     return model
 
 
@@ -233,7 +425,11 @@ def make(model_type: str, config: dict[str, Any], prompt: int = PROMPT) -> tuple
 def write(folder: Path, model: Any, facts: dict[str, torch.Tensor], **saving: Any) -> None:
     """Writes a checkpoint in bfloat16 and expected.safetensors."""
     shutil.rmtree(folder, ignore_errors=True)
-    model.bfloat16().save_pretrained(folder, **saving)
+    model.bfloat16()
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = buffer.float()  # as from_pretrained has it, whatever the dtype
+    model.save_pretrained(folder, **saving)
     save_file({name: fact.contiguous() for name, fact in facts.items()}, folder / "expected.safetensors")
 
 

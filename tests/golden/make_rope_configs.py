@@ -34,7 +34,16 @@ FAMILIES = {  # model_type -> (module, class, further sizes)
     "gemma2": ("gemma2", "Gemma2", {"head_dim": 8}),
     "gemma3_text": ("gemma3", "Gemma3", {"head_dim": 8}),
     "gpt_oss": ("gpt_oss", "GptOss", {"head_dim": 8, "num_local_experts": 4}),
+    "mixtral": ("mixtral", "Mixtral", {}),
+    "olmo3": ("olmo3", "Olmo3", {}),
+    "smollm3": ("smollm3", "SmolLM3", {}),
+    "cohere": ("cohere", "Cohere", {}),
+    "cohere2": ("cohere2", "Cohere2", {}),
+    "glm4": ("glm4", "Glm4", {"head_dim": 8}),
+    "glm4_moe": ("glm4_moe", "Glm4Moe", {}),
+    "ernie4_5": ("ernie4_5", "Ernie4_5", {"head_dim": 8}),
 }
+BY_LAYER_TYPE = ("gemma3_text", "olmo3")
 NEW = {"rope_type": "default", "rope_theta": 1_000_000.0}
 LOCAL = {"rope_type": "default", "rope_theta": 10_000.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -165,6 +174,24 @@ CASES = {
     "gpt-oss with empty rope_parameters": ("gpt_oss", {"rope_parameters": {}}),
     "gpt-oss with another scaling": ("gpt_oss", {"rope_scaling": NO_ORIGINAL}),
     "gpt-oss with another theta": ("gpt_oss", {"rope_theta": 5e4}),
+    "mixtral says nothing": ("mixtral", {}),
+    "olmo3 says nothing": ("olmo3", {}),
+    "olmo3 as it is published": ("olmo3", {"rope_scaling": YARN, "rope_theta": 500_000}),
+    "olmo3 by layer type": ("olmo3", {"rope_parameters": {"full_attention": NEW, "sliding_attention": LOCAL}}),
+    "olmo3 by layer type, beside a scaling": (
+        "olmo3",
+        {"rope_parameters": {"full_attention": NEW, "sliding_attention": LOCAL}, "rope_scaling": YARN},
+    ),
+    "smollm3 says nothing": ("smollm3", {}),
+    "cohere says nothing": ("cohere", {}),
+    "cohere2 says nothing": ("cohere2", {}),
+    "cohere2 with yarn": ("cohere2", {"rope_scaling": YARN, "rope_theta": 50_000}),
+    "glm4 says nothing": ("glm4", {}),
+    "glm4 turned as a whole": ("glm4", {"partial_rotary_factor": 1.0}),
+    "glm4 with a part inside": ("glm4", {"rope_parameters": {**NEW, "partial_rotary_factor": 0.25}}),
+    "glm4_moe says nothing": ("glm4_moe", {}),
+    "glm4_moe with yarn": ("glm4_moe", {"rope_scaling": YARN, "rope_theta": 1_000_000}),
+    "ernie says nothing": ("ernie4_5", {}),
     # What transformers refuses, or can't run.
     "layer types in a family that has one way": (
         "gemma2",
@@ -190,7 +217,7 @@ def rotations(source: dict) -> dict:
     module = getattr(modeling, f"{name}RotaryEmbedding")(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found = {}
-    for kind in ["full_attention", "sliding_attention"] if source["model_type"] == "gemma3_text" else [None]:
+    for kind in ["full_attention", "sliding_attention"] if source["model_type"] in BY_LAYER_TYPE else [None]:
         kinds, prefix = ([kind], f"{kind}_") if kind else ([], "")
         seen = []
         for length in (4, 120):

@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-from jaxkv.models.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
+from jaxkv.models.families.cohere import COHERE, COHERE2
+from jaxkv.models.families.ernie import ERNIE4_5
+from jaxkv.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TEXT
+from jaxkv.models.families.glm import GLM4, GLM4_MOE
 from jaxkv.models.families.gpt2 import GPT2
 from jaxkv.models.families.gpt_oss import GPT_OSS
+from jaxkv.models.families.granite import GRANITE, GRANITEMOE
 from jaxkv.models.families.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
+from jaxkv.models.families.llama4 import LLAMA4, LLAMA4_TEXT
+from jaxkv.models.families.mixtures import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from jaxkv.models.families.olmo import OLMO2, OLMO3
+from jaxkv.models.families.seed_oss import SEED_OSS
+from jaxkv.models.families.smollm3 import SMOLLM3
 from jaxkv.models.families.whisper import WHISPER
 
 FAMILIES = {
     "llama": LLAMA,
+    "llama4_text": LLAMA4_TEXT,
+    "llama4": LLAMA4,
     "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
     "qwen2": QWEN2,
+    "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
     "phi3": PHI3,
+    "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,
     "gemma3": GEMMA3,
+    "olmo2": OLMO2,
+    "olmo3": OLMO3,
+    "olmoe": OLMOE,
+    "smollm3": SMOLLM3,
+    "cohere": COHERE,
+    "cohere2": COHERE2,
+    "granite": GRANITE,
+    "granitemoe": GRANITEMOE,
+    "glm4": GLM4,
+    "glm4_moe": GLM4_MOE,
+    "ernie4_5": ERNIE4_5,
+    "seed_oss": SEED_OSS,
     "gpt2": GPT2,
     "gpt_oss": GPT_OSS,
     "whisper": WHISPER,

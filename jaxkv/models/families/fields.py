@@ -211,7 +211,9 @@ class Field:
       null: its value where the file has null; left out: as if the field were missing.
       only: the values that are computed here; empty: all.
       also: older names of it. What the file has under one of them is what counts, as in transformers.
-      counts: for a number of layers: how the names of their tensors begin in the files, with {} for the number.
+      counts: for a number of layers, or of experts: how the names of their tensors begin in the files, with {} for the
+        number, which is the last one.
+      counted: what is counted so, for errors.
     """
 
     kind: Kind
@@ -220,6 +222,7 @@ class Field:
     only: tuple[Any, ...] = ()
     also: tuple[str, ...] = ()
     counts: str = ""
+    counted: str = "layers"
 
     def read(self, name: str, source: Mapping[str, Any], problems: Problems) -> Any:
         """Returns the value of the field in a parsed config.json."""

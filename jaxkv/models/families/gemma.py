@@ -1,4 +1,4 @@
-"""Gemma 2 and the text part of Gemma 3: norms before and after, scaled embeddings, windows between full layers."""
+"""Gemma, from 2 on with norms before and after and windows between full layers; of Gemma 3 the text part."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from jaxkv.models.families.fields import (
     POSITIVE,
     VOCABULARY,
     WIDTH,
+    Choice,
     Field,
     Fields,
 )
@@ -37,6 +38,17 @@ _TENSORS = (
     *norm("model.norm", "norm", "minus_one"),
     llama.HEAD,
 )
+
+
+def _gemma(fields: Fields) -> DecoderConfig:
+    shared = llama.sizes(fields)
+    return DecoderConfig(
+        **shared,
+        rotary=rope.rotary(fields, shared["head_dim"]),
+        activation=fields["hidden_act"],
+        use_bias=llama.biases(fields["attention_bias"]),
+        embed_scale=math.sqrt(fields["hidden_size"]),
+    )
 
 
 def _shared(fields: Fields) -> dict[str, Any]:
@@ -89,6 +101,30 @@ _FIELDS = {
     "use_bidirectional_attention": Field(FLAG, False, only=(False,)),
     "tie_word_embeddings": Field(FLAG, True),
 }
+GEMMA = Family(
+    _gemma,
+    {
+        **llama.FIELDS,
+        "num_key_value_heads": Field(HEADS, 16),
+        "head_dim": Field(HEADS, 256),
+        "max_position_embeddings": Field(LENGTH, 8192),
+        # The first files say "gelu" and mean the approximation.
+        "hidden_act": Field(Choice({**ACTIVATION.known, "gelu": "gelu_tanh"}), "gelu_pytorch_tanh"),
+        "attention_bias": Field(FLAG, False),
+        "use_bidirectional_attention": Field(FLAG, False, only=(False,)),
+        "tie_word_embeddings": Field(FLAG, True),
+    },
+    (
+        llama.EMBEDDING,
+        *llama.ATTENTION,
+        *llama.MLP,
+        *norm(f"{_LAYER}.input_layernorm", f"{_OURS}.attention_norm", "minus_one"),
+        *norm(f"{_LAYER}.post_attention_layernorm", f"{_OURS}.mlp_norm", "minus_one"),
+        *norm("model.norm", "norm", "minus_one"),
+        llama.HEAD,
+    ),
+    ignored=llama.IGNORED,
+)
 GEMMA2 = Family(_gemma2, {**_FIELDS, "max_position_embeddings": Field(LENGTH, 8192)}, _TENSORS, ignored=llama.IGNORED)
 GEMMA3_TEXT = Family(
     _gemma3,

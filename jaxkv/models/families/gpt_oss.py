@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from jaxkv.models.decoder import DecoderConfig
+from jaxkv.models.experts import ExpertsConfig
 from jaxkv.models.families import llama, rope
 from jaxkv.models.families.fields import ACTIVATION, EPSILON, FLAG, HEADS, LENGTH, POSITIVE, Field, Fields
+from jaxkv.models.families.mixtures import chosen
 from jaxkv.models.families.reach import FULL, LAYER_TYPES, SLIDING, reaches
 from jaxkv.models.families.table import Family, Tensor, linear
 
@@ -14,9 +16,18 @@ _TENSORS = (
     *llama.ATTENTION,
     Tensor("model.layers.{}.self_attn.sinks", ("layers.{}.attention.sink_logits",)),
     *linear(f"{_MLP}.router", f"{_OURS}.router"),
-    Tensor(f"{_MLP}.experts.gate_up_proj", (f"{_OURS}.gate_up",), packed=True),
-    Tensor(f"{_MLP}.experts.gate_up_proj_bias", (f"{_OURS}.gate_up_bias",)),
-    Tensor(f"{_MLP}.experts.down_proj", (f"{_OURS}.down",), packed=True),
+    Tensor(
+        f"{_MLP}.experts.gate_up_proj",
+        (f"{_OURS}.gate", f"{_OURS}.up"),
+        "interleaved",
+        num_inner=1,
+        experts=True,
+        packed=True,
+    ),
+    Tensor(
+        f"{_MLP}.experts.gate_up_proj_bias", (f"{_OURS}.gate_bias", f"{_OURS}.up_bias"), "interleaved", experts=True
+    ),
+    Tensor(f"{_MLP}.experts.down_proj", (f"{_OURS}.down",), experts=True, packed=True),
     Tensor(f"{_MLP}.experts.down_proj_bias", (f"{_OURS}.down_bias",)),
     *llama.NORMS,
     llama.HEAD,
@@ -25,18 +36,13 @@ _TENSORS = (
 
 def _gpt_oss(fields: Fields) -> DecoderConfig:
     shared = llama.sizes(fields)
-    experts = fields["num_local_experts"]
-    each = fields["num_experts_per_tok"]
-    if each > experts:
-        raise fields.wrong("num_experts_per_tok", f'{each} of them is more than the {experts} in "num_local_experts"')
     return DecoderConfig(
         **shared,
         reaches=reaches(fields, fields["sliding_window"], (SLIDING, FULL)),
         rotary=rope.rotary(fields, shared["head_dim"], theta=150_000.0),
         sink_logits=True,
         use_bias=llama.biases(fields["attention_bias"]),
-        num_experts=experts,
-        experts_per_token=each,
+        experts=ExpertsConfig(*chosen(fields, "num_local_experts"), shared["mlp_dim"], use_bias=True, clamped=True),
     )
 
 

@@ -67,6 +67,10 @@ NORMS = (
     *norm(f"{_LAYER}.post_attention_layernorm", f"{_OURS}.mlp_norm"),
     *norm("model.norm", "norm"),
 )
+WHOLE_QK_NORMS = (  # over all heads together: in files one axis, here heads and their numbers
+    Tensor(f"{_LAYER}.self_attn.q_norm.weight", (f"{_OURS}.attention.query_norm.scale",), "in_out"),
+    Tensor(f"{_LAYER}.self_attn.k_norm.weight", (f"{_OURS}.attention.key_norm.scale",), "in_out"),
+)
 QK_NORMS = (
     *norm(f"{_LAYER}.self_attn.q_norm", f"{_OURS}.attention.query_norm"),
     *norm(f"{_LAYER}.self_attn.k_norm", f"{_OURS}.attention.key_norm"),
@@ -91,8 +95,13 @@ FIELDS = {
 }
 
 
-def sizes(fields: Fields) -> dict[str, Any]:
-    """Returns the fields of DecoderConfig that the families of this file share."""
+def sizes(fields: Fields, eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """Returns the fields of DecoderConfig that the families of this file share.
+
+    Args:
+      fields: of the family.
+      eps: the field of what is added to the mean square.
+    """
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     kv_heads, head_dim = fields["num_key_value_heads"] or heads, fields["head_dim"] or width // heads
     if heads % kv_heads:
@@ -107,7 +116,7 @@ def sizes(fields: Fields) -> dict[str, Any]:
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "mlp_dim": fields["intermediate_size"],
-        "norm_eps": fields["rms_norm_eps"],
+        "norm_eps": fields[eps],
         "tied": fields["tie_word_embeddings"],
     }
 
@@ -115,6 +124,12 @@ def sizes(fields: Fields) -> dict[str, Any]:
 def biases(attention: bool, mlp: bool = False) -> tuple[str, ...]:
     """Returns `DecoderConfig.use_bias`."""
     return (*(("query", "key", "value", "out") if attention else ()), *(("mlp",) if mlp else ()))
+
+
+def check_windows(fields: Fields) -> None:
+    """Checks that there are no layers with a window where windows are switched off."""
+    if not fields["use_sliding_window"] and SLIDING in (fields["layer_types"] or ()):
+        raise fields.wrong("use_sliding_window", f'it must be true, since "layer_types" has layers of "{SLIDING}"')
 
 
 def _llama(fields: Fields) -> DecoderConfig:
@@ -141,8 +156,7 @@ def _windowed(fields: Fields, *, partial: bool = False) -> DecoderConfig:
 def _qwen(fields: Fields, **rest: Any) -> DecoderConfig:
     shared = sizes(fields)
     window = fields["sliding_window"] if fields["use_sliding_window"] else None
-    if not fields["use_sliding_window"] and SLIDING in (fields["layer_types"] or ()):
-        raise fields.wrong("use_sliding_window", f'it must be true, since "layer_types" has layers of "{SLIDING}"')
+    check_windows(fields)
     first = shared["num_layers"] if window is None else min(fields["max_window_layers"], shared["num_layers"])
     return DecoderConfig(
         **shared,

@@ -6,6 +6,7 @@ layer type; fine-tunes have both. What counts then is what counts in transformer
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,7 +66,9 @@ def declared(original: int | None = None, default: Mapping[str, Any] | None = No
     }
 
 
-def rotary(fields: Fields, head_dim: int, *, theta: float = 10_000.0, partial: bool = False) -> Rotary:
+def rotary(
+    fields: Fields, head_dim: int, *, theta: float = 10_000.0, partial: bool = False, interleaved: bool = False
+) -> Rotary:
     """Returns how all layers rotate queries and keys.
 
     Args:
@@ -73,6 +76,7 @@ def rotary(fields: Fields, head_dim: int, *, theta: float = 10_000.0, partial: b
       head_dim: size of a head.
       theta: where the file says nothing.
       partial: whether the family can rotate a part of a head alone.
+      interleaved: whether it turns neighbors.
     """
     name, given = _for_all(fields, theta)
     unused = (fields["rope_parameters"] or {}).get("rope_theta")
@@ -84,7 +88,7 @@ def rotary(fields: Fields, head_dim: int, *, theta: float = 10_000.0, partial: b
             given["rope_theta"],
             unused,
         )
-    return _rotary(fields, name, given, head_dim, partial)
+    return dataclasses.replace(_rotary(fields, name, given, head_dim, partial), interleaved=interleaved)
 
 
 def rotary_of(fields: Fields, kind: str, head_dim: int, *, theta: float) -> Rotary:

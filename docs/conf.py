@@ -1,0 +1,61 @@
+"""How the documentation is built: `make docs`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import jaxkv
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import api_pages  # noqa: E402
+
+project = "jaxkv"
+author = "the jaxkv authors"
+version = release = jaxkv.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 4
+exclude_patterns = ["data"]
+
+default_role = "py:obj"  # a public name in backquotes becomes a link; anything else stays code
+suppress_warnings = ["ref.python"]  # a word such as `dtype` is an attribute of several classes
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # most are Any: the docstrings give shapes and dtypes
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_attr_annotations = False
+
+html_theme = "sphinx_book_theme"
+html_title = "jaxkv"
+html_theme_options = {"show_navbar_depth": 2, "use_download_button": False, "use_fullscreen_button": False}
+
+
+def _as_restructured_text(app, what, name, obj, options, lines):
+    """Docstrings are plain text with code in backquotes and in fences: everything else stands for itself."""
+    inside = False
+    for i, line in enumerate(lines):
+        if line.strip().startswith("```"):
+            inside = not inside
+            lines[i] = ".. code-block:: python\n" if inside else ""
+        elif inside:
+            lines[i] = f"    {line}"
+        elif not line.lstrip().startswith((">>>", "...")):
+            parts = re.split(r"(`[^`]*`)", line)
+            parts[::2] = [re.sub(r"[*|]|_(?!\w)", r"\\\g<0>", part) for part in parts[::2]]
+            lines[i] = "".join(parts)
+    lines[:] = "\n".join(lines).split("\n")
+
+
+def setup(app):
+    api_pages.write(HERE / "api")
+    app.connect("autodoc-process-docstring", _as_restructured_text, priority=100)  # before napoleon

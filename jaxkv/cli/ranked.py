@@ -1,0 +1,115 @@
+"""`jaxkv generate --beams N` and `--best-of N`: several texts of each prompt at once, which is read once."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxkv.cache.cache import Cache
+from jaxkv.cache.rows import Rows
+from jaxkv.cli.options import DRAWING, UsageError, option
+from jaxkv.cli.prompts import Prompt
+from jaxkv.cli.run import Sampling, describe_size
+from jaxkv.cli.shown import reason_of, show
+from jaxkv.cli.source import Source, told
+from jaxkv.cli.terminal import Text, counted, note, printable, write
+from jaxkv.generate import Candidates, beam_search, best_of
+from jaxkv.models import Model
+from jaxkv.models.choices import pages_for
+
+_ROWS = 8  # decoded at once, where that is enough for a prompt
+
+
+def check_ranked(args: argparse.Namespace, generation: Any) -> None:
+    """Lets the options be right for a search: beams draw nothing, and the best of several must be drawn."""
+    if args.beams and args.best_of:
+        raise UsageError("--beams searches and --best-of draws; leave out one of them")
+    given = [option(name) for name in DRAWING if getattr(args, name) is not None]
+    if args.beams and given:
+        raise UsageError(f"--beams draws nothing; leave out {' and '.join(given)}")
+    if args.best_of and args.greedy:
+        raise UsageError("--greedy gives the same text each time; leave it out, or --best-of")
+    n = args.beams or args.best_of
+    if n and args.speculate:
+        raise UsageError("--speculate does not go with --beams or --best-of; leave out one of them")
+    if n and args.samples > n:
+        name = "--beams" if args.beams else "--best-of"
+        raise UsageError(f"--samples {args.samples} is more than {name} {n} gives; give at most {n}")
+    if n and args.rows is not None and args.rows < n:
+        raise UsageError(f"--rows {args.rows} is fewer than the {n} texts of one prompt; give {n} or more")
+    if args.beams:
+        args.greedy = True
+    if args.best_of and generation.greedy and not given:
+        args.temperature = 1.0
+
+
+def layout_of(args: argparse.Namespace, prompts: Sequence[Prompt], at_once: int, copies: int, capacity: int) -> Any:
+    """Returns how the cache is to lie: as asked for, else in pages where texts share a prompt."""
+    if (args.layout or ("pages" if copies > 1 else "rows")) == "rows":
+        return Rows()
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    most = max(prompt.limit for prompt in prompts)
+    return pages_for([longest] * at_once, [most] * at_once, copies, capacity)
+
+
+def find_best(
+    args: argparse.Namespace, source: Source, model: Model, prompts: list[Prompt], capacity: int, chosen: Sampling
+) -> int:
+    """Prints the best texts of each prompt, and reports what was shared."""
+    n = args.beams or args.best_of
+    at_once = min(max((args.rows or _ROWS) // n, 1), len(prompts))
+    layout = layout_of(args, prompts, at_once, n, capacity)
+    begun, wrote, reasons = time.perf_counter(), 0, set()
+    for begin in range(0, len(prompts), at_once):
+        batch = prompts[begin : begin + at_once]
+        padding = [None] * (at_once - len(batch))  # so that the last batch is no other program
+        key = jax.random.fold_in(jax.random.key(args.seed), begin)
+        search: Callable[..., Candidates] = functools.partial(best_of, n=n, key=key)
+        if args.beams:
+            search = functools.partial(beam_search, num_beams=n, num_return=args.samples)
+        with told():
+            found = search(
+                model.forward,
+                model.params,
+                [*(prompt.tokens for prompt in batch), *padding],
+                Cache.init(model.specs, at_once * n, capacity, layout=layout),
+                max_new_tokens=[*(prompt.limit for prompt in batch), *(1 for _ in padding)],
+                sampler=chosen.sampler,
+                stop_tokens=source.stop_tokens,
+            )
+        for i, prompt in enumerate(batch):
+            for j in range(args.samples):
+                tokens, reason = found.tokens[i, j][: found.lengths[i, j]].tolist(), found.reasons[i][j]
+                text = Text(source.tokenizer, prompt.tokens)
+                text.take([token for token in tokens if token not in source.stop_tokens])
+                text.end()
+                reasons.add(reason_of(reason, prompt, source))
+                wrote += len(text.tokens)
+                score = float(found.scores[i, j])
+                facts = {"reason": reason, "score": score if math.isfinite(score) else None}
+                if len(prompts) == args.samples == 1 and not args.json:
+                    write(f"{printable(prompt.text)}{text.text}\n")
+                else:
+                    show(args, prompt, text, facts, (begin + i) * args.samples + j)
+    if not args.quiet:
+        _report(n, prompts, wrote, time.perf_counter() - begun, sorted(reasons), layout)
+        note(f"beam search: {counted(n, 'beam')}" if args.beams else f"sampling: {chosen.text}; the best of {n}")
+        note(describe_size(model.specs, at_once * n, capacity, layout))
+    return 0
+
+
+def _report(n: int, prompts: list[Prompt], wrote: int, seconds: float, reasons: list[str], layout: Any) -> None:
+    read = sum(len(prompt.tokens) for prompt in prompts)
+    saved = f"read {counted(read, 'token')}"
+    if n > 1:
+        saved += f" once for {n} texts, not {n} times"
+    if n > 1 and layout != Rows():
+        shared = sum((len(prompt.tokens) - 1) // layout.page_size for prompt in prompts)
+        saved += f"; {counted(shared, 'page')} of {layout.page_size} shared by all"
+    note(f"{saved}; wrote {wrote:,} in {seconds:.1f} s: {', '.join(reasons)}")
