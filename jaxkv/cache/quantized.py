@@ -35,8 +35,8 @@ class Int8:
 
     >>> storage = Int8()
     >>> x = jnp.array([3.0, -1.0, 0.5, 2.0])
-    >>> storage.decode(storage.encode(x)).round(2).tolist()
-    [2.990000009536743, -0.9900000095367432, 0.49000000953674316, 1.9900000095367432]
+    >>> bool(jnp.abs(storage.decode(storage.encode(x)) - x).max() < 0.02)
+    True
     """
 
     rotate: bool = True
@@ -196,8 +196,8 @@ class Float8:
       ValueError: for another format.
 
     >>> storage = Float8("e4m3")
-    >>> storage.decode(storage.encode(jnp.array([448.0, 1.0, 0.001]))).round(4).tolist()
-    [448.0, 1.0, 0.0]
+    >>> storage.decode(storage.encode(jnp.array([448.0, 1.0, -0.25]))).tolist()
+    [448.0, 1.0, -0.25]
     """
 
     format: str = "e4m3"
