@@ -23,6 +23,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# Off in the test processes themselves: jaxlib 0.10.2 can die (SIGSEGV, SIGABRT) while it serializes a program for the
+# cache, in a process that has compiled thousands. JAXKV_TEST_CACHE=1 turns it on, for short runs of a few tests.
+jax.config.update("jax_enable_compilation_cache", os.environ.get("JAXKV_TEST_CACHE") == "1")
 
 
 # They need the libraries that made the golden files; and what only type checkers read.
