@@ -178,7 +178,7 @@ def test_samples_that_do_not_fit_into_a_pool_come_last_with_their_tokens():
         ({"max_new_tokens": [1, 2, 3]}, "max_new_tokens has 3 numbers for 2 prompts"),
         ({"prompts": [[1], [1] * 40]}, "the prompt of row 1 has 40 tokens, the cache a capacity of 32"),
         ({"prompts": []}, "there are no prompts"),
-        ({"cache": 3}, "cache is a int; give a jaxkv.Cache"),
+        ({"cache": 3}, "cache is an int; give a jaxkv.Cache"),
     ],
 )
 def test_what_cannot_be_is_named_before_the_cache_is_touched(change, message):

@@ -264,7 +264,7 @@ def test_a_model_without_a_tokenizer_takes_and_gives_tokens():
         ("a", {"chat": "x"}, "chat is 'x'; give variables of the chat template"),
         (b"abc", {}, "prompts is b'abc'; give a text"),
         ("a", {"features": np.ones((1, 2, 3))}, "features are given, and this model reads text only"),
-        ("a", {"cache": 3}, "cache is a int; give a jaxkv.Cache"),
+        ("a", {"cache": 3}, "cache is an int; give a jaxkv.Cache"),
     ],
 )
 def test_what_does_not_fit_is_refused(prompts, options, message):

@@ -16,6 +16,7 @@ from jaxkv.cache.arguments import integers
 from jaxkv.cache.show import show
 from jaxkv.cache.spec import EMPTY, Cross, LayerSpec
 from jaxkv.cache.step import Step
+from jaxkv.kinds import kind_of
 from jaxkv.meshes import automatic, like, spec_of
 
 
@@ -179,7 +180,7 @@ class Layer:
 
     def _check_step(self, step: Step, *, cross: bool) -> None:
         if not isinstance(step, Step):
-            raise ValueError(f"step is a {type(step).__name__}; give the Step that cache.begin(positions) returned")
+            raise ValueError(f"step is {kind_of(step)}; give the Step that cache.begin(positions) returned")
         if step.cross and not cross:
             raise ValueError(
                 "this step is of cache.begin_cross(lengths), with which Cross layers put an encoder's output and "

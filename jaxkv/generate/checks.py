@@ -17,6 +17,7 @@ from jaxkv.cache.spec import EMPTY
 from jaxkv.errors import CacheError
 from jaxkv.generate.generation import SAMPLER
 from jaxkv.generate.history import History
+from jaxkv.kinds import kind_of
 from jaxkv.meshes import beside
 from jaxkv.tracing import is_tracing
 
@@ -38,7 +39,7 @@ def check_call(forward: Any, params: Any, prompts: Any, cache: Any) -> tuple[Cac
             "cache, not a vmap"
         )
     if not isinstance(cache, Cache):
-        raise ValueError(f"cache is a {type(cache).__name__}; give a jaxkv.Cache, from Cache.init or result.cache")
+        raise ValueError(f"cache is {kind_of(cache)}; give a jaxkv.Cache, from Cache.init or result.cache")
     check_alive(jax.tree.leaves(cache))
     cache = beside(params, jax.tree.map(jnp.asarray, cache))
     held = np.array(cache.lengths)
@@ -86,7 +87,7 @@ def check_forward(forward: Any, params: Any, cache: Cache) -> int:
             "linen": "forward = jaxkv.linen.functional(module), with params = variables['params']",
         }[flavor]
         raise ValueError(
-            f"forward is a {type(forward).__name__}, a flax.{flavor} module; give a function of its parameters: {cure}"
+            f"forward is {kind_of(forward)}, a flax.{flavor} module; give a function of its parameters: {cure}"
         )
     if not callable(forward):
         raise ValueError(f"forward is {forward!r}; give a function forward(params, tokens, positions, cache)")
@@ -94,13 +95,13 @@ def check_forward(forward: Any, params: Any, cache: Cache) -> int:
         hash(forward)
     except TypeError:
         raise ValueError(
-            f"forward is a {type(forward).__name__} that can't be hashed, so its compiled form can't be found again; "
+            f"forward is {kind_of(forward)} that can't be hashed, so its compiled form can't be found again; "
             "give a function, or jaxkv.nnx.functional(model)"
         ) from None
     one = np.zeros((cache.num_rows, 1), np.int32)
     out = _forward.eval_shape(forward, params, one, one, cache)
     if not isinstance(out, tuple) or len(out) != 2:
-        what = f"an array {list(out.shape)}" if hasattr(out, "shape") else f"a {type(out).__name__}"
+        what = f"an array {list(out.shape)}" if hasattr(out, "shape") else f"{kind_of(out)}"
         raise ValueError(f"forward returned {what}; it must return (logits, cache)")
     logits, after = out
     if isinstance(logits, Cache):

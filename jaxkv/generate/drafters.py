@@ -15,6 +15,7 @@ from jaxkv.generate.branches import Branches
 from jaxkv.generate.draft import Small
 from jaxkv.generate.lookup import Lookup
 from jaxkv.generate.programs import Form
+from jaxkv.kinds import kind_of
 
 
 def checked_branches(num_draft: Any, tree: Any, cache: Cache) -> Branches:
@@ -52,7 +53,7 @@ def checked_drafter(
         return Lookup(branches, min_ngram, max_ngram), None
     if not isinstance(draft, tuple | list) or len(draft) != 3:
         raise ValueError(
-            f"draft is a {type(draft).__name__}; give (forward, params, cache) of the draft model, or None to look "
+            f"draft is {kind_of(draft)}; give (forward, params, cache) of the draft model, or None to look "
             "drafts up in the text"
         )
     forward, params, small = draft

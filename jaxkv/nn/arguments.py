@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxkv.cache.layer import Layer
+from jaxkv.kinds import kind_of
 from jaxkv.nn.heads import Heads
 
 
@@ -22,7 +23,7 @@ def check_call(heads: Heads, x: Any, layer: Any, step: Any, positions: Any, span
             "spans=spans). Keys and values of other inputs than x are for CrossAttention"
         )
     if not isinstance(layer, Layer) or step is None:
-        given = f"layer is a {type(layer).__name__}, step is a {type(step).__name__}"
+        given = f"layer is {kind_of(layer)}, step is {kind_of(step)}"
         raise ValueError(
             f"{given}; with a cache call attn(x, layer, step), both from it: cache, step = cache.begin(positions), "
             "layer = cache.layers[i]. Without a cache give positions by name: attn(x, positions=positions)"
@@ -50,7 +51,7 @@ def check_cross_call(heads: Heads, x: Any, layer: Any, step: Any, encoded: Any) 
             )
         if not isinstance(layer, Layer) or step is None:
             raise ValueError(
-                f"layer is a {type(layer).__name__}, step is a {type(step).__name__}; with a cache call "
+                f"layer is {kind_of(layer)}, step is {kind_of(step)}; with a cache call "
                 "attn(x, layer, step), both from it: cache, step = cache.begin(positions), layer = "
                 "cache.layers[i]; without one attn(x, encoded=encoded)"
             )

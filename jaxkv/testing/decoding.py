@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache.cache import Cache
+from jaxkv.kinds import kind_of
 from jaxkv.testing.oracle import EMPTY
 from jaxkv.testing.programs import OPERATIONS
 
@@ -196,7 +197,7 @@ class _Feeder:
 
     def _check_handed_on(self, before: Cache, real: np.ndarray) -> None:
         if not isinstance(self.cache, Cache):
-            raise AssertionError(f"forward must return (logits, cache), the second is a {type(self.cache).__name__}")
+            raise AssertionError(f"forward must return (logits, cache), the second is {kind_of(self.cache)}")
         if str(jax.tree.structure(self.cache)) != str(jax.tree.structure(before)):
             raise AssertionError(
                 f"forward must return the kind of cache it was given, {before!r}, but gave {self.cache!r}; every call "
