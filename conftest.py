@@ -5,6 +5,8 @@ It stands at the root, not in tests/, because the doctests of the package run un
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
 from pathlib import Path
 
@@ -23,9 +25,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-# Off in the test processes themselves: jaxlib 0.10.2 can die (SIGSEGV, SIGABRT) while it serializes a program for the
-# cache, in a process that has compiled thousands. JAXKV_TEST_CACHE=1 turns it on, for short runs of a few tests.
-jax.config.update("jax_enable_compilation_cache", os.environ.get("JAXKV_TEST_CACHE") == "1")
 
 
 # They need the libraries that made the golden files; and what only type checkers read.
@@ -41,3 +40,18 @@ def _doctest_names(doctest_namespace):
     import jaxkv
 
     doctest_namespace.update(jax=jax, jnp=jnp, np=np, jaxkv=jaxkv)
+
+
+_MAPPINGS = Path("/proc/self/maps")
+_done = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Lets go of compiled programs before there are too many.
+
+    Each takes some mappings of memory, of which Linux allows a process 65,530 (vm.max_map_count). jaxlib does not say
+    that it got none: it dies, in the middle of a compilation.
+    """
+    if next(_done) % 10 == 0 and _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
