@@ -19,7 +19,9 @@ from .cache.spec import Chunk as Chunk
 from .cache.spec import Cross as Cross
 from .cache.spec import Full as Full
 from .cache.spec import LayerSpec as LayerSpec
+from .cache.spec import Recurrent as Recurrent
 from .cache.spec import Window as Window
+from .cache.state_layer import StateLayer as StateLayer
 from .cache.step import Step as Step
 from .cache.storage import Dense as Dense
 from .errors import CacheError as CacheError

@@ -21,11 +21,28 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import EMPTY, Cache, Chunk, Cross, Dense, Float8, Full, Int4, Int8, LayerSpec, Pages, Rows, Window
+from jaxkv import (
+    EMPTY,
+    Cache,
+    Chunk,
+    Cross,
+    Dense,
+    Float8,
+    Full,
+    Int4,
+    Int8,
+    LayerSpec,
+    Pages,
+    Recurrent,
+    Rows,
+    StateLayer,
+    Window,
+)
 from jaxkv.cache.bits import carrier
 from jaxkv.nn.attend import attend
 from jaxkv.nn.rotary import Rotary
-from jaxkv.testing.programs import OPERATIONS, Machine, encode, forward
+from jaxkv.testing import states
+from jaxkv.testing.programs import OPERATIONS, Machine, encode, forward, input_sizes
 
 ROWS, CAPACITY, BLOCK = 4, 24, 4
 ENCODED = np.array([5, 1, 4, 2], np.int32)  # lengths of the rows' encoder outputs
@@ -64,6 +81,11 @@ class Case:
     def turns(self) -> bool:
         """Whether all keys that have positions can be turned to others."""
         return all(spec.rotary is not None for spec in self.specs if not isinstance(spec.reach, Cross))
+
+    @property
+    def recurs(self) -> bool:
+        """Whether rows can only go on where they stand."""
+        return any(isinstance(spec.reach, Recurrent) for spec in self.specs)
 
     @property
     def floats(self) -> bool:
@@ -142,6 +164,19 @@ TABLE = {
         stacked=True,
         layout=Pages(ROWS * 2, 16),
     ),
+    "hybrid": Case(
+        (spec(Full()), LayerSpec(Recurrent(state=(2, 4), tail=(4, 2), every=4, keep=2)), spec(Window(5))), slack=2
+    ),
+    "hybrid-stacked-pages": Case(
+        (
+            LayerSpec(Recurrent(state=(2, 2, 2), every=None, keep=1)),
+            spec(Chunk(4), "float16"),
+            *[LayerSpec(Recurrent(tail=(6, 1), every=3))] * 2,
+        ),
+        slack=3,
+        stacked=True,
+        layout=Pages(ROWS * CAPACITY // 2, 2),
+    ),
 }
 
 
@@ -157,10 +192,11 @@ def tokens(case: Case) -> tuple[list[np.ndarray], list[np.ndarray]]:
     random = np.random.default_rng(0)
     sides: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     for layer in case.layers:
-        for side, size, storage in ((0, layer.head_dim, layer.k_storage), (1, layer.value_dim, layer.v_storage)):
-            x = random.normal(size=(ROWS, LENGTH, layer.num_kv_heads, size))
+        heads, *sizes = input_sizes(layer)
+        for side, size, storage in zip(sides, sizes, (layer.k_storage, layer.v_storage), strict=True):
+            x = random.normal(size=(ROWS, LENGTH, heads, size))
             whole = jnp.issubdtype(storage.dtype, jnp.integer)
-            sides[side].append(np.round(4 * x).astype(storage.dtype) if whole else x.astype(np.float32))
+            side.append(np.round(4 * x).astype(storage.dtype) if whole else x.astype(np.float32))
     return sides
 
 
@@ -216,7 +252,9 @@ def prefilled(case: Case, length: int = 2 * BLOCK) -> Cache:
 
 def attended(case: Case, cache: Cache, blocks: Any, **options: Any) -> list[np.ndarray]:
     """Returns what the queries of a list of blocks get: per layer [ROWS, LENGTH, N, Hv], 0 where nothing was fed."""
-    out = [np.zeros((ROWS, LENGTH, HEADS * s.num_kv_heads, s.value_dim), np.float32) for s in case.layers]
+    out = []
+    for heads, _, size in map(input_sizes, case.layers):
+        out.append(np.zeros((ROWS, LENGTH, HEADS * heads, size), np.float32))
     for positions in blocks:
         cache, got, _, seen = feed(case, cache, positions, **options)
         for (*_, y), x in zip(seen, out, strict=True):
@@ -230,6 +268,11 @@ def whole(case: Case) -> list[np.ndarray]:
     """Returns attention over the whole sequences without any cache, in float64: per layer [ROWS, LENGTH, N, Hv]."""
     out = []
     for layer, k, v in zip(case.layers, *tokens(case), strict=True):
+        if isinstance(layer.reach, Recurrent):
+            texts = zip(k, v, strict=True)
+            reads = [[states.expected(layer.reach, x[:n], y[:n])[2] for n in range(1, LENGTH + 1)] for x, y in texts]
+            out.append(np.concatenate([np.array(reads) * (h + 1) for h in range(HEADS)], 2))
+            continue
         p = np.arange(LENGTH)
         see = np.array([[int(s <= q and sees(layer.reach, q, s)) for s in p] for q in p], bool)[None]  # [B or 1, Q, S]
         if isinstance(layer.reach, Cross):
@@ -357,9 +400,12 @@ def a_row_alone_equals_the_row_in_a_batch(case: Case) -> None:
     together = attended(case, case.cache(), blocks)
     alone = attended(case, case.cache(), [np.where(np.arange(ROWS)[:, None] == 2, b, EMPTY) for b in blocks])
     assert_equal([x[2] for x in alone], [x[2] for x in together])
-    # Another shape, a flat batch: the same but for rounding.
+    # Another shape, a flat batch: the same but for rounding. A state takes its tokens in order, in one batch row.
     cache = prefilled(case)
     _, got, _, seen = feed(case, cache, [[11], [EMPTY], [9], [8], [10], [8]], rows=[2, 1, 2, 2, 2, 0])
+    if case.recurs:
+        np.testing.assert_array_equal(got[:, 0], [EMPTY] * 5 + [8])
+        return
     np.testing.assert_array_equal(got[:, 0], [11, EMPTY, 9, 8, 10, 8])
     for (*_, out), x in zip(seen, together, strict=True):
         assert_close(out[[0, 2, 3, 4], 0], x[2, [11, 9, 8, 10]])
@@ -443,6 +489,7 @@ def decoding_compiles_once(case: Case) -> None:
     "encoder-decoder-stacked-float16",
     "small-floats",
     "encoder-decoder-stacked-pages",
+    "hybrid",
 )
 def decoding_runs_in_compiled_loops_and_in_place(case: Case) -> None:
     steps = 6
@@ -459,7 +506,7 @@ def decoding_runs_in_compiled_loops_and_in_place(case: Case) -> None:
 
     donated = jax.tree.map(jnp.copy, cache)
     after = jax.jit(scan, donate_argnums=0)(donated)
-    assert all(x.is_deleted() for layer in donated.layers for x in jax.tree.leaves((layer.k, layer.v)))
+    assert all(x.is_deleted() for layer in donated.layers for x in jax.tree.leaves(layer.buffers))
     with pytest.raises(jaxkv.CacheError, match="donated"):
         donated.begin(jnp.zeros((ROWS, 1), jnp.int32))
     assert_close((after.lengths, held(case, after)), (expected.lengths, held(case, expected)))
@@ -493,9 +540,10 @@ def assert_in_place(cache: Cache, body: Callable[[Cache], Cache]) -> None:
         return jax.lax.while_loop(lambda c: (c.lengths < until).all(), body, cache)
 
     compiled = jax.jit(loop, donate_argnums=0).lower(cache, jax.ShapeDtypeStruct((), jnp.int32)).compile()
-    buffers = [x for layer in cache.layers for x in jax.tree.leaves((layer.k, layer.v))]
+    both = [x for layer in cache.layers for x in layer.buffers[:2] if x is not None]
+    buffers = jax.tree.leaves(both)
     # Of codes and scales the codes: scales are no larger than the bookkeeping.
-    largest = [max(jax.tree.leaves(x), key=lambda y: y.size) for layer in cache.layers for x in (layer.k, layer.v)]
+    largest = [max(jax.tree.leaves(x), key=lambda y: y.size) for x in both]
     smallest = min(x.size * x.dtype.itemsize for x in largest)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in buffers)
@@ -511,6 +559,10 @@ def enlarged(case: Case, scale: int = 4096, head_dim: int = 32) -> Cache:
 
     def large(layer: LayerSpec) -> LayerSpec:
         reach = layer.reach
+        if isinstance(reach, Recurrent):  # one state is a small part of them
+            state, tail = (2, 16 * scale), (4, 4 * scale)
+            one = dataclasses.replace(reach, keep=60, state=reach.state and state, tail=reach.tail and tail)
+            return LayerSpec(one)
         if reach.size is not None:
             reach = dataclasses.replace(reach, size=max(reach.size, 4) * scale)
         return dataclasses.replace(layer, reach=reach, head_dim=head_dim, value_dim=head_dim)
@@ -528,12 +580,14 @@ def decode(cache: Cache, positions: Any) -> tuple[Cache, Any]:
     cache, step = cache.begin(positions)
     layers, total = [], jnp.float32(0)
     for layer in cache.layers:
-        ones = jnp.ones((*positions.shape, layer.spec.num_kv_heads, layer.spec.head_dim), jnp.float32)
-        k = jnp.sin(positions.astype(jnp.float32))[:, :, None, None] * ones
-        v = k[..., : layer.spec.value_dim] if layer.spec.value_dim <= layer.spec.head_dim else jnp.tile(k, 2)
-        v = v[..., : layer.spec.value_dim]
+        heads, *sizes = input_sizes(layer.spec)
+        x = jnp.sin(positions.astype(jnp.float32))[:, :, None, None]
+        k, v = (jnp.broadcast_to(x, (*positions.shape, heads, size)) for size in sizes)
 
         def one(layer: Any, k: Any, v: Any, q: Any) -> Any:
+            if isinstance(layer, StateLayer):
+                layer, y = states.run(layer, step, k, v)
+                return layer, y.sum()
             if not isinstance(layer.spec.reach, Cross):
                 k_dtype, v_dtype = layer.spec.k_storage.dtype, layer.spec.v_storage.dtype
                 layer = layer.put(step, (9 * k).astype(k_dtype), (9 * v).astype(v_dtype))
@@ -565,6 +619,7 @@ _decode = jax.jit(decode)
     "encoder-decoder",
     "small-floats-stacked",
     "mixture-pages",
+    "hybrid",
 )
 def vmap_keeps_caches_apart(case: Case) -> None:
     one, other = prefilled(case), prefilled(case, 6)
@@ -577,12 +632,19 @@ def vmap_keeps_caches_apart(case: Case) -> None:
         assert_close((mine.lengths, held(case, mine)), (alone.lengths, held(case, alone)))
 
 
-@law_on("full-int8-unturned", "mixture-stacked-bfloat16", "mixture-pages")
+@law_on("full-int8-unturned", "mixture-stacked-bfloat16", "mixture-pages", "hybrid-stacked-pages")
 def sharding_changes_nothing(case: Case) -> None:
     assert_sharding_changes_nothing(case, jax.sharding.AxisType.Auto)
 
 
-@law_on("window-slack", "mixture", "encoder-decoder-stacked-float16", "small-floats", "encoder-decoder-stacked-pages")
+@law_on(
+    "window-slack",
+    "mixture",
+    "encoder-decoder-stacked-float16",
+    "small-floats",
+    "encoder-decoder-stacked-pages",
+    "hybrid",
+)
 def sharding_on_explicit_axes_changes_nothing(case: Case) -> None:
     assert_sharding_changes_nothing(case, jax.sharding.AxisType.Explicit)
 
@@ -600,7 +662,8 @@ def assert_sharding_changes_nothing(case: Case, kind: jax.sharding.AxisType) -> 
         expected, _, _, want = feed(case, expected, block(start))
         cache, _, _, seen = feed(case, cache, block(start))
         assert_close([out for *_, out in seen], [out for *_, out in want])
-        for x in jax.tree.leaves([(layer.k, layer.v) for layer in cache.layers]):
+        divided = [layer.state if isinstance(layer, StateLayer) else (layer.k, layer.v) for layer in cache.layers]
+        for x in jax.tree.leaves(divided):
             assert x.sharding.is_equivalent_to(wanted, x.ndim), x.sharding
     assert_equal(cache, expected)
     assert_equal(edit(cache), edit(expected))
@@ -799,7 +862,7 @@ def copies_go_on_independently(case: Case) -> None:
 def remove_closes_the_gap(case: Case) -> None:
     cache = prefilled(case)
     if not case.turns:
-        with pytest.raises(jaxkv.NotSupportedError, match="rotary=None"):
+        with pytest.raises(jaxkv.NotSupportedError, match="rotary=None|Recurrent"):
             jax.eval_shape(Cache.remove, cache, np.int32(0), np.int32(2), np.int32(5))
         return
     after = OPERATIONS["remove"](cache, np.int32(1), np.int32(5), np.int32(7))

@@ -13,7 +13,9 @@ from jaxkv.cache.arguments import checked_size
 from jaxkv.cache.cross import Encoded
 from jaxkv.cache.group import READ_BLOCK, Group
 from jaxkv.cache.layer import Layer
-from jaxkv.cache.spec import Cross, LayerSpec, Reach
+from jaxkv.cache.recurrent import States
+from jaxkv.cache.spec import Cross, LayerSpec, Reach, Recurrent
+from jaxkv.cache.state_layer import StateLayer
 
 _LONGEST_BLOCK = 512  # by default; longer ones make a prompt hardly faster
 
@@ -100,7 +102,8 @@ def stored_as(specs: Iterable[LayerSpec], storage: Any) -> tuple[LayerSpec, ...]
 
     Args:
       specs: one LayerSpec per layer.
-      storage: a storage for all keys and values, or a pair: of keys, of values; None: as the specs say.
+      storage: a storage for all keys and values, or a pair: of keys, of values; None: as the specs say. Recurrent
+        layers have neither.
 
     Raises:
       ValueError: if it can't hold the vectors of a layer.
@@ -113,21 +116,29 @@ def stored_as(specs: Iterable[LayerSpec], storage: Any) -> tuple[LayerSpec, ...]
     if storage is None:
         return tuple(specs)
     k, v = storage if isinstance(storage, tuple) and len(storage) == 2 else (storage, storage)
-    return tuple(dataclasses.replace(spec, k_storage=k, v_storage=v) for spec in specs)
+    return tuple(
+        spec if isinstance(spec.reach, Recurrent) else dataclasses.replace(spec, k_storage=k, v_storage=v)
+        for spec in specs
+    )
 
 
-def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool) -> tuple[Any, Any, Any]:
-    """Returns the layers, the groups, and the bookkeeping of Cross layers or None, all empty."""
-    reaches = list(dict.fromkeys(spec.reach for spec in specs if not isinstance(spec.reach, Cross)))
-    crosses = list(dict.fromkeys(spec.reach for spec in specs if isinstance(spec.reach, Cross)))
+def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool) -> tuple[Any, Any, Any, Any]:
+    """Returns the layers, the groups, the bookkeeping of recurrent layers, that of Cross layers or None, all empty."""
+    distinct = list(dict.fromkeys(spec.reach for spec in specs))
+    crosses = [reach for reach in distinct if isinstance(reach, Cross)]
+    recurrent = [reach for reach in distinct if isinstance(reach, Recurrent)]
+    reaches = [reach for reach in distinct if reach not in (*crosses, *recurrent)]
     behind = max(sizes.max_block, sizes.slack)
     groups = tuple(Group.init(reach, sizes.num_rows, sizes.capacity, behind, layout) for reach in reaches)
     encoded = Encoded.init(crosses[0], sizes.num_rows, layout) if crosses else None
-    books: list[Any] = [*groups, encoded]
+    states = tuple(States.init(reach, sizes.num_rows, sizes.slack) for reach in recurrent)
+    books: list[Any] = [*groups, *states, encoded]
 
-    def layer(spec: LayerSpec, num_stacked: int | None) -> Layer:
-        group = [*reaches, *crosses].index(spec.reach)
+    def layer(spec: LayerSpec, num_stacked: int | None) -> Layer | StateLayer:
+        group = [*reaches, *recurrent, *crosses].index(spec.reach)
         num_slots = books[group].num_slots
+        if isinstance(spec.reach, Recurrent):
+            return StateLayer.init(spec, group, sizes.num_rows, num_slots, num_stacked)
 
         def buffer(heads: int, size: int, storage: Any) -> Any:
             lead = layout.lead(books[group].pages, sizes.num_rows, heads, num_slots)
@@ -146,20 +157,21 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
         )
 
     if stacked:
-        return tuple(layer(spec, specs.count(spec)) for spec in dict.fromkeys(specs)), groups, encoded
-    return tuple(layer(spec, None) for spec in specs), groups, encoded
+        return tuple(layer(spec, specs.count(spec)) for spec in dict.fromkeys(specs)), groups, states, encoded
+    return tuple(layer(spec, None) for spec in specs), groups, states, encoded
 
 
 def shardings(cache: Any, sharding: Any) -> Any:
     """Returns a tree of shardings for a cache: `sharding` (axes R, K, V, H) for buffers, replicated bookkeeping.
 
-    Of a buffer with fewer numbers than H, such as one of scales, axes that don't divide them are left out.
+    Of a buffer with fewer numbers than H, such as one of scales, axes that don't divide them are left out. States are
+    divided over rows, and over heads if the axes of heads divide theirs; their slots and numbers aren't.
     """
     mesh, spec = sharding.mesh, sharding.spec
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     whole = jax.tree.map(lambda _: replicated, cache)
 
-    rows, _, slots, _ = (*spec, None, None, None, None)[:4]
+    rows, heads, slots, _ = (*spec, None, None, None, None)[:4]
 
     def placed(buffers: Any, *spec: Any) -> Any:
         def place(buffer: Any) -> Any:
@@ -171,11 +183,17 @@ def shardings(cache: Any, sharding: Any) -> Any:
 
         return jax.tree.map(place, buffers)
 
-    layers = tuple(
-        layer.with_buffers((placed(layer.k, *spec), placed(layer.v, *spec), placed(layer.sides, rows, None, slots)))
-        for layer in cache.layers
-    )
-    return dataclasses.replace(whole, layers=layers)
+    def of_layer(layer: Any) -> Any:
+        if isinstance(layer, StateLayer):
+            shape = layer.spec.reach.state  # type: ignore[attr-defined]
+            count = math.prod(mesh.shape[n] for n in jax.tree.leaves(heads)) if heads else 1
+            over = None if shape is None or shape[0] % count else heads
+            return layer.with_buffers((placed(layer.tail, rows), placed(layer.state, rows, over)))
+        return layer.with_buffers(
+            (placed(layer.k, *spec), placed(layer.v, *spec), placed(layer.sides, rows, None, slots))
+        )
+
+    return dataclasses.replace(whole, layers=tuple(map(of_layer, cache.layers)))
 
 
 def place(build: Any, sharding: Any) -> Any:

@@ -21,9 +21,11 @@ from jaxkv.cache.group import Group
 from jaxkv.cache.layer import Layer
 from jaxkv.cache.look import html, show
 from jaxkv.cache.pages import Pages
+from jaxkv.cache.recurrent import States
 from jaxkv.cache.rows import Rows
 from jaxkv.cache.show import describe, headline
-from jaxkv.cache.spec import EMPTY, Cross, LayerSpec
+from jaxkv.cache.spec import EMPTY, Cross, LayerSpec, Recurrent
+from jaxkv.cache.state_layer import StateLayer
 from jaxkv.cache.step import Step
 from jaxkv.cache.tree import checked_parents, commit
 from jaxkv.errors import CacheError, CacheFullError, NotSupportedError
@@ -42,8 +44,8 @@ class Cache:
     Attributes:
       layers: one Layer per layer of the model; with `stacked=True` one stack per distinct LayerSpec, in order of first
         appearance, for a scan over layers: `layers[0].at(i)`. Without it a model of equal layers has as many Layers
-        here, and `at` is an error.
-      groups: bookkeeping, one Group per distinct reach but Cross.
+        here, and `at` is an error. A StateLayer for a layer that is Recurrent.
+      groups: bookkeeping, one Group per distinct reach but Cross and Recurrent.
       encoded: bookkeeping of the Cross layers; None if there are none.
       lengths: int32 [R], the next position of each sequence.
       ok: bool [R], False once a sequence did not fit; it takes nothing more until `retry` or `reset`.
@@ -52,6 +54,7 @@ class Cache:
       slack: how far behind the highest position written a `rewind` of a ring may go and land exactly.
       layout: where the numbers lie.
       shared: how many first tokens all rows have in common, as `sharing` was told; None without such a promise.
+      recurrent: bookkeeping, one States per distinct Recurrent.
 
     >>> import jax.numpy as jnp
     >>> from jaxkv import Cache, Full, LayerSpec
@@ -64,7 +67,7 @@ class Cache:
     Array([3], dtype=int32)
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[Any, ...]  # Layer, or StateLayer
     groups: tuple[Group, ...]
     encoded: Encoded | None
     lengths: Any  # int32 [R]
@@ -74,6 +77,7 @@ class Cache:
     slack: int = dataclasses.field(metadata={"static": True})
     layout: Any = dataclasses.field(metadata={"static": True})
     shared: Any = None  # int32 scalar, see `sharing`; None: nothing is promised
+    recurrent: tuple[States, ...] = ()
 
     @classmethod
     def init(
@@ -97,7 +101,7 @@ class Cache:
           num_rows: sequences the cache holds (R).
           capacity: tokens a sequence can hold.
           storage: how keys and values are kept in all layers, such as Int8(), or a pair (of keys, of values); None: as
-            each LayerSpec says.
+            each LayerSpec says. Recurrent layers have neither; their states are float32.
           layout: `Rows()`, one stretch of slots for each sequence; or `Pages(num_pages, page_size)`, a pool that all
             sequences share.
           max_block: most tokens of one sequence in one `begin`; rings are this much longer than their reach. More than
@@ -122,8 +126,9 @@ class Cache:
 
         def build() -> Cache:
             lengths, ok = jnp.zeros((sizes.num_rows,), jnp.int32), jnp.ones((sizes.num_rows,), bool)
-            own = parts(specs, sizes, layout, stacked)
-            return cls(*own, lengths, ok, sizes.capacity, sizes.max_block, sizes.slack, layout)
+            layers, groups, recurrent, encoded = parts(specs, sizes, layout, stacked)
+            own = layers, groups, encoded, lengths, ok, sizes.capacity, sizes.max_block, sizes.slack, layout
+            return cls(*own, recurrent=recurrent)
 
         return place(build, sharding)
 
@@ -139,8 +144,8 @@ class Cache:
 
     @property
     def bookkeeping(self) -> tuple[Any, ...]:
-        """What each layer's `group` counts: the groups, then that of the Cross layers."""
-        return self.groups if self.encoded is None else (*self.groups, self.encoded)
+        """What each layer's `group` counts: the groups, those of recurrent layers, then that of the Cross layers."""
+        return (*self.groups, *self.recurrent, *(() if self.encoded is None else (self.encoded,)))
 
     @property
     def num_free(self) -> Any:
@@ -163,7 +168,7 @@ class Cache:
         if len(layers) != len(self.layers):
             raise ValueError(f"with_layers got {len(layers)} layers, the cache has {len(self.layers)}")
         for i, (new, old) in enumerate(zip(layers, self.layers, strict=True)):
-            if not isinstance(new, Layer):
+            if not isinstance(new, Layer | StateLayer):
                 raise ValueError(f"with_layers: layer {i} is of type {type(new).__name__}; give what its put returned")
             if new.spec != old.spec or new.group != old.group:
                 raise ValueError(f"with_layers: layer {i} is {new.spec}, the cache has {old.spec}; keep their order")
@@ -177,6 +182,9 @@ class Cache:
         where it has none of its own; sequences are served in the order of rows. One that does not fit takes nothing:
         its `ok` turns False, its queries give zeros, what it held is intact. Writing a position that is already there
         replaces it.
+
+        In a cache with Recurrent layers a sequence must go on where it stands: it comes in one batch row, and its
+        positions are those from its length on, one after the other.
 
         Args:
           positions: int [B, T], position of each token in its sequence; any negative one is padding, anywhere.
@@ -196,6 +204,7 @@ class Cache:
           ValueError: while tracing, for wrong shapes or dtypes, parents together with spans, or, if rows is None, more
             than max_block tokens; outside of jit, for a parent that does not come before its child (else that row does
             not fit).
+          NotSupportedError: while tracing, for parents in a cache with Recurrent layers.
           CacheError: if this cache was donated.
         """
         self._check_alive()
@@ -217,6 +226,12 @@ class Cache:
             if spans is not None:
                 raise ValueError(
                     "begin got parents and spans; the tokens of a tree see their ancestors and nothing else"
+                )
+            if self.recurrent:
+                raise NotSupportedError(
+                    f"begin got parents, and this cache has layers of {self.recurrent[0].reach}: a state is that of one "
+                    "text, not of several branches; draft one text at a time (speculate(tree=None)), with a slack of "
+                    "its length"
                 )
             parents = checked_parents(parents, positions)
         run = automatic(functools.partial(claim, whole=whole), (like(self), PartitionSpec()))
@@ -342,7 +357,8 @@ class Cache:
         """Returns the largest p <= position from which a sequence can be decoded on correctly, in all layers.
 
         Full layers answer `position`; in a ring that has overwritten what a query there would see, the answer is lower.
-        On a sequence with gaps it may be lower than necessary, never higher.
+        On a sequence with gaps it may be lower than necessary, never higher. Recurrent layers answer where they have a
+        state: at a checkpoint, within `slack`, or 0. `describe()` names the checkpoints.
 
         Args:
           row: which sequence. int32 scalar, may be traced; an unknown one holds nothing.
@@ -362,8 +378,8 @@ class Cache:
     def rewind(self, lengths: Any) -> Cache:
         """Returns this cache with every sequence truncated, at its resume point at or below the asked length.
 
-        Exact for Full layers, and for rings within `slack`; the new `lengths` says where each sequence landed. A
-        sequence asked for its own length or more is not touched. An encoder's output stays.
+        Exact for Full layers, and for rings and recurrent states within `slack`; the new `lengths` says where each
+        sequence landed. A sequence asked for its own length or more is not touched. An encoder's output stays.
 
         Args:
           lengths: int32 [R], in tokens.
@@ -387,11 +403,34 @@ class Cache:
         self._check_alive()
         return dataclasses.replace(self, ok=self.ok | row_mask("retry", mask, self.num_rows))
 
+    def checkpoint(self, rows: Any = None) -> Cache:
+        """Returns this cache with the states at which rows stand kept as checkpoints, to which they can go back.
+
+        For Recurrent layers; others can go back anyway. It moves integers only. The newest `Recurrent.keep` checkpoints
+        of a row stay.
+
+        Args:
+          rows: int [B], which sequences; unknown ones are passed over. None: all.
+
+        >>> spec = jaxkv.LayerSpec(jaxkv.Recurrent(tail=(4, 2), every=None))
+        >>> cache = jaxkv.Cache.init([spec], num_rows=1, capacity=16)
+        >>> for start in (0, 4, 8):
+        ...     cache, _ = cache.begin(start + jnp.arange(4)[None])
+        ...     cache = cache.checkpoint() if start == 0 else cache
+        >>> cache.resume_point(0, 11), cache.rewind([5]).lengths
+        (Array(4, dtype=int32), Array([4], dtype=int32))
+        """
+        self._check_alive()
+        rows = jnp.arange(self.num_rows, dtype=jnp.int32) if rows is None else integers("rows", rows)
+        if rows.ndim != 1:
+            raise ValueError(f"checkpoint: rows has shape {rows.shape}; give a list of row numbers, int [B]")
+        return automatic(edit.checkpoint, like(self))(self, rows)
+
     def keep(self, mask: Any) -> Cache:
         """Returns this cache without the tokens that a mask doesn't name: for eviction by rules of your own.
 
         Positions and lengths stay what they were, and nothing counts as lost: what is forgotten is just not seen any
-        more, in all layers but Cross. Pages without a token are free again. Several such masks add up.
+        more, in all layers but Cross and Recurrent. Pages without a token are free again. Several such masks add up.
 
         Args:
           mask: bool [R, capacity], by position; what it says of positions that a row doesn't hold is not looked at.
@@ -427,13 +466,19 @@ class Cache:
           end: first position kept again; None forgets everything from `begin` on.
 
         Raises:
-          NotSupportedError: while tracing, if `end` is given and a layer's keys can't be turned (`rotary=None`).
+          NotSupportedError: while tracing, if `end` is given and a layer's keys can't be turned (`rotary=None`), or a
+            layer is Recurrent: what its state took in can't be taken out.
         """
         self._check_alive()
         if end is None:
             here = jnp.arange(self.num_rows, dtype=jnp.int32) == integers("row", row)
             return self.rewind(jnp.where(here, integers("begin", begin), FAR))
         for i, spec in enumerate(self.specs):
+            if isinstance(spec.reach, Recurrent):
+                raise NotSupportedError(
+                    f"remove with an end takes tokens out of the middle, but layer {i} is of {spec.reach}: its state "
+                    "has taken them in, and later ones after them; give end=None to truncate, and feed the rest again"
+                )
             if spec.rotary is None and not isinstance(spec.reach, Cross):
                 raise NotSupportedError(
                     f"remove with an end moves later tokens, but layer {i} has rotary=None: its keys can't turn to "

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.cache.arguments import FAR
+from jaxkv.cache.recurrent import StateStep, goes_on, packing
 from jaxkv.cache.spec import EMPTY
 from jaxkv.cache.step import GroupStep, Step
 from jaxkv.cache.tree import Tree
@@ -45,6 +46,8 @@ def claim(
     if parents is not None:
         tree, sound = Tree.of(jnp.where(real, positions, EMPTY), parents, _of_rows(cache.lengths, at))
         fit = fit.at[jnp.where(sound | ~known, num_rows, rows)].set(False, mode="drop")
+    if cache.recurrent:
+        fit &= _go_on(positions, real, rows, _of_rows(cache.lengths, at), num_rows)
     top = jnp.maximum(highest, cache.lengths - 1)
     for group in cache.groups:
         fit &= group.fits(lowest, highest, top, dense)
@@ -73,6 +76,14 @@ def claim(
         )
         lost = group.lost_by_writing(lowest, highest, dense, fit)
         groups.append(dataclasses.replace(group, positions=written, lost=lost, pages=pages))
+    recurrent = []
+    order, place = packing(token_fits) if cache.recurrent else (None, None)
+    for states in cache.recurrent:
+        advanced, source, slots, counts = states.advance(cache.lengths, lengths, positions.shape[1])
+        slots = jnp.where(token_fits.any(1)[:, None], _of_rows(slots, at), states.num_slots)
+        of_rows = [_of_rows(x, at) for x in (source, counts, advanced.positions)]
+        steps.append(StateStep(of_rows[0], slots, of_rows[1], order, place, of_rows[2]))
+        recurrent.append(advanced)
     if cache.encoded is not None:
         steps.append(cache.encoded.step(at, cache.layout.step(cache.encoded.pages, at)))
     refused = takes_part & ~fit
@@ -86,7 +97,8 @@ def claim(
         shared=cache.shared,
         tree=tree,
     )
-    return dataclasses.replace(cache, groups=tuple(groups), lengths=lengths, ok=cache.ok & ~refused), step
+    cache = dataclasses.replace(cache, groups=tuple(groups), recurrent=tuple(recurrent), lengths=lengths)
+    return dataclasses.replace(cache, ok=cache.ok & ~refused), step
 
 
 def claim_cross(cache: Any, lengths: Any, rows: Any, known: Any, *, whole: bool) -> tuple[Any, Step]:
@@ -112,13 +124,23 @@ def claim_cross(cache: Any, lengths: Any, rows: Any, known: Any, *, whole: bool)
         ok=~(_of_rows(refused, at) & known),
         spans=None,
         groups=(
-            *(None for _ in cache.groups),
+            *(None for _ in (*cache.groups, *cache.recurrent)),
             dataclasses.replace(encoded.step(at, cache.layout.step(pages, at, copies)), slots=slots),
         ),
         whole=whole,
         cross=True,
     )
     return dataclasses.replace(cache, encoded=encoded, ok=cache.ok & ~refused), step
+
+
+def _go_on(positions: Any, real: Any, rows: Any, lengths: Any, num_rows: int) -> Any:
+    """Returns which sequences come in one batch row, their positions being those from their length on: bool [R].
+
+    lengths: int32 [B]. Sequences that don't come count as going on.
+    """
+    sequence = jnp.where(real.any(1), rows, num_rows)
+    once = jnp.zeros((num_rows,), jnp.int32).at[sequence].add(1, mode="drop") <= 1
+    return once.at[sequence].min(goes_on(positions, real, lengths), mode="drop")
 
 
 def _of_rows(x: Any, rows: Any) -> Any:

@@ -13,21 +13,33 @@ import jax.numpy as jnp
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.group import resume
 from jaxkv.cache.layer import Layer
+from jaxkv.cache.recurrent import common
 from jaxkv.cache.spec import EMPTY, Cross, LayerSpec
 
 
 def resume_point(cache: Any, row: Any, known: Any, position: Any) -> Any:
     """Returns `Cache.resume_point` of a row that is known."""
     position = jnp.clip(position, 0, jnp.where(known, cache.lengths[row], 0))
-    return _resume(cache, position, [group.lost[row] for group in cache.groups])
+    lost = [group.lost[row] for group in cache.groups]
+    return _resume(cache, position, lost, [states.positions[row] for states in cache.recurrent])
 
 
 def rewind(cache: Any, lengths: Any) -> Any:
     """Returns `Cache.rewind`; lengths int32 [R]."""
-    landed = _resume(cache, jnp.clip(lengths, 0, cache.lengths), [group.lost for group in cache.groups])
+    lost, positions = [group.lost for group in cache.groups], [states.positions for states in cache.recurrent]
+    landed = _resume(cache, jnp.clip(lengths, 0, cache.lengths), lost, positions)
     landed = jnp.where(lengths >= cache.lengths, cache.lengths, landed)
     groups = [_paged(cache.layout, group.truncate(landed)) for group in cache.groups]
-    return dataclasses.replace(cache, groups=tuple(groups), lengths=landed)
+    recurrent = tuple(states.truncate(landed) for states in cache.recurrent)
+    return dataclasses.replace(cache, groups=tuple(groups), recurrent=recurrent, lengths=landed)
+
+
+def checkpoint(cache: Any, rows: Any) -> Any:
+    """Returns `Cache.checkpoint`; rows int32 [B]."""
+    known = (rows >= 0) & (rows < cache.num_rows)
+    mask = jnp.zeros_like(cache.ok).at[jnp.where(known, rows, cache.num_rows)].set(True, mode="drop")
+    recurrent = tuple(states.checkpoint(cache.lengths, mask) for states in cache.recurrent)
+    return dataclasses.replace(cache, recurrent=recurrent)
 
 
 def reset(cache: Any, mask: Any) -> Any:
@@ -95,12 +107,14 @@ def copy_prefix(cache: Any, src: Any, src_known: Any, dst: Any, dst_known: Any, 
     untouched = (src == dst) & src_known & (length >= held)  # as rewind says
     landed = jnp.where(untouched, held, landed)
     filled = [group.filled(held if group.wraps else landed) for group in cache.groups]
+    filled += [jnp.int32(states.num_slots) for states in cache.recurrent]
     if cache.encoded is not None:
         filled.append(jnp.where(src_known, cache.encoded.filled[src], 0))
     filled = [jnp.where(dst_known, x, 0) for x in filled]
     to = jnp.where(dst_known, dst, cache.num_rows)
     rows = jnp.arange(cache.num_rows, dtype=jnp.int32).at[to].set(src, mode="drop")
     groups = [_paged(cache.layout, group.copy_prefix(src, to, landed), rows) for group in cache.groups]
+    recurrent = tuple(states.copy_prefix(src, to, landed) for states in cache.recurrent)
     encoded = None
     if cache.encoded is not None:
         encoded = _paged(cache.layout, cache.encoded.copy(src, src_known, to), rows)
@@ -108,6 +122,7 @@ def copy_prefix(cache: Any, src: Any, src_known: Any, dst: Any, dst_known: Any, 
         cache,
         layers=_map_buffers(cache.layers, lambda layer, x: layer.layout.copy(x, src, dst, filled[layer.group])),
         groups=tuple(groups),
+        recurrent=recurrent,
         encoded=encoded,
         lengths=cache.lengths.at[to].set(landed, mode="drop"),
         ok=cache.ok.at[to].set(True, mode="drop"),
@@ -120,7 +135,9 @@ def take(cache: Any, rows: Any) -> Any:
     rows = jnp.clip(rows, 0, cache.num_rows - 1)
     lengths = jnp.where(known, cache.lengths[rows], 0)
     filled = [group.filled(lengths).max(initial=0) for group in cache.groups]
+    filled += [jnp.int32(states.num_slots) for states in cache.recurrent]
     groups = [_paged(cache.layout, group.take(rows, known), rows) for group in cache.groups]
+    recurrent = tuple(states.take(rows, known) for states in cache.recurrent)
     encoded = None
     if cache.encoded is not None:
         filled.append(jnp.where(known, cache.encoded.filled[rows], 0).max(initial=0))
@@ -129,6 +146,7 @@ def take(cache: Any, rows: Any) -> Any:
         cache,
         layers=_map_buffers(cache.layers, lambda layer, x: layer.layout.take(x, rows, filled[layer.group])),
         groups=tuple(groups),
+        recurrent=recurrent,
         encoded=encoded,
         lengths=lengths,
         ok=jnp.where(known, cache.ok[rows], True),
@@ -143,15 +161,25 @@ def _paged(layout: Any, group: Any, rows: Any = None) -> Any:
     return dataclasses.replace(group, pages=layout.keep(group.pages, group.in_use, rows))
 
 
-def _resume(cache: Any, position: Any, lost: list[Any]) -> Any:
+def _resume(cache: Any, position: Any, lost: list[Any], states: list[Any]) -> Any:
+    """Returns the largest resume point <= position [...] of all layers.
+
+    lost: of each group, [..., 2]; states: of each group of recurrent layers, after how many tokens there is one,
+    [..., C].
+    """
+    if states:  # each place where all of them have a state is tried, and the empty row
+        places = common(states)
+        lost = [interval[..., None, :] for interval in lost]
+        fine = (places <= position[..., None]) & (_resume(cache, places, lost, []) == places)
+        return jnp.where(fine, places, 0).max(-1)
     for _ in range(2 * len(cache.groups)):  # one group's fallback may move another's
         for group, interval in zip(cache.groups, lost, strict=True):
             position = resume(group.reach, interval, position)
     return position
 
 
-def _map_buffers(layers: Iterable[Layer], f: Callable[[Layer, Any], Any]) -> tuple[Layer, ...]:
-    def one(layer: Layer) -> Layer:
+def _map_buffers(layers: Iterable[Any], f: Callable[[Any, Any], Any]) -> tuple[Any, ...]:
+    def one(layer: Any) -> Any:
         return layer.with_buffers(jax.tree.map(lambda x: f(layer, x), layer.buffers))
 
     return tuple(one(layer) for layer in layers)

@@ -20,8 +20,10 @@ from jaxkv.cache.layer import Layer
 from jaxkv.cache.pages import Pages, PageStep
 from jaxkv.cache.pool import Pool
 from jaxkv.cache.quantized import Float8, Int4, Int8
+from jaxkv.cache.recurrent import States, StateStep
 from jaxkv.cache.rows import Rows
-from jaxkv.cache.spec import Chunk, Cross, Full, LayerSpec, Window
+from jaxkv.cache.spec import Chunk, Cross, Full, LayerSpec, Recurrent, Window
+from jaxkv.cache.state_layer import StateLayer
 from jaxkv.cache.step import GroupStep, Step
 from jaxkv.cache.storage import Dense
 from jaxkv.cache.tree import Tree
@@ -90,10 +92,10 @@ def _object(x: Any) -> Any:
     return _kinds[kind](**fields)
 
 
-for _part in (Full, Window, Chunk, Cross, LayerSpec, Dense, Int8, Int4, Float8, Rows, Pages):
+for _part in (Full, Window, Chunk, Cross, Recurrent, LayerSpec, Dense, Int8, Int4, Float8, Rows, Pages):
     exportable(_part)
 
-for _node in (Cache, Layer, Group, Encoded, Pool, Step, GroupStep, PageStep, Tree):
+for _node in (Cache, Layer, StateLayer, Group, States, Encoded, Pool, Step, GroupStep, StateStep, PageStep, Tree):
     jax.export.register_pytree_node_serialization(
         _node,
         serialized_name=f"jaxkv.{_node.__name__}",

@@ -23,7 +23,7 @@ class MemoryPlan:
       nbytes: all buffers and bookkeeping, over all devices, replicated parts once.
       nbytes_per_device: what one device holds; equal to nbytes without a sharding.
       bytes_per_token: what one more token of one sequence takes in the layers whose slots are as many as the capacity;
-        rings, and an encoder's output, have a fixed size and add nothing.
+        rings, recurrent states and an encoder's output have a fixed size and add nothing.
       groups: per group (reach, number of layers, slots per sequence, bytes, why a ring is as long as it is, and how
         many pages there are).
     """
@@ -70,9 +70,9 @@ def plan_memory(
     for number, group in enumerate(cache.bookkeeping):
         layers = [layer for layer in cache.layers if layer.group == number]
         count = sum(layer.num_stacked or 1 for layer in layers)
-        why = group.why + cache.layout.describe(group.pages)
+        why = group.why + ("" if group.pages is None else cache.layout.describe(group.pages))
         groups.append((group.reach, count, group.num_slots, _nbytes((layers, group)), why))
-    grows = [not group.wraps for group in cache.groups] + [False]
+    grows = [not group.wraps for group in cache.groups] + [False] * (len(cache.bookkeeping) - len(cache.groups))
     growing = [layer for layer in cache.layers if grows[layer.group]]
     # A buffer [R or P, K, V or page_size, X], of a stack [L, ...], has so many slots.
     per_token = sum(_nbytes(x) // (x.shape[-4] * x.shape[-2]) for x in jax.tree.leaves([y.buffers for y in growing]))

@@ -19,7 +19,8 @@ from jax import lax
 
 from jaxkv.meshes import vary_alike
 
-_MOVE_BLOCK = 64  # slots moved at a time
+_MOVE_BLOCK = 64  # slots moved at a time, or as many as have so many numbers of a head: a state is large
+_MOVE_NUMBERS = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +184,8 @@ _loop.defvjp(_forward, _backward)
 
 
 def _block_size(buffer: Any) -> int:
-    return math.gcd(_MOVE_BLOCK, buffer.shape[-2])
+    most = max(1, min(_MOVE_BLOCK, _MOVE_NUMBERS // buffer.shape[-1]))
+    return math.gcd(1 << (most.bit_length() - 1), buffer.shape[-2])
 
 
 def _num_blocks(filled: Any, size: int) -> Any:

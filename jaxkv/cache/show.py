@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxkv.cache.spec import Recurrent
 from jaxkv.sizes import format_bytes
 
 
@@ -39,18 +40,24 @@ def describe(cache: Any) -> str:
     for number, group in enumerate(cache.bookkeeping):
         layers = [layer for layer in cache.layers if layer.group == number]
         count = sum(layer.num_stacked or 1 for layer in layers)
-        kept = dict.fromkeys(
-            f"{s.num_kv_heads} x {s.head_dim}" + (f"/{s.value_dim}" if s.value_dim != s.head_dim else "") +
-            f" k {s.k_storage} v {s.v_storage}"
-            for s in (layer.spec for layer in layers)
-        )  # fmt: skip
+        kept = dict.fromkeys(_kept(layer.spec) for layer in layers)
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((layers, group)))
+        pages = "" if group.pages is None else cache.layout.describe(group.pages)
         lines.append(
             f"{count} layer{'s' * (count > 1)} {group.reach}: {', '.join(kept)}, "
-            f"{group.num_slots} slots{group.why}{cache.layout.describe(group.pages)}, {format_bytes(size)}"
+            f"{group.num_slots} slots{group.why}{pages}, {format_bytes(size)}"
         )
-        lines += [f"  row {row}: {text}" for row, text in enumerate(_held(group.held))]
+        texts = _states(group.held) if isinstance(group.reach, Recurrent) else _held(group.held)
+        lines += [f"  row {row}: {text}" for row, text in enumerate(texts)]
     return "\n".join(lines)
+
+
+def _kept(spec: Any) -> str:
+    """Returns what a layer keeps of each token, or of all of them together."""
+    if isinstance(spec.reach, Recurrent):
+        return f"{spec.reach.num_numbers} numbers float32 a state"
+    value = f"/{spec.value_dim}" if spec.value_dim != spec.head_dim else ""
+    return f"{spec.num_kv_heads} x {spec.head_dim}{value} k {spec.k_storage} v {spec.v_storage}"
 
 
 def _held(positions: Any) -> list[str]:
@@ -62,6 +69,17 @@ def _held(positions: Any) -> list[str]:
         held = np.sort(slots[slots >= 0])
         runs = np.split(held, np.flatnonzero(np.diff(held) != 1) + 1) if held.size else []
         texts.append(", ".join(f"{run[0]}" if run.size == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "empty")
+    return texts
+
+
+def _states(positions: Any) -> list[str]:
+    """Returns where each row stands and goes back to, by the positions [R, C] of its states; as `_held`."""
+    if isinstance(positions, jax.core.Tracer) or not isinstance(positions, jax.Array | np.ndarray):
+        return []
+    texts = []
+    for slots in np.asarray(positions):
+        *back, here = ["0", *map(str, np.sort(slots[slots >= 0]))]
+        texts.append(f"stands at {here}, goes back to {', '.join(back)}" if back else "empty")
     return texts
 
 

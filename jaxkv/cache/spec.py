@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import math
 import types
 from typing import Any
 
@@ -158,12 +159,69 @@ class Cross(Reach):
 
 
 @dataclasses.dataclass(frozen=True)
+class Recurrent(Reach):
+    """No past token is seen: the layer keeps a state, which each token changes, and the last inputs of a convolution.
+
+    What a state has forgotten can't be got back, so a row keeps some earlier states beside the one it stands at, its
+    checkpoints: at every `every` tokens, at the end of a block of several tokens that no other block follows (a
+    prompt), and where `Cache.checkpoint` asks for one. `rewind` and what else goes back lands on one of them, or on the
+    empty row. With `slack` in the cache, the states of the last `slack` tokens are there too.
+
+    Args:
+      state: the shape of the state, heads first, or None for none. It is kept in float32.
+      tail: channels of a convolution, and how many of its last inputs are kept (kernel size - 1); None for none. It is
+        kept in float32.
+      every: tokens from one checkpoint to the next, at least 1; None for no such checkpoints.
+      keep: how many checkpoints a row keeps at least, 0 or more; the newest stay.
+
+    Raises:
+      ValueError: for neither state nor tail, and sizes below 1.
+
+    >>> Recurrent(state=(4, 8, 16), tail=(96, 3)).num_numbers
+    800
+    """
+
+    state: tuple[int, ...] | None = None
+    tail: tuple[int, int] | None = None
+    every: int | None = 512
+    keep: int = 3
+    size = None
+    sinks = 0
+
+    def __post_init__(self) -> None:
+        if self.state is None and self.tail is None:
+            raise ValueError("Recurrent(): give the shape of the state, that of the tail, or both; such as tail=(64, 3)")
+        for name in ("state", "tail"):
+            shape = getattr(self, name)
+            if shape is not None:
+                if not isinstance(shape, tuple | list) or not shape or (name == "tail" and len(shape) != 2):
+                    one = "(channels, kernel size - 1)" if name == "tail" else "(heads, key size, value size)"
+                    raise ValueError(f"Recurrent({name}={shape!r}): give a shape such as {one}")
+                shape = tuple(checked_size("Recurrent", name, size, 1) for size in shape)
+                object.__setattr__(self, name, shape)
+        if self.every is not None:
+            object.__setattr__(self, "every", checked_size("Recurrent", "every", self.every, 1))
+        object.__setattr__(self, "keep", checked_size("Recurrent", "keep", self.keep, 0))
+
+    @property
+    def num_numbers(self) -> int:
+        """How many numbers one state and its tail are."""
+        return sum(math.prod(shape) for shape in (self.state, self.tail) if shape is not None)
+
+    def first(self, p: Any) -> Any:
+        return p
+
+    def sees(self, q: Any, s: Any) -> Any:
+        return jnp.zeros(jnp.broadcast_shapes(jnp.shape(q), jnp.shape(s)), bool)
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """What one attention layer keeps. Frozen and hashable; layers with equal reach share one bookkeeping.
+    """What one layer keeps. Frozen and hashable; layers with equal reach share one bookkeeping.
 
     Args:
       reach: which past tokens a query may see: Full(), Window(size, sinks) or Chunk(size); Cross(size) for the keys and
-        values of an encoder's output.
+        values of an encoder's output. Recurrent(state, tail) for a layer that keeps a state: then nothing else is said.
       num_kv_heads: heads of k and v, at least 1.
       head_dim: size of a key, at least 1.
       value_dim: size of a value; None means head_dim.
@@ -185,8 +243,8 @@ class LayerSpec:
     """
 
     reach: Reach
-    num_kv_heads: int
-    head_dim: int
+    num_kv_heads: Any = None
+    head_dim: Any = None
     value_dim: Any = None
     k_storage: Any = Dense()
     v_storage: Any = Dense()
@@ -195,10 +253,16 @@ class LayerSpec:
     drops: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.reach, Recurrent):
+            self._check_recurrent()
+            return
         if self.value_dim is None:
             object.__setattr__(self, "value_dim", self.head_dim)
         if not isinstance(self.reach, Reach):
-            raise ValueError(f"LayerSpec(reach={self.reach!r}): give Full(), Window(size), Chunk(size) or Cross(size)")
+            raise ValueError(
+                f"LayerSpec(reach={self.reach!r}): give Full(), Window(size), Chunk(size), Cross(size) or "
+                "Recurrent(state, tail)"
+            )
         for name in ("num_kv_heads", "head_dim", "value_dim"):
             object.__setattr__(self, name, checked_size("LayerSpec", name, getattr(self, name), 1))
         for name, size in (("k_storage", self.head_dim), ("v_storage", self.value_dim)):
@@ -234,6 +298,17 @@ class LayerSpec:
             raise ValueError(
                 f"LayerSpec(rotary={self.rotary!r}) is not hashable; make it a frozen dataclass"
             ) from error
+
+    def _check_recurrent(self) -> None:
+        """Raises ValueError for what says something of keys and values, which a recurrent layer doesn't have."""
+        for field in dataclasses.fields(self)[1:]:
+            given = getattr(self, field.name)
+            if given != field.default:
+                cure = "its state is kept in float32" if field.name.endswith("storage") else "the reach has its sizes"
+                raise ValueError(
+                    f"LayerSpec(Recurrent(...), {field.name}={given!r}): a recurrent layer has no keys and values; "
+                    f"leave {field.name} out, {cure}"
+                )
 
     def k_basis(self, x: Any) -> Any:
         """Returns queries [..., H] in the basis in which `Layer.pieces` has the keys."""

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxkv.cache.spec import Chunk, Cross
+from jaxkv.cache.spec import Chunk, Cross, Recurrent
 from jaxkv.testing.pools import CountedPool
 
 EMPTY = -1
+_PASSING, _END, _ASKED = "passing", "end of a block", "asked for"  # why there is a state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +20,14 @@ class OracleStep:
     """What one call of `Oracle.begin` did.
 
     Attributes:
+      rows: int array [B], which sequence each batch row continues.
       positions: int array [B, T], EMPTY for padding and for sequences that did not fit.
       ok: bool array [B], False where the sequence of the batch row did not fit in this call.
       sees: sees[b][t][reach] maps each position that query (b, t) sees to its token; None for padding. For Cross the
         positions are places in the encoder's output.
     """
 
+    rows: np.ndarray
     positions: np.ndarray
     ok: np.ndarray
     sees: list[list[dict[Any, dict[int, int]] | None]]
@@ -46,6 +49,13 @@ class Oracle:
       any pool takes nothing. So of the sharers of a page that write it in one call the last keeps it, unless one before
       it was refused and has the page still.
     - `remove` with an end writes the pages that moved tokens land in, before it gives back those that it empties.
+
+    Of a Recurrent reach a row has states (`states`, after how many tokens: why), by these rules:
+
+    - There is one after each of the last `slack` tokens, and after all of them.
+    - Beside these the newest `keep` checkpoints stay: after every `every` tokens, at the end of a block of several
+      tokens unless another such block follows at once, and where `checkpoint` was called.
+    - A row goes on from the state it stands at, so its tokens come in order, in one batch row. `texts` has them.
 
     Args:
       reaches: the reaches of the layers; repeated ones count once.
@@ -80,7 +90,9 @@ class Oracle:
     ):
         reaches = dict.fromkeys(reaches)
         self.cross = next((reach for reach in reaches if isinstance(reach, Cross)), None)
-        self.reaches = tuple(reach for reach in reaches if reach != self.cross)
+        self.recurrent = tuple(reach for reach in reaches if isinstance(reach, Recurrent))
+        self.reaches = tuple(reach for reach in reaches if reach != self.cross and reach not in self.recurrent)
+        self.slack = slack
         self.num_rows, self.capacity = num_rows, capacity
         self.ring = {}  # how many slots besides the sinks
         for reach in self.reaches:
@@ -99,6 +111,8 @@ class Oracle:
                 self.pools[reach] = CountedPool(size, num_rows)
         self.history: list[dict[int, int]] = [{} for _ in range(num_rows)]
         self.kept: list[dict[Any, dict[int, int]]] = [self._nothing() for _ in range(num_rows)]
+        self.states: list[dict[Any, dict[int, str]]] = [self._no_states() for _ in range(num_rows)]
+        self.texts: list[list[int]] = [[] for _ in range(num_rows)]  # what recurrent layers took in
         self.lengths = [0] * num_rows
         self.ok = [True] * num_rows
         self.encoded: list[list[int] | None] = [None] * num_rows  # tokens of the encoder's output
@@ -115,6 +129,8 @@ class Oracle:
     def fits(self, row: int, positions: Sequence[int]) -> bool:
         """Whether `row` can take tokens at these positions in one call, alone or as the next one that is served."""
         if not self.ok[row] or max(positions) >= self.capacity or len(set(positions)) < len(positions):
+            return False
+        if self.recurrent and list(positions) != [self.lengths[row] + i for i in range(len(positions))]:
             return False
         lowest, top = min(positions), max(max(positions), self.lengths[row] - 1)
         if not all(self._finds(row, p, positions) for p in positions):
@@ -135,7 +151,8 @@ class Oracle:
         return self.resume_point(row, position) == position
 
     def _resumes(self, row: int, position: int) -> bool:
-        return self._finds(row, position, ())
+        has_state = all(position in states for states in self.states[row].values())
+        return (position == 0 or has_state) and self._finds(row, position, ())
 
     def _finds(self, row: int, position: int, new: Collection[int]) -> bool:
         """Whether a query finds all it may see, with the positions that come in the same call."""
@@ -188,13 +205,15 @@ class Oracle:
         spans = np.zeros_like(positions) if spans is None else np.asarray(spans)
         rows = np.arange(len(positions)) if rows is None else np.asarray(rows)
         wanted: dict[int, list[tuple[int, int, int]]] = {}  # row: (position, token, span) of the whole call
+        parts: dict[int, set[int]] = {}  # row: the batch rows in which it comes
         for b, row in enumerate(rows):
             for p, token, span in zip(positions[b], tokens[b], spans[b], strict=True):
                 if p >= 0 and 0 <= row < self.num_rows:
                     wanted.setdefault(int(row), []).append((int(p), int(token), int(span)))
+                    parts.setdefault(int(row), set()).add(b)
         served = {}
         for row, new in sorted(wanted.items()):
-            fits = self.fits(row, [p for p, _, _ in new])
+            fits = self.fits(row, [p for p, _, _ in new]) and not (self.recurrent and len(parts[row]) > 1)
             whole = max(p for p, _, _ in new) - min(p for p, _, _ in new) < len(new)
             if fits and row in refused and whole and not self.gaps[row]:
                 raise ValueError(f"row {row} fits and has no gaps, so the cache must not refuse it")
@@ -224,7 +243,7 @@ class Oracle:
                     }
                     | ({} if self.cross is None else {self.cross: dict(enumerate(self.encoded[row] or []))})
                 )
-        return OracleStep(new_positions, np.array([row in served or row not in wanted for row in rows]), sees)
+        return OracleStep(rows, new_positions, np.array([row in served or row not in wanted for row in rows]), sees)
 
     def begin_cross(self, lengths: Sequence[int], rows: Any = None, *, tokens: Any) -> np.ndarray:
         """Takes the encoder's output of some rows, in place of what they had.
@@ -263,6 +282,8 @@ class Oracle:
         length = max(self.lengths[row], max(new) + 1)
         if set(new) | set(range(self.lengths[row])) != set(range(length)):
             self._leave_gaps(row)
+        if self.recurrent:
+            self._go_on(row, [token for _, token in sorted(new.items())])
         self.history[row].update(new)
         self.lengths[row] = length
         for reach, held in self.kept[row].items():
@@ -271,6 +292,27 @@ class Oracle:
             self.kept[row][reach] = kept | dict(new)
             if any(p not in self.kept[row][reach] for p in self.history[row] if p > min(new)):
                 self._leave_gaps(row)
+
+    def _go_on(self, row: int, tokens: Sequence[int]) -> None:
+        before, after = self.lengths[row], self.lengths[row] + len(tokens)
+        self.texts[row] += tokens
+        for reach, states in self.states[row].items():
+            if states.get(before) == _END and len(tokens) > 1:
+                states[before] = _PASSING
+            for p in range(before + 1, after + 1):
+                regular = reach.every is not None and p % reach.every == 0
+                states[p] = _ASKED if regular else _END if p == after and len(tokens) > 1 else _PASSING
+            recent = [p for p in states if p >= after - self.slack]
+            checkpoints = sorted(p for p, why in states.items() if why != _PASSING and p not in recent)
+            stay = {*recent, *checkpoints[max(0, len(checkpoints) - reach.keep) :]}
+            self.states[row][reach] = {p: why for p, why in states.items() if p in stay}
+
+    def checkpoint(self, rows: Sequence[int]) -> None:
+        """Keeps the states at which rows stand."""
+        for row in rows:
+            if 0 <= row < self.num_rows and self.lengths[row]:
+                for states in self.states[row].values():
+                    states[self.lengths[row]] = _ASKED
 
     def remove(
         self, row: int, begin: int, end: int | None = None, *, held: Mapping[Any, Collection[int]] | None = None
@@ -351,13 +393,14 @@ class Oracle:
 
     def take(self, rows: Sequence[int]) -> None:
         """Makes row r what row rows[r] is; an unknown one is empty."""
-        empty: tuple[Any, ...] = {}, self._nothing(), 0, True, False, None
+        empty: tuple[Any, ...] = {}, self._nothing(), self._no_states(), [], 0, True, False, None
         states = [self._get(row) if 0 <= row < self.num_rows else empty for row in rows]
         for pool in self.pools.values():
             pool.take(rows)
         self.num_rows = len(rows)
         self.history, self.kept = [{} for _ in rows], [self._nothing() for _ in rows]
         self.lengths, self.ok, self.gaps = [0] * len(rows), [True] * len(rows), [False] * len(rows)
+        self.states, self.texts = [self._no_states() for _ in rows], [[] for _ in rows]
         self.encoded = [None] * len(rows)
         for row, state in enumerate(states):
             self._set(row, state)
@@ -395,6 +438,11 @@ class Oracle:
             if there - set(kept) or (fewer and not (self.gaps[row] and reach in self.wraps)):
                 raise ValueError(f"row {row} must hold positions {sorted(kept)} of {reach}, not {sorted(there)}")
             self.kept[row][reach] = {p: token for p, token in kept.items() if p in there}
+        for reach, states in self.states[row].items():
+            if held is not None and set(held[reach]) != set(states):
+                raise ValueError(
+                    f"row {row} must have states of {reach} after {sorted(states)} tokens, not {sorted(held[reach])}"
+                )
         self._release(row)
 
     def _leave_gaps(self, row: int) -> None:
@@ -416,6 +464,10 @@ class Oracle:
 
         self.history[row] = below(self.history[row])
         self.kept[row] = {reach: below(held) for reach, held in self.kept[row].items()}
+        self.texts[row] = self.texts[row][:length]
+        self.states[row] = {
+            reach: {p: why for p, why in states.items() if p <= length} for reach, states in self.states[row].items()
+        }
         self.lengths[row] = length
         self.gaps[row] &= length > 0
         self._release(row)
@@ -423,13 +475,20 @@ class Oracle:
     def _nothing(self) -> dict[Any, dict[int, int]]:
         return {reach: {} for reach in self.reaches}
 
+    def _no_states(self) -> dict[Any, dict[int, str]]:
+        return {reach: {} for reach in self.recurrent}
+
     def _get(self, row: int) -> tuple[Any, ...]:
-        kept = {reach: dict(held) for reach, held in self.kept[row].items()}
-        return dict(self.history[row]), kept, self.lengths[row], self.ok[row], self.gaps[row], self.encoded[row]
+        kept, states = (
+            {reach: dict(held) for reach, held in by_reach[row].items()} for by_reach in (self.kept, self.states)
+        )
+        rest = self.lengths[row], self.ok[row], self.gaps[row], self.encoded[row]
+        return dict(self.history[row]), kept, states, list(self.texts[row]), *rest
 
     def _set(self, row: int, state: tuple[Any, ...]) -> None:
-        history, kept, self.lengths[row], self.ok[row], self.gaps[row], self.encoded[row] = state
+        history, kept, states, text, self.lengths[row], self.ok[row], self.gaps[row], self.encoded[row] = state
         self.history[row], self.kept[row] = dict(history), {reach: dict(held) for reach, held in kept.items()}
+        self.states[row], self.texts[row] = {reach: dict(held) for reach, held in states.items()}, list(text)
 
 
 def _size(reach: Any) -> int | None:

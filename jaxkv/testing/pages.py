@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxkv.cache.cache import Cache
+from jaxkv.cache.layer import Layer
 from jaxkv.cache.spec import EMPTY, Cross
 
 
@@ -135,7 +136,8 @@ def assert_unchanged(
         for row, p in () if cross else written:
             watched[row : row + 1][held[row : row + 1] == p] = False
         watched[[row for row in encoded if cross and 0 <= row < len(held)]] = False
-        for name, x, y in zip(("k", "v", "a side"), old.buffers, new.buffers, strict=True):
+        names = ("k", "v", "a side") if isinstance(new, Layer) else ("the tail", "the state")
+        for name, x, y in zip(names, old.buffers, new.buffers, strict=True):
             for leaves in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
                 a, b = _contents(leaves[0], source)[..., rows, :, :, :], _contents(leaves[1], book)
                 changed = watched & (a != b).any((*range(a.ndim - 4), -3, -1))

@@ -19,9 +19,11 @@ import numpy as np
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.pages import Pages
-from jaxkv.cache.spec import Cross
+from jaxkv.cache.spec import Cross, Recurrent
+from jaxkv.cache.state_layer import StateLayer
 from jaxkv.cache.storage import Dense
 from jaxkv.nn.attend import attend
+from jaxkv.testing import states
 from jaxkv.testing.oracle import EMPTY, Oracle
 from jaxkv.testing.pages import assert_only_written, assert_pages_sound, assert_unchanged
 
@@ -107,7 +109,14 @@ class Keep:
         return mask
 
 
-Operation = Begin | BeginCross | Remove | Rewind | CopyPrefix | Take | Reset | Retry | Keep
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """`cache.checkpoint(rows)`."""
+
+    rows: tuple[int, ...]
+
+
+Operation = Begin | BeginCross | Remove | Rewind | CopyPrefix | Take | Reset | Retry | Keep | Checkpoint
 
 
 def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: bool = True) -> Operation:
@@ -144,6 +153,8 @@ def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: b
         rows = None if chance(50) else tuple(choose(-1 if chance(10) else 0, num_rows - 1) for _ in range(2))
         count = num_rows if rows is None else 2
         return BeginCross(tuple(choose(-1, size + 1 if chance(10) else size) for _ in range(count)), rows)
+    if oracle.recurrent and chance(8):
+        return Checkpoint(tuple(choose(-1 if chance(10) else 0, num_rows - 1) for _ in range(2)))
     if kind < 10:
         if kind < 4:
             shape, rows = (num_rows, max_block), None
@@ -217,6 +228,13 @@ def _call(name: str, cache: Cache, *args: Any) -> Any:
     return getattr(cache, name)(*args)
 
 
+def input_sizes(spec: Any) -> tuple[int, int, int]:
+    """Returns heads K, and the sizes H and Hv of what `forward` takes as keys and values of a layer."""
+    if isinstance(spec.reach, Recurrent):
+        return states.input_sizes(spec.reach)
+    return spec.num_kv_heads, spec.head_dim, spec.value_dim
+
+
 @functools.partial(jax.jit, static_argnames="num_heads")
 def forward(
     cache: Cache, positions: Any, rows: Any, spans: Any, ks: Any, vs: Any, wheres: Any = None, *, num_heads: int
@@ -231,7 +249,8 @@ def forward(
       num_heads: query heads per kv head; the keys themselves are the queries, head h of them times h + 1.
 
     Returns:
-      The cache, the step's positions, the step's ok, and per layer (slot positions, k, v, mask, attended).
+      The cache, the step's positions, the step's ok, and per layer (slot positions, k, v, mask, attended). Of a
+      recurrent layer (positions of the last tokens, states, tails, no mask, read), see `jaxkv.testing.states`.
     """
     cache, step = cache.begin(positions, rows, spans)
     ks, vs, layers, seen = list(ks), list(vs), [], []
@@ -241,6 +260,13 @@ def forward(
         for i in range(layer.num_stacked or 1):
             k, v, where = ks.pop(0), vs.pop(0), wheres.pop(0)
             layer = layer.at(i) if stacked else layer
+            if isinstance(layer, StateLayer):
+                layer, out = states.run(layer, step, k, v)
+                out = jnp.concatenate([out * (h + 1) for h in range(num_heads)], 2)
+                last, *arrays = states.contents(layer, step)
+                unseen = jnp.zeros((*step.positions.shape[:1], 1, step.positions.shape[1], last.shape[1]), bool)
+                seen.append((last, *arrays, unseen, out))
+                continue
             if not isinstance(layer.spec.reach, Cross):
                 layer = layer.put(step, k, v, where)
             q = jnp.stack([k.astype(jnp.float32) * (h + 1) for h in range(num_heads)], 3)
@@ -276,7 +302,10 @@ def encode(cache: Cache, lengths: Any, rows: Any, ks: Any, vs: Any, wheres: Any 
 # Compiled once per kind of cache, for all machines.
 OPERATIONS: dict[str, Callable[..., Any]] = {
     name: jax.jit(functools.partial(_call, name))
-    for name in ("remove", "rewind", "copy_prefix", "take", "reset", "retry", "keep", "resume_point", "can_resume")
+    for name in (
+        *("remove", "rewind", "copy_prefix", "take", "reset", "retry", "keep", "checkpoint"),
+        *("resume_point", "can_resume"),
+    )
 }
 
 
@@ -383,6 +412,9 @@ class Machine:
                 kept = operation.mask(self.oracle.capacity)
                 self._change("keep", kept)
                 self.oracle.keep(kept)
+            case Checkpoint(rows):
+                self._change("checkpoint", rows)
+                self.oracle.checkpoint(rows)
         self._settle()
         self._same("lengths", np.asarray(self.cache.lengths), np.array(self.oracle.lengths))
         self._same("ok", np.asarray(self.cache.ok), np.array(self.oracle.ok))
@@ -463,8 +495,9 @@ class Machine:
         vs: list[np.ndarray] = []
         wheres = [random.random(positions.shape) < 0.7 if spec.drops else None for spec in self.layers]
         for spec in self.layers:
-            for out, size, storage in ((ks, spec.head_dim, spec.k_storage), (vs, spec.value_dim, spec.v_storage)):
-                x = random.normal(size=(*positions.shape, spec.num_kv_heads, size))
+            heads, *sizes = input_sizes(spec)
+            for out, size, storage in zip((ks, vs), sizes, (spec.k_storage, spec.v_storage), strict=True):
+                x = random.normal(size=(*positions.shape, heads, size))
                 whole = jnp.issubdtype(storage.dtype, jnp.integer)
                 out.append(np.round(4 * x).astype(storage.dtype) if whole else x.astype(np.float32))
         kept_ks, kept_vs = (
@@ -488,6 +521,9 @@ class Machine:
     def _compare_layer(self, i: int, spec: Any, arrays: list[np.ndarray], want: Any, queries: np.ndarray) -> None:
         slots, k, v, mask, out = arrays
         name = f"layer {i} {spec.reach}"
+        if isinstance(spec.reach, Recurrent):
+            self._compare_states(i, spec.reach, slots, k, v, out, want)
+            return
         batch, length = want.positions.shape
         places = max(self.oracle.capacity, 0 if self.oracle.cross is None else self.oracle.cross.size)
         expected = np.zeros((batch, length, places), int)
@@ -530,6 +566,32 @@ class Machine:
                 f"{out[b, t].ravel()}, expected {attended[b, t].ravel()}"
             )
 
+    def _compare_states(
+        self, i: int, reach: Recurrent, last: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray, want: Any
+    ) -> None:
+        for b, row in enumerate(want.rows):
+            text = self.oracle.texts[row] if 0 <= row < self.oracle.num_rows else []
+            inputs = [[self._written[token][side][i] for token in text] for side in (1, 2)]
+            if text or 0 <= row < self.oracle.num_rows:
+                for slot in np.flatnonzero(last[b] >= 0):
+                    length = int(last[b, slot]) + 1
+                    state, tail, _ = states.expected(reach, *(x[:length] for x in inputs))
+                    for kind, got, wanted in (("state", k[b, slot], state), ("tail", v[b, slot], tail)):
+                        if getattr(reach, kind) is not None and not np.allclose(
+                            got.ravel(), wanted.ravel(), rtol=1e-4, atol=1e-4
+                        ):
+                            self._fail(
+                                f"layer {i} {reach}: the {kind} of row {row} after {length} tokens is {got.ravel()}, "
+                                f"expected {wanted.ravel()}"
+                            )
+            for t, p in enumerate(want.positions[b]):
+                read = np.zeros(out.shape[2:])
+                if p != EMPTY:
+                    *_, one = states.expected(reach, *(x[: p + 1] for x in inputs))
+                    read = np.concatenate([one * (h + 1) for h in range(self.HEADS)])
+                if not np.allclose(out[b, t], read, rtol=1e-4, atol=1e-4):
+                    self._fail(f"layer {i} {reach}: query [{b}, {t}] at position {p} reads {out[b, t]}, expected {read}")
+
     def _expected(self, i: int, spec: Any, at: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns keys and values that tokens must have by now at these positions: as written, then turned."""
         ks = np.array([self._written[n][1][i] for n in tokens]).reshape(-1, spec.num_kv_heads, spec.head_dim)
@@ -555,7 +617,7 @@ class Machine:
     def _held(self) -> list[dict[Any, list[int]]]:
         """Returns the positions that the cache holds of each row and reach."""
         rows: list[dict[Any, list[int]]] = [{} for _ in range(self.cache.num_rows)]
-        for group in self.cache.groups:
+        for group in (*self.cache.groups, *self.cache.recurrent):
             for row, held in zip(rows, np.asarray(group.held), strict=True):
                 row[group.reach] = held[held != EMPTY].tolist()
         return rows
@@ -584,6 +646,8 @@ class Machine:
         except AssertionError as error:
             self._fail(str(error))
         for book in self.cache.bookkeeping:
+            if book.pages is None:
+                continue
             pool = self.oracle.pools[book.reach]
             table = np.asarray(book.pages.table)
             got = [

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache.cache import Cache
+from jaxkv.cache.layer import Layer
 from jaxkv.cache.spec import Cross
 from jaxkv.testing.oracle import EMPTY
 
@@ -69,8 +70,10 @@ def assert_shared(cache: Cache, n: Any = None, *, rows: Any = None, atol: float 
 
 
 def _layers(cache: Cache) -> Iterator[tuple[str, Any]]:
-    """Yields every layer with its name, those of stacks one by one."""
+    """Yields every layer with keys and values, by name; those of stacks one by one."""
     for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, Layer):
+            continue
         if layer.num_stacked is None:
             yield f"layer {i}", layer
         else:
