@@ -436,6 +436,7 @@ ODD = [
     "glm4, turned as a whole, no biases, tied",
     "glm4_moe in one group, two shared experts, scores as they are",
     "seed_oss without biases, tied",
+    "lfm2, inner width as it is, no biases, untied",
     "ernie4_5 without biases, untied",
 ]
 

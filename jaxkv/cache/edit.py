@@ -171,7 +171,7 @@ def _resume(cache: Any, position: Any, lost: list[Any], states: list[Any]) -> An
         places = common(states)
         lost = [interval[..., None, :] for interval in lost]
         fine = (places <= position[..., None]) & (_resume(cache, places, lost, []) == places)
-        return jnp.where(fine, places, 0).max(-1)
+        return jnp.where(fine, places, 0).max(-1, initial=0)
     for _ in range(2 * len(cache.groups)):  # one group's fallback may move another's
         for group, interval in zip(cache.groups, lost, strict=True):
             position = resume(group.reach, interval, position)

@@ -190,7 +190,9 @@ class Recurrent(Reach):
 
     def __post_init__(self) -> None:
         if self.state is None and self.tail is None:
-            raise ValueError("Recurrent(): give the shape of the state, that of the tail, or both; such as tail=(64, 3)")
+            raise ValueError(
+                "Recurrent(): give the shape of the state, that of the tail, or both; such as tail=(64, 3)"
+            )
         for name in ("state", "tail"):
             shape = getattr(self, name)
             if shape is not None:

@@ -31,8 +31,8 @@ class StateLayer:
     ...     cache, step = cache.begin(jnp.array(positions))
     ...     layer = cache.layers[0]
     ...     _, state = layer.read(step)
-    ...     after = step.groups[layer.group].counts[:, :, None, None]  # tokens of the call, for each state to put
-    ...     cache = cache.with_layers([layer.put(step, state=state[:, None] + after)])
+    ...     taken = step.groups[layer.group].counts.astype(jnp.float32)  # tokens of the call, for each state to put
+    ...     cache = cache.with_layers([layer.put(step, state=state[:, None] + taken[:, :, None, None])])
     >>> cache, step = cache.begin(jnp.array([[4]]))
     >>> cache.layers[0].read(step)[1][0, 0]
     Array([4., 4., 4.], dtype=float32)

@@ -17,6 +17,7 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Full, LayerSpec, Reach
 from jaxkv.meshes import like, rows_of
 from jaxkv.models.experts import Experts, ExpertsConfig
+from jaxkv.models.mixers import MixerConfig
 from jaxkv.models.mlp import ACTIVATIONS, MLP
 from jaxkv.nn.heads import PROJECTIONS, QueryTemperature, rms_norm
 from jaxkv.nn.nnx import Attention
@@ -40,6 +41,8 @@ class DecoderConfig:
       mlp_dim: hidden size of the MLP; None means 4 * width.
       reaches: which past tokens the layers see, a pattern repeated from the first layer on:
         (Window(128), Window(128), Full()) is two window layers to a full one.
+      mixers: what layers have in attention's place, such as ShortConvConfig(): one for all, a pattern repeated like
+        `reaches`, with None for attention, or None.
       rotary: how queries and keys are turned by position: one Rotary, a pattern repeated like `reaches`, or None.
       max_positions: length of a learned table of positions, added to the embeddings; None for no table.
       norm: "rms" or "layer": before attention, before the MLP, and at the end.
@@ -84,6 +87,7 @@ class DecoderConfig:
     head_dim: Any = None
     mlp_dim: Any = None
     reaches: tuple[Reach, ...] = (Full(),)
+    mixers: MixerConfig | tuple[MixerConfig | None, ...] | None = None
     rotary: Rotary | tuple[Rotary | None, ...] | None = Rotary()
     max_positions: int | None = None
     norm: str = "rms"
@@ -138,7 +142,7 @@ class DecoderConfig:
             raise ValueError(
                 f"use_bias={self.use_bias!r}: give True, False, or a tuple of names out of {', '.join(known_biases)}"
             )
-        for name in ("rotary", "experts", "qk_norm", "temperature"):
+        for name in ("mixers", "rotary", "experts", "qk_norm", "temperature"):
             if getattr(self, name) == ():
                 raise ValueError(f"{name}=(): a pattern has at least one entry; None or False for none")
         if self.parallel and not self.pre_norms:
@@ -164,6 +168,10 @@ class DecoderConfig:
     def reach(self, layer: int) -> Reach:
         """Returns what a layer sees."""
         return self.reaches[layer % len(self.reaches)]
+
+    def layer_mixer(self, layer: int) -> MixerConfig | None:
+        """Returns what a layer has in attention's place, or None if it attends."""
+        return self._of_layer("mixers", layer)
 
     def layer_rotary(self, layer: int) -> Rotary | None:
         """Returns how a layer turns queries and keys."""
@@ -206,28 +214,34 @@ class Norm(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each between norms, if the family has them, and added to what came in."""
+    """One layer: attention, or what is in its place, and MLP, each between norms, if the family has them, and added to
+    what came in."""
 
     def __init__(self, config: DecoderConfig, index: int, *, rngs: nnx.Rngs) -> None:
         kind = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        experts = config.layer_experts(index)
+        experts, mixer = config.layer_experts(index), config.layer_mixer(index)
         self.residual_scale = config.residual_scale
         self.attention_norm = Norm(config) if config.pre_norms else nnx.data(None)
-        self.attention = Attention(
-            config.num_heads,
-            config.width,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            reach=config.reach(index),
-            rotary=config.layer_rotary(index),
-            qk_norm=config.layer_qk_norm(index),
-            qk_norm_epsilon=config.norm_eps,
-            scale=config.attention_scale,
-            temperature=config.layer_temperature(index),
-            softcap=config.attention_softcap,
-            sink_logits=config.sink_logits,
-            use_bias=config.biases - {"mlp"},
-            **kind,
+        self.mixer: Any = nnx.data(None) if mixer is None else mixer.make(config.width, **kind)
+        self.attention: Any = (
+            nnx.data(None)
+            if mixer is not None
+            else Attention(
+                config.num_heads,
+                config.width,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                reach=config.reach(index),
+                rotary=config.layer_rotary(index),
+                qk_norm=config.layer_qk_norm(index),
+                qk_norm_epsilon=config.norm_eps,
+                scale=config.attention_scale,
+                temperature=config.layer_temperature(index),
+                softcap=config.attention_softcap,
+                sink_logits=config.sink_logits,
+                use_bias=config.biases - {"mlp"},
+                **kind,
+            )
         )
         self.attention_post_norm = Norm(config) if config.post_norms else nnx.data(None)
         self.mlp_norm = Norm(config) if config.pre_norms and not config.parallel else nnx.data(None)
@@ -238,12 +252,17 @@ class Block(nnx.Module):
     def __call__(self, x: Any, positions: Any, layer: Any, step: Any) -> tuple[Any, Any]:
         h = _normed(self.attention_norm, x)
         if layer is None:
-            y = self.attention(h, positions=positions)
+            y = self.mixes(h, positions=positions)
         else:
-            y, layer = self.attention(h, layer, step)
+            y, layer = self.mixes(h, layer, step)
         x = x + self._scaled(_normed(self.attention_post_norm, y))
         y = self.mlp(h if self.parallel else _normed(self.mlp_norm, x))
         return x + self._scaled(_normed(self.mlp_post_norm, y)), layer
+
+    @property
+    def mixes(self) -> Any:
+        """What brings something of other tokens in: attention, or what is in its place."""
+        return self.attention if self.mixer is None else self.mixer
 
     def _scaled(self, y: Any) -> Any:
         return y if self.residual_scale is None else y * jnp.asarray(self.residual_scale, y.dtype)
@@ -329,7 +348,12 @@ class Decoder(nnx.Module):
         Args:
           k_storage, v_storage: how keys and values are kept; None means Dense of the dtype of the computation.
         """
-        return [block.attention.layer_spec(k_storage=k_storage, v_storage=v_storage) for block in self.layers]
+        return [
+            block.attention.layer_spec(k_storage=k_storage, v_storage=v_storage)
+            if block.mixer is None
+            else block.mixer.layer_spec()
+            for block in self.layers
+        ]
 
     def _embed(self, tokens: Any, positions: Any) -> Any:
         if positions is not None:  # NaN of an unknown token in padding would spread: 0 * NaN is NaN

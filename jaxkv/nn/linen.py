@@ -19,6 +19,7 @@ from jaxkv.nn.arguments import check_call
 from jaxkv.nn.heads import PROJECTIONS, Heads, QueryTemperature, biased, qk_scale
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
+from jaxkv.nn.recurrent_linen import ShortConv as ShortConv
 
 
 class Attention(AttentionModule, nn.Module):

@@ -21,6 +21,7 @@ from jaxkv.nn.fuse import fuse as fuse
 from jaxkv.nn.heads import Heads, QueryTemperature, biased, qk_scale
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
+from jaxkv.nn.recurrent_nnx import ShortConv as ShortConv
 
 
 class Attention(AttentionModule, nnx.Module):

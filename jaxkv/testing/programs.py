@@ -590,7 +590,9 @@ class Machine:
                     *_, one = states.expected(reach, *(x[: p + 1] for x in inputs))
                     read = np.concatenate([one * (h + 1) for h in range(self.HEADS)])
                 if not np.allclose(out[b, t], read, rtol=1e-4, atol=1e-4):
-                    self._fail(f"layer {i} {reach}: query [{b}, {t}] at position {p} reads {out[b, t]}, expected {read}")
+                    self._fail(
+                        f"layer {i} {reach}: query [{b}, {t}] at position {p} reads {out[b, t]}, expected {read}"
+                    )
 
     def _expected(self, i: int, spec: Any, at: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns keys and values that tokens must have by now at these positions: as written, then turned."""

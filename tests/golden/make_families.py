@@ -112,6 +112,13 @@ GRANITE = {
 }
 
 # The committed folders: name -> (model_type, config).
+LFM2 = {
+    **SIZES,
+    "layer_types": ["conv", "full_attention", "conv"],
+    "conv_bias": True,
+    "conv_L_cache": 4,
+    "block_multiple_of": 8,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama", {**SIZES, "num_key_value_heads": 4}),
     "llama3": ("llama", {**SIZES, "head_dim": 8, "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -196,6 +203,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ernie4_5": ("ernie4_5", {**TWO, "head_dim": 8, "use_bias": True}),
     "seed_oss": ("seed_oss", {**TWO, "head_dim": 8, "attention_out_bias": True}),
+    "lfm2": ("lfm2", LFM2),
 }
 CASES["gemma3"][1]["layer_types"] = ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"]
 
@@ -317,6 +325,17 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4 with yarn, without chunks and temperature": (
         "llama4_text",
         {**LLAMA4, "rope_parameters": YARN, "attention_chunk_size": None, "attn_temperature_tuning": False},
+    ),
+    "lfm2, inner width as it is, no biases, untied": (
+        "lfm2",
+        {
+            **LFM2,
+            "layer_types": ["full_attention", "conv", "conv"],
+            "conv_bias": False,
+            "conv_L_cache": 2,
+            "block_auto_adjust_ff_dim": False,
+            "tie_word_embeddings": False,
+        },
     ),
     "granite with biases, untied": ("granite", {**GRANITE, "attention_bias": True}),
     "gemma, untied, with biases": (

@@ -9,6 +9,7 @@ from jaxkv.models.families.glm import GLM4, GLM4_MOE
 from jaxkv.models.families.gpt2 import GPT2
 from jaxkv.models.families.gpt_oss import GPT_OSS
 from jaxkv.models.families.granite import GRANITE, GRANITEMOE
+from jaxkv.models.families.lfm2 import LFM2
 from jaxkv.models.families.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
 from jaxkv.models.families.llama4 import LLAMA4, LLAMA4_TEXT
 from jaxkv.models.families.mixtures import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
@@ -44,6 +45,7 @@ FAMILIES = {
     "glm4_moe": GLM4_MOE,
     "ernie4_5": ERNIE4_5,
     "seed_oss": SEED_OSS,
+    "lfm2": LFM2,
     "gpt2": GPT2,
     "gpt_oss": GPT_OSS,
     "whisper": WHISPER,

@@ -1,0 +1,80 @@
+"""Recurrent layers for `flax.linen`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxkv.meshes import dot_general
+from jaxkv.nn import short_conv
+
+
+class ConvKernel(nn.Module):
+    """The parameters of a convolution along each channel, named as Flax names them: `kernel` [W, 1, C], `bias` [C]."""
+
+    kernel_size: int
+    channels: int
+    _: dataclasses.KW_ONLY
+    use_bias: bool
+    param_dtype: Any = jnp.float32
+    kernel_init: Any = nn.linear.default_kernel_init
+    bias_init: Any = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self) -> tuple[Any, Any]:
+        """Returns the kernel and the bias or None."""
+        kernel = self.param("kernel", self.kernel_init, (self.kernel_size, 1, self.channels), self.param_dtype)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, self.param("bias", self.bias_init, (self.channels,), self.param_dtype)
+
+
+class ShortConv(short_conv.ShortConvModule, nn.Module):
+    __doc__ = f"""A short convolution between two products, as in LFM2, that reads its past out of a cache layer.
+
+    Parameters: `in_proj` of b, c and x, `conv`, `out_proj`.
+
+    Attributes:
+      {short_conv.ARGUMENTS}
+
+    Raises:
+      ValueError: when called, for a kernel size below 2.
+
+    >>> conv = jaxkv.linen.ShortConv(in_features=8)
+    >>> x = jnp.ones((1, 3, 8))
+    >>> variables = conv.init(jax.random.key(0), x)
+    >>> y = conv.apply(variables, x)                                           # training
+    >>> cache = jaxkv.Cache.init([conv.layer_spec()], num_rows=1, capacity=16)
+    >>> cache, step = cache.begin(jnp.arange(3)[None])
+    >>> z, layer = conv.apply(variables, x, cache.layers[0], step)
+    >>> cache = cache.with_layers([layer])
+    >>> bool(jnp.allclose(y, z, atol=1e-6))
+    True
+    """
+
+    in_features: int
+    kernel_size: int = 3
+    _: dataclasses.KW_ONLY
+    use_bias: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Any = nn.linear.default_kernel_init
+    bias_init: Any = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: Any, layer: Any = None, step: Any = None, *, positions: Any = None) -> Any:
+        self._check(x, layer, step, positions)
+        parameters = {"use_bias": self.use_bias, "param_dtype": self.param_dtype}
+        parameters |= {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
+        linear = {"dtype": self.dtype, "precision": self.precision, "dot_general": dot_general, **parameters}
+        projected = nn.Dense(3 * self.in_features, name="in_proj", **linear)(x)
+        weights = ConvKernel(self.kernel_size, self.in_features, name="conv", **parameters)()
+        y, layer = self._mix(projected, weights, layer, step, positions)
+        y = nn.Dense(self.in_features, name="out_proj", **linear)(y)
+        return y if layer is None else (y, layer)
+
+    __call__.__doc__ = short_conv.CALL

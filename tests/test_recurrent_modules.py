@@ -1,0 +1,165 @@
+"""Recurrent layers give what a plain scan gives, with a cache and without, in blocks and token by token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxkv
+
+ROWS, LENGTH, FEATURES = 2, 12, 8
+
+
+def make_short_conv(**options):
+    return jaxkv.nnx.ShortConv(FEATURES, kernel_size=4, use_bias=True, rngs=nnx.Rngs(0), **options)
+
+
+def plain_short_conv(p, x):
+    """One token after the other, in float64."""
+    projected = x @ p["in_proj.kernel"] + p["in_proj.bias"]
+    b, c, u = np.split(projected, 3, -1)
+    u = b * u
+    kernel = p["conv.kernel"][:, 0]
+    y = np.zeros_like(x)
+    for t in range(x.shape[1]):
+        for i in range(len(kernel)):
+            if (s := t - (len(kernel) - 1) + i) >= 0:
+                y[:, t] += kernel[i] * u[:, s]
+    return (c * (y + p["conv.bias"])) @ p["out_proj.kernel"] + p["out_proj.bias"]
+
+
+KINDS = {"short_conv": (make_short_conv, plain_short_conv)}
+
+
+@functools.cache
+def module(kind):
+    """A module with parameters of no special value, and what the plain form gives."""
+    made = KINDS[kind][0]()
+    random = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape) * 0.5, x.dtype), nnx.state(made))
+    nnx.update(made, state)
+    x = random.normal(size=(ROWS, LENGTH, FEATURES)).astype(np.float32)
+    params = {name: np.asarray(value, np.float64) for name, value in jaxkv.state_dict(made).items()}
+    return made, x, KINDS[kind][1](params, x.astype(np.float64))
+
+
+@nnx.jit
+def call(module, x, layer=None, step=None, positions=None):
+    return module(x, layer, step, positions=positions)
+
+
+def feed(module, cache, x, positions):
+    cache, step = cache.begin(jnp.asarray(positions, jnp.int32))
+    y, layer = call(module, jnp.asarray(x), cache.layers[0], step)
+    return np.asarray(y), cache.with_layers([layer])
+
+
+def assert_close(got, want, atol=1e-4):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=atol)
+
+
+def new_cache(made, **options):
+    spec = made.layer_spec(every=3, keep=4)
+    return jaxkv.Cache.init([spec], ROWS, LENGTH + 4, **{"max_block": LENGTH, **options})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_cache_padding_anywhere_changes_nothing(kind):
+    made, x, want = module(kind)
+    assert_close(call(made, x), want)
+    places = np.sort(np.random.default_rng(1).permutation(LENGTH + 3)[:LENGTH])
+    spread, positions = np.full((ROWS, LENGTH + 3, FEATURES), 9.0, np.float32), np.full((ROWS, LENGTH + 3), -1)
+    spread[:, places], positions[:, places] = x, np.arange(LENGTH)
+    got = np.asarray(call(made, spread, positions=jnp.asarray(positions)))
+    assert_close(got[:, places], want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_any_split_and_single_tokens_give_the_whole(kind):
+    made, x, want = module(kind)
+    for cuts in ((0, 12), (0, 4, 8, 12), range(13)):
+        cache, parts = new_cache(made), []
+        for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+            y, cache = feed(made, cache, x[:, begin:end], np.tile(np.arange(begin, end), (ROWS, 1)))
+            parts.append(y)
+        assert_close(np.concatenate(parts, 1), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ragged_rows_go_back_to_checkpoints_inside_a_block_and_on(kind):
+    made, x, want = module(kind)
+    cache = new_cache(made, slack=2)
+    positions = np.tile(np.arange(LENGTH), (ROWS, 1))
+    positions[1, [0, 5, 11]] = -1  # row 1 brings 9 tokens, with padding on both sides and between
+    columns = positions[1] >= 0
+    positions[1, columns] = np.arange(9)
+    block = x.copy()
+    block[1, columns] = x[1, :9]
+    y, cache = feed(made, cache, block, positions)
+    assert_close(y[0], want[0])
+    assert_close(y[1, columns], want[1, :9])
+    for asked, landed in (([10, 8], [10, 8]), ([9, 5], [9, 3]), ([5, 6], [3, 6])):
+        back = cache.rewind(jnp.asarray(asked, jnp.int32))
+        np.testing.assert_array_equal(back.lengths, landed)
+        tokens = np.stack([x[row, n : n + 1] for row, n in enumerate(landed)])
+        y, _ = feed(made, back, tokens, np.asarray(landed)[:, None])
+        assert_close(y[:, 0], np.stack([want[row, n] for row, n in enumerate(landed)]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_through_a_cache_are_those_without(kind):
+    made, x, _ = module(kind)
+    graphdef, state = nnx.split(made)
+
+    def uncached(state, x):
+        return jnp.sin(nnx.merge(graphdef, state)(x)).sum()
+
+    def cached(state, x):
+        made, cache, total = nnx.merge(graphdef, state), new_cache(made_spec), 0.0
+        for begin, end in ((0, 7), (7, 12)):
+            cache, step = cache.begin(jnp.tile(jnp.arange(begin, end), (ROWS, 1)))
+            y, layer = made(x[:, begin:end], cache.layers[0], step)
+            cache, total = cache.with_layers([layer]), total + jnp.sin(y).sum()
+        return total
+
+    made_spec = made
+    got, want = (jax.jit(jax.grad(f, (0, 1)))(state, x) for f in (cached, uncached))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_close(a, b, atol=1e-3)
+    assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(want))
+
+
+def test_linen_and_nnx_share_names_and_numbers():
+    made, x, want = module("short_conv")
+    twin = jaxkv.linen.ShortConv(FEATURES, kernel_size=4, use_bias=True)
+    params = nnx.to_pure_dict(nnx.state(made))
+    shapes = jax.tree.map(jnp.shape, jax.eval_shape(twin.init, jax.random.key(0), x)["params"])
+    assert shapes == jax.tree.map(jnp.shape, params)
+    assert twin.layer_spec() == made.layer_spec()
+    assert_close(twin.apply({"params": params}, x), want)
+    cache = new_cache(made)
+    for begin, end in ((0, 5), (5, 12)):
+        cache, step = cache.begin(jnp.tile(jnp.arange(begin, end), (ROWS, 1)))
+        y, layer = twin.apply({"params": params}, x[:, begin:end], cache.layers[0], step)
+        cache = cache.with_layers([layer])
+        assert_close(y, want[:, begin:end])
+
+
+def test_what_does_not_belong_to_a_module_is_refused():
+    made, x, _ = module("short_conv")
+    cache = new_cache(made)
+    cache, step = cache.begin(jnp.tile(jnp.arange(LENGTH), (ROWS, 1)))
+    other = jaxkv.nnx.ShortConv(FEATURES, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"tail=\(8, 3\).*tail=\(8, 2\)"):
+        other(x, cache.layers[0], step)
+    with pytest.raises(ValueError, match="give both, a StateLayer and a Step"):
+        made(x, cache.layers[0])
+    with pytest.raises(ValueError, match="they must agree"):
+        made(x[:, :3], cache.layers[0], step)
+    with pytest.raises(ValueError, match="kernel_size is a whole number of at least 2"):
+        jaxkv.nnx.ShortConv(FEATURES, kernel_size=1, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="no keys and values"):
+        jaxkv.attend(jnp.ones((ROWS, LENGTH, 1, 8)), cache.layers[0], step)
