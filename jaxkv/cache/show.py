@@ -41,7 +41,7 @@ def describe(cache: Any) -> str:
         count = sum(layer.num_stacked or 1 for layer in layers)
         kept = dict.fromkeys(
             f"{s.num_kv_heads} x {s.head_dim}" + (f"/{s.value_dim}" if s.value_dim != s.head_dim else "") +
-            f" k {s.k_storage} v {s.v_storage}"
+            (f" {s.v_storage}" if s.k_dim == 0 else f" k {s.k_storage} v {s.v_storage}") + " v in k" * s.v_in_k
             for s in (layer.spec for layer in layers)
         )  # fmt: skip
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((layers, group)))
