@@ -189,7 +189,7 @@ def _turn_keys(spec: LayerSpec, delta: Any, stored: Any) -> Any:
     """Returns what is stored of keys [..., V, H], a pytree, turned by delta [V]."""
     if spec.rotary_at == "read":  # what is stored does not depend on where it stands
         return stored
-    k = spec.k_storage.decode(stored)[..., : spec.head_dim]
+    k = spec.k_storage.decode(stored)[..., : spec.k_dim]
     by = delta.reshape((1,) * (k.ndim - 2) + (-1, 1))
     by = jnp.broadcast_to(by, (*k.shape[:-1], 1))
     turned = spec.k_storage.encode(spec.rotary.shift(k, by))

@@ -16,6 +16,7 @@ from jaxkv.cache.arguments import integers
 from jaxkv.cache.show import show
 from jaxkv.cache.spec import EMPTY, Cross, LayerSpec
 from jaxkv.cache.step import Step
+from jaxkv.cache.storage import joined
 from jaxkv.kinds import kind_of
 from jaxkv.meshes import automatic, like, spec_of
 
@@ -30,7 +31,7 @@ class Layer:
     """
 
     # On rows A = R and S = V, on pages A = P and S = page_size. Small numbers lie as bits, H may be packed.
-    k: Any  # [A, K, S, H]; stacked: [L, A, K, S, H]
+    k: Any  # [A, K, S, H]; stacked: [L, A, K, S, H]; H is k_dim of the spec, None where that is 0
     v: Any  # [A, K, S, Hv]; stacked: [L, A, K, S, Hv]
     index: Any  # None, or int32 scalar: which layer of a stack
     group: int = dataclasses.field(metadata={"static": True})
@@ -80,7 +81,7 @@ class Layer:
         k, v, sides = buffers
         return dataclasses.replace(self, k=k, v=v, sides=sides)
 
-    def put(self, step: Step, k: Any, v: Any, where: Any = None) -> Layer:
+    def put(self, step: Step, k: Any, v: Any = None, where: Any = None) -> Layer:
         """Returns this layer with the keys and values of the call's tokens stored.
 
         In place when the cache is donated or the carry of a loop. Every layer puts once per `begin`; tokens of padding
@@ -92,7 +93,7 @@ class Layer:
           step: from the `Cache.begin` of this forward pass; for a Cross layer, from `Cache.begin_cross`.
           k: keys [B, T, num_kv_heads, head_dim], already rotated if the model rotates keys, but not where the spec
             says rotary_at="read"; stored as the spec says. For a Cross layer T is any size up to that of its reach.
-          v: values [B, T, num_kv_heads, value_dim].
+          v: values [B, T, num_kv_heads, value_dim]; None where the spec says that they are in the keys (v_in_k).
           where: bool [B, T], which of these tokens the layer keeps; the others are never seen in this layer, not even
             by themselves, as if they were padding. Their positions and their places stay taken, for the sake of layers
             that do keep them. None: all. Needs `LayerSpec(..., drops=True)`.
@@ -106,10 +107,15 @@ class Layer:
         b, t = step.positions.shape
         if isinstance(reach, Cross):
             t = min([reach.size, *jnp.shape(k)[1:2]])
+        if self.spec.v_in_k and v is not None:
+            raise ValueError("put: v was given, but this layer's values are in its keys (v_in_k); give put(step, k)")
         for name, x, size in (("k", k, self.spec.head_dim), ("v", v, self.spec.value_dim)):
             want = (b, t, self.spec.num_kv_heads, size)
-            if x.shape != want:
-                raise ValueError(f"put: {name} has shape {x.shape}, this layer and step want [B, T, K, H] = {want}")
+            if x is None and name == "v" and self.spec.v_in_k:
+                continue
+            if x is None or x.shape != want:
+                given = "is missing" if x is None else f"has shape {x.shape}"
+                raise ValueError(f"put: {name} {given}, this layer and step want [B, T, K, H] = {want}")
         if where is not None:
             where = jnp.asarray(where)
             if not self.spec.drops:
@@ -127,7 +133,8 @@ class Layer:
         read where a sequence has no token means nothing.
         """
 
-        k, v = (PartitionSpec(*(self._axes(x, step))) for x in (self.k, self.v))
+        v = PartitionSpec(*self._axes(self.v, step))
+        k = v if self.spec.v_in_k else PartitionSpec(*self._axes(self.k, step))
         return automatic(functools.partial(_read, size=size), (k, v))(self, step, start)
 
     def pieces(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
@@ -138,10 +145,12 @@ class Layer:
         """
         k, v = _block(self, step, start, size)
         spec = self.spec
+        values, size = _pieces(spec.v_storage, v, spec.value_dim), spec.k_dim or spec.head_dim
         if spec.rotary_at == "read":
-            k = _numbers(spec.k_storage, k, spec.head_dim)
-            return ((_rotated(self, step, k, start), None),), _pieces(spec.v_storage, v, spec.value_dim)
-        return _pieces(spec.k_storage, k, spec.head_dim), _pieces(spec.v_storage, v, spec.value_dim)
+            own: Any = ((_rotated(self, step, _numbers(spec.k_storage, k, size), start), None),)
+        else:
+            own = _pieces(spec.k_storage, k, size)
+        return values + own if spec.v_in_k and spec.k_dim else own, values
 
     def stored(self, step: Step, start: Any, size: int) -> Any:
         """Returns which tokens in slots [start, start + size) of the call's sequences the layer keeps: bool [B, size].
@@ -205,6 +214,8 @@ def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any) -> Layer:
     if layer.spec.drops:
         kept = jnp.ones(k.shape[:2], bool) if where is None else where
         dropped = jnp.pad(~kept, ((0, 0), (0, layer.spec.reach.size - k.shape[1] if step.cross else 0)))
+    if layer.spec.v_in_k:
+        v, k = layer.spec.split(k)
     if step.cross and k.shape[1] < layer.spec.reach.size:
         missing = step.positions[:, k.shape[1] : layer.spec.reach.size] != EMPTY
         k, v = (_fill_up(x, missing) for x in (k, v))
@@ -219,7 +230,7 @@ def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any) -> Layer:
     put = {"dropped": dropped.astype(jnp.uint8)[:, :, None, None]} if layer.spec.drops else {}
     return layer.with_buffers(
         (
-            write(layer.k, layer.spec.k_storage, k),
+            write(layer.k, layer.spec.k_storage, k) if layer.spec.k_dim else None,
             write(layer.v, layer.spec.v_storage, v),
             {name: write(layer.sides[name], layer.spec.sides[name][2], x) for name, x in put.items()},
         )
@@ -227,10 +238,11 @@ def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any) -> Layer:
 
 
 def _block(layer: Layer, step: Step, start: Any, size: int) -> Any:
-    """Returns what lies in slots [start, start + size), of k and of v."""
-    return jax.tree.map(
+    """Returns what lies in slots [start, start + size), of k and of v; of v twice where a key is nothing else."""
+    k, v = jax.tree.map(
         lambda buffer: layer.layout.read(buffer, layer.index, step, layer.group, start, size), (layer.k, layer.v)
     )
+    return v if k is None else k, v
 
 
 def _stored(layer: Layer, step: Step, start: Any, *, size: int) -> Any:
@@ -241,8 +253,10 @@ def _stored(layer: Layer, step: Step, start: Any, *, size: int) -> Any:
 def _read(layer: Layer, step: Step, start: Any, *, size: int) -> tuple[Any, Any]:
     k, v = _block(layer, step, start, size)
     spec = layer.spec
-    k, v = _numbers(spec.k_storage, k, spec.head_dim), _numbers(spec.v_storage, v, spec.value_dim)
-    return (_rotated(layer, step, k, start), v) if spec.rotary_at == "read" else (k, v)
+    own, values = _numbers(spec.k_storage, k, spec.k_dim or spec.head_dim), _numbers(spec.v_storage, v, spec.value_dim)
+    if spec.rotary_at == "read":
+        own = _rotated(layer, step, own, start)
+    return joined(values, own) if spec.v_in_k and spec.k_dim else own, values
 
 
 def _rotated(layer: Layer, step: Step, k: Any, start: Any) -> Any:

@@ -57,7 +57,9 @@ def _kept(spec: Any) -> str:
     if isinstance(spec.reach, Recurrent):
         return f"{spec.reach.num_numbers} numbers float32 a state"
     value = f"/{spec.value_dim}" if spec.value_dim != spec.head_dim else ""
-    return f"{spec.num_kv_heads} x {spec.head_dim}{value} k {spec.k_storage} v {spec.v_storage}"
+    heads = f"{spec.num_kv_heads} x {spec.head_dim}{value}"
+    storages = f"{spec.v_storage}" if spec.k_dim == 0 else f"k {spec.k_storage} v {spec.v_storage}"
+    return f"{heads} {storages}{' v in k' * spec.v_in_k}"
 
 
 def _held(positions: Any) -> list[str]:
