@@ -12,7 +12,8 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Collection, Iterator, Mapping
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ DTYPES = {
 }
 _CODES = {name: code for code, name in DTYPES.items()}
 _METADATA = "__metadata__"
+_CHECKSUMS = "jaxkv.checksums"
+_SUMMED = 1 << 14  # bytes that a checksum sums at a time
 MOST_HEADER = 100_000_000  # bytes, as the safetensors package has it
 
 
@@ -88,6 +91,8 @@ class File(Mapping[str, np.ndarray]):
             self._bytes = np.memmap(file, np.uint8, "r", start) if size > start else np.zeros(0, np.uint8)
         try:
             self.metadata, self._entries = _parsed(text, len(self._bytes))
+            self._checksums = self.metadata.pop(_CHECKSUMS, None)
+            self._header = text if self._checksums is not None else b""
         except (ValueError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{self.path} is not a safetensors file, or damaged or cut short, then fetch it again: {error}"
@@ -120,6 +125,24 @@ class File(Mapping[str, np.ndarray]):
             raise ValueError(f"{self.path}: {name} has dtype {code}; known are {', '.join(DTYPES)}")
         return jnp.dtype(DTYPES[code])
 
+    def check(self, names: Iterable[str] = ()) -> None:
+        """Holds the header, and tensors, against the checksums that `write(..., checked=True)` put into the file.
+
+        Raises:
+          ValueError: naming what is damaged; or if the file has no checksums.
+        """
+        sums = self._checksums
+        if sums is None:
+            raise ValueError(f"{self.path} has no checksums; it was written by something else")
+        order = sorted(self._entries)
+        if len(sums) != 8 * (1 + len(order)) or _header_sum(self._header, sums) != sums[:8]:
+            raise ValueError(f"{self.path} is damaged: its header is not what was written; take a copy of it")
+        expected = {name: sums[8 * i : 8 * i + 8] for i, name in enumerate(order, 1)}
+        for name in names:
+            _, _, begin, end = self._entries[name]
+            if _checksum(np.asarray(self._bytes[begin:end])) != expected[name]:
+                raise ValueError(f"{self.path} is damaged: the numbers of {name} are not those written; take a copy of it")
+
     def offset(self, name: str) -> int:
         """Returns where in the file the bytes of a tensor begin."""
         return self._start + self._entries[name][2]
@@ -138,15 +161,17 @@ def write(
     dtype: Any = None,
     exact: Collection[str] = (),
     metadata: Any = None,
+    checked: bool = False,
 ) -> None:
     """Writes arrays as safetensors: all of them or, if anything goes wrong, nothing.
 
     Args:
       path: the file, replaced if it is there; "~" is the home directory, and links are followed.
-      tensors: arrays by name, fetched from their device one by one.
+      tensors: arrays by name, fetched from their device one by one; or what NumPy makes arrays of, with shape and dtype.
       dtype: floating arrays are cast to it; None keeps their own.
       exact: names of arrays that keep their own nevertheless.
       metadata: strings by name, put into the header.
+      checked: whether checksums are put beside them, for `File.check`.
 
     Raises:
       ValueError: for a dtype that safetensors doesn't know, or that is not floating, or can't hold the values; for
@@ -154,7 +179,7 @@ def write(
       OSError: if there is no such folder, or the path is one.
     """
     dtype = None if dtype is None else _floating(dtype)
-    header: dict[str, Any] = {_METADATA: _texts(metadata)} if metadata is not None and metadata != {} else {}
+    header: dict[str, Any] = {_METADATA: texts(metadata)} if metadata is not None and metadata != {} else {}
     if _METADATA in tensors:
         raise ValueError(f"safetensors has the name {_METADATA} for itself; give that array another")
     dtypes = {}
@@ -166,6 +191,9 @@ def write(
         dtypes[name] = jnp.dtype(kind)  # by its name: little-endian, as the format is
     # The largest items first, so that each lies at a multiple of its size.
     names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    placeholder = "0" * 8 * (1 + len(names)) if checked else ""
+    if checked:
+        header = {_METADATA: {_CHECKSUMS: placeholder, **header.get(_METADATA, {})}}
     end = 0
     for name in names:
         shape = list(tensors[name].shape)
@@ -180,6 +208,7 @@ def write(
         raise FileNotFoundError(errno.ENOENT, "there is no such folder to save into; make it first", str(target.parent))
     with whole.written(target) as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        sums = {}
         for name in names:
             array = np.asarray(tensors[name])
             lost = unheld(array, dtypes[name])
@@ -187,7 +216,33 @@ def write(
                 raise ValueError(
                     f"{name} has {lost!s}, which {dtypes[name]} can't hold; give a wider dtype, or clip it"
                 )
-            file.write(array.astype(dtypes[name]).tobytes())
+            content = np.ascontiguousarray(array, dtypes[name]).reshape(-1).view(np.uint8)
+            file.write(content.data)
+            if checked:
+                sums[name] = _checksum(content)
+        if checked:
+            file.seek(8 + text.index(placeholder.encode()))
+            file.write((_header_sum(text, placeholder) + "".join(sums[name] for name in sorted(sums))).encode())
+
+
+def _checksum(content: np.ndarray) -> str:
+    """Returns eight digits that depend on each of some bytes, uint8 [N], and of their order in the large.
+
+    The CRC-32 of the sums of their 64-bit words, block by block: as fast as memory, which a CRC of all is not.
+    """
+    whole_blocks = len(content) // _SUMMED * _SUMMED
+    rest = np.zeros(_SUMMED, np.uint8)
+    rest[: len(content) - whole_blocks] = content[whole_blocks:]
+    blocks = content[:whole_blocks].reshape(-1, _SUMMED)
+    sums = [words.view("<u8").sum(axis=-1, dtype="<u8") for words in (blocks, rest[None])]
+    return f"{zlib.crc32(sums[1].tobytes(), zlib.crc32(sums[0].tobytes(), len(content) & 0xFFFFFFFF)):08x}"
+
+
+def _header_sum(text: bytes, sums: str) -> str:
+    """Returns the checksum of a header, whatever the checksums in it."""
+    begin = text.find(sums.encode())
+    blank = text[:begin] + b"0" * len(sums) + text[begin + len(sums) :]
+    return f"{zlib.crc32(blank):08x}"
 
 
 def _parsed(text: bytes, size: int) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], int, int]]]:
@@ -200,7 +255,7 @@ def _parsed(text: bytes, size: int) -> tuple[dict[str, str], dict[str, tuple[str
     if not isinstance(header, dict):
         raise ValueError("the header is no JSON object")
     metadata = header.pop(_METADATA, None)
-    metadata = {} if metadata is None else _texts(metadata)
+    metadata = {} if metadata is None else texts(metadata)
     entries = {}
     for name, entry in header.items():
         match entry:
@@ -247,7 +302,12 @@ def _floating(dtype: Any) -> Any:
     raise ValueError(f"dtype={dtype!r}: floating arrays can be written as {', '.join(floating)}; None keeps their own")
 
 
-def _texts(metadata: Any) -> dict[str, str]:
+def texts(metadata: Any) -> dict[str, str]:
+    """Returns strings by name, as metadata must be.
+
+    Raises:
+      ValueError: if they are something else.
+    """
     if not isinstance(metadata, Mapping):
         raise ValueError(f'metadata={metadata!r}: give strings by name, {{"step": "3"}}')
     for name, value in metadata.items():

@@ -22,6 +22,8 @@ def written(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
         with partial.open("xb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power failure might leave a file under the new name that is empty
         partial.replace(target)
     except OSError as error:
         if error.errno is None or error.filename not in (None, str(partial)):

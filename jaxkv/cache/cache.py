@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxkv.cache import edit
+from jaxkv.cache import edit, restore, snapshot
 from jaxkv.cache.arguments import FAR, batch_rows, integers, one_row, row_mask, shared_length
 from jaxkv.cache.build import Sizes, checked_specs, parts, place, stored_as
 from jaxkv.cache.claim import claim, claim_cross
@@ -24,6 +25,7 @@ from jaxkv.cache.pages import Pages
 from jaxkv.cache.recurrent import States
 from jaxkv.cache.rows import Rows
 from jaxkv.cache.show import describe, headline
+from jaxkv.cache.snapshot import Snapshot
 from jaxkv.cache.spec import EMPTY, Cross, LayerSpec, Recurrent
 from jaxkv.cache.state_layer import StateLayer
 from jaxkv.cache.step import Step
@@ -37,8 +39,8 @@ from jaxkv.meshes import automatic, beside, like, resized
 class Cache:
     """Keys and values of the past tokens of several sequences, for all layers of a model. Immutable.
 
-    Every method is pure and returns a new cache; all but `check`, `describe` and `init` run under `jit` with traced
-    arguments. Donate the cache (`jax.jit(..., donate_argnames="cache")`) or carry it in a loop, and it is changed in
+    Every method is pure and returns a new cache; all but `check`, `describe`, `init`, `load` and `save` run under `jit`
+    with traced arguments. Donate the cache (`jax.jit(..., donate_argnames="cache")`) or carry it in a loop, and it is changed in
     place; the old value is then gone.
 
     Attributes:
@@ -526,6 +528,83 @@ class Cache:
             buffers = jax.tree.map(lambda x: resized(x, x.ndim - 4, rows.shape[0]), self.layers)
             places = dataclasses.replace(places, layers=buffers)
         return automatic(edit.take, places)(self, rows)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        rows: Sequence[int] | None = None,
+        *,
+        fingerprint: str | None = None,
+        logits: Any = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Writes what rows hold into a file, from which `load` goes on, in this process or another, as if nothing were.
+
+        Of each row the file has the tokens in the order of their positions, as they are stored, its length, and what
+        its rings have lost; not what the cache could hold. It is safetensors with checksums, and is written whole or
+        not at all: the disk may be full, and what was there under that name stays. Rows that share pages are written
+        each by itself.
+
+        Args:
+          path: the file, replaced if it is there; "~" is the home directory.
+          rows: which rows, int [N]; None: all.
+          fingerprint: a text that tells the model, with its weights, from all others; `load` compares it.
+          logits: [N, V], what the model said comes next in each row, for who goes on without reading a token again.
+          metadata: strings by name, to come back with the rows.
+
+        Raises:
+          ValueError: for rows that there aren't, while tracing, and for specs that no other cache could be compared
+            with.
+          NotSupportedError: if parts of the cache lie on devices of other processes.
+          OSError: if the file can't be written.
+          CacheError: if this cache was donated.
+
+        >>> import os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "rows.safetensors")
+        >>> spec = jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=2)
+        >>> cache = jaxkv.Cache.init([spec], num_rows=2, capacity=8)
+        >>> cache, step = cache.begin(jnp.array([[0, 1, 2], [0, 1, -1]]))
+        >>> x = jnp.ones((2, 3, 1, 2))
+        >>> cache = cache.with_layers([cache.layers[0].put(step, x, x)])
+        >>> cache.save(path, rows=[1])
+        >>> jaxkv.Cache.init([spec], num_rows=1, capacity=4).load(path).lengths
+        Array([2], dtype=int32)
+        """
+        self._check_alive()
+        snapshot.save(self, path, rows, fingerprint, logits, metadata)
+
+    def load(
+        self,
+        path: str | os.PathLike[str] | Snapshot,
+        rows: Sequence[int] | None = None,
+        *,
+        saved: Sequence[int] | None = None,
+        fingerprint: str | None = None,
+    ) -> Cache:
+        """Returns this cache with rows that `save` wrote, in place of what these rows held.
+
+        Capacity, layout, storage, sharding and number of rows are this cache's own, whatever they were where the rows
+        come from; its layers must be of the same kinds. Numbers kept by the same storage come back bit for bit, others
+        are decoded and encoded. A ring that is shorter than the saved one keeps what it has room for.
+
+        This cache is donated, as `generate` donates its: go on with the one that is returned. If anything is wrong with
+        the file nothing has changed yet, and this one lives on.
+
+        Args:
+          path: the file, or a `jaxkv.Snapshot` of it.
+          rows: int [N], the rows that take them; None: the first ones.
+          saved: int [N], which of the file's rows; None: all.
+          fingerprint: of the model, as `save` got it; None: it is not compared.
+
+        Raises:
+          OSError: if the file can't be opened.
+          ValueError: if it is damaged, cut short, not one of `save`, of a newer version, of another model by its
+            fingerprint or its layers; for rows that there aren't.
+          CacheFullError: if the capacity is too small, or pages are too few; it says how much is needed.
+          CacheError: if this cache was donated.
+        """
+        self._check_alive()
+        return restore.load(self, path, rows, saved, fingerprint)
 
     def check(self) -> None:
         """Raises CacheFullError on the host if a sequence did not fit; names it, what it holds and the cure."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.show import show
@@ -86,9 +87,9 @@ class Group:
         return f" ({' + '.join(parts)}{rounded})"
 
     def slot(self, p: Any) -> Any:
-        """Returns the slot of position p >= 0. int32, the shape of p."""
+        """Returns the slot of position p >= 0. int32, the shape of p; NumPy's for NumPy's."""
         sinks = self.reach.sinks
-        return jnp.where(p < sinks, p, sinks + (p - sinks) % self.ring)
+        return (np if isinstance(p, np.ndarray) else jnp).where(p < sinks, p, sinks + (p - sinks) % self.ring)
 
     def filled(self, lengths: Any) -> Any:
         """Returns how many leading slots may be in use by sequences of these lengths."""
@@ -106,16 +107,17 @@ class Group:
         Returns:
           bool [R].
         """
-        if not self.wraps:
+        if self.reach.size is None:
             return jnp.ones(lowest.shape, bool)
         lo, hi = self.lost[:, 0], self.lost[:, 1]
         found = resume(self.reach, self.lost, lowest) == lowest
         apart = (lo >= hi) | (highest <= lo) | (lowest >= hi)
-        return found & (dense | apart) & (top - self.reach.first(lowest) < self.ring)
+        long_enough = not self.wraps or top - self.reach.first(lowest) < self.ring
+        return found & (dense | apart) & long_enough  # one that doesn't wrap has lost what a loaded row had lost
 
     def lost_by_writing(self, lowest: Any, highest: Any, dense: Any, fit: Any) -> Any:
         """Returns `lost` after lowest..highest [R], all of it where dense, was written in the rows that fit."""
-        if not self.wraps:
+        if self.reach.size is None:
             return self.lost
         lo, hi = self.lost[:, 0], self.lost[:, 1]
         there = fit & dense & (lowest < hi)  # the block reaches into what is lost: that part is there again

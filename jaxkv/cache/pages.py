@@ -21,6 +21,7 @@ from jaxkv.cache.arguments import checked_size
 from jaxkv.cache.pool import Pool, claim
 from jaxkv.cache.show import show
 from jaxkv.cache.spec import Cross, Reach
+from jaxkv.errors import CacheFullError
 from jaxkv.meshes import vary_alike
 
 
@@ -135,6 +136,37 @@ class Pages:
         table = pages.table if rows is None else pages.table[rows]
         held = held.reshape(*table.shape, self.page_size).any(-1)
         return Pool.of(jnp.where(held, table, pages.num_pages), pages.num_pages)
+
+    def refill(self, pages: Pool, rows: np.ndarray, held: np.ndarray) -> Pool:
+        """Returns the bookkeeping when these rows hold something in the slots `held`, on pages of their own.
+
+        Args:
+          pages: of one group, not traced.
+          rows: int [N].
+          held: bool [N, V].
+
+        Raises:
+          CacheFullError: if there are too few pages.
+        """
+        table, num_pages = np.array(pages.table), pages.num_pages
+        table[rows] = num_pages
+        free = np.setdiff1d(np.arange(num_pages), table).astype(np.int32)
+        row, column = np.nonzero(held.reshape(len(rows), -1, self.page_size).any(-1))
+        if row.size > free.size:
+            raise CacheFullError(
+                f"these rows need {row.size} pages of {self.page_size}, and a pool of {num_pages} has {free.size} left "
+                "for them; nothing was changed. Make a larger pool, or reset other rows"
+            )
+        table[rows[row], column] = free[: row.size]
+        return Pool.of(jnp.asarray(table), num_pages)
+
+    def table(self, pages: Pool) -> np.ndarray:
+        """Returns what `places` needs of the bookkeeping."""
+        return np.asarray(pages.table)
+
+    def places(self, table: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns where in a buffer [A, K, S, h] slots of rows, int [N] each, lie: along A and along S."""
+        return table[rows, slots // self.page_size], slots % self.page_size
 
     def describe(self, pages: Pool) -> str:
         """Returns how many pages there are and, unless the values are abstract, how many are used, shared and free."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxkv.meshes import vary_alike
@@ -59,6 +60,16 @@ class Rows:
     def describe(self, pages: None) -> str:
         """Returns what is to be said of the bookkeeping."""
         return ""
+
+    def refill(self, pages: None, rows: Any, held: Any) -> None:
+        """Returns the bookkeeping when these rows hold something in the slots `held`, and nothing else."""
+
+    def table(self, pages: None) -> None:
+        """Returns what `places` needs of the bookkeeping."""
+
+    def places(self, table: None, rows: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns where in a buffer [A, K, S, h] slots of rows, int [N] each, lie: along A and along S."""
+        return rows, slots
 
     def step(self, pages: None, rows: Any, copies: Any = None) -> None:
         """Returns what the layers must know of the bookkeeping in one call."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.cache.export import exportable
+from jaxkv.cache.plain import exportable
 
 
 @runtime_checkable
