@@ -86,6 +86,9 @@ def checked_specs(specs: Any) -> tuple[LayerSpec, ...]:
             raise ValueError(f"specs holds {given}; give {instead}")
     if not specs:
         raise ValueError("specs is empty; give one jaxkv.LayerSpec per layer of the model")
+    for i, spec in enumerate(specs):
+        if spec.shares is not None:
+            _check_shared(specs, i, spec)
     crosses = list(dict.fromkeys(spec.reach for spec in specs if isinstance(spec.reach, Cross)))
     if len(crosses) > 1:
         raise ValueError(
@@ -93,6 +96,25 @@ def checked_specs(specs: Any) -> tuple[LayerSpec, ...]:
             "them the larger size"
         )
     return specs
+
+
+def _check_shared(specs: tuple[LayerSpec, ...], i: int, spec: LayerSpec) -> None:
+    """Raises ValueError unless layer i can read what the layer that it shares keeps."""
+    if spec.shares >= i:
+        which = "itself" if spec.shares == i else "a later layer"
+        raise ValueError(f"layer {i} shares layer {spec.shares}, {which}; give the number of a layer before it")
+    source = specs[spec.shares]
+    if source.shares is not None:
+        raise ValueError(
+            f"layer {i} shares layer {spec.shares}, which shares layer {source.shares}; give shares={source.shares}"
+        )
+    for field in dataclasses.fields(spec):
+        mine, its = getattr(spec, field.name), getattr(source, field.name)
+        if field.name != "shares" and mine != its:
+            raise ValueError(
+                f"layer {i} shares layer {spec.shares}, but has {field.name}={mine}, and that layer {its}; it reads "
+                "what lies there, so make them equal"
+            )
 
 
 def stored_as(specs: Iterable[LayerSpec], storage: Any) -> tuple[LayerSpec, ...]:
@@ -130,13 +152,15 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
         num_slots = books[group].num_slots
 
         def buffer(heads: int, size: int, storage: Any) -> Any:
+            if spec.shares is not None:
+                return None
             lead = layout.lead(books[group].pages, sizes.num_rows, heads, num_slots)
             return storage.zeros(lead if num_stacked is None else (num_stacked, *lead), size)
 
         return Layer(
             k=buffer(spec.num_kv_heads, spec.head_dim, spec.k_storage),
             v=buffer(spec.num_kv_heads, spec.value_dim, spec.v_storage),
-            sides={name: buffer(*side) for name, side in spec.sides.items()},
+            sides={} if spec.shares is not None else {name: buffer(*side) for name, side in spec.sides.items()},
             index=None,
             group=group,
             spec=spec,
@@ -146,6 +170,11 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
         )
 
     if stacked:
+        if any(spec.shares is not None for spec in specs):
+            raise ValueError(
+                "stacked=True lays equal layers into one stack, in which a layer that shares has no place; leave the "
+                "specs with shares out, and let their layers read stack.at(i) of the layer that they share"
+            )
         return tuple(layer(spec, specs.count(spec)) for spec in dict.fromkeys(specs)), groups, encoded
     return tuple(layer(spec, None) for spec in specs), groups, encoded
 

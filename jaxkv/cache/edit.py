@@ -67,7 +67,7 @@ def remove(cache: Any, row: Any, known: Any, begin: Any, end: Any) -> Any:
         groups.append(_paged(cache.layout, dataclasses.replace(removed, pages=after)))
 
     def moved(layer: Layer) -> Layer:
-        if isinstance(layer.spec.reach, Cross):
+        if isinstance(layer.spec.reach, Cross) or not layer.num_kept:
             return layer
         number = layer.group
         _, sources, delta = moves[number]

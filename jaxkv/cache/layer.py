@@ -43,6 +43,11 @@ class Layer:
 
     __repr__ = show
 
+    @property
+    def num_kept(self) -> int:
+        """How many layers of the model keep their keys and values here: 0 where it reads those of another one."""
+        return 0 if self.spec.shares is not None else self.num_stacked or 1
+
     def at(self, index: Any) -> Layer:
         """Returns layer `index` of a stack (int32 scalar, may be traced), or the whole stack for None.
 
@@ -99,7 +104,7 @@ class Layer:
 
         Raises:
           ValueError: while tracing, for shapes other than these, naming both, a step of the other kind, or `where`
-            without `drops`.
+            without `drops`; for a layer that shares another's keys and values.
         """
         reach = self.spec.reach
         self._check_step(step, cross=isinstance(reach, Cross))
@@ -179,6 +184,11 @@ class Layer:
         self._check_step(step, cross=False)
 
     def _check_step(self, step: Step, *, cross: bool) -> None:
+        if (source := self.spec.shares) is not None:
+            raise ValueError(
+                f"this layer keeps nothing: it shares layer {source}. Put nothing here, and read that layer, as its put "
+                f"of this pass returned it: attend(q, layers[{source}], step)"
+            )
         if not isinstance(step, Step):
             raise ValueError(f"step is {kind_of(step)}; give the Step that cache.begin(positions) returned")
         if step.cross and not cross:

@@ -38,16 +38,17 @@ def describe(cache: Any) -> str:
     lines = [repr(cache)]
     for number, group in enumerate(cache.bookkeeping):
         layers = [layer for layer in cache.layers if layer.group == number]
-        count = sum(layer.num_stacked or 1 for layer in layers)
+        count = sum(layer.num_kept for layer in layers)
+        sharing = sum(not layer.num_kept for layer in layers)
         kept = dict.fromkeys(
             f"{s.num_kv_heads} x {s.head_dim}" + (f"/{s.value_dim}" if s.value_dim != s.head_dim else "") +
             f" k {s.k_storage} v {s.v_storage}"
-            for s in (layer.spec for layer in layers)
+            for s in (layer.spec for layer in layers if layer.num_kept)
         )  # fmt: skip
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((layers, group)))
         lines.append(
             f"{count} layer{'s' * (count > 1)} {group.reach}: {', '.join(kept)}, "
-            f"{group.num_slots} slots{group.why}{cache.layout.describe(group.pages)}, {format_bytes(size)}"
+            f"{f'read by {sharing} more, ' if sharing else ''}{group.num_slots} slots{group.why}{cache.layout.describe(group.pages)}, {format_bytes(size)}"
         )
         lines += [f"  row {row}: {text}" for row, text in enumerate(_held(group.held))]
     return "\n".join(lines)

@@ -175,6 +175,8 @@ class LayerSpec:
         by `rotary.rotate(k, positions)`; what is put, and kept, is not rotated, so `Cache.remove` moves tokens without
         any rounding, at the price of angles for all keys that a step reads.
       drops: whether `Layer.put` may leave tokens out (`where=`). It costs a byte per slot.
+      shares: the number of an earlier layer of the model whose keys and values this one reads; it keeps none of its own
+        (Gemma 3n and 4, YOCO, cross-layer attention). All else is as that layer has it. None: it keeps its own.
 
     Raises:
       ValueError: for sizes below 1, an unknown reach, a size that a storage can't hold, a rotary that is a function,
@@ -193,6 +195,7 @@ class LayerSpec:
     rotary: Any = None
     rotary_at: str = "put"
     drops: bool = False
+    shares: int | None = None
 
     def __post_init__(self) -> None:
         if self.value_dim is None:
@@ -226,6 +229,13 @@ class LayerSpec:
                 f"LayerSpec(rotary={self.rotary!r}, rotary_at='read'): nothing rotates the keys when they are read; "
                 "give an object with rotate(k, positions) such as jaxkv.Rotary()"
             )
+        if self.shares is not None:
+            object.__setattr__(self, "shares", checked_size("LayerSpec", "shares", self.shares, 0))
+            if isinstance(self.reach, Cross):
+                raise ValueError(
+                    f"LayerSpec({self.reach}, shares={self.shares}): layers share keys and values of the call's tokens; "
+                    "an encoder's output is put into each Cross layer"
+                )
         if not isinstance(self.drops, bool):
             raise ValueError(f"LayerSpec(drops={self.drops!r}): give True or False")
         try:

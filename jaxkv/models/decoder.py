@@ -40,6 +40,8 @@ class DecoderConfig:
       mlp_dim: hidden size of the MLP; None means 4 * width.
       reaches: which past tokens the layers see, a pattern repeated from the first layer on:
         (Window(128), Window(128), Full()) is two window layers to a full one.
+      shares: for each layer, None or the number of an earlier layer whose keys and values it reads: it has none of its
+        own (Gemma 4). None: no layer does.
       rotary: how queries and keys are turned by position: one Rotary, a pattern repeated like `reaches`, or None.
       max_positions: length of a learned table of positions, added to the embeddings; None for no table.
       norm: "rms" or "layer": before attention, before the MLP, and at the end.
@@ -84,6 +86,7 @@ class DecoderConfig:
     head_dim: Any = None
     mlp_dim: Any = None
     reaches: tuple[Reach, ...] = (Full(),)
+    shares: tuple[int | None, ...] | None = None
     rotary: Rotary | tuple[Rotary | None, ...] | None = Rotary()
     max_positions: int | None = None
     norm: str = "rms"
@@ -131,6 +134,8 @@ class DecoderConfig:
             raise ValueError(f"max_positions={self.max_positions}: a table has at least 1; None for no table")
         if not self.reaches or not all(isinstance(reach, Reach) for reach in self.reaches):
             raise ValueError(f"reaches={self.reaches!r}: give a tuple of Full(), Window(size) or Chunk(size)")
+        if self.shares is not None:
+            self._check_shares(self.shares)
         known_biases = (*PROJECTIONS, "mlp")
         if not isinstance(self.use_bias, bool) and not (
             isinstance(self.use_bias, tuple) and set(self.use_bias) <= set(known_biases)
@@ -154,6 +159,16 @@ class DecoderConfig:
             if not jnp.issubdtype(getattr(self, name), jnp.floating):
                 raise ValueError(f"{name}={getattr(self, name)}: give a floating dtype such as 'float32'")
 
+    def _check_shares(self, shares: tuple[int | None, ...]) -> None:
+        if len(shares) != self.num_layers:
+            raise ValueError(f"shares={shares}: give an entry for each of {self.num_layers} layers")
+        for i, source in enumerate(shares):
+            if source is not None and not (0 <= source < i and shares[source] is None):
+                raise ValueError(
+                    f"shares={shares}: layer {i} shares layer {source}; give the number of an earlier layer, one with "
+                    "keys and values of its own"
+                )
+
     @property
     def biases(self) -> frozenset[str]:
         """The names of the projections that have a bias."""
@@ -164,6 +179,11 @@ class DecoderConfig:
     def reach(self, layer: int) -> Reach:
         """Returns what a layer sees."""
         return self.reaches[layer % len(self.reaches)]
+
+    def source(self, layer: int) -> int:
+        """Returns the number of the layer whose keys and values a layer reads: its own, unless it shares."""
+        source = None if self.shares is None else self.shares[layer]
+        return layer if source is None else source
 
     def layer_rotary(self, layer: int) -> Rotary | None:
         """Returns how a layer turns queries and keys."""
@@ -219,6 +239,7 @@ class Block(nnx.Module):
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             reach=config.reach(index),
+            shares=None if config.shares is None else config.shares[index],
             rotary=config.layer_rotary(index),
             qk_norm=config.layer_qk_norm(index),
             qk_norm_epsilon=config.norm_eps,
@@ -237,8 +258,8 @@ class Block(nnx.Module):
 
     def __call__(self, x: Any, positions: Any, layer: Any, step: Any) -> tuple[Any, Any]:
         h = _normed(self.attention_norm, x)
-        if layer is None:
-            y = self.attention(h, positions=positions)
+        if step is None:  # then what other layers share is the keys and values themselves
+            y, layer = self.attention(h, kv=layer, return_kv=True, positions=positions)
         else:
             y, layer = self.attention(h, layer, step)
         x = x + self._scaled(_normed(self.attention_post_norm, y))
@@ -305,23 +326,22 @@ class Decoder(nnx.Module):
         return spread(Decoder._run, specs, self, tokens, positions, cache, parents)
 
     def _run(self, tokens: Any, positions: Any, cache: Cache | None, parents: Any) -> Any:
-        layers: Any = (None,) * len(self.layers)
+        layers: list[Any] = [None] * len(self.layers)
         step = None
         if cache is not None:
             cache, step = cache.begin(positions, parents=parents)
-            layers, positions = cache.layers, step.depths
+            layers, positions = list(cache.layers), step.depths
         x = self._embed(tokens, positions)  # [B, T, D]
-        put = []
-        for block, layer in zip(self.layers, layers, strict=True):
-            x, layer = block(x, positions, layer, step)
-            put.append(layer)
+        for i, block in enumerate(self.layers):
+            source = self.config.source(i)
+            x, layers[source] = block(x, positions, layers[source], step)
         x = self.norm(x)
         logits = self.embed.attend(x) if self.head is None else self.head(x)
         if self.config.logit_scale is not None:
             logits = logits * jnp.asarray(self.config.logit_scale, logits.dtype)
         if (bound := self.config.logit_softcap) is not None:
             logits = bound * jnp.tanh(logits / bound)
-        return logits if cache is None else (logits, cache.with_layers(put))
+        return logits if cache is None else (logits, cache.with_layers(layers))
 
     def specs(self, k_storage: Any = None, v_storage: Any = None) -> list[LayerSpec]:
         """Returns what a cache for this model must keep, layer by layer.

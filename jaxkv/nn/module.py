@@ -15,6 +15,8 @@ SIZES = """qkv_features: num_heads * head_dim, in all; None means in_features.
       num_kv_heads: heads K of keys and values, a divisor of num_heads; None means num_heads."""
 OPTIONS = """head_dim: size H of a head, instead of qkv_features.
       reach: which past tokens a query may see, with a cache and without: Full(), Window(size, sinks) or Chunk(size).
+      shares: None, or the number of an earlier layer of the model whose keys and values this one reads: it then has no
+        projections for them (Gemma 3n and 4, YOCO).
       rotary: None, or `jaxkv.Rotary(...)`, which rotates q and k by their positions.
       qk_norm: whether each head's q and k are RMS-normalized before they are rotated, as in Qwen 3 and Gemma 3 (whose
         checkpoints hold scale - 1). "together": all heads of a token as one vector, with a scale for each number

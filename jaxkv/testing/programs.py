@@ -226,7 +226,8 @@ def forward(
     Args:
       cache: any cache.
       positions, rows, spans: as `Cache.begin` takes them.
-      ks, vs: for each layer, stacked ones too, keys [B, T, K, H] and values [B, T, K, Hv]; Cross layers don't put them.
+      ks, vs: for each layer, stacked ones too, keys [B, T, K, H] and values [B, T, K, Hv]; Cross layers and those
+        that share don't put them.
       wheres: for each layer, stacked ones too, what `put` takes as `where`; None for none.
       num_heads: query heads per kv head; the keys themselves are the queries, head h of them times h + 1.
 
@@ -241,11 +242,14 @@ def forward(
         for i in range(layer.num_stacked or 1):
             k, v, where = ks.pop(0), vs.pop(0), wheres.pop(0)
             layer = layer.at(i) if stacked else layer
-            if not isinstance(layer.spec.reach, Cross):
-                layer = layer.put(step, k, v, where)
+            read = layer
+            if layer.spec.shares is not None:
+                read = layers[layer.spec.shares]
+            elif not isinstance(layer.spec.reach, Cross):
+                layer = read = layer.put(step, k, v, where)
             q = jnp.stack([k.astype(jnp.float32) * (h + 1) for h in range(num_heads)], 3)
             q = q.reshape(*k.shape[:2], -1, k.shape[3])  # [B, T, K * num_heads, H]
-            seen.append((step.groups[layer.group].kv_positions, *layer.get(step), attend(q, layer, step)))
+            seen.append((step.groups[layer.group].kv_positions, *read.get(step), attend(q, read, step)))
         layers.append(layer.at(None) if stacked else layer)
     return cache.with_layers(layers), step.positions, step.ok, seen
 
@@ -487,6 +491,7 @@ class Machine:
 
     def _compare_layer(self, i: int, spec: Any, arrays: list[np.ndarray], want: Any, queries: np.ndarray) -> None:
         slots, k, v, mask, out = arrays
+        source = i if spec.shares is None else spec.shares
         name = f"layer {i} {spec.reach}"
         batch, length = want.positions.shape
         places = max(self.oracle.capacity, 0 if self.oracle.cross is None else self.oracle.cross.size)
@@ -496,7 +501,7 @@ class Machine:
         for b, t in np.ndindex(batch, length):
             sees = want.sees[b][t]
             if sees is not None:
-                sees = {p: token for p, token in sees[spec.reach].items() if self._written[token][3][i]}
+                sees = {p: token for p, token in sees[spec.reach].items() if self._written[token][3][source]}
                 expected[b, t, list(sees)] = 1
             visible = np.flatnonzero(mask[b, 0, t])
             if (slots[b, visible] < 0).any():
@@ -513,7 +518,7 @@ class Machine:
                 picture(want.positions[b], expected[b], seen[b]),
             )
         used = tokens >= 0
-        want_k, want_v = self._expected(i, spec, slots[used], tokens[used])
+        want_k, want_v = self._expected(source, spec, slots[used], tokens[used])
         eps_k, eps_v = (_rounding(storage.dtype) for storage in (spec.k_storage, spec.v_storage))
         self._close(f"layer {i} {spec.reach}: v", v[used].astype(np.float64), want_v, 8 * eps_v, slots, used)
         most = 8 * eps_k * (1 + self._turns)
