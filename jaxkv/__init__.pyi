@@ -19,6 +19,7 @@ from .cache.spec import Chunk as Chunk
 from .cache.spec import Cross as Cross
 from .cache.spec import Full as Full
 from .cache.spec import LayerSpec as LayerSpec
+from .cache.spec import SideBuffer as SideBuffer
 from .cache.spec import Window as Window
 from .cache.step import Step as Step
 from .cache.storage import Dense as Dense
@@ -48,6 +49,7 @@ from .nn.heads import QueryTemperature as QueryTemperature
 from .nn.rotary import LinearScaling as LinearScaling
 from .nn.rotary import Llama3Scaling as Llama3Scaling
 from .nn.rotary import LongRopeScaling as LongRopeScaling
+from .nn.rotary import ProportionalScaling as ProportionalScaling
 from .nn.rotary import Rotary as Rotary
 from .nn.rotary import YarnScaling as YarnScaling
 from .nn.state import Loaded as Loaded

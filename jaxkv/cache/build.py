@@ -88,7 +88,7 @@ def checked_specs(specs: Any) -> tuple[LayerSpec, ...]:
         raise ValueError("specs is empty; give one jaxkv.LayerSpec per layer of the model")
     for i, spec in enumerate(specs):
         if spec.shares is not None:
-            _check_shared(specs, i, spec)
+            _check_shared(specs, i, spec.shares)
     crosses = list(dict.fromkeys(spec.reach for spec in specs if isinstance(spec.reach, Cross)))
     if len(crosses) > 1:
         raise ValueError(
@@ -98,21 +98,21 @@ def checked_specs(specs: Any) -> tuple[LayerSpec, ...]:
     return specs
 
 
-def _check_shared(specs: tuple[LayerSpec, ...], i: int, spec: LayerSpec) -> None:
-    """Raises ValueError unless layer i can read what the layer that it shares keeps."""
-    if spec.shares >= i:
-        which = "itself" if spec.shares == i else "a later layer"
-        raise ValueError(f"layer {i} shares layer {spec.shares}, {which}; give the number of a layer before it")
-    source = specs[spec.shares]
+def _check_shared(specs: tuple[LayerSpec, ...], i: int, shares: int) -> None:
+    """Raises ValueError unless layer i can read what layer `shares` keeps."""
+    if shares >= i:
+        which = "itself" if shares == i else "a later layer"
+        raise ValueError(f"layer {i} shares layer {shares}, {which}; give the number of a layer before it")
+    source = specs[shares]
     if source.shares is not None:
         raise ValueError(
-            f"layer {i} shares layer {spec.shares}, which shares layer {source.shares}; give shares={source.shares}"
+            f"layer {i} shares layer {shares}, which shares layer {source.shares}; give shares={source.shares}"
         )
-    for field in dataclasses.fields(spec):
-        mine, its = getattr(spec, field.name), getattr(source, field.name)
+    for field in dataclasses.fields(source):
+        mine, its = getattr(specs[i], field.name), getattr(source, field.name)
         if field.name != "shares" and mine != its:
             raise ValueError(
-                f"layer {i} shares layer {spec.shares}, but has {field.name}={mine}, and that layer {its}; it reads "
+                f"layer {i} shares layer {shares}, but has {field.name}={mine}, and that layer {its}; it reads "
                 "what lies there, so make them equal"
             )
 

@@ -21,7 +21,7 @@ from jaxkv.cache.pages import Pages, PageStep
 from jaxkv.cache.pool import Pool
 from jaxkv.cache.quantized import Float8, Int4, Int8
 from jaxkv.cache.rows import Rows
-from jaxkv.cache.spec import Chunk, Cross, Full, LayerSpec, Window
+from jaxkv.cache.spec import Chunk, Cross, Full, LayerSpec, SideBuffer, Window
 from jaxkv.cache.step import GroupStep, Step
 from jaxkv.cache.storage import Dense
 from jaxkv.cache.tree import Tree
@@ -90,7 +90,7 @@ def _object(x: Any) -> Any:
     return _kinds[kind](**fields)
 
 
-for _part in (Full, Window, Chunk, Cross, LayerSpec, Dense, Int8, Int4, Float8, Rows, Pages):
+for _part in (Full, Window, Chunk, Cross, LayerSpec, SideBuffer, Dense, Int8, Int4, Float8, Rows, Pages):
     exportable(_part)
 
 for _node in (Cache, Layer, Group, Encoded, Pool, Step, GroupStep, PageStep, Tree):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -85,7 +86,7 @@ class Layer:
         k, v, sides = buffers
         return dataclasses.replace(self, k=k, v=v, sides=sides)
 
-    def put(self, step: Step, k: Any, v: Any, where: Any = None) -> Layer:
+    def put(self, step: Step, k: Any, v: Any, where: Any = None, sides: Mapping[str, Any] | None = None) -> Layer:
         """Returns this layer with the keys and values of the call's tokens stored.
 
         In place when the cache is donated or the carry of a loop. Every layer puts once per `begin`; tokens of padding
@@ -101,10 +102,11 @@ class Layer:
           where: bool [B, T], which of these tokens the layer keeps; the others are never seen in this layer, not even
             by themselves, as if they were padding. Their positions and their places stay taken, for the sake of layers
             that do keep them. None: all. Needs `LayerSpec(..., drops=True)`.
+          sides: for each of the spec's side buffers by name, what it keeps of these tokens: [B, T, heads, size].
 
         Raises:
-          ValueError: while tracing, for shapes other than these, naming both, a step of the other kind, or `where`
-            without `drops`; for a layer that shares another's keys and values.
+          ValueError: while tracing, for shapes other than these, naming both, a step of the other kind, `where` without
+            `drops`, or sides other than those of the spec; for a layer that shares another's keys and values.
         """
         reach = self.spec.reach
         self._check_step(step, cross=isinstance(reach, Cross))
@@ -121,7 +123,20 @@ class Layer:
                 raise ValueError("put(where=) leaves tokens out, which this layer can't; give its LayerSpec drops=True")
             if where.shape != (b, t) or where.dtype != bool:
                 raise ValueError(f"put: where is {where.dtype}{list(where.shape)}; give bool [B, T] = {[b, t]}")
-        return automatic(_put, like(self))(self, step, k, v, where)
+        sides, kept = dict(sides or {}), dict(self.spec.side_buffers)
+        if sides.keys() != kept.keys():
+            raise ValueError(
+                f"put got sides {sorted(sides)}, the layer's spec has side_buffers {sorted(kept)}; give "
+                "put(step, k, v, sides={name: [B, T, heads, size]}) with each of them"
+            )
+        for name, side in kept.items():
+            want = (b, t, side.num_heads, side.size)
+            if jnp.shape(sides[name]) != want:
+                raise ValueError(
+                    f"put: side {name!r} has shape {jnp.shape(sides[name])}, this layer and step want [B, T, heads, "
+                    f"size] = {want}"
+                )
+        return automatic(_put, like(self))(self, step, k, v, where, sides)
 
     def read(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
         """Returns slots [start, start + size) of the call's sequences: k [B, K, size, H], v [B, K, size, Hv].
@@ -145,8 +160,42 @@ class Layer:
         spec = self.spec
         if spec.rotary_at == "read":
             k = _numbers(spec.k_storage, k, spec.head_dim)
-            return ((_rotated(self, step, k, start), None),), _pieces(spec.v_storage, v, spec.value_dim)
+            k = _rotated(self, step, k, _stretch(self, step, start, size))
+            return ((k, None),), _pieces(spec.v_storage, v, spec.value_dim)
         return _pieces(spec.k_storage, k, spec.head_dim), _pieces(spec.v_storage, v, spec.value_dim)
+
+    def read_at(self, step: Step, slots: Any) -> tuple[Any, Any]:
+        """Returns keys [B, N, K, H] and values [B, N, K, Hv] of chosen slots of the call's sequences; reads no others.
+
+        Keys are rotated, as for `read`. Slots out of range give those of the nearest one there is.
+
+        Args:
+          step: of the forward pass.
+          slots: int32 [B, N].
+        """
+        self.check_step(step)
+        k, v = (PartitionSpec(*(self._axes(x, step)[i] for i in (0, 2, 1, 3))) for x in (self.k, self.v))
+        return automatic(_read_at, (k, v))(self, step, slots)
+
+    def read_side(self, name: str, step: Step) -> Any:
+        """Returns a side buffer of the call's sequences: [B, heads, S, size], 0 where no token lies.
+
+        S is num_slots, in slot order, which is that of the mask of `get`; the numbers that `lax.top_k` gives over it
+        are what `attend` takes as `select`.
+
+        Args:
+          name: one of the spec's `side_buffers`.
+          step: of the forward pass.
+
+        Raises:
+          ValueError: for another name or another cache's step.
+        """
+        self.check_step(step)
+        if name not in dict(self.spec.side_buffers):
+            known = ", ".join(name for name, _ in self.spec.side_buffers) or "none"
+            raise ValueError(f"read_side({name!r}): the layer's spec has these side_buffers: {known}")
+        spec = PartitionSpec(*self._axes(self.sides[name], step))
+        return automatic(functools.partial(_read_side, name=name), spec)(self, step)
 
     def stored(self, step: Step, start: Any, size: int) -> Any:
         """Returns which tokens in slots [start, start + size) of the call's sequences the layer keeps: bool [B, size].
@@ -186,8 +235,8 @@ class Layer:
     def _check_step(self, step: Step, *, cross: bool) -> None:
         if (source := self.spec.shares) is not None:
             raise ValueError(
-                f"this layer keeps nothing: it shares layer {source}. Put nothing here, and read that layer, as its put "
-                f"of this pass returned it: attend(q, layers[{source}], step)"
+                f"this layer keeps nothing: it shares layer {source}. Put nothing here, and read that layer, as its "
+                f"put of this pass returned it: attend(q, layers[{source}], step)"
             )
         if not isinstance(step, Step):
             raise ValueError(f"step is {kind_of(step)}; give the Step that cache.begin(positions) returned")
@@ -211,13 +260,14 @@ class Layer:
             raise ValueError(f"a stack of {self.num_stacked} layers was used as one layer; choose one with stack.at(i)")
 
 
-def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any) -> Layer:
+def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any, sides: dict[str, Any]) -> Layer:
     if layer.spec.drops:
         kept = jnp.ones(k.shape[:2], bool) if where is None else where
         dropped = jnp.pad(~kept, ((0, 0), (0, layer.spec.reach.size - k.shape[1] if step.cross else 0)))
     if step.cross and k.shape[1] < layer.spec.reach.size:
         missing = step.positions[:, k.shape[1] : layer.spec.reach.size] != EMPTY
         k, v = (_fill_up(x, missing) for x in (k, v))
+        sides = {name: _fill_up(x, missing) for name, x in sides.items()}
 
     def write(buffers: Any, storage: Any, x: Any) -> Any:
         return jax.tree.map(
@@ -226,12 +276,13 @@ def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any) -> Layer:
             storage.encode(x),
         )
 
-    put = {"dropped": dropped.astype(jnp.uint8)[:, :, None, None]} if layer.spec.drops else {}
+    if layer.spec.drops:
+        sides = {**sides, "dropped": dropped.astype(jnp.uint8)[:, :, None, None]}
     return layer.with_buffers(
         (
             write(layer.k, layer.spec.k_storage, k),
             write(layer.v, layer.spec.v_storage, v),
-            {name: write(layer.sides[name], layer.spec.sides[name][2], x) for name, x in put.items()},
+            {name: write(layer.sides[name], layer.spec.sides[name][2], x) for name, x in sides.items()},
         )
     )
 
@@ -243,6 +294,27 @@ def _block(layer: Layer, step: Step, start: Any, size: int) -> Any:
     )
 
 
+def _read_at(layer: Layer, step: Step, slots: Any) -> tuple[Any, Any]:
+    spec = layer.spec
+
+    def chosen(buffers: Any, storage: Any, size: int) -> Any:
+        gather = lambda buffer: layer.layout.gather(buffer, layer.index, step, layer.group, slots)  # noqa: E731
+        return _numbers(storage, jax.tree.map(gather, buffers), size)
+
+    k, v = chosen(layer.k, spec.k_storage, spec.head_dim), chosen(layer.v, spec.v_storage, spec.value_dim)
+    if spec.rotary_at == "read":
+        there = jnp.take_along_axis(step.groups[layer.group].kv_positions, slots, 1, mode="clip")
+        k = _rotated(layer, step, k, there[:, :, None, None])
+    return k, v
+
+
+def _read_side(layer: Layer, step: Step, *, name: str) -> Any:
+    _, size, storage = layer.spec.sides[name]
+    read = lambda buffer: layer.layout.read(buffer, layer.index, step, layer.group, 0, layer.num_slots)  # noqa: E731
+    x = _numbers(storage, jax.tree.map(read, layer.sides[name]), size)
+    return jnp.where((step.groups[layer.group].kv_positions == EMPTY)[:, None, :, None], 0, x)
+
+
 def _stored(layer: Layer, step: Step, start: Any, *, size: int) -> Any:
     dropped = layer.layout.read(layer.sides["dropped"], layer.index, step, layer.group, start, size)
     return dropped[:, 0, :, 0] == 0
@@ -252,16 +324,21 @@ def _read(layer: Layer, step: Step, start: Any, *, size: int) -> tuple[Any, Any]
     k, v = _block(layer, step, start, size)
     spec = layer.spec
     k, v = _numbers(spec.k_storage, k, spec.head_dim), _numbers(spec.v_storage, v, spec.value_dim)
-    return (_rotated(layer, step, k, start), v) if spec.rotary_at == "read" else (k, v)
+    return (_rotated(layer, step, k, _stretch(layer, step, start, size)), v) if spec.rotary_at == "read" else (k, v)
 
 
-def _rotated(layer: Layer, step: Step, k: Any, start: Any) -> Any:
-    """Returns keys [B, K, size, H] of slots from `start` on rotated to their positions: float32 or wider."""
+def _stretch(layer: Layer, step: Step, start: Any, size: int) -> Any:
+    """Returns the positions of slots [start, start + size): int32 [B, 1, size, 1]."""
+    there = lax.dynamic_slice_in_dim(step.groups[layer.group].kv_positions, start, size, 1)
+    return there[:, None, :, None]
+
+
+def _rotated(layer: Layer, step: Step, k: Any, positions: Any) -> Any:
+    """Returns keys of slots that hold these positions rotated to where those stand: float32 or wider."""
     k = k if k.dtype.itemsize > 4 else k.astype(jnp.float32)
-    there = lax.dynamic_slice_in_dim(step.groups[layer.group].kv_positions, start, k.shape[2], 1)
     if step.tree is not None:
-        there = step.tree.kv_depths(there)
-    return layer.spec.rotary.rotate(k, there[:, None, :, None])
+        positions = step.tree.kv_depths(positions.reshape(positions.shape[0], -1)).reshape(positions.shape)
+    return layer.spec.rotary.rotate(k, positions)
 
 
 def _numbers(storage: Any, stored: Any, length: int) -> Any:

@@ -24,8 +24,8 @@ class MemoryPlan:
       nbytes_per_device: what one device holds; equal to nbytes without a sharding.
       bytes_per_token: what one more token of one sequence takes in the layers whose slots are as many as the capacity;
         rings, and an encoder's output, have a fixed size and add nothing.
-      groups: per group (reach, number of layers that keep something, slots per sequence, bytes, why a ring is as long as it is, and how
-        many pages there are).
+      groups: per group (reach, number of layers that keep something, slots per sequence, bytes, why a ring is as long
+        as it is, and how many pages there are).
     """
 
     nbytes: int

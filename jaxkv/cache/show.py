@@ -42,13 +42,15 @@ def describe(cache: Any) -> str:
         sharing = sum(not layer.num_kept for layer in layers)
         kept = dict.fromkeys(
             f"{s.num_kv_heads} x {s.head_dim}" + (f"/{s.value_dim}" if s.value_dim != s.head_dim else "") +
-            f" k {s.k_storage} v {s.v_storage}"
+            f" k {s.k_storage} v {s.v_storage}" +
+            "".join(f" {name} {side.num_heads} x {side.size} {side.storage}" for name, side in s.side_buffers)
             for s in (layer.spec for layer in layers if layer.num_kept)
         )  # fmt: skip
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((layers, group)))
         lines.append(
             f"{count} layer{'s' * (count > 1)} {group.reach}: {', '.join(kept)}, "
-            f"{f'read by {sharing} more, ' if sharing else ''}{group.num_slots} slots{group.why}{cache.layout.describe(group.pages)}, {format_bytes(size)}"
+            f"{f'read by {sharing} more, ' * bool(sharing)}"
+            f"{group.num_slots} slots{group.why}{cache.layout.describe(group.pages)}, {format_bytes(size)}"
         )
         lines += [f"  row {row}: {text}" for row, text in enumerate(_held(group.held))]
     return "\n".join(lines)

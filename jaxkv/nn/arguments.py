@@ -17,7 +17,8 @@ def check_call(
     """Raises ValueError if the arguments of a module's call don't belong together or to this module."""
     _check_input("x", x)
     if layer is None and step is None:
-        return _check_kv(heads, x, kv)
+        _check_kv(heads, x, kv)
+        return
     if kv is not None or return_kv:
         raise ValueError(
             "kv and return_kv are for calls without a cache; with one the layer holds keys and values: a module that "

@@ -62,6 +62,8 @@ class Attention(AttentionModule, nn.Module):
     rotary: Any = None
     qk_norm: bool | str = False
     qk_norm_epsilon: float = 1e-6
+    value_norm: bool = False
+    tied_values: bool = False
     softcap: float | None = None
     scale: float | None = None
     temperature: QueryTemperature | None = None
@@ -154,8 +156,8 @@ class Attention(AttentionModule, nn.Module):
         linear = {name: functools.partial(_projection, self, heads, out_features, name) for name in PROJECTIONS}
         q, k, v = linear["query"](name="query")(x), None, None
         if self.shares is None:
-            k, v = (linear[name](name=name)(x) for name in ("key", "value"))
-            k = self._normed(k, _scale(self, heads, heads.num_kv_heads, "key_norm"))
+            k, v = linear["key"](name="key")(x), None if self.tied_values else linear["value"](name="value")(x)
+            k, v = self._keys_and_values(k, v, _scale(self, heads, heads.num_kv_heads, "key_norm"))
         q = self._normed(q, _scale(self, heads, heads.num_heads, "query_norm"))
         sinks = None
         if self.sink_logits:

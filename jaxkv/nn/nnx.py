@@ -66,6 +66,8 @@ class Attention(AttentionModule, nnx.Module):
         rotary: Any = None,
         qk_norm: bool | str = False,
         qk_norm_epsilon: float = 1e-6,
+        value_norm: bool = False,
+        tied_values: bool = False,
         softcap: float | None = None,
         scale: float | None = None,
         temperature: QueryTemperature | None = None,
@@ -113,11 +115,13 @@ class Attention(AttentionModule, nnx.Module):
             qk_norm_epsilon,
             deterministic,
             keep_rngs,
+            tied_values=tied_values,
             dtype=dtype,
             param_dtype=param_dtype,
             precision=precision,
             rngs=rngs,
         )
+        self.value_norm = value_norm
         self.sink_logits = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sink_logits else nnx.data(None)
         self.qkv: Joined | None = nnx.data(None)  # instead of query, key and value, after `fuse`
         self.cache: nnx.Cache | None = nnx.data(None)
@@ -159,12 +163,10 @@ class Attention(AttentionModule, nnx.Module):
         check_call(self.heads, x, layer, step, positions, spans, kv, return_kv)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
-        if self.heads.shares is not None:
-            q, k, v = self.query(x), None, None
-        else:
-            q, k, v = (self.query(x), self.key(x), self.value(x)) if self.qkv is None else self.qkv(x)
-            k = self._normed(k, self.key_norm)
+        q, k, v = self._projected(x)
         q = self._normed(q, self.query_norm)
+        if k is not None:
+            k, v = self._keys_and_values(k, v, self.key_norm)
         sinks = None if self.sink_logits is None else self.sink_logits[...]
         key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, rngs))
         rest = {"kv": kv, "positions": positions, "spans": spans, "sink_logits": sinks, "dropout_key": key}
@@ -172,12 +174,20 @@ class Attention(AttentionModule, nnx.Module):
         y = self.out(y)
         return y if layer is None and not return_kv else (y, kept)
 
+    def _projected(self, x: Any) -> tuple[Any, Any, Any]:
+        """Returns what query, key and value give for x; None for one that the module doesn't have."""
+        if self.qkv is not None:
+            return (*self.qkv(x), None)[:3]
+        q, k, v = (None if part is None else part(x) for part in (self.query, self.key, self.value))
+        return q, k, v
+
     def fuse(self) -> None:
         """Lays the weights out for decoding: query, key and value in one product. See `jaxkv.nnx.fuse`."""
         if not isinstance(self.out, Transposed):
             self.out = Transposed(self.out)
             if self.heads.shares is None:
-                self.qkv = Joined([self.query, self.key, self.value])
+                parts = [self.query, self.key, self.value]
+                self.qkv = Joined([part for part in parts if part is not None])
                 self.query = self.key = self.value = nnx.data(None)
 
     def init_cache(
@@ -380,6 +390,8 @@ def _fill(
     qk_norm_epsilon: float,
     deterministic: bool | None,
     keep_rngs: bool,
+    *,
+    tied_values: bool = False,
     **kind: Any,
 ) -> None:
     """Gives a module with `heads` its parameters and what else both kinds of attention have.
@@ -396,7 +408,7 @@ def _fill(
     module.query = linear(features[0], queries, "query", inner_inits)
     own = heads.shares is None
     module.key = linear(features[1], keys, "key", inner_inits) if own else nnx.data(None)
-    module.value = linear(features[1], keys, "value", inner_inits) if own else nnx.data(None)
+    module.value = linear(features[1], keys, "value", inner_inits) if own and not tied_values else nnx.data(None)
     module.out = linear(queries, features[2], "out", out_inits, axis=(-2, -1))
     module.dtype, module.param_dtype = kind["dtype"], kind["param_dtype"]
     module.qk_norm, module.qk_norm_epsilon = qk_norm, qk_norm_epsilon

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.pages import Pages
-from jaxkv.cache.spec import Cross
+from jaxkv.cache.spec import Cross, LayerSpec
 from jaxkv.cache.storage import Dense
 from jaxkv.nn.attend import attend
 from jaxkv.testing.oracle import EMPTY, Oracle
@@ -235,7 +235,8 @@ def forward(
       The cache, the step's positions, the step's ok, and per layer (slot positions, k, v, mask, attended).
     """
     cache, step = cache.begin(positions, rows, spans)
-    ks, vs, layers, seen = list(ks), list(vs), [], []
+    ks, vs, seen = list(ks), list(vs), []
+    layers: list[Any] = []
     wheres = [None] * len(ks) if wheres is None else list(wheres)
     for layer in cache.layers:
         stacked = layer.num_stacked is not None
@@ -246,12 +247,20 @@ def forward(
             if layer.spec.shares is not None:
                 read = layers[layer.spec.shares]
             elif not isinstance(layer.spec.reach, Cross):
-                layer = read = layer.put(step, k, v, where)
+                layer = read = layer.put(step, k, v, where, side_copies(layer.spec, v))
             q = jnp.stack([k.astype(jnp.float32) * (h + 1) for h in range(num_heads)], 3)
             q = q.reshape(*k.shape[:2], -1, k.shape[3])  # [B, T, K * num_heads, H]
             seen.append((step.groups[layer.group].kv_positions, *read.get(step), attend(q, read, step)))
         layers.append(layer.at(None) if stacked else layer)
     return cache.with_layers(layers), step.positions, step.ok, seen
+
+
+def side_copies(spec: LayerSpec, v: Any) -> dict[str, Any]:
+    """Returns what is put into a layer's side buffers here: the first heads and numbers of its values.
+
+    A buffer of the values' sizes, storage and no rotary then holds what `Layer.v` holds, whatever happens.
+    """
+    return {name: v[:, :, : side.num_heads, : side.size] for name, side in spec.side_buffers}
 
 
 @jax.jit
@@ -272,7 +281,7 @@ def encode(cache: Cache, lengths: Any, rows: Any, ks: Any, vs: Any, wheres: Any 
         for i in range(layer.num_stacked or 1):
             k, v, where = ks.pop(0), vs.pop(0), wheres.pop(0)
             if isinstance(layer.spec.reach, Cross):
-                layer = (layer.at(i) if stacked else layer).put(step, k, v, where)
+                layer = (layer.at(i) if stacked else layer).put(step, k, v, where, side_copies(layer.spec, v))
         layers.append(layer.at(None) if stacked else layer)
     return cache.with_layers(layers), step.ok
 
