@@ -21,6 +21,7 @@ from .cache.spec import Cross as Cross
 from .cache.spec import Full as Full
 from .cache.spec import LayerSpec as LayerSpec
 from .cache.spec import Recurrent as Recurrent
+from .cache.spec import SideBuffer as SideBuffer
 from .cache.spec import Window as Window
 from .cache.state_layer import StateLayer as StateLayer
 from .cache.step import Step as Step
@@ -51,6 +52,7 @@ from .nn.heads import QueryTemperature as QueryTemperature
 from .nn.rotary import LinearScaling as LinearScaling
 from .nn.rotary import Llama3Scaling as Llama3Scaling
 from .nn.rotary import LongRopeScaling as LongRopeScaling
+from .nn.rotary import ProportionalScaling as ProportionalScaling
 from .nn.rotary import Rotary as Rotary
 from .nn.rotary import YarnScaling as YarnScaling
 from .nn.state import Loaded as Loaded

@@ -74,6 +74,11 @@ class Case:
         return [spec for spec in dict.fromkeys(self.specs) for _ in range(self.specs.count(spec))]
 
     @property
+    def sources(self) -> list[int]:
+        """Whose keys and values each layer reads, its own or those of another, in the order of `layers`."""
+        return [i if layer.shares is None else layer.shares for i, layer in enumerate(self.layers)]
+
+    @property
     def dtypes(self) -> set[Any]:
         return {storage.dtype for spec in self.specs for storage in (spec.k_storage, spec.v_storage)}
 
@@ -110,9 +115,15 @@ def in_bits(storage: Any) -> bool:
 
 
 def spec(
-    reach: Any, k: Any = "float32", v: Any = None, *, value_dim: int | None = None, rotary: Any = None
+    reach: Any,
+    k: Any = "float32",
+    v: Any = None,
+    *,
+    value_dim: int | None = None,
+    rotary: Any = None,
+    shares: int | None = None,
 ) -> LayerSpec:
-    return LayerSpec(reach, 2, 4, value_dim, Dense(k), Dense(v or k), rotary or Rotary())
+    return LayerSpec(reach, 2, 4, value_dim, Dense(k), Dense(v or k), rotary or Rotary(), shares=shares)
 
 
 # Pairwise: every reach with every dtype, stacked and not, with and without slack, alone and mixed.
@@ -124,7 +135,15 @@ TABLE = {
     "window-wide-bfloat16": Case((spec(Window(30, sinks=3), "bfloat16", "float16", value_dim=6),), slack=1),
     "chunk-stacked": Case((spec(Chunk(4)), spec(Chunk(4))), slack=3, stacked=True),
     "one-token-reaches": Case((spec(Window(1), "float32", "bfloat16", value_dim=2), spec(Chunk(1), "float16"))),
-    "mixture": Case((spec(Full()), spec(Window(5, sinks=2), "float32", "float16"), spec(Chunk(7))), slack=2),
+    "mixture": Case(
+        (
+            spec(Full()),
+            spec(Window(5, sinks=2), "float32", "float16"),
+            spec(Window(5, sinks=2), "float32", "float16", shares=1),
+            spec(Chunk(7)),
+        ),
+        slack=2,
+    ),
     "mixture-stacked-bfloat16": Case(
         (spec(Window(3, sinks=1), "bfloat16"), spec(Full(), "bfloat16"), spec(Window(3, sinks=1), "bfloat16")),
         stacked=True,
@@ -160,7 +179,12 @@ TABLE = {
     ),
     # As many pages as rows can fill. Pages of 2 make no ring longer, those of 16 do.
     "mixture-pages": Case(
-        (spec(Full()), spec(Window(5, sinks=2), "float32", "float16"), spec(Chunk(7))),
+        (
+            spec(Full()),
+            spec(Window(5, sinks=2), "float32", "float16"),
+            spec(Chunk(7)),
+            spec(Full(), shares=0),
+        ),
         slack=2,
         layout=Pages(ROWS * CAPACITY // 2, 2),
     ),
@@ -278,7 +302,9 @@ def attended(case: Case, cache: Cache, blocks: Any, **options: Any) -> list[np.n
 def whole(case: Case) -> list[np.ndarray]:
     """Returns attention over the whole sequences without any cache, in float64: per layer [ROWS, LENGTH, N, Hv]."""
     out = []
-    for layer, k, v in zip(case.layers, *tokens(case), strict=True):
+    ks, vs = tokens(case)
+    for layer, source, q in zip(case.layers, case.sources, ks, strict=True):
+        k, v = ks[source], vs[source]
         if isinstance(layer.reach, Recurrent):
             texts = zip(k, v, strict=True)
             reads = [[states.expected(layer.reach, x[:n], y[:n])[2] for n in range(1, LENGTH + 1)] for x, y in texts]
@@ -303,7 +329,7 @@ def whole(case: Case) -> list[np.ndarray]:
         stored_k = np.concatenate([stored_v, own], -1) if layer.v_in_k and layer.k_dim else own
         if layer.rotary_at == "read":
             stored_k = np.asarray(layer.rotary.rotate(jnp.asarray(stored_k, jnp.float32), p[None, :, None, None]))
-        q = np.stack([k.astype(np.float64) * (h + 1) for h in range(HEADS)], 3)  # as `forward` makes its queries
+        q = np.stack([q.astype(np.float64) * (h + 1) for h in range(HEADS)], 3)  # as `forward` makes its queries
         scores = np.einsum("bqkgh,bskh->bkgqs", q, stored_k) / np.sqrt(layer.head_dim)
         scores = np.where(see[:, None, None], scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -605,10 +631,11 @@ def decode(cache: Cache, positions: Any) -> tuple[Cache, Any]:
             if isinstance(layer, StateLayer):
                 layer, y = states.run(layer, step, k, v)
                 return layer, y.sum()
-            if not isinstance(layer.spec.reach, Cross):
+            if layer.num_kept and not isinstance(layer.spec.reach, Cross):
                 k_dtype, v_dtype = layer.spec.k_storage.dtype, layer.spec.v_storage.dtype
                 layer = layer.put(step, (9 * k).astype(k_dtype), None if layer.spec.v_in_k else (9 * v).astype(v_dtype))
-            return layer, attend(q, layer, step).sum()
+            read = layer if layer.num_kept else layers[layer.spec.shares]
+            return layer, attend(q, read, step).sum()
 
         q = jnp.tile(k, (1, 1, HEADS, 1))
         if layer.num_stacked is None:
@@ -934,10 +961,10 @@ def gradients_through_put_and_attend_are_those_of_the_plain_softmax(case: Case) 
                 for i in range(layer.num_stacked or 1):
                     k, v, q = next(inner)
                     layer = layer if layer.num_stacked is None else layer.at(i)
-                    if not isinstance(layer.spec.reach, Cross):
+                    if layer.num_kept and not isinstance(layer.spec.reach, Cross):
                         layer = layer.put(step, k, None if layer.spec.v_in_k else v)
                     if p is positions[-1]:  # keys and values of both blocks are seen from the second
-                        outs.append(read(q, layer, step))
+                        outs.append(read(q, layer if layer.num_kept else layers[layer.spec.shares], step))
                 layers.append(layer if layer.num_stacked is None else layer.at(None))
             cache = cache.with_layers(layers)
         return sum((jnp.sin(out) * weight).sum() for out, weight in zip(outs, weights, strict=True))

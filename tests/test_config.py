@@ -22,7 +22,7 @@ from jaxkv.models import FAMILIES, read_config
 from jaxkv.models.config import check_layers, context_of
 from jaxkv.models.decoder import Block
 from jaxkv.models.experts import ExpertsConfig
-from jaxkv.models.families.fields import Choice, Flag, List, Number, Object
+from jaxkv.models.families.fields import ByLayer, Choice, Flag, List, Number, Object
 from jaxkv.models.model import abstract
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -649,10 +649,10 @@ def test_no_value_of_any_field_gives_anything_but_an_error_that_names_it(model):
                     outcome({**source, name: {"rope_type": kind, key: value}}, name)
     for name, config in small:
         if all(size < 5000 for size in vars(config).values() if type(size) is int):
-            one = {"num_layers": 1} if FAMILIES[name].module is jaxkv.models.Decoder else {}
+            one = {"num_layers": 1, "shares": None} if FAMILIES[name].module is jaxkv.models.Decoder else {}
             abstract(FAMILIES[name].module, dataclasses.replace(config, **one))
 
 
 def test_every_declared_kind_says_what_is_possible():
     kinds = {type(field.kind) for family in FAMILIES.values() for field in family.fields.values()}
-    assert kinds == {Number, Flag, Choice, List, Object}
+    assert kinds == {Number, Flag, Choice, List, Object, ByLayer}

@@ -88,6 +88,9 @@ def checked_specs(specs: Any) -> tuple[LayerSpec, ...]:
             raise ValueError(f"specs holds {given}; give {instead}")
     if not specs:
         raise ValueError("specs is empty; give one jaxkv.LayerSpec per layer of the model")
+    for i, spec in enumerate(specs):
+        if spec.shares is not None:
+            _check_shared(specs, i, spec.shares)
     crosses = list(dict.fromkeys(spec.reach for spec in specs if isinstance(spec.reach, Cross)))
     if len(crosses) > 1:
         raise ValueError(
@@ -95,6 +98,25 @@ def checked_specs(specs: Any) -> tuple[LayerSpec, ...]:
             "them the larger size"
         )
     return specs
+
+
+def _check_shared(specs: tuple[LayerSpec, ...], i: int, shares: int) -> None:
+    """Raises ValueError unless layer i can read what layer `shares` keeps."""
+    if shares >= i:
+        which = "itself" if shares == i else "a later layer"
+        raise ValueError(f"layer {i} shares layer {shares}, {which}; give the number of a layer before it")
+    source = specs[shares]
+    if source.shares is not None:
+        raise ValueError(
+            f"layer {i} shares layer {shares}, which shares layer {source.shares}; give shares={source.shares}"
+        )
+    for field in dataclasses.fields(source):
+        mine, its = getattr(specs[i], field.name), getattr(source, field.name)
+        if field.name != "shares" and mine != its:
+            raise ValueError(
+                f"layer {i} shares layer {shares}, but has {field.name}={mine}, and that layer {its}; it reads "
+                "what lies there, so make them equal"
+            )
 
 
 def stored_as(specs: Iterable[LayerSpec], storage: Any) -> tuple[LayerSpec, ...]:
@@ -141,13 +163,15 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
             return StateLayer.init(spec, group, sizes.num_rows, num_slots, num_stacked)
 
         def buffer(heads: int, size: int, storage: Any) -> Any:
+            if spec.shares is not None:
+                return None
             lead = layout.lead(books[group].pages, sizes.num_rows, heads, num_slots)
             return storage.zeros(lead if num_stacked is None else (num_stacked, *lead), size)
 
         return Layer(
             k=buffer(spec.num_kv_heads, spec.k_dim, spec.k_storage) if spec.k_dim else None,
             v=buffer(spec.num_kv_heads, spec.value_dim, spec.v_storage),
-            sides={name: buffer(*side) for name, side in spec.sides.items()},
+            sides={} if spec.shares is not None else {name: buffer(*side) for name, side in spec.sides.items()},
             index=None,
             group=group,
             spec=spec,
@@ -157,6 +181,11 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
         )
 
     if stacked:
+        if any(spec.shares is not None for spec in specs):
+            raise ValueError(
+                "stacked=True lays equal layers into one stack, in which a layer that shares has no place; leave the "
+                "specs with shares out, and let their layers read stack.at(i) of the layer that they share"
+            )
         return tuple(layer(spec, specs.count(spec)) for spec in dict.fromkeys(specs)), groups, states, encoded
     return tuple(layer(spec, None) for spec in specs), groups, states, encoded
 

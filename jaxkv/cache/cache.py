@@ -46,7 +46,8 @@ class Cache:
     Attributes:
       layers: one Layer per layer of the model; with `stacked=True` one stack per distinct LayerSpec, in order of first
         appearance, for a scan over layers: `layers[0].at(i)`. Without it a model of equal layers has as many Layers
-        here, and `at` is an error. A StateLayer for a layer that is Recurrent.
+        here, and `at` is an error. The Layer of a spec with `shares` is empty: read that of the layer that it shares.
+        A StateLayer for a layer that is Recurrent.
       groups: bookkeeping, one Group per distinct reach but Cross and Recurrent.
       encoded: bookkeeping of the Cross layers; None if there are none.
       lengths: int32 [R], the next position of each sequence.
@@ -117,7 +118,8 @@ class Cache:
 
         Raises:
           ValueError: for no layers, a model instead of its specs, sizes below 1 or above 2**30, a negative slack, a
-            reach with as many sinks as capacity, or Cross layers of different sizes; for pages larger than the
+            reach with as many sinks as capacity, or Cross layers of different sizes; for a layer that shares itself, a
+            later one, one that shares too, or one of another kind, or any with stacked=True; for pages larger than the
             capacity, a pool that can't hold max_block tokens, or one divided over rows.
         """
         specs = stored_as(checked_specs(specs), storage)
@@ -163,6 +165,8 @@ class Cache:
     def with_layers(self, layers: Iterable[Layer]) -> Cache:
         """Returns this cache with the layers that a forward pass has put into.
 
+        What stands in the place of a layer that shares another's keys and values is passed over.
+
         Raises:
           ValueError: if number or kinds of layers are not those of this cache.
         """
@@ -170,11 +174,17 @@ class Cache:
         if len(layers) != len(self.layers):
             raise ValueError(f"with_layers got {len(layers)} layers, the cache has {len(self.layers)}")
         for i, (new, old) in enumerate(zip(layers, self.layers, strict=True)):
+            if not old.num_kept:
+                continue
             if not isinstance(new, Layer | StateLayer):
                 raise ValueError(f"with_layers: layer {i} is of type {type(new).__name__}; give what its put returned")
             if new.spec != old.spec or new.group != old.group:
                 raise ValueError(f"with_layers: layer {i} is {new.spec}, the cache has {old.spec}; keep their order")
-        return dataclasses.replace(self, layers=tuple(dataclasses.replace(layer, index=None) for layer in layers))
+        kept = [
+            dataclasses.replace(new, index=None) if old.num_kept else old
+            for new, old in zip(layers, self.layers, strict=True)
+        ]
+        return dataclasses.replace(self, layers=tuple(kept))
 
     def begin(self, positions: Any, rows: Any = None, spans: Any = None, parents: Any = None) -> tuple[Cache, Step]:
         """Claims slots for the tokens of one forward pass, all or nothing per sequence.

@@ -79,7 +79,7 @@ def remove(cache: Any, row: Any, known: Any, begin: Any, end: Any) -> Any:
         groups.append(_paged(cache.layout, dataclasses.replace(removed, pages=after)))
 
     def moved(layer: Layer) -> Layer:
-        if isinstance(layer.spec.reach, Cross):
+        if isinstance(layer.spec.reach, Cross) or not layer.num_kept:
             return layer
         number = layer.group
         _, sources, delta = moves[number]
@@ -88,8 +88,9 @@ def remove(cache: Any, row: Any, known: Any, begin: Any, end: Any) -> Any:
             return layer.layout.move(buffers, row, sources, changed[number] & fit, pages[number], turn)
 
         turn = functools.partial(_turn_keys, layer.spec, delta)
-        v, sides = (move(buffers, lambda x: x) for buffers in layer.buffers[1:])
-        return layer.with_buffers((move(layer.k, turn), v, sides))
+        turn_side = functools.partial(_turn_side, layer.spec, delta)
+        sides = {name: move(side, functools.partial(turn_side, name)) for name, side in layer.sides.items()}
+        return layer.with_buffers((move(layer.k, turn), move(layer.v, lambda x: x), sides))
 
     return dataclasses.replace(
         cache,
@@ -189,8 +190,20 @@ def _turn_keys(spec: LayerSpec, delta: Any, stored: Any) -> Any:
     """Returns what is stored of keys [..., V, H], a pytree, turned by delta [V]."""
     if spec.rotary_at == "read":  # what is stored does not depend on where it stands
         return stored
-    k = spec.k_storage.decode(stored)[..., : spec.k_dim]
-    by = delta.reshape((1,) * (k.ndim - 2) + (-1, 1))
-    by = jnp.broadcast_to(by, (*k.shape[:-1], 1))
-    turned = spec.k_storage.encode(spec.rotary.shift(k, by))
+    return _turned(spec.k_storage, spec.rotary, spec.k_dim, delta, stored)
+
+
+def _turn_side(spec: LayerSpec, delta: Any, name: str, stored: Any) -> Any:
+    """Returns the same of a side buffer, if that is to be turned."""
+    side = dict(spec.side_buffers).get(name)
+    if side is None or side.rotary is None:
+        return stored
+    return _turned(side.storage, side.rotary, side.size, delta, stored)
+
+
+def _turned(storage: Any, rotary: Any, size: int, delta: Any, stored: Any) -> Any:
+    x = storage.decode(stored)[..., :size]
+    by = delta.reshape((1,) * (x.ndim - 2) + (-1, 1))
+    by = jnp.broadcast_to(by, (*x.shape[:-1], 1))
+    turned = storage.encode(rotary.shift(x, by))
     return jax.tree.map(lambda new, old: jnp.where(by != 0, new, old), turned, stored)

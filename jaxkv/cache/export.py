@@ -15,12 +15,12 @@ from jaxkv.cache.plain import exportable, made_of, plain
 from jaxkv.cache.pool import Pool
 from jaxkv.cache.recurrent import States, StateStep
 from jaxkv.cache.rows import Rows
-from jaxkv.cache.spec import Chunk, Cross, Full, LayerSpec, Recurrent, Window
+from jaxkv.cache.spec import Chunk, Cross, Full, LayerSpec, Recurrent, SideBuffer, Window
 from jaxkv.cache.state_layer import StateLayer
 from jaxkv.cache.step import GroupStep, Step
 from jaxkv.cache.tree import Tree
 
-for _part in (Full, Window, Chunk, Cross, Recurrent, LayerSpec, Rows, Pages):
+for _part in (Full, Window, Chunk, Cross, Recurrent, LayerSpec, SideBuffer, Rows, Pages):
     exportable(_part)
 
 for _node in (Cache, Layer, StateLayer, Group, States, Encoded, Pool, Step, GroupStep, StateStep, PageStep, Tree):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -44,6 +45,11 @@ class Layer:
 
     __repr__ = show
 
+    @property
+    def num_kept(self) -> int:
+        """How many layers of the model keep their keys and values here: 0 where it reads those of another one."""
+        return 0 if self.spec.shares is not None else self.num_stacked or 1
+
     def at(self, index: Any) -> Layer:
         """Returns layer `index` of a stack (int32 scalar, may be traced), or the whole stack for None.
 
@@ -81,7 +87,9 @@ class Layer:
         k, v, sides = buffers
         return dataclasses.replace(self, k=k, v=v, sides=sides)
 
-    def put(self, step: Step, k: Any, v: Any = None, where: Any = None) -> Layer:
+    def put(
+        self, step: Step, k: Any, v: Any = None, where: Any = None, sides: Mapping[str, Any] | None = None
+    ) -> Layer:
         """Returns this layer with the keys and values of the call's tokens stored.
 
         In place when the cache is donated or the carry of a loop. Every layer puts once per `begin`; tokens of padding
@@ -97,10 +105,11 @@ class Layer:
           where: bool [B, T], which of these tokens the layer keeps; the others are never seen in this layer, not even
             by themselves, as if they were padding. Their positions and their places stay taken, for the sake of layers
             that do keep them. None: all. Needs `LayerSpec(..., drops=True)`.
+          sides: for each of the spec's side buffers by name, what it keeps of these tokens: [B, T, heads, size].
 
         Raises:
-          ValueError: while tracing, for shapes other than these, naming both, a step of the other kind, or `where`
-            without `drops`.
+          ValueError: while tracing, for shapes other than these, naming both, a step of the other kind, `where` without
+            `drops`, or sides other than those of the spec; for a layer that shares another's keys and values.
         """
         reach = self.spec.reach
         self._check_step(step, cross=isinstance(reach, Cross))
@@ -122,7 +131,20 @@ class Layer:
                 raise ValueError("put(where=) leaves tokens out, which this layer can't; give its LayerSpec drops=True")
             if where.shape != (b, t) or where.dtype != bool:
                 raise ValueError(f"put: where is {where.dtype}{list(where.shape)}; give bool [B, T] = {[b, t]}")
-        return automatic(_put, like(self))(self, step, k, v, where)
+        sides, kept = dict(sides or {}), dict(self.spec.side_buffers)
+        if sides.keys() != kept.keys():
+            raise ValueError(
+                f"put got sides {sorted(sides)}, the layer's spec has side_buffers {sorted(kept)}; give "
+                "put(step, k, v, sides={name: [B, T, heads, size]}) with each of them"
+            )
+        for name, side in kept.items():
+            want = (b, t, side.num_heads, side.size)
+            if jnp.shape(sides[name]) != want:
+                raise ValueError(
+                    f"put: side {name!r} has shape {jnp.shape(sides[name])}, this layer and step want [B, T, heads, "
+                    f"size] = {want}"
+                )
+        return automatic(_put, like(self))(self, step, k, v, where, sides)
 
     def read(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
         """Returns slots [start, start + size) of the call's sequences: k [B, K, size, H], v [B, K, size, Hv].
@@ -145,12 +167,47 @@ class Layer:
         """
         k, v = _block(self, step, start, size)
         spec = self.spec
-        values, size = _pieces(spec.v_storage, v, spec.value_dim), spec.k_dim or spec.head_dim
+        values, k_dim = _pieces(spec.v_storage, v, spec.value_dim), spec.k_dim or spec.head_dim
         if spec.rotary_at == "read":
-            own: Any = ((_rotated(self, step, _numbers(spec.k_storage, k, size), start), None),)
+            k = _rotated(self, step, _numbers(spec.k_storage, k, k_dim), _stretch(self, step, start, size))
+            own: Any = ((k, None),)
         else:
-            own = _pieces(spec.k_storage, k, size)
+            own = _pieces(spec.k_storage, k, k_dim)
         return values + own if spec.v_in_k and spec.k_dim else own, values
+
+    def read_at(self, step: Step, slots: Any) -> tuple[Any, Any]:
+        """Returns keys [B, N, K, H] and values [B, N, K, Hv] of chosen slots of the call's sequences; reads no others.
+
+        Keys are rotated, as for `read`. Slots out of range give those of the nearest one there is.
+
+        Args:
+          step: of the forward pass.
+          slots: int32 [B, N].
+        """
+        self.check_step(step)
+        axes = self._axes(self.v, step), self._axes(self.v if self.spec.v_in_k else self.k, step)
+        v, k = (PartitionSpec(*(x[i] for i in (0, 2, 1, 3))) for x in axes)
+        return automatic(_read_at, (k, v))(self, step, slots)
+
+    def read_side(self, name: str, step: Step) -> Any:
+        """Returns a side buffer of the call's sequences: [B, heads, S, size], 0 where no token lies.
+
+        S is num_slots, in slot order, which is that of the mask of `get`; the numbers that `lax.top_k` gives over it
+        are what `attend` takes as `select`.
+
+        Args:
+          name: one of the spec's `side_buffers`.
+          step: of the forward pass.
+
+        Raises:
+          ValueError: for another name or another cache's step.
+        """
+        self.check_step(step)
+        if name not in dict(self.spec.side_buffers):
+            known = ", ".join(name for name, _ in self.spec.side_buffers) or "none"
+            raise ValueError(f"read_side({name!r}): the layer's spec has these side_buffers: {known}")
+        spec = PartitionSpec(*self._axes(self.sides[name], step))
+        return automatic(functools.partial(_read_side, name=name), spec)(self, step)
 
     def stored(self, step: Step, start: Any, size: int) -> Any:
         """Returns which tokens in slots [start, start + size) of the call's sequences the layer keeps: bool [B, size].
@@ -188,6 +245,11 @@ class Layer:
         self._check_step(step, cross=False)
 
     def _check_step(self, step: Step, *, cross: bool) -> None:
+        if (source := self.spec.shares) is not None:
+            raise ValueError(
+                f"this layer keeps nothing: it shares layer {source}. Put nothing here, and read that layer, as its "
+                f"put of this pass returned it: attend(q, layers[{source}], step)"
+            )
         if not isinstance(step, Step):
             raise ValueError(f"step is {kind_of(step)}; give the Step that cache.begin(positions) returned")
         if step.cross and not cross:
@@ -210,7 +272,7 @@ class Layer:
             raise ValueError(f"a stack of {self.num_stacked} layers was used as one layer; choose one with stack.at(i)")
 
 
-def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any) -> Layer:
+def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any, sides: dict[str, Any]) -> Layer:
     if layer.spec.drops:
         kept = jnp.ones(k.shape[:2], bool) if where is None else where
         dropped = jnp.pad(~kept, ((0, 0), (0, layer.spec.reach.size - k.shape[1] if step.cross else 0)))
@@ -219,6 +281,7 @@ def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any) -> Layer:
     if step.cross and k.shape[1] < layer.spec.reach.size:
         missing = step.positions[:, k.shape[1] : layer.spec.reach.size] != EMPTY
         k, v = (_fill_up(x, missing) for x in (k, v))
+        sides = {name: _fill_up(x, missing) for name, x in sides.items()}
 
     def write(buffers: Any, storage: Any, x: Any) -> Any:
         return jax.tree.map(
@@ -227,12 +290,13 @@ def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any) -> Layer:
             storage.encode(x),
         )
 
-    put = {"dropped": dropped.astype(jnp.uint8)[:, :, None, None]} if layer.spec.drops else {}
+    if layer.spec.drops:
+        sides = {**sides, "dropped": dropped.astype(jnp.uint8)[:, :, None, None]}
     return layer.with_buffers(
         (
             write(layer.k, layer.spec.k_storage, k) if layer.spec.k_dim else None,
             write(layer.v, layer.spec.v_storage, v),
-            {name: write(layer.sides[name], layer.spec.sides[name][2], x) for name, x in put.items()},
+            {name: write(layer.sides[name], layer.spec.sides[name][2], x) for name, x in sides.items()},
         )
     )
 
@@ -245,6 +309,28 @@ def _block(layer: Layer, step: Step, start: Any, size: int) -> Any:
     return v if k is None else k, v
 
 
+def _read_at(layer: Layer, step: Step, slots: Any) -> tuple[Any, Any]:
+    spec = layer.spec
+
+    def chosen(buffers: Any, storage: Any, size: int) -> Any:
+        gather = lambda buffer: layer.layout.gather(buffer, layer.index, step, layer.group, slots)  # noqa: E731
+        return _numbers(storage, jax.tree.map(gather, buffers), size)
+
+    v = chosen(layer.v, spec.v_storage, spec.value_dim)
+    k = chosen(layer.k, spec.k_storage, spec.k_dim) if spec.k_dim else v
+    if spec.rotary_at == "read":
+        there = jnp.take_along_axis(step.groups[layer.group].kv_positions, slots, 1, mode="clip")
+        k = _rotated(layer, step, k, there[:, :, None, None])
+    return joined(v, k) if spec.v_in_k and spec.k_dim else k, v
+
+
+def _read_side(layer: Layer, step: Step, *, name: str) -> Any:
+    _, size, storage = layer.spec.sides[name]
+    read = lambda buffer: layer.layout.read(buffer, layer.index, step, layer.group, 0, layer.num_slots)  # noqa: E731
+    x = _numbers(storage, jax.tree.map(read, layer.sides[name]), size)
+    return jnp.where((step.groups[layer.group].kv_positions == EMPTY)[:, None, :, None], 0, x)
+
+
 def _stored(layer: Layer, step: Step, start: Any, *, size: int) -> Any:
     dropped = layer.layout.read(layer.sides["dropped"], layer.index, step, layer.group, start, size)
     return dropped[:, 0, :, 0] == 0
@@ -255,17 +341,22 @@ def _read(layer: Layer, step: Step, start: Any, *, size: int) -> tuple[Any, Any]
     spec = layer.spec
     own, values = _numbers(spec.k_storage, k, spec.k_dim or spec.head_dim), _numbers(spec.v_storage, v, spec.value_dim)
     if spec.rotary_at == "read":
-        own = _rotated(layer, step, own, start)
+        own = _rotated(layer, step, own, _stretch(layer, step, start, size))
     return joined(values, own) if spec.v_in_k and spec.k_dim else own, values
 
 
-def _rotated(layer: Layer, step: Step, k: Any, start: Any) -> Any:
-    """Returns keys [B, K, size, H] of slots from `start` on rotated to their positions: float32 or wider."""
+def _stretch(layer: Layer, step: Step, start: Any, size: int) -> Any:
+    """Returns the positions of slots [start, start + size): int32 [B, 1, size, 1]."""
+    there = lax.dynamic_slice_in_dim(step.groups[layer.group].kv_positions, start, size, 1)
+    return there[:, None, :, None]
+
+
+def _rotated(layer: Layer, step: Step, k: Any, positions: Any) -> Any:
+    """Returns keys of slots that hold these positions rotated to where those stand: float32 or wider."""
     k = k if k.dtype.itemsize > 4 else k.astype(jnp.float32)
-    there = lax.dynamic_slice_in_dim(step.groups[layer.group].kv_positions, start, k.shape[2], 1)
     if step.tree is not None:
-        there = step.tree.kv_depths(there)
-    return layer.spec.rotary.rotate(k, there[:, None, :, None])
+        positions = step.tree.kv_depths(positions.reshape(positions.shape[0], -1)).reshape(positions.shape)
+    return layer.spec.rotary.rotate(k, positions)
 
 
 def _numbers(storage: Any, stored: Any, length: int) -> Any:

@@ -50,7 +50,7 @@ def show(cache: Any, rows: Sequence[int] | None = None) -> Picture:
             raise ValueError(f"show: there is no row {row}; the cache has rows 0 to {cache.num_rows - 1}")
     panels = []
     for number, group in enumerate(cache.bookkeeping):
-        layers = sum(layer.num_stacked or 1 for layer in cache.layers if layer.group == number)
+        layers = sum(layer.num_kept for layer in cache.layers if layer.group == number)
         title = f"{layers} layer{'s' * (layers > 1)} {group.reach}"
         held = np.asarray(group.held)
         sinks = group.reach.sinks if hasattr(group.reach, "sinks") else 0

@@ -24,8 +24,8 @@ class MemoryPlan:
       nbytes_per_device: what one device holds; equal to nbytes without a sharding.
       bytes_per_token: what one more token of one sequence takes in the layers whose slots are as many as the capacity;
         rings, recurrent states and an encoder's output have a fixed size and add nothing.
-      groups: per group (reach, number of layers, slots per sequence, bytes, why a ring is as long as it is, and how
-        many pages there are).
+      groups: per group (reach, number of layers that keep something, slots per sequence, bytes, why a ring is as long
+        as it is, and how many pages there are).
     """
 
     nbytes: int
@@ -69,7 +69,7 @@ def plan_memory(
     groups = []
     for number, group in enumerate(cache.bookkeeping):
         layers = [layer for layer in cache.layers if layer.group == number]
-        count = sum(layer.num_stacked or 1 for layer in layers)
+        count = sum(layer.num_kept for layer in layers)
         why = group.why + ("" if group.pages is None else cache.layout.describe(group.pages))
         groups.append((group.reach, count, group.num_slots, _nbytes((layers, group)), why))
     grows = [not group.wraps for group in cache.groups] + [False] * (len(cache.bookkeeping) - len(cache.groups))

@@ -39,12 +39,14 @@ def describe(cache: Any) -> str:
     lines = [repr(cache)]
     for number, group in enumerate(cache.bookkeeping):
         layers = [layer for layer in cache.layers if layer.group == number]
-        count = sum(layer.num_stacked or 1 for layer in layers)
-        kept = dict.fromkeys(_kept(layer.spec) for layer in layers)
+        count = sum(layer.num_kept for layer in layers)
+        sharing = sum(not layer.num_kept for layer in layers)
+        kept = dict.fromkeys(_kept(layer.spec) for layer in layers if layer.num_kept)
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((layers, group)))
         pages = "" if group.pages is None else cache.layout.describe(group.pages)
         lines.append(
             f"{count} layer{'s' * (count > 1)} {group.reach}: {', '.join(kept)}, "
+            f"{f'read by {sharing} more, ' * bool(sharing)}"
             f"{group.num_slots} slots{group.why}{pages}, {format_bytes(size)}"
         )
         texts = _states(group.held) if isinstance(group.reach, Recurrent) else _held(group.held)
@@ -59,7 +61,8 @@ def _kept(spec: Any) -> str:
     value = f"/{spec.value_dim}" if spec.value_dim != spec.head_dim else ""
     heads = f"{spec.num_kv_heads} x {spec.head_dim}{value}"
     storages = f"{spec.v_storage}" if spec.k_dim == 0 else f"k {spec.k_storage} v {spec.v_storage}"
-    return f"{heads} {storages}{' v in k' * spec.v_in_k}"
+    sides = "".join(f" {name} {side.num_heads} x {side.size} {side.storage}" for name, side in spec.side_buffers)
+    return f"{heads} {storages}{' v in k' * spec.v_in_k}{sides}"
 
 
 def _held(positions: Any) -> list[str]:

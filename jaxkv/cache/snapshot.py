@@ -28,7 +28,6 @@ from jaxkv.cache.arguments import FAR
 from jaxkv.cache.cross import Encoded
 from jaxkv.cache.layer import Layer
 from jaxkv.cache.plain import made_of, plain
-from jaxkv.cache.spec import EMPTY
 from jaxkv.errors import NotSupportedError
 from jaxkv.kinds import kind_of
 from jaxkv.meshes import automatic

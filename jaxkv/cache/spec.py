@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -218,6 +219,35 @@ class Recurrent(Reach):
 
 
 @dataclasses.dataclass(frozen=True)
+class SideBuffer:
+    """Something that a layer keeps of each token beside its key and its value, such as what an indexer compares.
+
+    Args:
+      size: of one vector, at least 1.
+      num_heads: vectors of a token, at least 1.
+      storage: how they are kept.
+      rotary: None, or what turns them to other positions when `Cache.remove` moves tokens, as for keys.
+
+    Raises:
+      ValueError: for sizes below 1, or a size that the storage can't hold.
+
+    >>> SideBuffer(128, storage=Dense("float16")).num_heads
+    1
+    """
+
+    size: int
+    num_heads: int = 1
+    storage: Any = Dense()
+    rotary: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("size", "num_heads"):
+            object.__setattr__(self, name, checked_size("SideBuffer", name, getattr(self, name), 1))
+        check_storage("SideBuffer", "storage", self.storage, self.size)
+        check_rotary("SideBuffer", self.rotary)
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerSpec:
     """What one layer keeps. Frozen and hashable; layers with equal reach share one bookkeeping.
 
@@ -239,6 +269,10 @@ class LayerSpec:
         layers whose keys are their values. Nothing is stored twice: the first `value_dim` numbers of a key are kept as
         v_storage says, the other `k_dim` as k_storage says; those are what `rotary` turns. Where there are no others,
         it turns the whole key, each time it is read.
+      side_buffers: what else is kept of each token, by name: a mapping to `SideBuffer`s, kept as a tuple of pairs.
+        `Layer.put(sides=)` writes them, `Layer.read_side` reads them.
+      shares: the number of an earlier layer of the model whose keys and values this one reads; it keeps none of its own
+        (Gemma 3n and 4, YOCO, cross-layer attention). All else is as that layer has it. None: it keeps its own.
 
     Raises:
       ValueError: for sizes below 1, an unknown reach, a size that a storage can't hold, a rotary that is a function,
@@ -259,6 +293,8 @@ class LayerSpec:
     rotary_at: str = "put"
     drops: bool = False
     v_in_k: bool = False
+    side_buffers: Any = ()
+    shares: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.reach, Recurrent):
@@ -284,19 +320,8 @@ class LayerSpec:
         if not self.k_dim:
             object.__setattr__(self, "k_storage", self.v_storage)
         for name, size in (("k_storage", self.k_dim or self.value_dim), ("v_storage", self.value_dim)):
-            storage = getattr(self, name)
-            if isinstance(storage, type) or not hasattr(storage, "zeros"):
-                raise ValueError(f"LayerSpec({name}={storage!r}): give a storage such as Dense('float32')")
-            try:
-                storage.check(size)
-            except ValueError as error:
-                raise ValueError(f"LayerSpec({name}={storage}): {error}") from error
-        functions = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
-        if self.rotary is not None and (isinstance(self.rotary, functions) or not hasattr(self.rotary, "shift")):
-            raise ValueError(
-                f"LayerSpec(rotary={self.rotary!r}): functions compare by identity and would recompile at every call; "
-                "give an object with shift(k, delta) that is a frozen dataclass, such as jaxkv.Rotary()"
-            )
+            check_storage("LayerSpec", name, getattr(self, name), size)
+        check_rotary("LayerSpec", self.rotary)
         if self.rotary is not None and isinstance(self.reach, Cross):
             raise ValueError(
                 f"LayerSpec({self.reach}, rotary={self.rotary!r}): an encoder's keys never move; give rotary=None"
@@ -313,12 +338,20 @@ class LayerSpec:
                 f"LayerSpec(rotary={self.rotary!r}, v_in_k=True): the keys are the values, which would be rotated with "
                 "them; give rotary_at='read'"
             )
-        try:
-            hash(self.rotary)
-        except TypeError as error:
-            raise ValueError(
-                f"LayerSpec(rotary={self.rotary!r}) is not hashable; make it a frozen dataclass"
-            ) from error
+        if self.shares is not None:
+            object.__setattr__(self, "shares", checked_size("LayerSpec", "shares", self.shares, 0))
+            if isinstance(self.reach, Cross):
+                raise ValueError(
+                    f"LayerSpec({self.reach}, shares={self.shares}): layers share keys and values of the call's "
+                    "tokens; an encoder's output is put into each Cross layer"
+                )
+        given = self.side_buffers
+        pairs = tuple(given.items() if isinstance(given, Mapping) else given)
+        if not all(isinstance(name, str) and isinstance(side, SideBuffer) for name, side in pairs):
+            raise ValueError(f"LayerSpec(side_buffers={given!r}): give a mapping of names to jaxkv.SideBuffer(size)")
+        if "dropped" in dict(pairs):
+            raise ValueError("LayerSpec(side_buffers=): 'dropped' is what drops=True keeps; choose another name")
+        object.__setattr__(self, "side_buffers", pairs)
 
     def _check_recurrent(self) -> None:
         """Raises ValueError for what says something of keys and values, which a recurrent layer doesn't have."""
@@ -405,4 +438,29 @@ class LayerSpec:
     @property
     def sides(self) -> dict[str, tuple[int, int, Any]]:
         """What is kept of each token beside its key and its value, by name: heads, size, storage."""
-        return {"dropped": (1, 1, Dense("uint8"))} if self.drops else {}
+        kept = {name: (side.num_heads, side.size, side.storage) for name, side in self.side_buffers}
+        return {"dropped": (1, 1, Dense("uint8")), **kept} if self.drops else kept
+
+
+def check_storage(owner: str, name: str, storage: Any, size: int) -> None:
+    """Raises ValueError unless a storage can hold vectors of a size."""
+    if isinstance(storage, type) or not hasattr(storage, "zeros"):
+        raise ValueError(f"{owner}({name}={storage!r}): give a storage such as Dense('float32')")
+    try:
+        storage.check(size)
+    except ValueError as error:
+        raise ValueError(f"{owner}({name}={storage}): {error}") from error
+
+
+def check_rotary(owner: str, rotary: Any) -> None:
+    """Raises ValueError unless a rotary is None, or a hashable object with `shift`."""
+    functions = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+    if rotary is not None and (isinstance(rotary, functions) or not hasattr(rotary, "shift")):
+        raise ValueError(
+            f"{owner}(rotary={rotary!r}): functions compare by identity and would recompile at every call; "
+            "give an object with shift(k, delta) that is a frozen dataclass, such as jaxkv.Rotary()"
+        )
+    try:
+        hash(rotary)
+    except TypeError as error:
+        raise ValueError(f"{owner}(rotary={rotary!r}) is not hashable; make it a frozen dataclass") from error

@@ -49,6 +49,7 @@ class StateLayer:
 
     __repr__ = show
     at = Layer.at
+    num_kept = Layer.num_kept
 
     @classmethod
     def init(cls, spec: LayerSpec, group: int, num_rows: int, num_slots: int, num_stacked: int | None) -> StateLayer:

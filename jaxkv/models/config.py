@@ -103,6 +103,6 @@ def _fields(source: Mapping[str, Any], context: int | None = None, where: str = 
             f'{where} has "quantization_config" ({method!r}): weights that are quantized so can\'t be read; {can}'
             "fetch the model in bfloat16 or float16, or save it dequantized"
         )
-    if text.get("per_layer_config"):
+    if text.get("per_layer_config") and "per_layer_config" not in family.fields:
         raise fields.unsupported("per_layer_config", "only layer_types may set layers apart")
     return family, fields

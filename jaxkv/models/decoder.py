@@ -17,14 +17,14 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Full, LayerSpec, Reach
 from jaxkv.meshes import like, rows_of
 from jaxkv.models.experts import Experts, ExpertsConfig
+from jaxkv.models.layer_inputs import LayerInput, LayerInputs
 from jaxkv.models.mixers import MixerConfig
 from jaxkv.models.mlp import ACTIVATIONS, MLP
-from jaxkv.nn.heads import PROJECTIONS, QueryTemperature, rms_norm
+from jaxkv.models.norm import NORMS, Norm
+from jaxkv.nn.heads import PROJECTIONS, QueryTemperature
 from jaxkv.nn.nnx import Attention
 from jaxkv.nn.rotary import Rotary
 from jaxkv.nn.spread import spread
-
-NORMS = ("rms", "layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +36,16 @@ class DecoderConfig:
       width: size D of the stream that runs through the layers.
       num_layers: how many layers.
       num_heads: query heads N of a layer.
-      num_kv_heads: heads K of keys and values, a divisor of num_heads; None means num_heads.
+      num_kv_heads: heads K of keys and values, a divisor of num_heads; None means num_heads. A pattern repeated like
+        `reaches` if layers differ, and so for the next two.
       head_dim: size H of a head; None means width / num_heads.
       mlp_dim: hidden size of the MLP; None means 4 * width.
       reaches: which past tokens the layers see, a pattern repeated from the first layer on:
         (Window(128), Window(128), Full()) is two window layers to a full one.
       mixers: what layers have in attention's place, such as ShortConvConfig(): one for all, a pattern repeated like
         `reaches`, with None for attention, or None.
+      shares: for each layer, None or the number of an earlier layer whose keys and values it reads: it has none of its
+        own (Gemma 4). None: no layer does.
       rotary: how queries and keys are turned by position: one Rotary, a pattern repeated like `reaches`, or None.
       max_positions: length of a learned table of positions, added to the embeddings; None for no table.
       norm: "rms" or "layer": before attention, before the MLP, and at the end.
@@ -59,11 +62,18 @@ class DecoderConfig:
         "mlp".
       qk_norm: whether each head's queries and keys are RMS-normalized before they are turned; "together", "centered" or
         "plain" in other ways, see `jaxkv.nnx.Attention`. A pattern repeated like `reaches` if layers differ.
+      value_norm: whether each head's values are RMS-normalized, with no scale (Gemma 4).
+      tied_values: whether values are what the key projection gives, see `jaxkv.nnx.Attention`. A pattern if layers
+        differ.
       attention_scale: factor of the scores; None means head_dim ** -0.5.
       temperature: None, or what queries are multiplied by, position by position. A pattern if layers differ.
       attention_softcap: None, or the bound c of c * tanh(scores / c).
       sink_logits: whether one learned score per query head joins the softmax and brings no value (gpt-oss).
       embed_scale: factor of the embeddings, rounded to the dtype of the computation (Gemma: width ** 0.5).
+      layer_input_dim: None, or the size of a vector that each layer reads of each token besides, out of a table and a
+        projection of the embedding, see `jaxkv.models.LayerInputs` (Gemma 4).
+      layer_input_vocab: tokens of that table; None means vocab_size.
+      layer_scales: whether what a layer gives is multiplied by one learned number (Gemma 4).
       residual_scale: factor of what attention and MLP give, before it is added (Granite).
       logit_scale: factor of the logits (Cohere, Granite).
       logit_softcap: None, or the bound of the logits, as `attention_softcap`.
@@ -88,6 +98,7 @@ class DecoderConfig:
     mlp_dim: Any = None
     reaches: tuple[Reach, ...] = (Full(),)
     mixers: MixerConfig | tuple[MixerConfig | None, ...] | None = None
+    shares: tuple[int | None, ...] | None = None
     rotary: Rotary | tuple[Rotary | None, ...] | None = Rotary()
     max_positions: int | None = None
     norm: str = "rms"
@@ -101,11 +112,16 @@ class DecoderConfig:
     experts: ExpertsConfig | tuple[ExpertsConfig | None, ...] | None = None
     use_bias: bool | tuple[str, ...] = False
     qk_norm: bool | str | tuple[bool | str, ...] = False
+    value_norm: bool = False
+    tied_values: bool | tuple[bool, ...] = False
     attention_scale: float | None = None
     temperature: QueryTemperature | tuple[QueryTemperature | None, ...] | None = None
     attention_softcap: float | None = None
     sink_logits: bool = False
     embed_scale: float | None = None
+    layer_input_dim: int | None = None
+    layer_input_vocab: Any = None
+    layer_scales: bool = False
     residual_scale: float | None = None
     logit_scale: float | None = None
     logit_softcap: float | None = None
@@ -115,26 +131,31 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in ("vocab_size", "width", "num_layers", "num_heads")}
+        if self.layer_input_dim is not None:
+            sizes["layer_input_dim"] = self.layer_input_dim
         if self.head_dim is None and self.num_heads > 0 and self.width % self.num_heads:
             raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}; give head_dim")
-        defaults = {"num_kv_heads": self.num_heads, "mlp_dim": 4 * self.width}
+        defaults = {"num_kv_heads": self.num_heads, "mlp_dim": 4 * self.width, "layer_input_vocab": self.vocab_size}
         defaults["head_dim"] = self.width // max(self.num_heads, 1)
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
             sizes[name] = getattr(self, name)
         for name, size in sizes.items():
-            if size < 1:
+            if min(size if isinstance(size, tuple) else (size,), default=0) < 1:
                 raise ValueError(f"DecoderConfig({name}={size}): {name} is at least 1")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: every key head "
-                "serves as many query heads"
-            )
+        for heads in self.num_kv_heads if isinstance(self.num_kv_heads, tuple) else (self.num_kv_heads,):
+            if self.num_heads % heads:
+                raise ValueError(
+                    f"num_heads={self.num_heads} is not a multiple of num_kv_heads={heads}: every key head serves as "
+                    "many query heads"
+                )
         if self.max_positions is not None and self.max_positions < 1:
             raise ValueError(f"max_positions={self.max_positions}: a table has at least 1; None for no table")
         if not self.reaches or not all(isinstance(reach, Reach) for reach in self.reaches):
             raise ValueError(f"reaches={self.reaches!r}: give a tuple of Full(), Window(size) or Chunk(size)")
+        if self.shares is not None:
+            self._check_shares(self.shares)
         known_biases = (*PROJECTIONS, "mlp")
         if not isinstance(self.use_bias, bool) and not (
             isinstance(self.use_bias, tuple) and set(self.use_bias) <= set(known_biases)
@@ -142,7 +163,7 @@ class DecoderConfig:
             raise ValueError(
                 f"use_bias={self.use_bias!r}: give True, False, or a tuple of names out of {', '.join(known_biases)}"
             )
-        for name in ("mixers", "rotary", "experts", "qk_norm", "temperature"):
+        for name in ("mixers", "rotary", "experts", "qk_norm", "temperature", "tied_values"):
             if getattr(self, name) == ():
                 raise ValueError(f"{name}=(): a pattern has at least one entry; None or False for none")
         if self.parallel and not self.pre_norms:
@@ -158,6 +179,16 @@ class DecoderConfig:
             if not jnp.issubdtype(getattr(self, name), jnp.floating):
                 raise ValueError(f"{name}={getattr(self, name)}: give a floating dtype such as 'float32'")
 
+    def _check_shares(self, shares: tuple[int | None, ...]) -> None:
+        if len(shares) != self.num_layers:
+            raise ValueError(f"shares={shares}: give an entry for each of {self.num_layers} layers")
+        for i, source in enumerate(shares):
+            if source is not None and not (0 <= source < i and shares[source] is None):
+                raise ValueError(
+                    f"shares={shares}: layer {i} shares layer {source}; give the number of an earlier layer, one with "
+                    "keys and values of its own"
+                )
+
     @property
     def biases(self) -> frozenset[str]:
         """The names of the projections that have a bias."""
@@ -172,6 +203,23 @@ class DecoderConfig:
     def layer_mixer(self, layer: int) -> MixerConfig | None:
         """Returns what a layer has in attention's place, or None if it attends."""
         return self._of_layer("mixers", layer)
+
+    def source(self, layer: int) -> int:
+        """Returns the number of the layer whose keys and values a layer reads: its own, unless it shares."""
+        source = None if self.shares is None else self.shares[layer]
+        return layer if source is None else source
+
+    def layer_heads(self, layer: int) -> tuple[int, int]:
+        """Returns how many heads of keys and values a layer has, and their size."""
+        return self._of_layer("num_kv_heads", layer), self._of_layer("head_dim", layer)
+
+    def layer_mlp_dim(self, layer: int) -> int:
+        """Returns the hidden size of a layer's MLP."""
+        return self._of_layer("mlp_dim", layer)
+
+    def layer_ties_values(self, layer: int) -> bool:
+        """Returns whether a layer's values are what its key projection gives."""
+        return self._of_layer("tied_values", layer)
 
     def layer_rotary(self, layer: int) -> Rotary | None:
         """Returns how a layer turns queries and keys."""
@@ -194,25 +242,6 @@ class DecoderConfig:
         return value[layer % len(value)] if isinstance(value, tuple) else value
 
 
-class Norm(nnx.Module):
-    """RMSNorm or LayerNorm over the width, computed in float32. Parameters as Flax names them: `scale`, `bias`."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        self.centered, self.epsilon, self.dtype = config.norm == "layer", config.norm_eps, config.dtype
-        biased = self.centered and config.norm_bias
-        self.scale = nnx.Param(jnp.ones((config.width,), config.param_dtype))
-        self.bias = nnx.Param(jnp.zeros((config.width,), config.param_dtype)) if biased else nnx.data(None)
-
-    def __call__(self, x: Any) -> Any:
-        y = x.astype(jnp.float32)
-        if self.centered:
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = rms_norm(y, self.scale[...], self.epsilon)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)[None, None, :]
-        return y.astype(self.dtype)
-
-
 class Block(nnx.Module):
     """One layer: attention, or what is in its place, and MLP, each between norms, if the family has them, and added to
     what came in."""
@@ -220,6 +249,7 @@ class Block(nnx.Module):
     def __init__(self, config: DecoderConfig, index: int, *, rngs: nnx.Rngs) -> None:
         kind = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
         experts, mixer = config.layer_experts(index), config.layer_mixer(index)
+        num_kv_heads, head_dim = config.layer_heads(index)
         self.residual_scale = config.residual_scale
         self.attention_norm = Norm(config) if config.pre_norms else nnx.data(None)
         self.mixer: Any = nnx.data(None) if mixer is None else mixer.make(config.width, **kind)
@@ -229,12 +259,15 @@ class Block(nnx.Module):
             else Attention(
                 config.num_heads,
                 config.width,
-                num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
                 reach=config.reach(index),
+                shares=None if config.shares is None else config.shares[index],
                 rotary=config.layer_rotary(index),
                 qk_norm=config.layer_qk_norm(index),
                 qk_norm_epsilon=config.norm_eps,
+                value_norm=config.value_norm,
+                tied_values=config.layer_ties_values(index),
                 scale=config.attention_scale,
                 temperature=config.layer_temperature(index),
                 softcap=config.attention_softcap,
@@ -245,24 +278,27 @@ class Block(nnx.Module):
         )
         self.attention_post_norm = Norm(config) if config.post_norms else nnx.data(None)
         self.mlp_norm = Norm(config) if config.pre_norms and not config.parallel else nnx.data(None)
-        self.mlp = MLP(config, rngs=rngs) if experts is None else Experts(config, experts, rngs=rngs)
+        mlp_dim = config.layer_mlp_dim(index)
+        self.mlp = MLP(config, mlp_dim, rngs=rngs) if experts is None else Experts(config, experts, rngs=rngs)
         self.mlp_post_norm = Norm(config) if config.post_norms else nnx.data(None)
         self.parallel = config.parallel
+        self.input = nnx.data(None) if config.layer_input_dim is None else LayerInput(config, rngs=rngs)
+        self.scale = nnx.Param(jnp.ones((1,), config.param_dtype)) if config.layer_scales else nnx.data(None)
 
-    def __call__(self, x: Any, positions: Any, layer: Any, step: Any) -> tuple[Any, Any]:
+    def __call__(self, x: Any, positions: Any, layer: Any, step: Any, inputs: Any = None) -> tuple[Any, Any]:
         h = _normed(self.attention_norm, x)
-        if layer is None:
-            y = self.mixes(h, positions=positions)
+        if self.mixer is not None:
+            y, layer = (self.mixer(h, positions=positions), None) if step is None else self.mixer(h, layer, step)
+        elif step is None:  # then what other layers share is the keys and values themselves
+            y, layer = self.attention(h, kv=layer, return_kv=True, positions=positions)
         else:
-            y, layer = self.mixes(h, layer, step)
+            y, layer = self.attention(h, layer, step)
         x = x + self._scaled(_normed(self.attention_post_norm, y))
         y = self.mlp(h if self.parallel else _normed(self.mlp_norm, x))
-        return x + self._scaled(_normed(self.mlp_post_norm, y)), layer
-
-    @property
-    def mixes(self) -> Any:
-        """What brings something of other tokens in: attention, or what is in its place."""
-        return self.attention if self.mixer is None else self.mixer
+        x = x + self._scaled(_normed(self.mlp_post_norm, y))
+        if self.input is not None:
+            x = x + self.input(x, inputs)
+        return x if self.scale is None else x * self.scale[...].astype(x.dtype)[None, None], layer
 
     def _scaled(self, y: Any) -> Any:
         return y if self.residual_scale is None else y * jnp.asarray(self.residual_scale, y.dtype)
@@ -298,6 +334,7 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(config.vocab_size, config.width, **kind)
         table = config.max_positions
         self.positions = nnx.data(None) if table is None else nnx.Embed(table, config.width, **kind)
+        self.inputs = nnx.data(None) if config.layer_input_dim is None else LayerInputs(config, rngs=rngs)
         self.layers = nnx.List([Block(config, i, rngs=rngs) for i in range(config.num_layers)])
         self.norm = Norm(config)
         head = nnx.data(None) if config.tied else nnx.Linear(config.width, config.vocab_size, use_bias=False, **kind)
@@ -324,23 +361,25 @@ class Decoder(nnx.Module):
         return spread(Decoder._run, specs, self, tokens, positions, cache, parents)
 
     def _run(self, tokens: Any, positions: Any, cache: Cache | None, parents: Any) -> Any:
-        layers: Any = (None,) * len(self.layers)
+        layers: list[Any] = [None] * len(self.layers)
         step = None
         if cache is not None:
             cache, step = cache.begin(positions, parents=parents)
-            layers, positions = cache.layers, step.depths
+            layers, positions = list(cache.layers), step.depths
+        if positions is not None:  # NaN of an unknown token in padding would spread: 0 * NaN is NaN
+            tokens = jnp.where(positions < 0, 0, tokens)
         x = self._embed(tokens, positions)  # [B, T, D]
-        put = []
-        for block, layer in zip(self.layers, layers, strict=True):
-            x, layer = block(x, positions, layer, step)
-            put.append(layer)
+        inputs = [None] * len(self.layers) if self.inputs is None else self.inputs(tokens, x)
+        for i, (block, own) in enumerate(zip(self.layers, inputs, strict=True)):
+            source = self.config.source(i)
+            x, layers[source] = block(x, positions, layers[source], step, own)
         x = self.norm(x)
         logits = self.embed.attend(x) if self.head is None else self.head(x)
         if self.config.logit_scale is not None:
             logits = logits * jnp.asarray(self.config.logit_scale, logits.dtype)
         if (bound := self.config.logit_softcap) is not None:
             logits = bound * jnp.tanh(logits / bound)
-        return logits if cache is None else (logits, cache.with_layers(put))
+        return logits if cache is None else (logits, cache.with_layers(layers))
 
     def specs(self, k_storage: Any = None, v_storage: Any = None) -> list[LayerSpec]:
         """Returns what a cache for this model must keep, layer by layer.
@@ -356,8 +395,6 @@ class Decoder(nnx.Module):
         ]
 
     def _embed(self, tokens: Any, positions: Any) -> Any:
-        if positions is not None:  # NaN of an unknown token in padding would spread: 0 * NaN is NaN
-            tokens = jnp.where(positions < 0, 0, tokens)
         x = self.embed(tokens)
         if self.config.embed_scale is not None:
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)

@@ -18,8 +18,9 @@ from flax import nnx
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY, LayerSpec
 from jaxkv.meshes import like, rows_of
-from jaxkv.models.decoder import DecoderConfig, Norm
+from jaxkv.models.decoder import DecoderConfig
 from jaxkv.models.mlp import MLP
+from jaxkv.models.norm import Norm
 from jaxkv.nn.nnx import Attention, CrossAttention
 from jaxkv.nn.spread import spread
 

@@ -11,11 +11,19 @@ from jaxkv.kinds import kind_of
 from jaxkv.nn.heads import Heads
 
 
-def check_call(heads: Heads, x: Any, layer: Any, step: Any, positions: Any, spans: Any) -> None:
+def check_call(
+    heads: Heads, x: Any, layer: Any, step: Any, positions: Any, spans: Any, kv: Any, return_kv: bool
+) -> None:
     """Raises ValueError if the arguments of a module's call don't belong together or to this module."""
     _check_input("x", x)
     if layer is None and step is None:
+        _check_kv(heads, x, kv)
         return
+    if kv is not None or return_kv:
+        raise ValueError(
+            "kv and return_kv are for calls without a cache; with one the layer holds keys and values: a module that "
+            "shares layer i is called attn(x, layers[i], step), with that layer as its own module returned it"
+        )
     if step is None and _is_array(layer):
         raise ValueError(
             f"the second argument is {layer.dtype}{layer.shape}, an array; with a cache it is a layer. No mask is "
@@ -38,6 +46,22 @@ def check_call(heads: Heads, x: Any, layer: Any, step: Any, positions: Any, span
             f"x has [B, T] = {x.shape[:2]}, the step was begun for {step.positions.shape}; they must agree"
         )
     _check_layer(heads, layer)
+
+
+def _check_kv(heads: Heads, x: Any, kv: Any) -> None:
+    """Raises ValueError unless a call without a cache has the keys and values that it needs, and no others."""
+    if heads.shares is None:
+        if kv is not None:
+            raise ValueError("kv was given, but this module has keys and values of its own; make it with shares=i")
+        return
+    want = (*x.shape[:2], heads.num_kv_heads, heads.head_dim)
+    got = [jnp.shape(part) for part in kv] if isinstance(kv, tuple | list) else kind_of(kv)
+    if got != [want, want]:
+        raise ValueError(
+            f"this module shares layer {heads.shares}, whose keys and values it is given: kv = (k, v), each [B, T, K, "
+            f"H] = {want}, got {got}. Without a cache call that layer's module y, kv = attn(x, return_kv=True), and "
+            f"this one attn(x, kv=kv); with one, attn(x, layers[{heads.shares}], step)"
+        )
 
 
 def check_cross_call(heads: Heads, x: Any, layer: Any, step: Any, encoded: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxkv.cache.arguments import FAR, shared_length
+from jaxkv.cache.arguments import FAR, integers, shared_length
 from jaxkv.cache.layer import Layer
 from jaxkv.cache.step import Step
 from jaxkv.nn import call
@@ -20,6 +20,7 @@ def attend(
     softcap: float | None = None,
     sink_logits: Any = None,
     shared: Any = None,
+    select: Any = None,
     implementation: str = "auto",
 ) -> Any:
     """Returns attention of the call's queries over what the layer holds of their sequences.
@@ -40,6 +41,9 @@ def attend(
       shared: how many first tokens all rows of the call have in common: those are read once for all of them. None: what
         `Cache.sharing` promised. A number of tokens, whole pages where the layer has pages, or int32 scalar. Where rows
         differ in spite of it, they get one another's keys.
+      select: None, or int [B, T, n]: the slots that each query reads, all different, of those that it may see; others,
+        and numbers out of range, are passed over. `lax.top_k` over scores of all slots gives them (DeepSeek-V3.2), with
+        `Layer.read_side` to compute those. Nothing else is read.
       implementation: "auto", "reference" (plain, builds [T, S]) or "blockwise" (reads only filled blocks).
 
     Returns:
@@ -47,7 +51,8 @@ def attend(
 
     Raises:
       ValueError: while tracing, for shapes or dtypes that don't fit the layer and the step, a softcap of 0 or below, or
-        an unknown implementation, or a `shared` that is below 0, longer than the layer, or not a whole number of pages.
+        an unknown implementation, or a `shared` that is below 0, longer than the layer, or not a whole number of pages;
+        for a `select` of another shape, or together with `shared` or an implementation.
 
     >>> cache = jaxkv.Cache.init([jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=2)], num_rows=1, capacity=4)
     >>> cache, step = cache.begin(jnp.array([[0, 1]]))
@@ -65,4 +70,16 @@ def attend(
         group = step.groups[layer.group]
         most = layer.num_slots if group.slot_is_position else FAR
         step = dataclasses.replace(step, shared=shared_length(shared, group.page_size, most))
-    return call.run(q, layer, step, scale, softcap, sink_logits, implementation)
+    if select is not None:
+        if shared is not None or implementation != "auto":
+            raise ValueError(
+                "select reads the chosen slots of each query by itself, in a form of its own: it takes neither shared "
+                "nor an implementation"
+            )
+        select = integers("select", select)
+        if select.ndim != 3 or select.shape[:2] != step.positions.shape or not select.shape[2]:
+            raise ValueError(
+                f"select has shape {select.shape}; give the slots that each query reads, int [B, T, n] with [B, T] = "
+                f"{step.positions.shape}"
+            )
+    return call.run(q, layer, step, scale, softcap, sink_logits, implementation, select=select)

@@ -16,6 +16,7 @@ from jaxkv.nn import dropout
 from jaxkv.nn.blockwise import blockwise
 from jaxkv.nn.plan import Plan
 from jaxkv.nn.reference import reference
+from jaxkv.nn.selected import selected
 
 IMPLEMENTATIONS = ("auto", "reference", "blockwise")
 
@@ -29,6 +30,7 @@ def run(
     sink_logits: Any,
     implementation: str,
     chance: dropout.Chance = dropout.NONE,
+    select: Any = None,
 ) -> Any:
     """Returns attention [B, T, N, Hv] of q [B, T, N, H] over a layer, or over what is read like one.
 
@@ -41,7 +43,7 @@ def run(
     shares = step.shared is not None
     plan = Plan.choose(layer.spec, step.groups[layer.group], q.shape, softcap, chance.rate, shares=shares)
     key = chance.key if chance.rate else None
-    return _run(plan, implementation, chance.broadcast, q, layer, step, scale, sink_logits, key)
+    return _run(plan, implementation, chance.broadcast, q, layer, step, scale, sink_logits, key, select)
 
 
 def _check(q: Any, positions: tuple[int, ...], spec: Any, softcap: Any, sink_logits: Any, implementation: str) -> None:
@@ -77,7 +79,16 @@ def _run(plan: Plan, implementation: str, broadcast: bool, q: Any, *rest: Any) -
 
 
 def _form(
-    plan: Plan, form: Any, broadcast: bool, q: Any, layer: Any, step: Step, scale: Any, sinks: Any, key: Any
+    plan: Plan,
+    form: Any,
+    broadcast: bool,
+    q: Any,
+    layer: Any,
+    step: Step,
+    scale: Any,
+    sinks: Any,
+    key: Any,
+    select: Any,
 ) -> Any:
     batch, length, num_heads, size = q.shape
     heads = layer.spec.num_kv_heads
@@ -88,6 +99,9 @@ def _form(
     if sinks is not None:
         sinks = jnp.asarray(sinks).astype(dtype).reshape(heads, num_heads // heads)
     bits = None if key is None else dropout.draw(key, x.shape[:4], layer.num_slots, broadcast=broadcast)
+    if select is not None:
+        out = selected(plan, *vary_alike((x, sinks, layer, step, select)))
+        return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, -1).astype(q.dtype)
     if form is blockwise:  # it reads keys and values in the basis in which they are stored
         x = layer.spec.k_basis(x)
     out = form(plan, *vary_alike((x, sinks, layer, step, bits)))  # [B, K, G, T, Hv]

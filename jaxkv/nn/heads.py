@@ -63,6 +63,7 @@ class Heads:
       num_kv_heads: heads of k and v.
       head_dim: size of a head.
       reach: which past tokens a query may see; Cross(size) for an encoder's output.
+      shares: None, or the number of the layer whose keys and values are read.
       rotary: None, or a frozen, hashable object with `rotate` and `shift`, such as `jaxkv.Rotary()`.
       softcap: None, or the bound of the scores.
       scale: factor of the scores; None means head_dim ** -0.5.
@@ -82,6 +83,7 @@ class Heads:
     num_kv_heads: int
     head_dim: int
     reach: Reach
+    shares: int | None = None
     rotary: Any = None
     softcap: float | None = None
     scale: float | None = None
@@ -145,6 +147,7 @@ class Heads:
             k_storage=k_storage,
             v_storage=v_storage,
             rotary=self.rotary,
+            shares=self.shares,
         )
 
     def attend(
@@ -155,17 +158,19 @@ class Heads:
         layer: Any,
         step: Any,
         *,
+        kv: Any,
         positions: Any,
         spans: Any,
         sink_logits: Any,
         dropout_key: Any,
     ) -> tuple[Any, Any]:
-        """Returns what the heads read, [B, T, N, H], and the layer after its put (None without a cache).
+        """Returns what the heads read, [B, T, N, H], and where: the layer after its put, or without one (k, v).
 
         Args:
           q: [B, T, N, H], not yet rotated.
-          k, v: [B, T, K, H], not yet rotated.
+          k, v: [B, T, K, H], not yet rotated; not looked at where another layer's are read.
           layer, step: both or neither.
+          kv: without a layer: the (k, v) of the layer whose keys and values are read, or None.
           positions: int32 [B, T] or None (0, 1, 2, ...); without a layer only.
           spans: int32 [B, T] or None; without a layer only.
           sink_logits: float [N] or None.
@@ -173,16 +178,14 @@ class Heads:
         """
         rest = self._options | {"sink_logits": sink_logits}
         if layer is not None:
-            q, rotated = self._turn(q, k, step.depths)
-            if layer.spec.rotary_at == "put":
-                k = rotated
-            layer = layer.put(step, k, v)
-            return attend(q, layer, step, **rest), layer
+            if self.shares is None:
+                k = self._rotated(k, step.depths) if layer.spec.rotary_at == "put" else k
+                layer = layer.put(step, k, v)
+            return attend(self._turned(q, step.depths), layer, step, **rest), layer
         there = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] if positions is None else positions
-        q, k = self._turn(q, k, there)
-        return self_attend(
-            q, k, v, reach=self.reach, positions=positions, spans=spans, **rest, **self._dropout(dropout_key)
-        ), None
+        k, v = (self._rotated(k, there), v) if kv is None else kv
+        rest |= {"reach": self.reach, "positions": positions, "spans": spans, **self._dropout(dropout_key)}
+        return self_attend(self._turned(q, there), k, v, **rest), (k, v)
 
     def cross_attend(self, q: Any, layer: Any, step: Any, k: Any, v: Any, *, lengths: Any, dropout_key: Any) -> Any:
         """Returns what the heads read of an encoder's output: [B, T, N, H].
@@ -214,7 +217,15 @@ class Heads:
     def own_cache(
         self, num_rows: int, capacity: int, dtype: Any, k_storage: Any = None, v_storage: Any = None, **options: Any
     ) -> Cache:
-        """Returns an empty cache of this one layer, for a module that hides it."""
+        """Returns an empty cache of this one layer, for a module that hides it.
+
+        Raises:
+          ValueError: if this layer reads another one's keys and values.
+        """
+        if self.shares is not None:
+            raise ValueError(
+                f"this module shares layer {self.shares}, so it has no cache of its own: make one for all layers"
+            )
         if self.reach.size is None and options.get("max_block") is None:
             options["max_block"] = capacity
         return Cache.init([self.layer_spec(k_storage, v_storage, dtype)], num_rows, capacity, **options)
@@ -230,14 +241,16 @@ class Heads:
             positions = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
         return cache.begin(positions, spans=spans)
 
-    def _turn(self, q: Any, k: Any, positions: Any) -> tuple[Any, Any]:
-        """Returns q and k as their positions make them."""
-        positions = positions[:, :, None, None]
-        if self.rotary is not None:
-            q, k = self.rotary.rotate(q, positions), self.rotary.rotate(k, positions)
-        if self.temperature is not None:
-            q = (q.astype(jnp.float32) * self.temperature.factors(positions)).astype(q.dtype)
-        return q, k
+    def _rotated(self, x: Any, positions: Any) -> Any:
+        """Returns queries or keys [B, T, N, H] rotated to their positions [B, T]."""
+        return x if self.rotary is None else self.rotary.rotate(x, positions[:, :, None, None])
+
+    def _turned(self, q: Any, positions: Any) -> Any:
+        """Returns queries [B, T, N, H] as their positions [B, T] make them."""
+        q = self._rotated(q, positions)
+        if self.temperature is None:
+            return q
+        return (q.astype(jnp.float32) * self.temperature.factors(positions[:, :, None, None])).astype(q.dtype)
 
 
 def biased(use_bias: bool | Collection[str]) -> frozenset[str]:

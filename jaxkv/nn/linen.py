@@ -59,9 +59,12 @@ class Attention(AttentionModule, nn.Module):
     _: dataclasses.KW_ONLY
     head_dim: int | None = None
     reach: Reach = Full()
+    shares: int | None = None
     rotary: Any = None
     qk_norm: bool | str = False
     qk_norm_epsilon: float = 1e-6
+    value_norm: bool = False
+    tied_values: bool = False
     softcap: float | None = None
     scale: float | None = None
     temperature: QueryTemperature | None = None
@@ -88,6 +91,8 @@ class Attention(AttentionModule, nn.Module):
         layer: Any = None,
         step: Any = None,
         *,
+        kv: Any = None,
+        return_kv: bool = False,
         positions: Any = None,
         spans: Any = None,
         deterministic: bool | None = None,
@@ -103,8 +108,11 @@ class Attention(AttentionModule, nn.Module):
 
         Args:
           x: [B, T, D], floating.
-          layer: None, or this module's layer of a cache, made from `layer_spec()`.
+          layer: None, or this module's layer of a cache, made from `layer_spec()`; for a module that shares, the layer
+            that it shares, as that one's module returned it.
           step: None, or the step of this forward pass from `cache.begin`.
+          kv: without a layer, for a module that shares: what the module of the layer that it shares returned.
+          return_kv: without a layer: whether to return keys and values too, for modules that share them.
           positions: without a layer: int32 [B, T], EMPTY for padding; None means 0, 1, 2, ... in every row, or with
             `decode` that every row continues where it ended.
           spans: without a layer: int32 [B, T]; tokens of the same span other than 0 see each other in both directions.
@@ -113,7 +121,8 @@ class Attention(AttentionModule, nn.Module):
           decode: overrides the attribute of this name.
 
         Returns:
-          y [B, T, out_features], or with a layer (y, the layer with the call's tokens).
+          y [B, T, out_features]; with a layer (y, the layer with the call's tokens); with return_kv (y, (k, v)), keys
+          [B, T, K, H], rotated, and values [B, T, K, H].
 
         Raises:
           ValueError: while tracing, for shapes that don't fit, a layer that was not made for this module, or `decode`
@@ -129,7 +138,7 @@ class Attention(AttentionModule, nn.Module):
         """
         decode = self.decode if decode is None else decode
         heads = self._heads(x.shape[-1])
-        check_call(heads, x, layer, step, positions, spans)
+        check_call(heads, x, layer, step, positions, spans, kv, return_kv)
         hidden = None
         if decode:
             if layer is not None:
@@ -146,21 +155,22 @@ class Attention(AttentionModule, nn.Module):
 
         out_features = x.shape[-1] if self.out_features is None else self.out_features
         linear = {name: functools.partial(_projection, self, heads, out_features, name) for name in PROJECTIONS}
-        q, k, v = (linear[name](name=name)(x) for name in ("query", "key", "value"))
+        q, k, v = linear["query"](name="query")(x), None, None
+        if self.shares is None:
+            k, v = linear["key"](name="key")(x), None if self.tied_values else linear["value"](name="value")(x)
+            k, v = self._keys_and_values(k, v, _scale(self, heads, heads.num_kv_heads, "key_norm"))
         q = self._normed(q, _scale(self, heads, heads.num_heads, "query_norm"))
-        k = self._normed(k, _scale(self, heads, heads.num_kv_heads, "key_norm"))
         sinks = None
         if self.sink_logits:
             sinks = self.param("sink_logits", nn.initializers.zeros_init(), (heads.num_heads,), self.param_dtype)
         key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, dropout_rng))
-        y, layer = heads.attend(
-            q, k, v, layer, step, positions=positions, spans=spans, sink_logits=sinks, dropout_key=key
-        )
+        rest = {"kv": kv, "positions": positions, "spans": spans, "sink_logits": sinks, "dropout_key": key}
+        y, kept = heads.attend(q, k, v, layer, step, **rest)
         y = linear["out"](name="out")(y)
         if hidden is not None and cache is not None:
-            hidden.value = cache.with_layers([layer])
+            hidden.value = cache.with_layers([kept])
             return y
-        return y if layer is None else (y, layer)
+        return y if layer is None and not return_kv else (y, kept)
 
     def _heads(self, features: int | None = None) -> Heads:
         if self.in_features is not None and features is not None and features != self.in_features:
@@ -173,6 +183,7 @@ class Attention(AttentionModule, nn.Module):
             self.qkv_features,
             features,
             reach=self.reach,
+            shares=self.shares,
             rotary=self.rotary,
             softcap=self.softcap,
             scale=self.scale,

@@ -15,12 +15,17 @@ SIZES = """qkv_features: num_heads * head_dim, in all; None means in_features.
       num_kv_heads: heads K of keys and values, a divisor of num_heads; None means num_heads."""
 OPTIONS = """head_dim: size H of a head, instead of qkv_features.
       reach: which past tokens a query may see, with a cache and without: Full(), Window(size, sinks) or Chunk(size).
+      shares: None, or the number of an earlier layer of the model whose keys and values this one reads: it then has no
+        projections for them (Gemma 3n and 4, YOCO).
       rotary: None, or `jaxkv.Rotary(...)`, which rotates q and k by their positions.
       qk_norm: whether each head's q and k are RMS-normalized before they are rotated, as in Qwen 3 and Gemma 3 (whose
         checkpoints hold scale - 1). "together": all heads of a token as one vector, with a scale for each number
         (OLMo 2); "centered": each head, with a scale of its own, after its mean is subtracted (Command R+); "plain":
         each head, and no scale (Llama 4).
       qk_norm_epsilon: added to the mean square.
+      value_norm: whether each head's v is RMS-normalized, with no scale (Gemma 4).
+      tied_values: whether values are what the key projection gives, before it is normalized and rotated: there is no
+        value projection (full layers of Gemma 4).
       softcap: None, or the bound c of c * tanh(scores / c).
       scale: factor of the scores; None means head_dim ** -0.5.
       temperature: None, or `jaxkv.QueryTemperature(...)`, which lets queries grow with their positions.
@@ -61,6 +66,7 @@ class AttentionModule:
     dropout_rate: float
     qk_norm: bool | str
     qk_norm_epsilon: Any
+    value_norm: bool
     query: Any
     key: Any
     value: Any
@@ -94,6 +100,11 @@ class AttentionModule:
         if not self.qk_norm:
             return x
         return qk_normed(self.qk_norm, x, None if norm is None else norm(), self.qk_norm_epsilon)
+
+    def _keys_and_values(self, k: Any, v: Any, norm: Any) -> tuple[Any, Any]:
+        """Returns keys and values as they are rotated and kept, of what was projected; v is None if k is both."""
+        v = k if v is None else v
+        return self._normed(k, norm), qk_normed("plain", v, None, self.qk_norm_epsilon) if self.value_norm else v
 
     def _dropout_key(self, layer: Any, deterministic: bool | None, draw: Callable[[], Any]) -> Any:
         """Returns a key for the call's dropout, from `draw`, or None for no dropout."""

@@ -63,9 +63,12 @@ class Attention(AttentionModule, nnx.Module):
         *,
         head_dim: int | None = None,
         reach: Reach = Full(),
+        shares: int | None = None,
         rotary: Any = None,
         qk_norm: bool | str = False,
         qk_norm_epsilon: float = 1e-6,
+        value_norm: bool = False,
+        tied_values: bool = False,
         softcap: float | None = None,
         scale: float | None = None,
         temperature: QueryTemperature | None = None,
@@ -92,6 +95,7 @@ class Attention(AttentionModule, nnx.Module):
             qkv_features,
             in_features,
             reach=reach,
+            shares=shares,
             rotary=rotary,
             softcap=softcap,
             scale=scale,
@@ -112,11 +116,13 @@ class Attention(AttentionModule, nnx.Module):
             qk_norm_epsilon,
             deterministic,
             keep_rngs,
+            tied_values=tied_values,
             dtype=dtype,
             param_dtype=param_dtype,
             precision=precision,
             rngs=rngs,
         )
+        self.value_norm = value_norm
         self.sink_logits = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sink_logits else nnx.data(None)
         self.qkv: Joined | None = nnx.data(None)  # instead of query, key and value, after `fuse`
         self.cache: nnx.Cache | None = nnx.data(None)
@@ -127,6 +133,8 @@ class Attention(AttentionModule, nnx.Module):
         layer: Any = None,
         step: Any = None,
         *,
+        kv: Any = None,
+        return_kv: bool = False,
         positions: Any = None,
         spans: Any = None,
         deterministic: bool | None = None,
@@ -136,38 +144,52 @@ class Attention(AttentionModule, nnx.Module):
 
         Args:
           x: [B, T, D], floating.
-          layer: None, or this module's layer of a cache, made from `layer_spec()`.
+          layer: None, or this module's layer of a cache, made from `layer_spec()`; for a module that shares, the layer
+            that it shares, as that one's module returned it.
           step: None, or the step of this forward pass from `cache.begin`.
+          kv: without a layer, for a module that shares: what the module of the layer that it shares returned.
+          return_kv: without a layer: whether to return keys and values too, for modules that share them.
           positions: without a layer: int32 [B, T], EMPTY for padding; None means 0, 1, 2, ... in every row.
           spans: without a layer: int32 [B, T]; tokens of the same span other than 0 see each other in both directions.
           deterministic: without a layer: overrides the attribute of this name; False for dropout.
           rngs: without a layer: where dropout draws from, instead of the module's own stream.
 
         Returns:
-          y [B, T, out_features], or with a layer (y, the layer with the call's tokens).
+          y [B, T, out_features]; with a layer (y, the layer with the call's tokens); with return_kv (y, (k, v)), keys
+          [B, T, K, H], rotated, and values [B, T, K, H].
 
         Raises:
           ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
         """
-        check_call(self.heads, x, layer, step, positions, spans)
+        check_call(self.heads, x, layer, step, positions, spans, kv, return_kv)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
-        q, k, v = (self.query(x), self.key(x), self.value(x)) if self.qkv is None else self.qkv(x)
-        q, k = self._normed(q, self.query_norm), self._normed(k, self.key_norm)
+        q, k, v = self._projected(x)
+        q = self._normed(q, self.query_norm)
+        if k is not None:
+            k, v = self._keys_and_values(k, v, self.key_norm)
         sinks = None if self.sink_logits is None else self.sink_logits[...]
         key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, rngs))
-        y, layer = self.heads.attend(
-            q, k, v, layer, step, positions=positions, spans=spans, sink_logits=sinks, dropout_key=key
-        )
+        rest = {"kv": kv, "positions": positions, "spans": spans, "sink_logits": sinks, "dropout_key": key}
+        y, kept = self.heads.attend(q, k, v, layer, step, **rest)
         y = self.out(y)
-        return y if layer is None else (y, layer)
+        return y if layer is None and not return_kv else (y, kept)
+
+    def _projected(self, x: Any) -> tuple[Any, Any, Any]:
+        """Returns what query, key and value give for x; None for one that the module doesn't have."""
+        if self.qkv is not None:
+            return (*self.qkv(x), None)[:3]
+        q, k, v = (None if part is None else part(x) for part in (self.query, self.key, self.value))
+        return q, k, v
 
     def fuse(self) -> None:
         """Lays the weights out for decoding: query, key and value in one product. See `jaxkv.nnx.fuse`."""
-        if self.qkv is None:
-            self.qkv = Joined([self.query, self.key, self.value])
-            self.query = self.key = self.value = nnx.data(None)
+        if not isinstance(self.out, Transposed):
             self.out = Transposed(self.out)
+            if self.heads.shares is None:
+                parts = [self.query, self.key, self.value]
+                self.qkv = Joined([part for part in parts if part is not None])
+                self.query = self.key = self.value = nnx.data(None)
 
     def init_cache(
         self,
@@ -369,6 +391,8 @@ def _fill(
     qk_norm_epsilon: float,
     deterministic: bool | None,
     keep_rngs: bool,
+    *,
+    tied_values: bool = False,
     **kind: Any,
 ) -> None:
     """Gives a module with `heads` its parameters and what else both kinds of attention have.
@@ -383,13 +407,14 @@ def _fill(
 
     queries, keys = ((count, heads.head_dim) for count in (heads.num_heads, heads.num_kv_heads))
     module.query = linear(features[0], queries, "query", inner_inits)
-    module.key = linear(features[1], keys, "key", inner_inits)
-    module.value = linear(features[1], keys, "value", inner_inits)
+    own = heads.shares is None
+    module.key = linear(features[1], keys, "key", inner_inits) if own else nnx.data(None)
+    module.value = linear(features[1], keys, "value", inner_inits) if own and not tied_values else nnx.data(None)
     module.out = linear(queries, features[2], "out", out_inits, axis=(-2, -1))
     module.dtype, module.param_dtype = kind["dtype"], kind["param_dtype"]
     module.qk_norm, module.qk_norm_epsilon = qk_norm, qk_norm_epsilon
     for name, count in (("query_norm", heads.num_heads), ("key_norm", heads.num_kv_heads)):
-        shape = qk_scale(qk_norm, count, heads.head_dim)
+        shape = qk_scale(qk_norm, count, heads.head_dim) if own or name == "query_norm" else None
         setattr(module, name, nnx.data(None) if shape is None else Scale(shape, param_dtype=module.param_dtype))
     module.dropout_rate, module.deterministic = heads.dropout_rate, deterministic
     module.rngs = kind["rngs"].dropout.fork() if keep_rngs and heads.dropout_rate else nnx.data(None)

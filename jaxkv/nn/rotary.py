@@ -229,6 +229,42 @@ class LongRopeScaling:
 
 @exportable
 @dataclasses.dataclass(frozen=True)
+class ProportionalScaling:
+    """Only the fastest pairs turn, each as fast as if all did; the slow ones stand still (full layers of Gemma 4).
+
+    With `Rotary(dim=...)`, which turns leading dimensions alone, their speeds are spread over those dimensions instead.
+
+    Args:
+      part: of the pairs that turn, above 0, at most 1.
+      factor: what their frequencies are divided by, at least 1.
+
+    Raises:
+      ValueError: for a part or a factor out of range.
+
+    >>> ProportionalScaling(0.5).scale(np.array([1.0, 0.1]), theta=100.0).tolist()
+    [1.0, 0.0]
+    """
+
+    part: float
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _number("ProportionalScaling", "part", self.part, above=0.0)
+        if self.part > 1:
+            raise ValueError(f"ProportionalScaling(part={self.part}): at most all pairs turn; give at most 1")
+        _number("ProportionalScaling", "factor", self.factor, least=1.0)
+
+    @property
+    def magnitude(self) -> float:
+        return 1.0
+
+    def scale(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
+        turned = np.arange(len(frequencies)) < int(self.part * len(frequencies))
+        return np.where(turned, frequencies / self.factor, 0.0)
+
+
+@exportable
+@dataclasses.dataclass(frozen=True)
 class Rotary:
     """Rotary position embedding of one layer. Frozen and hashable: give the same to the module and to its LayerSpec.
 
@@ -238,7 +274,7 @@ class Rotary:
     Args:
       theta: base of the wavelengths, above 0.
       dim: how many leading dimensions of a head are turned, even; None turns all.
-      scaling: None, LinearScaling, YarnScaling, Llama3Scaling or LongRopeScaling.
+      scaling: None, LinearScaling, YarnScaling, Llama3Scaling, LongRopeScaling or ProportionalScaling.
       interleaved: whether a pair is two neighbors instead of two halves.
 
     Raises:
@@ -266,7 +302,7 @@ class Rotary:
             if isinstance(self.scaling, type) or not isinstance(self.scaling, Scaling):
                 raise ValueError(
                     f"Rotary(scaling={self.scaling!r}): give None, LinearScaling(...), YarnScaling(...), "
-                    "Llama3Scaling(...) or LongRopeScaling(...)"
+                    "Llama3Scaling(...), LongRopeScaling(...) or ProportionalScaling(...)"
                 )
             self.frequencies(2 * getattr(self.scaling, "num_pairs", 1) if dim is None else dim)
 

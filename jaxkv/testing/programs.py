@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.pages import Pages
-from jaxkv.cache.spec import Cross, Recurrent
+from jaxkv.cache.spec import Cross, LayerSpec, Recurrent
 from jaxkv.cache.state_layer import StateLayer
 from jaxkv.cache.storage import Dense
 from jaxkv.nn.attend import attend
@@ -244,7 +244,8 @@ def forward(
     Args:
       cache: any cache.
       positions, rows, spans: as `Cache.begin` takes them.
-      ks, vs: for each layer, stacked ones too, keys [B, T, K, H] and values [B, T, K, Hv]; Cross layers don't put them.
+      ks, vs: for each layer, stacked ones too, keys [B, T, K, H] and values [B, T, K, Hv]; Cross layers and those
+        that share don't put them.
       wheres: for each layer, stacked ones too, what `put` takes as `where`; None for none.
       num_heads: query heads per kv head; the keys themselves are the queries, head h of them times h + 1.
 
@@ -253,7 +254,8 @@ def forward(
       recurrent layer (positions of the last tokens, states, tails, no mask, read), see `jaxkv.testing.states`.
     """
     cache, step = cache.begin(positions, rows, spans)
-    ks, vs, layers, seen = list(ks), list(vs), [], []
+    ks, vs, seen = list(ks), list(vs), []
+    layers: list[Any] = []
     wheres = [None] * len(ks) if wheres is None else list(wheres)
     for layer in cache.layers:
         stacked = layer.num_stacked is not None
@@ -267,13 +269,25 @@ def forward(
                 unseen = jnp.zeros((*step.positions.shape[:1], 1, step.positions.shape[1], last.shape[1]), bool)
                 seen.append((last, *arrays, unseen, out))
                 continue
-            if not isinstance(layer.spec.reach, Cross):
-                layer = layer.put(step, k, None if layer.spec.v_in_k else v, where)
+            read = layer
+            if layer.spec.shares is not None:
+                read = layers[layer.spec.shares]
+            elif not isinstance(layer.spec.reach, Cross):
+                sides = side_copies(layer.spec, v)
+                layer = read = layer.put(step, k, None if layer.spec.v_in_k else v, where, sides)
             q = jnp.stack([k.astype(jnp.float32) * (h + 1) for h in range(num_heads)], 3)
             q = q.reshape(*k.shape[:2], -1, k.shape[3])  # [B, T, K * num_heads, H]
-            seen.append((step.groups[layer.group].kv_positions, *layer.get(step), attend(q, layer, step)))
+            seen.append((step.groups[layer.group].kv_positions, *read.get(step), attend(q, read, step)))
         layers.append(layer.at(None) if stacked else layer)
     return cache.with_layers(layers), step.positions, step.ok, seen
+
+
+def side_copies(spec: LayerSpec, v: Any) -> dict[str, Any]:
+    """Returns what is put into a layer's side buffers here: the first heads and numbers of its values.
+
+    A buffer of the values' sizes, storage and no rotary then holds what `Layer.v` holds, whatever happens.
+    """
+    return {name: v[:, :, : side.num_heads, : side.size] for name, side in spec.side_buffers}
 
 
 @jax.jit
@@ -294,8 +308,8 @@ def encode(cache: Cache, lengths: Any, rows: Any, ks: Any, vs: Any, wheres: Any 
         for i in range(layer.num_stacked or 1):
             k, v, where = ks.pop(0), vs.pop(0), wheres.pop(0)
             if isinstance(layer.spec.reach, Cross):
-                v = None if layer.spec.v_in_k else v
-                layer = (layer.at(i) if stacked else layer).put(step, k, v, where)
+                sides, v = side_copies(layer.spec, v), None if layer.spec.v_in_k else v
+                layer = (layer.at(i) if stacked else layer).put(step, k, v, where, sides)
         layers.append(layer.at(None) if stacked else layer)
     return cache.with_layers(layers), step.ok
 
@@ -524,6 +538,7 @@ class Machine:
 
     def _compare_layer(self, i: int, spec: Any, arrays: list[np.ndarray], want: Any, queries: np.ndarray) -> None:
         slots, k, v, mask, out = arrays
+        source = i if spec.shares is None else spec.shares
         name = f"layer {i} {spec.reach}"
         if isinstance(spec.reach, Recurrent):
             self._compare_states(i, spec.reach, slots, k, v, out, want)
@@ -536,7 +551,7 @@ class Machine:
         for b, t in np.ndindex(batch, length):
             sees = want.sees[b][t]
             if sees is not None:
-                sees = {p: token for p, token in sees[spec.reach].items() if self._written[token][3][i]}
+                sees = {p: token for p, token in sees[spec.reach].items() if self._written[token][3][source]}
                 expected[b, t, list(sees)] = 1
             visible = np.flatnonzero(mask[b, 0, t])
             if (slots[b, visible] < 0).any():
@@ -553,7 +568,7 @@ class Machine:
                 picture(want.positions[b], expected[b], seen[b]),
             )
         used = tokens >= 0
-        want_k, want_v = self._expected(i, spec, slots[used], tokens[used])
+        want_k, want_v = self._expected(source, spec, slots[used], tokens[used])
         eps_k, eps_v = (_rounding(storage.dtype) for storage in (spec.k_storage, spec.v_storage))
         self._close(f"layer {i} {spec.reach}: v", v[used].astype(np.float64), want_v, 8 * eps_v, slots, used)
         most = 8 * (max(eps_k, eps_v) if spec.v_in_k else eps_k) * (1 + self._turns)

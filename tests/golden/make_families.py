@@ -111,6 +111,26 @@ GRANITE = {
     "logits_scaling": 2.0,
 }
 
+GEMMA4 = {
+    **SIZES,
+    "num_hidden_layers": 4,
+    "intermediate_size": 20,
+    "head_dim": 8,
+    "global_head_dim": 12,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 4,
+    "vocab_size_per_layer_input": VOCAB,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1_000_000.0},
+    },
+}
+
 # The committed folders: name -> (model_type, config).
 LFM2 = {
     **SIZES,
@@ -127,6 +147,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {**SIZES, "head_dim": 8}),
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.0}),
     "gemma3": ("gemma3_text", {**GEMMA, "num_hidden_layers": 4, "rope_parameters": GEMMA3_ROPE}),
+    "gemma4": ("gemma4_text", {**GEMMA4, "final_logit_softcapping": 3.0}),
     "phi3": ("phi3", {**SIZES, "sliding_window": 8}),
     "phi3_long": (
         "phi3",
@@ -372,13 +393,14 @@ def build(model_type: str, config: dict[str, Any], seed: int) -> Any:
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
+    minus_one = "gemma" in model_type and "gemma4" not in model_type  # what the scales of norms are in files
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name or ".ln_" in name:
-                mean = 0.0 if "gemma" in model_type or name.endswith("bias") else 1.0
+                mean = 0.0 if minus_one or name.endswith("bias") else 1.0
                 if "gemma" in model_type and "layers" in name and "post_" in name:
-                    mean = 2.0  # else the scaled embedding decides alone, and each token is followed by itself
+                    mean += 2.0  # else the scaled embedding decides alone, and each token is followed by itself
                 parameter.copy_(mean + 0.2 * noise)
             elif parameter.ndim > 1:
                 # A table that scores too must not outweigh the layers, or each token is followed by itself.
@@ -392,6 +414,8 @@ def build(model_type: str, config: dict[str, Any], seed: int) -> Any:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_((0.3 * torch.randn(buffer.shape, generator=generator)).bfloat16().float())
+            if name.endswith("layer_scalar"):
+                buffer.copy_((0.8 + 0.2 * torch.rand(buffer.shape, generator=generator)).bfloat16().float())
     return model
 
 

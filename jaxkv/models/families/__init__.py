@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxkv.models.families.cohere import COHERE, COHERE2
 from jaxkv.models.families.ernie import ERNIE4_5
 from jaxkv.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TEXT
+from jaxkv.models.families.gemma4 import GEMMA4, GEMMA4_TEXT
 from jaxkv.models.families.glm import GLM4, GLM4_MOE
 from jaxkv.models.families.gpt2 import GPT2
 from jaxkv.models.families.gpt_oss import GPT_OSS
@@ -33,6 +34,8 @@ FAMILIES = {
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,
     "gemma3": GEMMA3,
+    "gemma4_text": GEMMA4_TEXT,
+    "gemma4": GEMMA4,
     "olmo2": OLMO2,
     "olmo3": OLMO3,
     "olmoe": OLMOE,

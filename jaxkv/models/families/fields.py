@@ -176,6 +176,28 @@ class Object:
         return {key: kind.read(f"{name}.{key}", value[key], problems) for key, kind in given.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class ByLayer:
+    """An object with numbers of layers as keys, each with an object of which these fields may be there and no others.
+
+    Read as a dict of dicts, by number.
+    """
+
+    kinds: Mapping[str, Kind]
+
+    def read(self, name: str, value: Any, problems: Problems) -> Any:
+        if not isinstance(value, Mapping) or not all(str(key).isdecimal() for key in value):
+            problems.wrong(name, value, 'it must be an object with numbers of layers as keys, {"0": {...}}')
+            return {}
+        one, read = Object(self.kinds), {}
+        for key, given in value.items():
+            read[int(key)] = one.read(f"{name}.{key}", given, problems)
+            for other in set(given if isinstance(given, Mapping) else ()) - set(self.kinds):
+                known = " and ".join(self.kinds)
+                problems.unsupported(f"{name}.{key}.{other}", given[other], f"layers may differ in {known}")
+        return read
+
+
 # Bounds that no model comes near: they keep what is not a size from being built. Positions are int32.
 MAX_LAYERS = 1024
 LAYERS = Number(1, MAX_LAYERS, whole=True)

@@ -25,8 +25,17 @@ from jaxkv.models.families.fields import (
     Object,
 )
 from jaxkv.models.families.reach import FULL, SLIDING
-from jaxkv.nn.rotary import LinearScaling, Llama3Scaling, LongRopeScaling, Rotary, Scaling, YarnScaling
+from jaxkv.nn.rotary import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    ProportionalScaling,
+    Rotary,
+    Scaling,
+    YarnScaling,
+)
 
+PROPORTIONAL = "proportional"  # a way of Gemma 4 alone
 _ORIGINAL = "original_max_position_embeddings"
 _PART = Number(1e-30, 1, what="a number above 0, at most 1")
 _FACTORS, _NOT_NEGATIVE = List(POSITIVE, 2**13), Number(0, 1e30, what="a number of at least 0")
@@ -157,7 +166,10 @@ def _for_kind(fields: Fields, kind: str, theta: float = 1.0) -> tuple[str, dict[
 
 def _rotary(fields: Fields, name: str, given: Mapping[str, Any], head_dim: int, partial: bool) -> Rotary:
     kind, dim = _kind(given), head_dim
-    if partial or kind != "default":  # the default of families that can't is to rotate all, whatever the file says
+    if partial or kind not in (
+        "default",
+        PROPORTIONAL,
+    ):  # the default of families that can't is to rotate all, whatever the file says
         dim = int(head_dim * given["partial_rotary_factor"])
     if dim != head_dim and not partial:
         raise fields.unsupported(name, 'this family rotates whole heads: remove "partial_rotary_factor"')
@@ -185,6 +197,8 @@ def _scaling(fields: Fields, kind: str, given: Mapping[str, Any]) -> Scaling:
             raise ValueError(f'the scaling "{kind}" needs "{key}"')
         return given[key]
 
+    if kind == PROPORTIONAL:
+        return ProportionalScaling(given["partial_rotary_factor"], given.get("factor", 1.0))
     if kind == "linear":
         return LinearScaling(needed("factor"))
     if kind == "llama3":
