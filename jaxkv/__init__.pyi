@@ -34,10 +34,11 @@ from .generate.beams import beam_search as beam_search
 from .generate.best_of import best_of as best_of
 from .generate.candidates import Candidates as Candidates
 from .generate.generation import Generation as Generation
+from .generate.generation import Speculation as Speculation
 from .generate.reading import prefill as prefill
 from .generate.reading import score as score
-from .generate.speculate import Speculation as Speculation
 from .generate.speculate import speculate as speculate
+from .generate.speculate import stream_speculation as stream_speculation
 from .generate.stream import Stream as Stream
 from .generate.stream import generate as generate
 from .generate.stream import stream as stream

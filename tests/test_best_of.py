@@ -63,7 +63,7 @@ def test_the_samples_are_those_of_generate_with_n_rows_of_the_prompt_best_first(
     same = jaxkv.generate(
         TOY,
         PARAMS,
-        [*prompts * n, None],
+        [*[prompts[0]] * n, *[prompts[1]] * n, None],
         TOY.cache(),
         max_new_tokens=6,
         sampler=sampling.Temperature(1),
@@ -73,7 +73,7 @@ def test_the_samples_are_those_of_generate_with_n_rows_of_the_prompt_best_first(
     result = best_of(prompts, TOY.cache(layout=layout), n, by=by)
     assert result.tokens.shape == (2, 3, 6)
     for i in range(2):
-        rows = range(i, 6, 2)
+        rows = range(i * n, i * n + n)
         wanted = {(tuple(same.tokens[r][: same.lengths[r]].tolist()), same.reasons[r]) for r in rows}
         assert set(of_rows(result, i)) == wanted
         sums = result.log_probs[i].sum(1)
@@ -149,9 +149,10 @@ def test_samples_that_do_not_fit_into_a_pool_come_last_with_their_tokens():
     alone = jaxkv.generate(
         TOY,
         PARAMS,
-        [*[PROMPT, [5]] * 3, None],
+        [PROMPT, [5], None],
         TOY.cache(),
-        max_new_tokens=[*[9, 4] * 3, 1],
+        max_new_tokens=[9, 4, 1],
+        num_samples=[3, 3, 1],
         sampler=sampling.Temperature(1),
         key=KEY,
     )
@@ -162,9 +163,19 @@ def test_samples_that_do_not_fit_into_a_pool_come_last_with_their_tokens():
         proper = [reason == "length" for reason in result.reasons[i]]
         assert proper == sorted(proper, reverse=True)
         for tokens, reason in of_rows(result, i):
-            whole = [text for text in texts[i:6:2] if text[: len(tokens)] == tokens]
+            whole = [text for text in texts[3 * i : 3 * i + 3] if text[: len(tokens)] == tokens]
             assert whole and (reason == "full" or tokens in whole)
     assert not np.isnan(result.scores).any()
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_a_pool_without_a_page_for_a_copy_ends_the_last_samples_and_the_first_go_on(free):
+    cache = TOY.cache(layout=jaxkv.Pages(2 + free, page_size=8))  # of which the prompt takes two
+    result = best_of([PROMPT], cache, 5, stop_tokens=())
+    ample = best_of([PROMPT], TOY.cache(), 5, stop_tokens=())
+    assert sorted(result.reasons[0]) == sorted(["length"] * (1 + free) + ["full"] * (4 - free))
+    proper = {tokens for tokens, reason in of_rows(result, 0) if reason == "length"}
+    assert proper <= {tokens for tokens, _ in of_rows(ample, 0)}
 
 
 @pytest.mark.parametrize(

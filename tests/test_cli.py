@@ -171,7 +171,7 @@ def test_speculation_gives_the_same_text_and_says_what_was_accepted(small_model,
     out, err = capsys.readouterr()
     assert out == plain
     assert re.search(r"drafts: \d+ of \d+ tokens accepted; 20 tokens in \d+ steps of the model\n", err)
-    assert "all tokens after" in err
+    assert "first token after" in err
 
     directory, words = checkpoint(), ["t5 t7 t9", "-n", "12", "--greedy"]
     assert main(["generate", "-m", directory, *words]) == 0
@@ -190,6 +190,18 @@ def test_speculation_gives_the_same_text_and_says_what_was_accepted(small_model,
     ):
         assert main(["generate", "x", *options]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_model_over_several_devices_writes_the_same(small_model, checkpoint, capsys):
+    for words in (["a list", "-n", "8", "--greedy"], ["-m", checkpoint(), "t5 t7", "-n", "8", "--best-of", "2"]):
+        assert main(["generate", *words]) == 0
+        alone = capsys.readouterr().out
+        assert main(["generate", *words, "--devices", "2"]) == 0
+        out, err = capsys.readouterr()
+        assert out == alone and "model over 2 devices" in err
+    assert main(["generate", "x", "--devices", "64"]) == 2
+    message = "--devices: 64 are asked for, and JAX has 4 here; XLA_FLAGS=--xla_force_host_platform_device_count=64"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["-"], []])

@@ -349,3 +349,53 @@ def test_whisper_writes_the_text_of_transformers_under_the_rules_of_its_checkpoi
 def test_nothing_stands_behind_a_rows_end():
     result = model().generate([RETURN, None, "A list"], temperature=0, max_new_tokens=[3, 6, 6])
     assert (result.tokens[0, 3:] == EMPTY).all() and result.lengths.tolist() == [3, 0, 6]
+
+
+def test_speculation_streams_the_same_text_in_fewer_steps():
+    want = model().generate(["ababab", RETURN], **GREEDY)
+    steps = model().stream(["ababab", RETURN], **GREEDY, speculate=model(), num_draft=3)
+    pieces = list(steps)
+    assert tuple("".join(row) for row in zip(*pieces, strict=True)) == want.texts
+    result = steps.result
+    np.testing.assert_array_equal(result.tokens, want.tokens)
+    assert len(pieces) == result.steps.max() < 12 and (result.accepted > 0).all()
+    assert model().generate("ababab", **GREEDY, speculate="lookup").text == want.texts[0]
+    with pytest.raises(ValueError, match=r"speculate is 'draft'; give \"lookup\", or a small Model"):
+        model().generate(RETURN, speculate="draft")
+
+
+def test_a_stop_string_within_a_step_of_speculation_cuts_tokens_text_and_cache():
+    free = model().generate(RETURN, **GREEDY)
+    stop = free.text[5:7]
+    want = model().generate(RETURN, **GREEDY, stop_strings=stop)
+    result = model().generate(RETURN, **GREEDY, stop_strings=stop, speculate=model(), num_draft=6)
+    assert (result.text, result.reasons) == (want.text, ("stop",))
+    np.testing.assert_array_equal(result.tokens, want.tokens)
+    np.testing.assert_array_equal(result.lengths, want.lengths)
+    assert result.cache.lengths.tolist() == want.cache.lengths.tolist()
+    turn = [*want.history[0], 65]
+    again = [model().generate(turn, cache=given, **GREEDY).text for given in (result, want)]
+    assert again[0] == again[1]
+
+
+def test_samples_of_a_prompt_are_those_of_as_many_rows_and_it_is_read_once():
+    options = {"max_new_tokens": 6, "seed": 4}
+    want = model().generate([RETURN, RETURN, None, "A list", "A list"], **options)
+    result = model().generate([RETURN, None, "A list"], num_samples=2, **options)
+    assert result.texts == want.texts and result.reasons == want.reasons
+    np.testing.assert_array_equal(result.tokens, want.tokens)
+    alone = model().generate(RETURN, num_samples=2, **options)
+    assert alone.texts == want.texts[:2]
+    assert (
+        model().generate([list(row) for row in alone.history], cache=alone, max_new_tokens=1).reasons == ("length",) * 2
+    )
+    for wrong in (0, True, 1.5):
+        with pytest.raises(ValueError, match=r"num_samples is .*; give a whole number, 1 or more"):
+            model().generate(RETURN, num_samples=wrong)
+
+
+def test_what_a_search_found_is_gone_on_from_by_its_best():
+    found = model().beam_search(RETURN, num_beams=2, max_new_tokens=4)
+    turn = [*found.best.history[0], 65]
+    want = model().generate(turn, cache=found.best, **GREEDY)
+    assert model().generate(turn, cache=found, **GREEDY).text == want.text

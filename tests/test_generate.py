@@ -487,7 +487,7 @@ def test_the_decode_loop_makes_no_copy_and_no_temporary_of_cache_size():
     toy, rows, capacity = TOY, 2, 1 << 14  # 0.5 MB per buffer of a Full layer stands out from everything else
     cache = toy.cache(num_rows=rows, capacity=capacity)
     steps = stream(toy, PARAMS, [[1], [2]], cache, max_new_tokens=4)
-    compiled = loop.decode.lower(*steps._decode.args, steps._cache, steps._state, np.int32(4)).compile()
+    compiled = loop.decode.lower(*steps._advance.args, steps._cache, steps._state, np.int32(4)).compile()
     buffer = rows * K * capacity * H * 4
     copies = re.findall(rf"f32\[{rows},{K},{capacity},{H}\]\S* copy\(", compiled.as_text())
     assert not copies
@@ -759,7 +759,7 @@ def test_a_loop_that_fails_says_so_and_a_stream_keeps_the_tokens_that_came_befor
     steps = stream(TOY, PARAMS, PROMPTS, TOY.cache(), max_new_tokens=8, sampler=Fails(3))
     for _ in range(3):
         next(steps)
-    said = "the compiled loop failed: KeyError: 'the sensor is gone'. stream.result has the 3 tokens per row that came"
+    said = "the compiled loop failed: KeyError: 'the sensor is gone'. stream.result has the tokens of the 3 steps that"
     for _ in range(2):
         with pytest.raises(CacheError, match=re.escape(said)):
             next(steps)

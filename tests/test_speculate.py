@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import importlib
 import re
 
 import jax
@@ -18,7 +17,7 @@ import jaxkv
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.spec import EMPTY, Chunk, Full, LayerSpec, Window
 from jaxkv.errors import CacheError
-from jaxkv.generate import generate, lookup, speculate, verify
+from jaxkv.generate import generate, lookup, speculate, stream_speculation, verify
 from jaxkv.generate.branches import Branches
 from jaxkv.generate.sampling import Temperature
 
@@ -106,6 +105,40 @@ def test_the_tokens_reasons_and_cache_are_those_of_generate(drafter, toy, tree):
         assert (result.draft_cache is None) == (drafter == "lookup")
     assert result.reasons == ("length", "length", "full")
     assert result.drafted.sum() > result.accepted.sum() > 0
+
+
+def test_streamed_each_step_brings_what_it_accepted():
+    options = {"max_new_tokens": [21, 1, 12], "num_draft": NUM_DRAFT, "min_ngram": 1, "stop_tokens": [0]}
+    want = speculate(TOY, PARAMS, REPEATING, TOY.cache(), **options)
+    steps = stream_speculation(TOY, PARAMS, REPEATING, TOY.cache(), **options)
+    came = [[] for _ in range(B)]
+    for i, new in enumerate(steps):
+        assert new.shape == (B, NUM_DRAFT + 1)
+        for row, tokens in zip(came, new.tolist(), strict=True):
+            count = tokens.index(EMPTY) if EMPTY in tokens else len(tokens)
+            assert set(tokens[count:]) <= {EMPTY}
+            row += tokens[:count]
+        if i == 1:  # left and gone on with
+            so_far = steps.result
+            assert so_far.lengths.tolist() == [len(row) for row in came]
+            assert so_far.steps.tolist() == [2, 1, 2] and "running" in so_far.reasons
+    result = steps.result
+    assert came == [row[:n].tolist() for row, n in zip(want.tokens, want.lengths, strict=True)]
+    for name in ("tokens", "lengths", "log_probs", "drafted", "accepted", "steps"):
+        np.testing.assert_array_equal(getattr(result, name), getattr(want, name))
+    assert result.reasons == want.reasons and i + 1 == want.steps.max() < want.lengths.max()
+    assert_holds_the_same(result.cache, want.cache)
+
+
+def test_samples_of_a_prompt_are_those_of_generate_and_read_it_once_in_both_models():
+    options = {"sampler": RANDOM, "key": KEY, "max_new_tokens": [9, 14], "num_samples": [2, 1]}
+    draft = (counting, RANDOM_TABLE[::-1], table_cache())
+    plain, result = both(draft, PROMPTS[:2], table_cache, toy=counting, params=RANDOM_TABLE, **options)
+    alone = [PROMPTS[0], PROMPTS[0], PROMPTS[1]]
+    options |= {"max_new_tokens": [9, 9, 14], "num_samples": 1}
+    apart = generate(counting, RANDOM_TABLE, alone, table_cache(), **options)
+    assert (apart.tokens == plain.tokens).all() and apart.reasons == plain.reasons
+    assert_holds_the_same(result.cache, apart.cache)
 
 
 def test_the_next_turn_goes_on_from_the_caches():
@@ -204,12 +237,17 @@ def rising(params, tokens, positions, cache):
     return jax.nn.one_hot(jnp.where(after % 2 == 0, 0, after // 2 + 1), V), cache
 
 
-def test_a_row_whose_drafts_are_wrong_makes_fewer_and_fewer():
+def test_a_row_whose_draft_was_wrong_makes_no_other_before_guesses_are_right():
     options = {"max_new_tokens": 44, "num_draft": 1, "min_ngram": 1}
     result = speculate(rising, None, [[0, 1, 0, 2], None, None], table_cache(), **options)
     assert result.tokens[0, :6].tolist() == [0, 3, 0, 4, 0, 5]
     assert result.accepted[0] == 0
-    assert 3 <= result.drafted[0] <= 6  # 2, 4, 8, 16 tokens apart; without a pause there are 22
+    assert result.drafted[0] == 1  # without a pause there are 22
+    cycle = table(lambda n: LOOP[(LOOP.index(n) + 1) % len(LOOP)] if n in LOOP else n)
+    prompt = [3, 9, 5, 1, 3]  # 9 came after 3; from now on 4 does
+    options |= {"max_new_tokens": 30, "num_draft": NUM_DRAFT}
+    result = speculate(counting, cycle, [prompt, None, None], table_cache(), **options)
+    assert result.steps[0] <= 1 + 7 + 1 + 4  # a wrong draft, once around, a guess, and the rest by drafts
 
 
 @pytest.mark.parametrize("drafter", ["lookup", "model"])
@@ -292,23 +330,13 @@ def test_it_is_compiled_once_for_all_prompts_limits_stops_and_keys():
     assert verify.run._cache_size() == before
 
 
-def test_the_caches_are_changed_in_place(monkeypatch):
-    class Looked(Exception):
-        pass
-
-    class Look:
-        eval_shape = staticmethod(verify.run.eval_shape)
-
-        def __call__(self, *args):
-            raise Looked(verify.run.lower(*args).compile())
-
-    monkeypatch.setattr(importlib.import_module("jaxkv.generate.speculate"), "run", Look())
+def test_the_caches_are_changed_in_place():
     specs = [LayerSpec(Full(), num_kv_heads=2, head_dim=8)]
     cache = functools.partial(jaxkv.Cache.init, specs, 1, 1 << 16, max_block=MAX_BLOCK)
     draft = (wide, UP, cache())
-    with pytest.raises(Looked) as looked:
-        speculate(wide, UP, [LOOP * 2], cache(), draft=draft, num_draft=NUM_DRAFT, max_new_tokens=3)
-    (program,) = looked.value.args
+    steps = stream_speculation(wide, UP, [LOOP * 2], cache(), draft=draft, num_draft=NUM_DRAFT, max_new_tokens=3)
+    leaves = steps._cache, steps._draft, steps._state
+    program = verify.run.lower(*steps._advance.args, *leaves, np.int32(3)).compile()
     shape = "f32[1,2,65536,8]"
     assert not re.search(rf"= {re.escape(shape)}\S* copy\(", program.as_text())
     assert program.memory_analysis().temp_size_in_bytes < cache().layers[0].k.nbytes

@@ -206,6 +206,40 @@ def test_a_pool_without_a_page_for_the_tree_refuses_the_row_alone():
     assert cache.num_free.tolist() == [2]  # what the other branch lay in is free again
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def forked_before_commit(x, pages):
+    """Rows 0 and 1 hold [10, 11]; row 0 grows a tree, row 1 becomes its copy, then row 0 keeps a branch."""
+    layout = jaxkv.Pages(pages, 4) if pages else jaxkv.Rows()
+    cache = jaxkv.Cache.init([LayerSpec(Full(), num_kv_heads=1, head_dim=1)], 2, 8, layout=layout, max_block=4)
+    for positions, parents, values in (([0, 1], None, [10, 11]), ([2, 3, 4], [[-1, 0, 0], [-1] * 3], [20, 21, 22])):
+        at = jnp.array([positions, [EMPTY] * len(positions)])
+        cache, step = cache.begin(at, parents=None if parents is None else jnp.array(parents))
+        new = x + jnp.array(values, jnp.float32)[None, :, None, None] * jnp.ones((2, 1, 1, 1))
+        cache = cache.with_layers([cache.layers[0].put(step, new, new)])
+    cache = cache.copy_prefix(0, 1, 5)
+    cache = cache.commit(step, jnp.array([[0, 2], [EMPTY] * 2]))
+    after, step = cache.begin(jnp.where(cache.ok, cache.lengths, EMPTY)[:, None])
+    return cache, after.layers[0].get(step)[0][:, :, 0, 0]
+
+
+@pytest.mark.parametrize("pages", [0, 4, 2])
+def test_a_row_forked_before_its_branch_is_kept_does_not_change_the_copy(pages):
+    cache, k = forked_before_commit(jnp.float32(0), pages)
+    assert k[1, :5].tolist() == [10, 11, 20, 21, 22]
+    if pages == 2:  # no page of its own for what moves: the row is as before the tree
+        assert cache.ok.tolist() == [False, True] and cache.lengths.tolist() == [2, 5]
+        return
+    assert cache.ok.tolist() == [True, True] and cache.lengths.tolist() == [4, 5]
+    assert k[0, :4].tolist() == [10, 11, 20, 22]
+
+
+def test_a_row_that_was_edited_since_its_tree_grew_is_left_alone_and_says_so():
+    cache, step = small_cache().begin(jnp.array([[0, 1, 2], [0, 1, 2]]), parents=jnp.array([[-1, 0, 0]] * 2))
+    for lengths, ok in (([2, 3], [False, True]), ([0, 3], [True, True])):
+        after = cache.rewind(jnp.array(lengths)).commit(step, jnp.array([[0, 2]] * 2))
+        assert after.lengths.tolist() == [lengths[0], 2] and after.ok.tolist() == ok
+
+
 def test_a_commit_changes_a_donated_cache_in_place():
     cache = jaxkv.Cache.init([LayerSpec(Full(), num_kv_heads=2, head_dim=8)], 2, 1 << 14)
     positions = jnp.tile(jnp.arange(4)[None], (2, 1))

@@ -5,6 +5,7 @@ tests/golden/families/whisper is what transformers wrote and computed (tests/gol
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -286,3 +287,42 @@ def test_against_transformers(config, tmp_path):
         for p, token in enumerate(tokens):
             got, cache = run(model.forward, model.params, np.array([[token]]), np.array([[p]], np.int32), cache)
             assert_close(got[0, 0], logits[p])
+
+
+@pytest.mark.parametrize("layout", [jaxkv.Rows(), jaxkv.Pages(40, 8)])
+def test_a_tree_of_drafts_is_checked_against_what_each_row_hears(layout):
+    texts, options = [[1, 5, 6, 5, 6, 5], [1, 7], [1, 5, 6, 5]], {"max_new_tokens": 10}
+
+    def cache():
+        return hear(Cache.init(whisper().specs, ROWS, CAPACITY, max_block=BLOCK, layout=layout), (0, 1, 1))
+
+    plain = jaxkv.generate(whisper().forward, whisper().params, texts, cache(), **options)
+    grown = jaxkv.speculate(whisper().forward, whisper().params, texts, cache(), tree=(2, 2, 1), min_ngram=1, **options)
+    np.testing.assert_array_equal(grown.tokens, plain.tokens)
+    np.testing.assert_allclose(grown.log_probs, plain.log_probs, atol=1e-4)
+    assert grown.cache.lengths.tolist() == plain.cache.lengths.tolist() and grown.drafted.sum() > 0
+
+
+def test_a_text_begins_with_the_language_and_task_that_are_named(tmp_path):
+    said = {"decoder_start_token_id": 1, "forced_decoder_ids": [[1, None], [2, 20]], "no_timestamps_token_id": 30}
+    said |= {"lang_to_id": {"<|de|>": 10, "<|en|>": 11}, "task_to_id": {"transcribe": 20, "translate": 21}}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    model = dataclasses.replace(whisper(), generation=jaxkv.models.GenerationConfig.read(tmp_path))
+    features, lengths = recordings(0, 1)
+    options = {"features": features, "feature_lengths": lengths, "max_new_tokens": 2}
+    for given, begins in (
+        ({"language": "de"}, (1, 10, 20, 30)),
+        ({"language": "en", "task": "translate"}, (1, 11, 21, 30)),
+    ):
+        result = model.generate(**given, **options)
+        assert result.prompts == (begins,) * 2
+        want = model.generate([begins] * 2, **options)
+        np.testing.assert_array_equal(result.tokens, want.tokens)
+    for given, message in (
+        ({}, "leaves the language open; give language=, one of de, en"),
+        ({"language": "xx"}, "language is 'xx', which is not in this checkpoint's.*; it has de, en"),
+        ({"task": "sing", "language": "de"}, "task is 'sing'.*; it has transcribe, translate"),
+        ({"language": "de", "prompts": [[1]] * 2}, "prompts are given, and language= or task="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(**given, **options)

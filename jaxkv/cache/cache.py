@@ -252,9 +252,12 @@ class Cache:
     def commit(self, step: Step, path: Any) -> Cache:
         """Returns this cache with one branch of the tree of tokens that `step` began, per row, and nothing else of it.
 
-        The keys and values of the branch move up to the row's length, where their depths put them. It can't fail: a
-        ring keeps what it may need again as for any block. Call it before the rows are forked: on pages, a `take` or
-        `copy_prefix` between `begin` and `commit` shares the pages that it writes.
+        The keys and values of the branch move up to the row's length, where their depths put them; a ring keeps what it
+        may need again as for any block. A row can't fail unless it was edited since `begin`. Forked on pages, it needs
+        pages of its own for what moves: without them it is as it was before `begin`, and its `ok` turns False. A row
+        that is of another length than `begin` made it stays as it is, and its `ok` turns False too, unless it holds
+        nothing of the tree any more. After `take`, row r is asked for the branch of its own tree: give trees of one
+        form then.
 
         Args:
           step: of `begin(positions, parents=)`, after all layers have put.

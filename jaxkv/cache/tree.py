@@ -126,17 +126,31 @@ def commit(cache: Any, tree: Tree, rows: Any, known: Any, took: Any, path: Any, 
       path: int32 [B, D].
       whole: whether batch row b is sequence b, for all sequences.
     """
-    length = jnp.where(took, tree.branch(path), 0)
+    num_rows = cache.num_rows
+    at = jnp.clip(rows, 0, num_rows - 1)
+    size = (tree.depth != EMPTY).sum(1, dtype=jnp.int32)
+    there = took & known & (cache.lengths[at] == tree.base + size)  # else the row was edited since
+    length = jnp.where(there, tree.branch(path), 0)
     level = jnp.arange(path.shape[1], dtype=jnp.int32)[None]
     moves = (level < length[:, None]) & (path != level)
     base = tree.base[:, None]
-    at = None if whole else jnp.clip(rows, 0, cache.num_rows - 1)
-    sources, steps = [], []
-    for group in cache.groups:
+    # A fork since then may share the pages that are written.
+    sequence = jnp.where(moves, rows[:, None], num_rows)
+    wanted = [group.slot(base + level) for group in cache.groups]
+    books = [group.pages for group in cache.groups]
+    fit, claimed = cache.layout.claim(books, [sequence] * len(books), wanted, jnp.ones_like(cache.ok))
+    fits = fit[at] | ~moves.any(1)
+    length, moves = jnp.where(fits, length, 0), moves & fits[:, None]
+    only = None if whole else at
+    sources, steps, before, groups = [], [], [], []
+    for group, (pages, copies), to in zip(cache.groups, claimed, wanted, strict=True):
         sources.append(group.slot(base + jnp.maximum(path, 0)))
-        slots = jnp.where(moves, group.slot(base + level), group.num_slots)
-        steps.append(GroupStep(slots, None, None, None, cache.layout.step(group.pages, at), not group.wraps))
+        slots, in_order = jnp.where(moves, to, group.num_slots), not group.wraps
+        steps.append(GroupStep(slots, None, None, None, cache.layout.step(pages, only, copies), in_order))
+        before.append(GroupStep(slots, None, None, None, cache.layout.step(group.pages, only), in_order))
+        groups.append(dataclasses.replace(group, pages=pages))
     step = Step(positions=path, rows=rows, ok=took, spans=None, groups=tuple(steps), whole=whole)
+    old = dataclasses.replace(step, groups=tuple(before))  # where a page is copied, it is still there
 
     def moved(layer: Layer) -> Layer:
         if isinstance(layer.spec.reach, Cross):
@@ -144,7 +158,7 @@ def commit(cache: Any, tree: Tree, rows: Any, known: Any, took: Any, path: Any, 
 
         def move(index: Any, buffer: Any) -> Any:
             # Keys are rotated by depth already, and the branch is as deep as its tokens then lie.
-            x = layer.layout.gather(buffer, index, step, layer.group, sources[layer.group])
+            x = layer.layout.gather(buffer, index, old, layer.group, sources[layer.group])
             return layer.layout.write(buffer, index, step, layer.group, lax.optimization_barrier(x))
 
         def one(buffer: Any) -> Any:
@@ -154,6 +168,9 @@ def commit(cache: Any, tree: Tree, rows: Any, known: Any, took: Any, path: Any, 
 
         return layer.with_buffers(jax.tree.map(one, layer.buffers))
 
-    sequence = jnp.where(took & known, rows, cache.num_rows)
-    kept = jnp.full((cache.num_rows,), FAR, jnp.int32).at[sequence].set(tree.base + length, mode="drop")
-    return edit.rewind(dataclasses.replace(cache, layers=tuple(map(moved, cache.layers))), kept)
+    kept = jnp.full((num_rows,), FAR, jnp.int32)
+    kept = kept.at[jnp.where(there, rows, num_rows)].set(tree.base + length, mode="drop")
+    lost = took & known & ((cache.lengths[at] > tree.base) & ~there | ~fits)
+    ok = cache.ok.at[jnp.where(lost, rows, num_rows)].set(False, mode="drop")
+    layers = tuple(map(moved, cache.layers))
+    return edit.rewind(dataclasses.replace(cache, layers=layers, groups=tuple(groups), ok=ok), kept)

@@ -13,6 +13,7 @@ import jax
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cli.conversation import Conversation, Writing
+from jaxkv.cli.devices import describe_devices, mesh_of, place_of
 from jaxkv.cli.options import COMMANDS, MIN_CAPACITY, Failure, UsageError, describe_commands
 from jaxkv.cli.run import Run, check_capacity, choose_sampling, describe_size
 from jaxkv.cli.source import find, told
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             f"argument --max-new-tokens: answers of {longest:,} tokens leave too little of a cache that holds "
             f"{capacity:,}; give {capacity // 2:,} or less" + _larger(4 * longest, source.context)
         )
-    model = source.load(args.dtype, capacity, storage=args.storage, quiet=args.quiet)
+    model = source.load(args.dtype, capacity, storage=args.storage, quiet=args.quiet, mesh=mesh_of(args.devices))
     interrupts = Interrupts()
 
     def decode(decoding: Run, history: list[int], cache: Cache) -> None:
@@ -58,12 +59,14 @@ def run(args: argparse.Namespace) -> int:
         write(decoding.texts[0].end() + "\n")
 
     with told():
-        cache = Cache.init(model.specs, 1, capacity, slack=min(_SLACK, capacity))
+        cache = Cache.init(model.specs, 1, capacity, slack=min(_SLACK, capacity), sharding=place_of(model))
     say = (lambda text: None) if args.quiet else note
     chat = (Conversation if taught else Writing)(source, cache, longest, decode, say)
     if args.system is not None:
         chat.messages = [{"role": "system", "content": clean(args.system)}]
     say(f"sampling: {chosen.text}")
+    if where := describe_devices(model):
+        say(where)
     say(describe_size(model.specs, 1, capacity))
     say(f"write a line, and the model {'answers' if taught else 'goes on'}; /help shows more, /quit ends")
     talk(chat, interrupts)

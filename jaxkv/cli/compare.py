@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxkv.cache.cache import Cache
+from jaxkv.cli.devices import place_of
 from jaxkv.cli.run import describe_size
 from jaxkv.cli.source import told
 from jaxkv.cli.terminal import counted, note, printable, write
@@ -44,7 +45,7 @@ def compare(args: argparse.Namespace, model: Model, prompt: list[int], max_new_t
         return recompute(state, tokens, len(prompt))[0, len(prompt) :].tolist()
 
     def with_cache(num_tokens: int) -> list[int]:
-        cache = Cache.init(model.specs, 1, capacity)
+        cache = Cache.init(model.specs, 1, capacity, sharding=place_of(model))
         result = generate(model.forward, model.params, [prompt], cache, max_new_tokens=num_tokens)
         return result.tokens[0, : result.lengths[0]].tolist()
 

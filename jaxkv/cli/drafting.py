@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxkv.cache.cache import Cache
+from jaxkv.cli.devices import place_of
 from jaxkv.cli.options import UsageError
 from jaxkv.cli.source import Source, find
 from jaxkv.cli.terminal import counted
@@ -45,18 +46,20 @@ class Drafting:
             )
         return cls(draft)
 
-    def load(self, dtype: str | None, num_tokens: int, *, quiet: bool) -> Drafting:
+    def load(self, dtype: str | None, num_tokens: int, *, quiet: bool, mesh: Any = None) -> Drafting:
         """Returns this with the model; the arguments are those of `Source.load`."""
         if self.source is None:
             return self
-        return dataclasses.replace(self, model=self.source.load(dtype, num_tokens, storage=None, quiet=quiet))
+        model = self.source.load(dtype, num_tokens, storage=None, quiet=quiet, mesh=mesh)
+        return dataclasses.replace(self, model=model)
 
     def options(self, cache: Cache) -> dict[str, Any]:
         """Returns the arguments of `speculate` for a run with this cache."""
         num_draft = max(1, min(_NUM_DRAFT, cache.max_block - 1))
         draft = None
         if self.model is not None:
-            small = Cache.init(self.model.specs, cache.num_rows, cache.capacity, slack=num_draft)
+            sizes = (cache.num_rows, cache.capacity)
+            small = Cache.init(self.model.specs, *sizes, slack=num_draft, sharding=place_of(self.model))
             draft = (self.model.forward, self.model.params, small)
         return {"draft": draft, "num_draft": num_draft}
 

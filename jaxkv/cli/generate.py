@@ -8,6 +8,7 @@ import jax
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cli.compare import compare
+from jaxkv.cli.devices import describe_devices, mesh_of, place_of
 from jaxkv.cli.drafting import Drafting, describe_drafts
 from jaxkv.cli.options import UsageError
 from jaxkv.cli.prompts import Prompt, choose_capacity, read_prompts
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
             "--layout, --speculate and the options for sampling"
         )
     check_view(args)
+    mesh = mesh_of(args.devices)
     source = find(args.model)
     check_ranked(args, source.generation)
     chosen = choose_sampling(args, source.generation, source.stop_tokens, source.said_in)
@@ -39,26 +41,28 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args, source)
     capacity = choose_capacity(args, prompts, source.context)
     longest = max(len(prompt.tokens) + prompt.limit for prompt in prompts)
-    model = source.load(args.dtype, longest, storage=args.storage, quiet=args.quiet)
+    model = source.load(args.dtype, longest, storage=args.storage, quiet=args.quiet, mesh=mesh)
     if drafting is not None:
-        drafting = drafting.load(args.dtype, longest, quiet=args.quiet)
+        drafting = drafting.load(args.dtype, longest, quiet=args.quiet, mesh=mesh)
     if args.compare:
         return compare(args, model, prompts[0].tokens, prompts[0].limit, capacity)
     if args.beams or args.best_of:
         return find_best(args, source, model, prompts, capacity, chosen)
-    texts = [prompt for prompt in prompts for _ in range(args.samples)]
+    texts = [(number, prompt) for number, prompt in enumerate(prompts) for _ in range(args.samples)]
     num_rows = min(args.rows or (_ROWS if args.prompts else args.samples), len(texts))
     layout = layout_of(args, prompts, num_rows, 1, capacity)
     live = len(texts) == 1 and not args.json  # shown as it comes
     runs: list[Run] = []
     reasons: set[str] = set()
     for begin in range(0, len(texts), num_rows):
-        batch = texts[begin : begin + num_rows]
+        numbers, batch = zip(*texts[begin : begin + num_rows], strict=True)
+        begun = dict(zip(numbers, batch, strict=True))  # each is read once for all of its samples
         decoding = Run([Text(source.tokenizer, prompt.tokens) for prompt in batch])
         runs.append(decoding)
         padding = [None] * (num_rows - len(batch))  # so that the last batch is no other program
+        copies = [numbers.count(number) for number in begun]
         key = jax.random.fold_in(jax.random.key(args.seed), begin) if begin else jax.random.key(args.seed)
-        cache = Cache.init(model.specs, num_rows, capacity, layout=layout)
+        cache = Cache.init(model.specs, num_rows, capacity, layout=layout, sharding=place_of(model))
         view = View.of(args, cache, batch[0], source.tokenizer)
         if live:
             (write if view is None else view.begin)(printable(batch[0].text))
@@ -66,9 +70,10 @@ def run(args: argparse.Namespace) -> int:
             with told():
                 steps = decoding.tokens(
                     model,
-                    [*(prompt.tokens for prompt in batch), *padding],
+                    [*(prompt.tokens for prompt in begun.values()), *padding],
                     cache,
-                    max_new_tokens=[*(prompt.limit for prompt in batch), *(1 for _ in padding)],
+                    max_new_tokens=[*(prompt.limit for prompt in begun.values()), *(1 for _ in padding)],
+                    num_samples=[*copies, *(1 for _ in padding)],
                     sampler=chosen.sampler,
                     stop_tokens=source.stop_tokens,
                     key=key,
@@ -97,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         if drafting is not None:
             note(describe_drafts([run.result for run in runs if run.result is not None]))
         note(f"sampling: {chosen.text}")
+        if where := describe_devices(model):
+            note(where)
         note(describe_size(model.specs, num_rows, capacity, layout))
     return 130 if runs[-1].stop else 0
 

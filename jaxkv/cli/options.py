@@ -130,8 +130,8 @@ examples:
     rows_help = "how many texts are decoded at once (default: all samples of one prompt, 8 with --prompts)"
     add("--rows", type=_count, metavar="N", help=rows_help)
     speculate_help = (
-        "guess what comes next, and check many guesses at once: the same text in fewer steps, shown when it is "
-        "complete. lookup guesses from the text itself, a directory is a small checkpoint of the same vocabulary"
+        "guess what comes next, and check many guesses at once: the same text in fewer steps. lookup guesses from the "
+        "text itself, a directory is a small checkpoint of the same vocabulary"
     )
     add("--speculate", metavar="lookup|DIR", help=speculate_help)
     json_help = "print one JSON object for each text: line (with --prompts), prompt, text, tokens, reason, score"
@@ -268,6 +268,8 @@ def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: str, capacit
     dtype_help = "of parameters, computation and cache (default: float32 on a CPU, else the checkpoint's own)"
     add("--dtype", choices=DTYPES, help=dtype_help)
     _add_storage(command)
+    devices_help = "divide the model's heads, MLPs and vocabulary over N local devices (default: one device)"
+    add("--devices", type=_count, metavar="N", help=devices_help)
     length_help = f"at most this many new tokens (default: what generation_config.json says, else {max_new_tokens})"
     add("-n", "--max-new-tokens", type=_tokens, metavar="N", help=length_help)
     for name, (kind, metavar, help) in SAMPLING.items():

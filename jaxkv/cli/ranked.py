@@ -13,6 +13,7 @@ import jax
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.rows import Rows
+from jaxkv.cli.devices import describe_devices, place_of
 from jaxkv.cli.options import DRAWING, UsageError, option
 from jaxkv.cli.prompts import Prompt
 from jaxkv.cli.run import Sampling, describe_size
@@ -21,7 +22,7 @@ from jaxkv.cli.source import Source, told
 from jaxkv.cli.terminal import Text, counted, note, printable, write
 from jaxkv.generate import Candidates, beam_search, best_of
 from jaxkv.models import Model
-from jaxkv.models.choices import pages_for
+from jaxkv.models.searching import pages_for
 
 _ROWS = 8  # decoded at once, where that is enough for a prompt
 
@@ -78,7 +79,7 @@ def find_best(
                 model.forward,
                 model.params,
                 [*(prompt.tokens for prompt in batch), *padding],
-                Cache.init(model.specs, at_once * n, capacity, layout=layout),
+                Cache.init(model.specs, at_once * n, capacity, layout=layout, sharding=place_of(model)),
                 max_new_tokens=[*(prompt.limit for prompt in batch), *(1 for _ in padding)],
                 sampler=chosen.sampler,
                 stop_tokens=source.stop_tokens,
@@ -100,6 +101,8 @@ def find_best(
     if not args.quiet:
         _report(n, prompts, wrote, time.perf_counter() - begun, sorted(reasons), layout)
         note(f"beam search: {counted(n, 'beam')}" if args.beams else f"sampling: {chosen.text}; the best of {n}")
+        if where := describe_devices(model):
+            note(where)
         note(describe_size(model.specs, at_once * n, capacity, layout))
     return 0
 

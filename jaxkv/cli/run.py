@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from jaxkv.cache.rows import Rows
 from jaxkv.cache.spec import EMPTY
 from jaxkv.cli.options import DRAWING, SAMPLING, Failure, UsageError, option
 from jaxkv.cli.terminal import Text, note
-from jaxkv.generate import sampling, speculate, stream
+from jaxkv.generate import sampling, stream, stream_speculation
 from jaxkv.sizes import format_bytes
 
 _PREPARING = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
@@ -138,28 +139,25 @@ class Run:
         sampler: Any,
         stop_tokens: Sequence[int],
         key: Any,
+        num_samples: Any = 1,
         drafting: dict[str, Any] | None = None,
     ) -> Iterator[list[str]]:
         """Yields what each row has got by one more step, as text; `result` is what became of it, however it ends.
 
-        With `drafting`, further arguments of `speculate`, all comes in one step.
+        `drafting` has further arguments of `speculate`.
         """
         silent = {EMPTY, *stop_tokens}
         with self._watching_jax():
             self._begin = time.perf_counter()
             options = {"max_new_tokens": max_new_tokens, "sampler": sampler, "stop_tokens": stop_tokens, "key": key}
-            if drafting is not None:
-                self.result = speculate(model.forward, model.params, prompts, cache, **drafting, **options)
-                self._first = self._last = time.perf_counter()
-                rows = [[token for token in row if token not in silent] for row in self.result.tokens.tolist()]
-                self._with_first = sum(map(len, rows))
-                yield [text.take(row) for text, row in zip(self.texts, rows, strict=False)]
-                return
-            steps = stream(model.forward, model.params, prompts, cache, **options)
+            options["num_samples"] = num_samples
+            how: Any = stream if drafting is None else functools.partial(stream_speculation, **drafting)
+            steps = how(model.forward, model.params, prompts, cache, **options)
             try:
                 for step in steps:
                     self._last = time.perf_counter()
-                    rows = [[] if token in silent else [int(token)] for token in step]
+                    new = step.reshape(len(step), -1).tolist()
+                    rows = [[token for token in row if token not in silent] for row in new]
                     if not self._first:
                         self._first, self._with_first = self._last, sum(map(len, rows))
                     yield [text.take(row) for text, row in zip(self.texts, rows, strict=False)]
@@ -186,8 +184,7 @@ class Run:
         if not self._first:
             return "no token came"
         first = self._first - self._begin
-        what = "first token" if self._with_first <= len(self.texts) else "all tokens"
-        speed = f"{what} after {first:.2f} s ({self.preparing:.2f} s of it preparing programs)"
+        speed = f"first token after {first:.2f} s ({self.preparing:.2f} s of it preparing programs)"
         more = self.num_tokens - self._with_first
         return speed + (f", then {_rate(more / (self._last - self._first))} tokens/s" if more else "")
 

@@ -16,6 +16,7 @@ import jax
 from flax import nnx
 
 from jaxkv.cache.build import stored_as
+from jaxkv.cli.devices import divided
 from jaxkv.cli.options import Failure, UsageError
 from jaxkv.cli.run import keep_compiled_programs
 from jaxkv.cli.storage import storages
@@ -29,6 +30,7 @@ from jaxkv.models import (
     Tokenizer,
     load,
     read_config,
+    tensor_parallel,
     tiny,
 )
 from jaxkv.models.config import context_of
@@ -116,7 +118,7 @@ class Source:
         """Returns what a cache must keep, layer by layer."""
         return list(self.module.specs())
 
-    def load(self, dtype: str | None, num_tokens: int, *, storage: str | None, quiet: bool) -> Model:
+    def load(self, dtype: str | None, num_tokens: int, *, storage: str | None, quiet: bool, mesh: Any = None) -> Model:
         """Returns the model, its weights laid out for decoding where that is faster.
 
         Args:
@@ -124,16 +126,19 @@ class Source:
           num_tokens: how long sequences may become.
           storage: how its cache keeps numbers, as `--storage` names it; None: in the dtype of the computation.
           quiet: whether nothing is shown meanwhile.
+          mesh: of devices over which the model is divided; None: one device.
         """
         keep_compiled_programs()
-        model = self._load(dtype, num_tokens, quiet=quiet)
+        model = self._load(dtype, num_tokens, quiet, mesh)
         with told():
             return dataclasses.replace(model, specs=stored_as(model.specs, storages(storage)))
 
-    def _load(self, dtype: str | None, num_tokens: int, *, quiet: bool) -> Model:
+    def _load(self, dtype: str | None, num_tokens: int, quiet: bool, mesh: Any) -> Model:
         on_cpu = jax.default_backend() == "cpu"
         if self.directory is None:
             model = tiny.load(dtype) if self.shipped is None or dtype else self.shipped
+            if mesh is not None:
+                return divided(model, mesh)
             if not on_cpu:
                 return model
             forward, params = functional(fuse(model.module))
@@ -141,7 +146,8 @@ class Source:
         begin = time.perf_counter()
         with told(), progress_bar("loading", show=not quiet and sys.stderr.isatty()) as progress:
             dtype = dtype or default_dtype()
-            model = load(self.directory, dtype=dtype, context=num_tokens, fuse=on_cpu, progress=progress)
+            how: dict[str, Any] = {"fuse": on_cpu} if mesh is None else {"sharding": tensor_parallel(mesh)}
+            model = load(self.directory, dtype=dtype, context=num_tokens, progress=progress, **how)
         if not quiet:
             seconds = time.perf_counter() - begin
             note(f"{self.name} ({self.family}) loaded as {model.config.dtype.name} in {seconds:.1f} s")

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,9 @@ import numpy as np
 
 from jaxkv.cache.cache import Cache
 from jaxkv.generate import checks
-from jaxkv.generate.candidates import Candidates, check_copies, padded, prepared
+from jaxkv.generate.call import Call
+from jaxkv.generate.candidates import Candidates, check_copies, prepared
+from jaxkv.generate.loop import Plain
 from jaxkv.generate.programs import Form
 from jaxkv.generate.reading import take_rows
 from jaxkv.generate.sampling import Sampler, Temperature
@@ -47,13 +50,13 @@ def best_of(
 
     Runs on the host, not under `jit`. Each prompt is read once, in blocks as `generate` reads it, and its row is taken
     n times: on Pages that moves integers only. Then the loop of `generate` decodes all rows: the samples are those that
-    it gives for n rows of the same prompts in the same order, with the same key.
+    it gives with `num_samples=n` and the same key.
 
     Args:
       forward, params: as for `jaxkv.generate`.
       prompts: P of them, each a sequence of token numbers; None: none, its rows stay idle. What row i holds of prompt i
         is not read again.
-      cache: of n rows for each prompt, or more: sample j of prompt i is drawn in row j * P + i. What the rows from P on
+      cache: of n rows for each prompt, or more: sample j of prompt i is drawn in row i * n + j. What the rows from P on
         hold is forgotten, but for rows behind the last sample. It is donated: go on with `result.cache`.
       n: samples of each prompt.
       max_new_tokens: most tokens of a sample, 1 or more; one number, or one per prompt.
@@ -78,24 +81,26 @@ def best_of(
             f"sampler {sampler} is greedy, so all {n} samples would be the same; give Temperature(0.8), or "
             "temperature=0.8 to a Model"
         )
-    num_prompts, every = len(prompts), padded(prompts, cache)
-    cache, texts, _, _ = checks.check_call(forward, params, every, cache)
-    limits = checks.check_max_new_tokens(max_new_tokens, num_prompts)
-    promised = cache.shared is not None
-    rows = np.arange(cache.num_rows, dtype=np.int32)
-    samples = rows[: n * num_prompts].reshape(n, num_prompts).T
-    steps = Stream(
+    num_prompts = len(prompts)
+    limits, behind = checks.check_max_new_tokens(max_new_tokens, num_prompts).tolist(), 0
+    if isinstance(cache, Cache):
+        behind = cache.num_rows - n * num_prompts
+    call = Call.of(
         forward,
         params,
-        every,
-        prepared(cache, texts[:num_prompts], n),
-        max_new_tokens=[*np.tile(limits, n), *[1] * (rows.size - samples.size)],
+        [*prompts, *[None] * behind],
+        cache,
+        max_new_tokens=[*limits, *[1] * behind],
         sampler=sampler,
         stop_tokens=stop_tokens,
         key=key,
-        forks=(num_prompts, n),
+        num_samples=[*[n] * num_prompts, *[1] * behind],
     )
-    made = steps.run()
+    promised = call.cache.shared is not None
+    rows = np.arange(call.cache.num_rows, dtype=np.int32)
+    samples = rows[: n * num_prompts].reshape(num_prompts, n)
+    call = dataclasses.replace(call, cache=prepared(call.cache, call.texts[:num_prompts], n))
+    made = Stream(Plain(call)).run()
     sums = made.log_probs.sum(1)
     scores = sums if by == "sum" else sums / np.maximum(made.lengths, 1)
     scores = np.where(made.lengths > 0, scores, -np.inf).astype(np.float32)

@@ -12,6 +12,7 @@ from jaxkv.cache.cache import Cache
 from jaxkv.errors import CacheError
 from jaxkv.generate import checks
 from jaxkv.generate.branches import Branches
+from jaxkv.generate.call import Call
 from jaxkv.generate.draft import Small
 from jaxkv.generate.lookup import Lookup
 from jaxkv.generate.programs import Form
@@ -43,10 +44,9 @@ def _is_count(width: Any) -> bool:
     return isinstance(width, int | np.integer) and not isinstance(width, bool) and bool(width >= 1)
 
 
-def checked_drafter(
-    draft: Any, cache: Cache, prompts: Any, vocab_size: int, branches: Branches, ngrams: tuple[Any, Any]
-) -> tuple[Any, Any]:
-    """Returns what drafts, and None or its params, its cache and what that holds [B]; all checked."""
+def checked_drafter(draft: Any, call: Call, branches: Branches, ngrams: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Returns what drafts, and None or its params, its cache and what that holds of the texts [P]; all checked."""
+    cache, vocab_size = call.cache, call.vocab_size
     min_ngram = checked_size("speculate", "min_ngram", ngrams[0], 1)
     max_ngram = checked_size("speculate", "max_ngram", ngrams[1], min_ngram)
     if draft is None:
@@ -58,6 +58,8 @@ def checked_drafter(
         )
     forward, params, small = draft
     try:
+        prompts = [text if text.size else None for text in call.texts]
+        prompts += [None] * (cache.num_rows - len(prompts))
         small, _, held, draft_vocab_size = checks.check_call(forward, params, prompts, small)
     except (ValueError, CacheError) as error:
         raise type(error)(f"draft: {error}") from error
@@ -91,4 +93,4 @@ def checked_drafter(
             f"the draft's cache can go back {goes_back} tokens in its rings, and a draft of which nothing is taken is "
             f"{back}; give Cache.init(slack={back}), or a smaller draft"
         )
-    return drafter, (params, small, held)
+    return drafter, (params, small, held[: len(call.texts)])

@@ -38,3 +38,20 @@ class Generation:
     reasons: tuple[str, ...]
     cache: Any
     error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Speculation(Generation):
+    """A Generation, and what the drafts were good for.
+
+    Attributes:
+      drafted: int32 [B], tokens that were drafted for each row.
+      accepted: int32 [B], those of them that the model would have chosen itself.
+      steps: int32 [B], forward passes of the model that each row took part in; `generate` takes one per token.
+      draft_cache: of the draft model, to go on with: it holds the beginning of what `cache` holds. None without one.
+    """
+
+    drafted: np.ndarray
+    accepted: np.ndarray
+    steps: np.ndarray
+    draft_cache: Any = None

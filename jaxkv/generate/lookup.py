@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxkv.cache.spec import EMPTY
 from jaxkv.generate.branches import Branches
+from jaxkv.generate.programs import Form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Lookup:
     branches: Branches
     min_ngram: int
     max_ngram: int
-    form: None = None  # there is no cache
-    pauses: ClassVar[tuple[int, int]] = (2, 32)  # after bad drafts, at least and at most, in tokens
+    form: ClassVar[Form] = Form.of(None)  # there is no cache
+    pauses: ClassVar[tuple[int, int]] = (1, 32)  # after bad drafts, at least and at most, in guesses that were right
 
     def propose(self, params: Any, cache: None, sampler: Any, keys: Any, state: Any, room: Any) -> tuple[Any, ...]:
         """Returns drafts int32 [B, T - 1], which of them there are, bool [B, T - 1], and no cache: see `Small`."""

@@ -8,11 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxkv.cache.spec import EMPTY
+from jaxkv.generate.call import Call
 from jaxkv.generate.choosing import choose, ends_with, fault, log_prob, row_keys
-from jaxkv.generate.generation import LENGTH, RUNNING, SAMPLER, STOP
+from jaxkv.generate.generation import LENGTH, RUNNING, SAMPLER, STOP, Generation
 from jaxkv.generate.history import History
+from jaxkv.generate.news import news
+from jaxkv.generate.programs import Fixed, Form
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +31,56 @@ class State:
     tokens: Any  # int32 [B, capacity + 1]
     log_probs: Any  # float32 [B, capacity + 1]
     history: Any  # a History of [B, ...]; None unless the sampler needs it
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plain:
+    """The loop of `generate`, as a `Stream` runs it.
+
+    Attributes:
+      call: what is asked.
+    """
+
+    call: Call
+
+    width = 1  # tokens that a step brings to a row
+    kind = Generation
+
+    @property
+    def caches(self) -> tuple[tuple[Any, Any, Any, Any], ...]:
+        """Forward, params, cache and what that holds of the texts [P], for each model that reads them."""
+        return ((self.call.forward, self.call.params, self.call.cache, self.call.held),)
+
+    def begin(self) -> State:
+        """Returns the state before the first step, in NumPy."""
+        call = self.call
+        shape = (len(call.prompts), call.most)  # whatever the limit is, so that it is compiled once
+        return State(
+            token=call.tokens,
+            position=call.last,
+            reason=call.reasons,
+            count=np.int32(0),
+            tokens=np.full(shape, EMPTY, np.int32),
+            log_probs=np.zeros(shape, np.float32),
+            history=call.history,
+        )
+
+    def bound(self, cache: Form, state: Form) -> functools.partial[Any]:
+        """Returns `decode` but for the leaves and when to stop."""
+        call = self.call
+        fixed = Fixed(call.forward, call.sampler, cache, state)
+        return functools.partial(
+            decode, fixed, call.params, jnp.asarray(call.stops), jnp.asarray(call.limits), call.key
+        )
+
+    def written(self, state: State) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the new tokens of each row and their log-probabilities, [B, N] each, N the highest limit."""
+        most = int(self.call.limits.max())
+        return np.array(state.tokens)[:, :most], np.array(state.log_probs)[:, :most]
+
+    def counted(self, counts: np.ndarray) -> dict[str, Any]:
+        """Returns further fields of the result, from `News.counts`."""
+        return {}
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))
@@ -45,9 +99,7 @@ def decode(
       until: int32 scalar.
 
     Returns:
-      Leaves of the cache, leaves of the state, and what the host looks at after each step in one array, int32 [4, B]:
-      the tokens of this call's last step (EMPTY if there was none), the bits of their log-probabilities, the reasons,
-      and the steps so far.
+      Leaves of the cache, leaves of the state, and the `news` of this call's last step, EMPTY if there was none.
     """
     forward, sampler = fixed.forward, fixed.sampler
     cache, state = fixed.cache.build(cache), fixed.state.build(state)
@@ -89,9 +141,9 @@ def decode(
 
     cache, state = jax.lax.while_loop(unfinished, step, (cache, state))
     newest = jnp.where(state.count > before, _column(state.tokens, state.count - 1), EMPTY)
-    log_probs = jax.lax.bitcast_convert_type(_column(state.log_probs, state.count - 1), jnp.int32)
-    newest = jnp.stack([newest, log_probs, state.reason, jnp.broadcast_to(state.count, newest.shape)])
-    return fixed.cache.flatten(cache), fixed.state.flatten(state), newest
+    steps = jnp.broadcast_to(state.count, newest.shape)
+    told = news(newest[:, None], _column(state.log_probs, state.count - 1)[:, None], state.reason, steps)
+    return fixed.cache.flatten(cache), fixed.state.flatten(state), told
 
 
 def _last_columns(tokens: Any, count: Any, n: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache.cache import Cache
+from jaxkv.cache.rows import Rows
 from jaxkv.cache.spec import EMPTY
 from jaxkv.generate import checks
 from jaxkv.generate.programs import Fixed, Form
@@ -152,6 +154,36 @@ def read_block(fixed: Any, params: Any, tokens: Any, positions: Any, cache: Any)
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def take_rows(form: Form, rows: Any, cache: Any) -> tuple[Any]:
     return (form.flatten(form.build(cache).take(rows)),)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def fork(form: Form, sources: Any, last: Any, number: Any, cache: Any) -> tuple[Any]:
+    """Returns leaves of the cache whose rows begin as rows `sources` of it do, as many of them as pages are there for.
+
+    Args:
+      form: of the cache.
+      sources: int32 [R].
+      last: int32 [R], the position of the token that each row is given next; EMPTY: none.
+      number: int32 [R], how many rows before it go on from the same text.
+      cache: its leaves.
+    """
+    cache = form.build(cache).take(sources)
+    if isinstance(cache.layout, Rows):
+        return (form.flatten(cache),)
+
+    # All who share a page want a copy of it to write to, and where no page is free none of them gets one: then the last
+    # lets go of it, until the first can go on.
+    def stuck(carry: tuple[Cache, Any]) -> Any:
+        cache, most = carry
+        after, _ = cache.begin(jnp.where(number < most, last, EMPTY)[:, None])
+        return (most > 1) & ((number == 0) & (last >= 0) & ~after.ok).any()
+
+    def fewer(carry: tuple[Cache, Any]) -> tuple[Cache, Any]:
+        cache, most = carry
+        return cache.reset((number == most - 1) & (last >= 0)), most - 1
+
+    cache, most = jax.lax.while_loop(stuck, fewer, (cache, number.max() + 1))
+    return (form.flatten(dataclasses.replace(cache, ok=cache.ok & ((number < most) | (last < 0)))),)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)

@@ -15,42 +15,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from jaxkv.cache.cache import Cache
-from jaxkv.cache.spec import EMPTY
-from jaxkv.generate import checks
+from jaxkv.generate.call import Call
 from jaxkv.generate.drafters import checked_branches, checked_drafter
-from jaxkv.generate.generation import IDLE, REASONS, RUNNING, Generation
-from jaxkv.generate.history import History
-from jaxkv.generate.programs import Fixed, Form
-from jaxkv.generate.reading import blocks, last_positions, read_block
+from jaxkv.generate.generation import Speculation
 from jaxkv.generate.sampling import Greedy
-from jaxkv.generate.verify import State, run
-from jaxkv.meshes import beside
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Speculation(Generation):
-    """A Generation, and what the drafts were good for.
-
-    Attributes:
-      drafted: int32 [B], tokens that were drafted for each row.
-      accepted: int32 [B], those of them that the model would have chosen itself.
-      steps: int32 [B], forward passes of the model that each row took part in; `generate` takes one per token.
-      draft_cache: of the draft model, to go on with: it holds the beginning of what `cache` holds. None without one.
-    """
-
-    drafted: np.ndarray
-    accepted: np.ndarray
-    steps: np.ndarray
-    draft_cache: Any
+from jaxkv.generate.stream import Stream
+from jaxkv.generate.verify import Speculative
 
 
 def speculate(
@@ -68,6 +42,7 @@ def speculate(
     sampler: Callable[..., Any] = Greedy(),
     stop_tokens: Sequence[Any] | int = (),
     key: Any = None,
+    num_samples: int | Sequence[int] = 1,
 ) -> Speculation:
     """Returns what `generate` returns, in fewer steps: what comes next is guessed, and the model checks many guesses at
     once.
@@ -82,7 +57,7 @@ def speculate(
     All of it is one compiled loop. Where no row has a draft, a step is one of `generate`.
 
     Args:
-      forward, params, prompts, max_new_tokens, sampler, stop_tokens, key: as for `generate`.
+      forward, params, prompts, max_new_tokens, sampler, stop_tokens, key, num_samples: as for `generate`.
       cache: as for `generate`. It is donated. A block is the last token and the draft, so its `max_block` must be above
         the draft's size; a ring goes back as far as a block is long.
       draft: None to look drafts up in the row's own text, for texts that repeat what is there: edits, extracts, code.
@@ -98,7 +73,8 @@ def speculate(
         of a `jaxkv.models.Decoder` does.
       min_ngram, max_ngram: without a draft model, at least and at most so many last tokens are looked up: the place
         where most of them stand is taken, and of equal ones the latest. After a draft of which less than a quarter
-        was right a row makes none for some tokens: 2, 4, 8, up to 32, and fewer again after good ones.
+        was right a row makes none until guesses of one token, which cost nothing, were right so often: 1, 2, 4, up to
+        32 times, and fewer again after good drafts.
 
     Returns:
       A Speculation.
@@ -107,25 +83,63 @@ def speculate(
       ValueError, CacheError: as `generate`; also for a draft model of another vocabulary, a draft cache of other rows
         or capacity, and caches that can't go back by a draft.
     """
-    cache, checked, held, vocab_size = checks.check_call(forward, params, prompts, cache)
-    branches = checked_branches(num_draft, tree, cache)
-    drafter, small = checked_drafter(draft, cache, prompts, vocab_size, branches, (min_ngram, max_ngram))
-    most = cache.capacity + 1  # the last one is what does not fit any more
-    limits = np.minimum(checks.check_max_new_tokens(max_new_tokens, cache.num_rows), most)
-    stops = checks.check_stop_tokens(stop_tokens, vocab_size)
-    key = checks.check_sampler(sampler, key, vocab_size)
-    begin = last_positions(checked)
-    start = _begin(checked, limits, most, sampler, vocab_size, drafter.pauses[0])
-    start = beside(cache, jax.tree.map(jnp.array, start))
-    form = Form.of(start)
-    fixed = Fixed(forward, sampler, Form.of(cache), form)
-    draft_params = None if small is None else small[0]
-    given = fixed, drafter, params, draft_params, jnp.asarray(stops), jnp.asarray(limits), jnp.asarray(begin), key
-    leaves, state_leaves = (tuple(jax.tree.leaves(tree)) for tree in (cache, start))
-    draft_leaves = () if small is None else tuple(jax.tree.leaves(small[1]))
-    # What fails in the loop fails here, before a cache is donated.
+    steps = stream_speculation(
+        forward,
+        params,
+        prompts,
+        cache,
+        max_new_tokens=max_new_tokens,
+        draft=draft,
+        num_draft=num_draft,
+        tree=tree,
+        min_ngram=min_ngram,
+        max_ngram=max_ngram,
+        sampler=sampler,
+        stop_tokens=stop_tokens,
+        key=key,
+        num_samples=num_samples,
+    )
+    made: Any = steps.run()
+    return made
+
+
+def stream_speculation(
+    forward: Callable[..., Any],
+    params: Any,
+    prompts: Sequence[Any],
+    cache: Cache,
+    *,
+    draft: tuple[Callable[..., Any], Any, Cache] | None = None,
+    num_draft: int = 8,
+    tree: Sequence[int] | None = None,
+    min_ngram: int = 3,
+    max_ngram: int = 5,
+    **options: Any,
+) -> Stream:
+    """Returns an iterator over the tokens that `speculate` returns, as they come: what each step brings.
+
+    Each `next` is one forward pass of the model, by the compiled loop of `speculate`. It gives int32 [B, N], N the most
+    tokens that a row can get in a step: a row's new tokens stand in front, EMPTY (-1) behind them.
+
+    Args:
+      forward, params, prompts, cache, draft, num_draft, tree, min_ngram, max_ngram: as for `speculate`.
+      **options: its other arguments: max_new_tokens, sampler, stop_tokens, key, num_samples.
+
+    Raises:
+      ValueError, CacheError: as `speculate`.
+
+    ```python
+    steps = jaxkv.stream_speculation(forward, params, [prompt], cache, max_new_tokens=100)
+    for new in steps:
+        print(new[0][new[0] >= 0])
+    print(steps.result.accepted)
+    ```
+    """
+    call = Call.of(forward, params, prompts, cache, **{"sampler": Greedy(), "stop_tokens": (), "key": None} | options)
+    branches = checked_branches(num_draft, tree, call.cache)
+    drafter, small = checked_drafter(draft, call, branches, (min_ngram, max_ngram))
     try:
-        run.eval_shape(*given, leaves, draft_leaves, state_leaves)
+        return Stream(Speculative(call, drafter, small))
     except TypeError as error:
         if branches.is_chain or "parents" not in str(error):
             raise
@@ -133,66 +147,3 @@ def speculate(
             f"{error}; tree= needs a forward(params, tokens, positions, cache, parents) that gives parents to "
             "cache.begin(positions, parents=parents) and places tokens by step.depths. Without tree= a chain is drafted"
         ) from error
-    with checks.failures_told("decoding"):
-        leaves = _read(forward, params, checked, np.minimum(held, begin), cache)
-        if small is not None:
-            draft_leaves = _read(drafter.forward, draft_params, checked, np.minimum(small[2], begin), small[1])
-        leaves, draft_leaves, state_leaves = run(*given, leaves, draft_leaves, state_leaves)
-        cache, state = fixed.cache.build(leaves), jax.device_get(form.build(state_leaves))
-        checks.check_lengths(np.asarray(cache.lengths), np.where(state.position > begin, state.position, 0))
-    checks.check_sampled(sampler, state.token, state.reason, vocab_size)
-    size = int(limits.max())
-    tokens, log_probs = np.full((len(begin), size), EMPTY, np.int32), np.zeros((len(begin), size), np.float32)
-    lengths = state.position - begin
-    for row, (at, n) in enumerate(zip(begin + 1, lengths, strict=True)):
-        tokens[row, :n], log_probs[row, :n] = state.text[row, at:][:n], state.log_probs[row, at:][:n]
-    return Speculation(
-        tokens=tokens,
-        lengths=lengths,
-        log_probs=log_probs,
-        reasons=tuple(REASONS[i] for i in state.reason),
-        cache=cache,
-        drafted=state.drafted,
-        accepted=state.accepted,
-        steps=state.steps,
-        draft_cache=None if drafter.form is None else drafter.form.build(draft_leaves),
-    )
-
-
-def _begin(
-    prompts: list[np.ndarray], limits: np.ndarray, most: int, sampler: Any, vocab_size: int, pause: int
-) -> State:
-    """Returns the state before the first step, in NumPy."""
-    zeros = np.zeros(len(prompts), np.int32)
-    text = np.full((len(prompts), most), EMPTY, np.int32)
-    for row, prompt in enumerate(prompts):
-        text[row, : prompt.size] = prompt
-    history = None
-    if getattr(sampler, "needs_history", False):
-        rows = [
-            History.of(prompt, vocab_size, size=most, limit=prompt.size + limit)
-            for prompt, limit in zip(prompts, limits, strict=True)
-        ]
-        history = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-    return State(
-        token=np.array([prompt[-1] if prompt.size else 0 for prompt in prompts], np.int32),
-        position=last_positions(prompts),
-        reason=np.array([RUNNING if prompt.size else IDLE for prompt in prompts], np.int32),
-        text=text,
-        log_probs=np.zeros(text.shape, np.float32),
-        history=history,
-        wait=zeros,
-        pause=np.full_like(zeros, pause),
-        drafted=zeros,
-        accepted=zeros,
-        steps=zeros,
-    )
-
-
-def _read(forward: Any, params: Any, prompts: list[np.ndarray], read: np.ndarray, cache: Cache) -> tuple[Any, ...]:
-    """Returns the leaves of the cache after the prompts but for their last tokens."""
-    form = Form.of(cache)
-    fixed, leaves = Fixed(forward, None, form, None), tuple(jax.tree.leaves(cache))
-    for tokens, positions, _ in blocks(prompts, read, last_positions(prompts), cache.max_block):
-        (leaves,) = read_block(fixed, params, tokens, positions, leaves)
-    return leaves

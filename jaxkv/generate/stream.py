@@ -39,88 +39,59 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY
 from jaxkv.errors import CacheError
 from jaxkv.generate import checks
-from jaxkv.generate.generation import IDLE, REASONS, RUNNING, SAMPLER, STOP, Generation
-from jaxkv.generate.history import History
-from jaxkv.generate.loop import State, decode
+from jaxkv.generate.call import Call
+from jaxkv.generate.generation import REASONS, RUNNING, SAMPLER, STOP, Generation, Speculation
+from jaxkv.generate.loop import Plain
+from jaxkv.generate.news import News
 from jaxkv.generate.programs import Fixed, Form
-from jaxkv.generate.reading import blocks, last_positions, read_block, take_rows
+from jaxkv.generate.reading import blocks, fork, last_positions, read_block
 from jaxkv.generate.sampling import Greedy
 from jaxkv.meshes import beside
 
+_ALL = np.iinfo(np.int32).max  # steps: until every row has ended
+
 
 class Stream:
-    """Tokens as they come: an iterator over int32 [B], the next token of each row, EMPTY (-1) for rows that have ended.
+    """Tokens as they come: an iterator over the next token of each row, int32 [B], EMPTY (-1) for rows that have ended.
 
-    Made by `stream`. Nothing is computed before the first `next`. It may be left at any time, by `break` or Ctrl-C:
-    `result` is what there is so far, and iterating can go on later. One thread at a time.
+    Made by `stream`. One made by `stream_speculation` gives what each step brings, int32 [B, N]: a row's tokens stand
+    in front, EMPTY behind them.
+
+    Nothing is computed before the first `next`. It may be left at any time, by `break` or Ctrl-C: `result` is what
+    there is so far, and iterating can go on later. One thread at a time.
     """
 
-    def __init__(
-        self,
-        forward: Any,
-        params: Any,
-        prompts: Any,
-        cache: Cache,
-        *,
-        max_new_tokens: Any,
-        sampler: Any,
-        stop_tokens: Any,
-        key: Any,
-        forks: tuple[int, int] | None = None,
-    ) -> None:
-        """See `stream`; forks (P, n): prompt i < P is read into row i, and goes on in rows i, P + i, 2 P + i, ..."""
-        cache, texts, held, vocab_size = checks.check_call(forward, params, prompts, cache)
-        self._num_read, copies = forks or (len(texts), 1)
-        sources = np.arange(len(texts), dtype=np.int32)
-        sources[: self._num_read * copies] = np.tile(sources[: self._num_read], copies)
-        self._prompts = [texts[i] for i in sources]
-        self._forked = copies == 1
-        most = cache.capacity + 1  # the last one is what does not fit any more
-        limits = np.minimum(checks.check_max_new_tokens(max_new_tokens, cache.num_rows), most)
-        stops = checks.check_stop_tokens(stop_tokens, vocab_size)
-        key = checks.check_sampler(sampler, key, vocab_size)
-        self._limit = int(limits.max())
-        self._sampler, self._vocab_size = sampler, vocab_size
-        self._last = last_positions(self._prompts)
-        self._read = np.minimum(held[sources], self._last)  # how much of each prompt the cache holds
-        self._max_block = cache.max_block
-
-        shape = (cache.num_rows, most)  # whatever the limit is, so that it is compiled once
-        reason = np.array([RUNNING if prompt.size else IDLE for prompt in self._prompts], np.int32)
-        history = None
-        if getattr(sampler, "needs_history", False):
-            rows = [
-                History.of(prompt, vocab_size, size=most, limit=prompt.size + limit)
-                for prompt, limit in zip(self._prompts, limits, strict=True)
-            ]
-            history = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-        state = State(
-            token=np.array([prompt[-1] if prompt.size else 0 for prompt in self._prompts], np.int32),
-            position=self._last,
-            reason=reason,
-            count=np.int32(0),
-            tokens=np.full(shape, EMPTY, np.int32),
-            log_probs=np.zeros(shape, np.float32),
-            history=history,
-        )
-        state = beside(cache, jax.tree.map(jnp.array, state))
-        self._forms = Form.of(cache), Form.of(state)
-        self._cache, self._state = (tuple(jax.tree.leaves(tree)) for tree in (cache, state))
-        self._read_block = functools.partial(read_block, Fixed(forward, None, self._forms[0], None), params)
-        self._fork = functools.partial(take_rows, self._forms[0], sources)
-        fixed = Fixed(forward, sampler, *self._forms)
-        self._decode = functools.partial(decode, fixed, params, jnp.asarray(stops), jnp.asarray(limits), key)
-        # A forward or a sampler that fails in the loop fails here, before the cache is donated.
-        decode.eval_shape(*self._decode.args, self._cache, self._state, np.int32(0))
-        self._newest = np.stack([np.full_like(reason, EMPTY), 0 * reason, reason, 0 * reason])
-        self._steps = [self._newest]  # each step's, so that a loop that fails takes no token along
+    def __init__(self, program: Any) -> None:
+        """Takes the loop that it runs, a `loop.Plain` or a `verify.Speculative`."""
+        call = program.call
+        self._program, self._call = program, call
+        self._last = last_positions(call.texts)
+        trees: dict[str, Any] = {}
+        self._unread: list[tuple[Any, ...]] = []  # a cache's name, its longest block, what reads one, how much is read
+        self._unforked: list[str] = []
+        for name, (forward, params, cache, held) in zip(("_cache", "_draft"), program.caches, strict=False):
+            trees[name] = cache
+            if forward is not None:
+                read = functools.partial(read_block, Fixed(forward, None, Form.of(cache), None), params)
+                self._unread.append((name, cache.max_block, read, np.minimum(held, self._last)))
+                self._unforked += [] if call.forks is None else [name]
+        trees["_state"] = beside(call.cache, jax.tree.map(jnp.array, program.begin()))
+        self._forms = {name: Form.of(tree) for name, tree in trees.items()}
+        vars(self).update({name: tuple(jax.tree.leaves(tree)) for name, tree in trees.items()})
+        self._advance = program.bound(*self._forms.values())
+        # A forward or a sampler that fails in the loop fails here, before a cache is donated.
+        self._advance.func.eval_shape(*self._advance.args, *map(vars(self).get, trees), np.int32(0))
+        nothing = np.full((program.width, call.reasons.size), EMPTY, np.int32)
+        zeros = np.zeros((3, call.reasons.size), np.int32)
+        self._newest = np.concatenate([nothing, 0 * nothing, call.reasons[None], zeros])
+        self._steps = [News(self._newest, program.width)]  # each step's, so that a loop that fails takes no token along
         self._checked = False  # whether the lengths of the cache were looked at
         self._error: str | None = None
         self._lock = threading.RLock()  # of one thread: Ctrl-C may strike before it is given back
 
     _cache: tuple[Any, ...]
     _state: tuple[Any, ...]
-    _newest: Any  # int32 [4, B], see `decode`
+    _newest: Any  # see `news`
 
     def __iter__(self) -> Stream:
         return self
@@ -128,15 +99,15 @@ class Stream:
     def __next__(self) -> np.ndarray:
         self._enter()
         try:
-            _, _, reason, (count, *_) = self._guarded(self._look)
-            if self._error is None and (reason != RUNNING).all():
-                raise StopIteration
-            tokens = self._advance(count + 1)
+            tokens = np.full((self._call.reasons.size, self._program.width), EMPTY, np.int32)
+            while (tokens == EMPTY).all():  # a step may bring nothing
+                told = self._guarded(self._look)
+                if self._error is None and (told.reasons != RUNNING).all():
+                    raise StopIteration
+                tokens = self._decode(told.count + 1).tokens.copy()
         finally:
             self._lock.release()
-        if (tokens == EMPTY).all():  # the rows that were left have ended without a token
-            raise StopIteration
-        return tokens
+        return tokens if self._program.kind is Speculation else tokens[:, 0]
 
     @property
     def result(self) -> Generation:
@@ -147,16 +118,16 @@ class Stream:
                 self._guarded(self._look)
             if self._error is not None:
                 return self._rest()
-            cache, state = self._forms[0].build(self._cache), self._forms[1].build(self._state)
-            tokens, log_probs = np.array(state.tokens)[:, : self._limit], np.array(state.log_probs)[:, : self._limit]
+            caches = {name: form.build(getattr(self, name)) for name, form in self._forms.items()}
+            tokens, log_probs = self._program.written(caches.pop("_state"))
         finally:
             self._lock.release()
-        return _generation(tokens, log_probs, tuple(REASONS[i] for i in self._steps[-1][2]), cache)
+        return self._generation(tokens, log_probs, tuple(REASONS[i] for i in self._steps[-1].reasons), caches)
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why each row has ended, "running" if it hasn't: `result.reasons`, without a look at the device."""
-        return tuple(REASONS[i] for i in self._look()[2])
+        return tuple(REASONS[i] for i in self._look().reasons)
 
     def stop(self, rows: Any) -> None:
         """Ends some rows after the tokens that they have, for the reason "stop".
@@ -168,18 +139,20 @@ class Stream:
           ValueError: for another shape or dtype.
         """
         rows = np.asarray(rows)
-        if rows.dtype != bool or rows.shape != (len(self._prompts),):
-            raise ValueError(f"rows is {rows.dtype}{list(rows.shape)}; give bool [{len(self._prompts)}], one per row")
+        if rows.dtype != bool or rows.shape != self._call.reasons.shape:
+            raise ValueError(
+                f"rows is {rows.dtype}{list(rows.shape)}; give bool [{self._call.reasons.size}], one per row"
+            )
         self._enter()
         try:
-            newest = self._look().copy()
-            newest[2] = np.where(rows & (newest[2] == RUNNING), STOP, newest[2])
-            state = self._forms[1].build(self._state)
+            told = self._look()
+            told = told.ending(rows & (told.reasons == RUNNING), STOP)
+            state = self._forms["_state"].build(self._state)
             leaves = [
-                jax.device_put(newest[2], leaf.sharding) if leaf is state.reason else leaf for leaf in self._state
+                jax.device_put(told.reasons, leaf.sharding) if leaf is state.reason else leaf for leaf in self._state
             ]
-            vars(self).update(_state=tuple(leaves), _newest=newest)
-            self._steps[-1] = newest
+            vars(self).update(_state=tuple(leaves), _newest=told.array)
+            self._steps[-1] = told
         finally:
             self._lock.release()
 
@@ -187,7 +160,7 @@ class Stream:
         """Decodes until every row has ended, without a stop at the host, and returns the Generation."""
         self._enter()
         try:
-            self._advance(self._limit)
+            self._decode(_ALL)
             return self.result
         finally:
             self._lock.release()
@@ -199,39 +172,44 @@ class Stream:
                 "cache of its own"
             )
 
-    def _look(self) -> np.ndarray:
-        """Returns what the last step told, int32 [4, B], and keeps it."""
-        newest = np.asarray(self._newest)
-        if newest[3, 0] != self._steps[-1][3, 0]:
-            self._steps.append(newest)
+    def _look(self) -> News:
+        """Returns what the last step told, and keeps it."""
+        told = News(np.asarray(self._newest), self._program.width)
+        if told.count != self._steps[-1].count:
+            self._steps.append(told)
         return self._steps[-1]
 
-    def _advance(self, until: int) -> np.ndarray:
-        """Decodes up to `until` tokens per row, reading the prompts first, and returns the newest, int32 [B]."""
+    def _decode(self, until: int) -> News:
+        """Decodes up to `until` steps, reading the prompts first, and returns what the last of them told."""
         if self._error is not None:
             raise CacheError(self._error)
-        checks.check_alive(self._cache)
-        newest = self._guarded(lambda: self._run(until))
+        for name in self._forms:
+            checks.check_alive(getattr(self, name))
+        told = self._guarded(lambda: self._run(until))
         if not self._checked:  # once: a look at the lengths waits for the device
-            cache, state = self._forms[0].build(self._cache), self._forms[1].build(self._state)
+            cache, state = (self._forms[name].build(getattr(self, name)) for name in ("_cache", "_state"))
             lengths, position = jax.device_get((cache.lengths, state.position))
-            checks.check_lengths(lengths, np.where(position > self._last, position, 0))
+            checks.check_lengths(lengths, np.where(position > self._call.last, position, 0))
             self._checked = True
-        if (newest[2] == SAMPLER).any():
-            token = self._forms[1].build(self._state).token
-            checks.check_sampled(self._sampler, token, newest[2], self._vocab_size)
-        return newest[0].copy()
+        if (told.reasons == SAMPLER).any():
+            token = self._forms["_state"].build(self._state).token
+            checks.check_sampled(self._call.sampler, token, told.reasons, self._call.vocab_size)
+        return told
 
-    def _run(self, until: int) -> np.ndarray:
-        n = self._num_read
-        for tokens, positions, taken in blocks(self._prompts[:n], self._read[:n], self._last[:n], self._max_block):
-            self._set(("_cache",), self._read_block, tokens, positions, self._cache)
-            self._read = np.append(self._read[:n] + taken, self._read[n:])
-        if not self._forked:
-            self._set(("_cache",), self._fork, self._cache)
-            self._forked = True
-        limit = np.int32(min(until, self._limit))
-        self._set(("_cache", "_state", "_newest"), self._decode, self._cache, self._state, limit)
+    def _run(self, until: int) -> News:
+        while self._unread:
+            name, max_block, read, held = self._unread[0]
+            for tokens, positions, taken in blocks(self._call.texts, held, self._last, max_block):
+                self._set((name,), read, tokens, positions, getattr(self, name))
+                held = held + taken
+                self._unread[0] = (name, max_block, read, held)
+            self._unread.pop(0)
+        while self._unforked:
+            name = self._unforked[0]
+            self._set((name,), functools.partial(fork, self._forms[name], *self._call.forks), getattr(self, name))
+            self._unforked.pop(0)
+        names = tuple(self._forms)
+        self._set((*names, "_newest"), self._advance, *map(vars(self).get, names), np.int32(until))
         return self._look()
 
     def _set(self, names: tuple[str, ...], function: Callable[..., Any], *args: Any) -> None:
@@ -240,7 +218,7 @@ class Stream:
         results = itertools.chain.from_iterable(map(function, *([arg] for arg in args)))
         vars(self).update(zip(names, results, strict=True))
 
-    def _guarded(self, function: Callable[[], np.ndarray]) -> np.ndarray:
+    def _guarded(self, function: Callable[[], News]) -> News:
         """Returns what the function does; if it fails and takes the cache along, that is kept and told."""
         try:
             return function()
@@ -251,20 +229,18 @@ class Stream:
             raise CacheError(self._error) from error
 
     def _survives(self) -> bool:
-        """Whether cache and state are there after a failure: it may have come before they were donated."""
-        leaves = (*self._cache, *self._state)
+        """Whether caches and state are there after a failure: it may have come before they were donated."""
+        leaves = [getattr(self, name) for name in self._forms]
         try:
-            return not any(leaf.is_deleted() for leaf in leaves) and bool(jax.block_until_ready(leaves))
+            gone = any(leaf.is_deleted() for leaf in jax.tree.leaves(leaves))
+            return not gone and bool(jax.block_until_ready(leaves))
         except Exception:  # noqa: BLE001  (what the failed program left behind raises what failed in it)
             return False
 
     def _what_happened(self, error: Exception) -> str:
-        num_told = len(self._steps) - 1
-        kept = (
-            f"stream.result has the {num_told} tokens per row that came before"
-            if num_told
-            else "No token had come out of it yet"
-        )
+        kept = "No token had come out of it yet"
+        if len(self._steps) > 1:
+            kept = f"stream.result has the tokens of the {len(self._steps) - 1} steps that came before"
         return (
             f"the compiled loop failed: {checks.cause_of(error)}. {kept}; the cache was donated to it and is lost: "
             "make a new one with Cache.init"
@@ -272,16 +248,30 @@ class Stream:
 
     def _rest(self) -> Generation:
         """The Generation of a loop that failed: what came out of it before."""
-        shape = (len(self._prompts), self._limit)
+        shape = (self._call.reasons.size, int(self._call.limits.max()))
         tokens, log_probs = np.full(shape, EMPTY, np.int32), np.zeros(shape, np.float32)
-        for newest in self._steps[1:]:
-            tokens[:, newest[3, 0] - 1], log_probs[:, newest[3, 0] - 1] = newest[0], newest[1].view(np.float32)
-        reasons = ("failed" if i == RUNNING else REASONS[i] for i in self._steps[-1][2])
-        return _generation(tokens, log_probs, tuple(reasons), None, self._error)
+        lengths = np.zeros(shape[0], np.int32)
+        for told in self._steps[1:]:
+            for row, new in enumerate(told.tokens != EMPTY):
+                at = slice(lengths[row], lengths[row] + new.sum())
+                tokens[row, at], log_probs[row, at] = told.tokens[row, new], told.log_probs[row, new]
+            lengths += (told.tokens != EMPTY).sum(1)
+        reasons = ("failed" if i == RUNNING else REASONS[i] for i in self._steps[-1].reasons)
+        return self._generation(tokens, log_probs, tuple(reasons), {})
 
-
-def _generation(tokens: Any, log_probs: Any, reasons: Any, cache: Any, error: str | None = None) -> Generation:
-    return Generation(tokens, (tokens != EMPTY).sum(1, dtype=np.int32), log_probs, reasons, cache, error)
+    def _generation(self, tokens: Any, log_probs: Any, reasons: Any, caches: dict[str, Any]) -> Generation:
+        more = self._program.counted(self._steps[-1].counts)
+        if "_draft" in caches:
+            more["draft_cache"] = caches["_draft"]
+        return self._program.kind(
+            tokens=tokens,
+            lengths=(tokens != EMPTY).sum(1, dtype=np.int32),
+            log_probs=log_probs,
+            reasons=reasons,
+            cache=caches.get("_cache"),
+            error=self._error,
+            **more,
+        )
 
 
 def stream(
@@ -294,13 +284,24 @@ def stream(
     sampler: Callable[..., Any] = Greedy(),
     stop_tokens: Sequence[Any] | int = (),
     key: Any = None,
+    num_samples: int | Sequence[int] = 1,
 ) -> Stream:
     """Returns an iterator over the tokens that `generate` returns, as they come. See `generate`, `Stream`.
 
     It runs the compiled loop of `generate`, one step at a time: the tokens are exactly the same.
     """
-    options = {"max_new_tokens": max_new_tokens, "sampler": sampler, "stop_tokens": stop_tokens, "key": key}
-    return Stream(forward, params, prompts, cache, **options)
+    call = Call.of(
+        forward,
+        params,
+        prompts,
+        cache,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        stop_tokens=stop_tokens,
+        key=key,
+        num_samples=num_samples,
+    )
+    return Stream(Plain(call))
 
 
 def generate(
@@ -313,6 +314,7 @@ def generate(
     sampler: Callable[..., Any] = Greedy(),
     stop_tokens: Sequence[Any] | int = (),
     key: Any = None,
+    num_samples: int | Sequence[int] = 1,
 ) -> Generation:
     """Continues every prompt, all rows together, and returns the tokens and the cache to go on from.
 
@@ -335,13 +337,17 @@ def generate(
         of an image): give any token at each of its places. None leaves a row idle.
       cache: holds the beginning of each prompt, or nothing. It is donated, and is gone after the call: go on with
         `result.cache`.
-      max_new_tokens: most tokens per row, 1 or more; one number, or one per row.
+      max_new_tokens: most tokens per row, 1 or more; one number, or one per prompt.
       sampler: from `jaxkv.sampling`, or a hashable `sample(key, logits) -> token`, called per row with a PRNG key and
         float32 logits [V], returning an integer scalar. The key comes from `key`, the row and the position.
       stop_tokens: a row ends after one of these. A token, or several that follow one another: `[0, [13, 10]]`. All of
         them must have been generated.
       key: PRNG key, from `jax.random.key(seed)`. Greedy samplers don't need it, nor does a function of your own that
         doesn't read its key: without `key` it gets None.
+      num_samples: in how many rows each prompt goes on, one after the other; one number, or one per prompt. The cache
+        has as many rows as that makes in all. Each prompt is read once: what row i holds of prompt i is not read again,
+        and what other rows hold is forgotten. Then rows go on from it as from prompts of their own; on Pages, samples
+        that find no page end as "full".
 
     Returns:
       A Generation.
@@ -355,4 +361,4 @@ def generate(
         cache are then lost. (A stream keeps the tokens that came before.)
     """
     options = {"max_new_tokens": max_new_tokens, "sampler": sampler, "stop_tokens": stop_tokens, "key": key}
-    return Stream(forward, params, prompts, cache, **options).run()
+    return stream(forward, params, prompts, cache, num_samples=num_samples, **options).run()

@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from jaxkv.cache.cache import Cache
+from jaxkv.cache.spec import EMPTY
 from jaxkv.generate import Stream
 
 
@@ -25,6 +28,7 @@ class Completion:
       prompts: the tokens of each prompt; none for an idle row.
       cache: holds prompts and tokens but for the last token of each row. Give this whole object as `cache=` to go on.
       error: what happened, if the compiled loop failed; else None.
+      drafted, accepted, steps: of speculation, see `jaxkv.Speculation`; None without.
     """
 
     texts: tuple[str, ...] | None
@@ -35,6 +39,9 @@ class Completion:
     prompts: tuple[tuple[int, ...], ...]
     cache: Any
     error: str | None = None
+    drafted: np.ndarray | None = None
+    accepted: np.ndarray | None = None
+    steps: np.ndarray | None = None
 
     @property
     def text(self) -> str:
@@ -102,7 +109,8 @@ class TextStream:
                 return pieces[0]
 
     def _step(self, tokens: np.ndarray) -> tuple[str, ...]:
-        pieces = [text.take([token]) for text, token in zip(self._texts, tokens.tolist(), strict=True)]
+        new = tokens.reshape(len(self._texts), -1).tolist()
+        pieces = [text.take(tokens) for text, tokens in zip(self._texts, new, strict=True)]
         found = np.array([text.found for text in self._texts])
         if found.any():
             self._stream.stop(found)
@@ -124,13 +132,27 @@ class TextStream:
     def result(self) -> Completion:
         """The Completion so far. Its cache is donated when the iteration goes on."""
         made = self._stream.result
+        fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+        fields.pop("draft_cache", None)
         texts = None
         if self._tokenizer is not None:  # anew: Ctrl-C may have struck between a token and its text
-            texts = tuple(
-                text.take(tokens.tolist()) + text.end() for text, tokens in zip(self._begin(), made.tokens, strict=True)
-            )
-        fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+            rows = self._begin()
+            pieces = [row.take(tokens.tolist()) + row.end() for row, tokens in zip(rows, made.tokens, strict=True)]
+            texts, lengths = tuple(pieces), np.array([row.num_tokens for row in rows], np.int32)
+            if (lengths < made.lengths).any():  # a step of speculation went past a stop string
+                fields |= self._cut(made, lengths)
         return Completion(texts=texts, prompts=self._prompts, **fields)
+
+    def _cut(self, made: Any, lengths: np.ndarray) -> dict[str, Any]:
+        """Returns fields of the result with rows that end after so many tokens [B]."""
+        there = np.arange(made.tokens.shape[1]) < lengths[:, None]
+        fields: dict[str, Any] = {"tokens": np.where(there, made.tokens, EMPTY), "lengths": lengths}
+        fields["log_probs"] = np.where(there, made.log_probs, 0)
+        if made.cache is not None:
+            kept = np.array([len(prompt) for prompt in self._prompts], np.int32) + lengths - 1
+            kept = np.where(lengths < made.lengths, kept, np.iinfo(np.int32).max)
+            fields["cache"] = rewound(made.cache, kept.astype(np.int32))
+        return fields
 
 
 class _Text:
@@ -140,16 +162,23 @@ class _Text:
         self._decoder, self._stop_tokens, self._stop_strings = decoder, stop_tokens, stop_strings
         self._held = ""  # what may be the beginning of a stop string
         self.found = False  # whether there was one
+        self.num_tokens = 0  # so many were taken
 
     def join(self, prompt: Sequence[int]) -> None:
         """Lets the text be what follows the prompt's: a space stays between words."""
         self._decoder.take(prompt)
 
     def take(self, tokens: Sequence[int]) -> str:
-        """Returns what these tokens complete."""
+        """Returns what these tokens complete; those behind a stop string are not looked at."""
+        tokens = [token for token in tokens if token >= 0]
+        whole = not self._stop_strings
+        return "".join(map(self._take, [tokens] if whole else ([token] for token in tokens)))
+
+    def _take(self, tokens: Sequence[int]) -> str:
         if self.found:
             return ""
-        shown = [token for token in tokens if token >= 0 and token not in self._stop_tokens]
+        self.num_tokens += len(tokens)
+        shown = [token for token in tokens if token not in self._stop_tokens]
         return self._let_go(self._decoder.take(shown), at_end=False)
 
     def end(self) -> str:
@@ -169,3 +198,20 @@ class _Text:
 
     def _may_begin(self, end: str) -> bool:
         return any(stop.startswith(end) for stop in self._stop_strings)
+
+
+def rewound(cache: Cache, lengths: Any) -> Cache:
+    """Returns a cache with rows cut to these lengths; both share what is not changed, and none is donated.
+
+    So the Completion that is gone on from is whole if something else does not fit.
+    """
+    leaves, form = jax.tree.flatten(cache)
+    changed = _changed_by_rewind(cache, lengths)
+    return jax.tree.unflatten(form, [old if new is None else new for new, old in zip(changed, leaves, strict=True)])
+
+
+@jax.jit
+def _changed_by_rewind(cache: Cache, lengths: Any) -> list[Any]:
+    # A compiled program copies what it returns, keys and values too if it had to return them.
+    leaves = zip(jax.tree.leaves(cache.rewind(lengths).retry(~cache.ok)), jax.tree.leaves(cache), strict=True)
+    return [None if new is old else new for new, old in leaves]

@@ -232,6 +232,7 @@ class EncoderDecoder(nnx.Module):
         tokens: Any,
         positions: Any = None,
         cache: Cache | None = None,
+        parents: Any = None,
         *,
         features: Any = None,
         lengths: Any = None,
@@ -242,6 +243,7 @@ class EncoderDecoder(nnx.Module):
           tokens: int [B, T].
           positions: int [B, T], EMPTY for padding; without a cache None means 0, 1, 2, ... in every row.
           cache: None, or what the tokens continue, made from `specs()`; a row that was not encoded hears nothing.
+          parents: with a cache: int [B, T], if the tokens are a tree, see `Cache.begin`.
           features: without a cache: float [B, frames, num_mel_bins].
           lengths: without a cache: int [B], frames of each row that are real; None means all.
 
@@ -255,20 +257,23 @@ class EncoderDecoder(nnx.Module):
         if cache is None:
             lengths = self._frames(features, lengths)
         specs = rows_of(tokens) if cache is None else (rows_of(tokens), like(cache))
-        return spread(EncoderDecoder._run, specs, self, tokens, positions, cache, features, lengths)
+        return spread(EncoderDecoder._run, specs, self, tokens, positions, cache, parents, features, lengths)
 
-    def _run(self, tokens: Any, positions: Any, cache: Cache | None, features: Any, lengths: Any) -> Any:
-        if positions is None:
+    def _run(self, tokens: Any, positions: Any, cache: Cache | None, parents: Any, features: Any, lengths: Any) -> Any:
+        step, depths = None, positions
+        if cache is not None:
+            cache, step = cache.begin(positions, parents=parents)
+            depths = step.depths
+        if depths is None:
             x = self.embed(tokens) + self.positions(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :])
         else:  # NaN of an unknown token in padding would spread
-            x = self.embed(jnp.where(positions < 0, 0, tokens)) + self.positions(jnp.maximum(positions, 0))
+            x = self.embed(jnp.where(depths < 0, 0, tokens)) + self.positions(jnp.maximum(depths, 0))
         layers: list[Any] = []
         if cache is None:
             encoded, lengths = self.encoder(features, lengths), encoded_lengths(lengths)
             for block in self.layers:
                 x, _ = block(x, positions, encoded, lengths, None, None, None)
         else:
-            cache, step = cache.begin(positions)
             for block, layer, cross_layer in zip(self.layers, cache.layers[::2], cache.layers[1::2], strict=True):
                 x, layer = block(x, None, None, None, layer, cross_layer, step)
                 layers += [layer, cross_layer]

@@ -13,7 +13,7 @@ from typing import Any
 from jaxkv.generate.sampling import Chain
 from jaxkv.generate.sampling import sampler as make_sampler
 from jaxkv.logs import log
-from jaxkv.models.families.fields import FLAG, POSITIVE, Field, Fields, Kind, List, Number, OrNull, Pair, Text
+from jaxkv.models.families.fields import FLAG, POSITIVE, Field, Fields, Kind, List, Names, Number, OrNull, Pair, Text
 from jaxkv.models.files import read_json
 
 _DRAWING = ("temperature", "top_k", "top_p", "min_p")
@@ -46,6 +46,8 @@ class GenerationConfig:
         begin_suppress_tokens, min_length, min_new_tokens: what changes logits before, see `jaxkv.sampling.sampler`.
       start_tokens: how the text of an encoder-decoder begins (Whisper: language and task); None stands for a token that
         is up to the user.
+      language_tokens, task_tokens: what stands for each language and task in how it begins, (name, token) each.
+      untimed_token: ends how it begins, where no timestamps are wanted.
       ignored: what the file asks for and is not obeyed, such as "num_beams 4".
 
     >>> config = GenerationConfig(stop_tokens=(2,), greedy=False, temperature=0.6, top_p=0.9)
@@ -74,6 +76,9 @@ class GenerationConfig:
     min_length: int | None = None
     min_new_tokens: int | None = None
     start_tokens: tuple[int | None, ...] = ()
+    language_tokens: tuple[tuple[str, int], ...] = ()
+    task_tokens: tuple[tuple[str, int], ...] = ()
+    untimed_token: int | None = None
     ignored: tuple[str, ...] = ()
 
     @property
@@ -105,6 +110,32 @@ class GenerationConfig:
         if given.keys() & {"bad_words_ids", "min_length", "min_new_tokens"}:
             told["stop_tokens"] = self.stop_tokens
         return make_sampler(**told | given)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The names that `beginning` knows of languages."""
+        return tuple(name for name, _ in self.language_tokens)
+
+    def beginning(self, language: str | None = None, task: str | None = None) -> tuple[int | None, ...]:
+        """Returns how the text of an encoder-decoder begins: `start_tokens`, with this language and task.
+
+        A language without a task is transcribed, as in transformers.
+
+        Raises:
+          ValueError: for a name that the checkpoint doesn't have.
+
+        >>> tokens = {"language_tokens": (("de", 7), ("en", 8)), "task_tokens": (("transcribe", 3), ("translate", 4))}
+        >>> GenerationConfig(start_tokens=(1, None, 3, 9), untimed_token=9, **tokens).beginning("de", "translate")
+        (1, 7, 4, 9)
+        """
+        if language is None and task is None:
+            return self.start_tokens
+        said = dict(enumerate(token for token in self.start_tokens if token != self.untimed_token))
+        tongue = _named("language", language, self.language_tokens, said.get(1))
+        if task is None and said.get(2) is None and "transcribe" in dict(self.task_tokens):
+            task = "transcribe"
+        tokens = (*self.start_tokens[:1], tongue, _named("task", task, self.task_tokens, said.get(2)))
+        return tokens if self.untimed_token is None else (*tokens, self.untimed_token)
 
     def within(self, vocab_size: int) -> GenerationConfig:
         """Returns it without the stop tokens and suppressed tokens that a vocabulary does not have: they never come."""
@@ -158,9 +189,23 @@ class GenerationConfig:
             logit_bias=told["sequence_bias"],
             forced_tokens=tuple(forced.items()) or None,
             start_tokens=_start_tokens(told),
+            # "<|de|>" is called "de"
+            language_tokens=tuple((name.strip("<|>"), token) for name, token in (told["lang_to_id"] or {}).items()),
+            task_tokens=tuple((told["task_to_id"] or {}).items()),
+            untimed_token=(told["no_timestamps_token_id"] or (None,))[0],
             ignored=ignored,
             **{field.name: told[field.name] for field in dataclasses.fields(cls) if field.name in _SAME},
         )
+
+
+def _named(what: str, name: str | None, known: tuple[tuple[str, int], ...], default: int | None) -> int | None:
+    """Returns the token of a language or task."""
+    if name is None:
+        return default
+    if name not in dict(known):
+        possible = f"it has {', '.join(name for name, _ in known)}" if known else "it names none: leave it out"
+        raise ValueError(f"{what} is {name!r}, which is not in this checkpoint's generation_config.json; {possible}")
+    return dict(known)[name]
 
 
 def _start_tokens(told: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -225,6 +270,8 @@ _KINDS: dict[str, Kind] = {
     "forced_decoder_ids": List(Pair((_TOKEN, OrNull(_TOKEN))), _LISTED),
     "decoder_start_token_id": _TOKENS,
     "no_timestamps_token_id": _TOKENS,
+    "lang_to_id": Names(_TOKEN, _LISTED),
+    "task_to_id": Names(_TOKEN, _LISTED),
 }
 _FIELDS = {name: Field(kind, None) for name, kind in _KINDS.items()}
 _SAME = _FIELDS.keys() - {"eos_token_id", "stop_strings"}  # those of one name in the file and in GenerationConfig
@@ -290,8 +337,6 @@ _NO_MATTER = {
     "use_mtp",
     "alignment_heads",
     "is_multilingual",
-    "lang_to_id",
-    "task_to_id",
     "max_initial_timestamp_index",
     "prev_sot_token_id",
 }

@@ -14,10 +14,12 @@ from flax import nnx
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import LayerSpec
 from jaxkv.generate import beam_search, best_of
-from jaxkv.models.choices import Choices, choose
+from jaxkv.models.asked import Asked
+from jaxkv.models.choices import Choices
 from jaxkv.models.completing import key_of, start
 from jaxkv.models.completion import Completion, TextStream
 from jaxkv.models.generation import GenerationConfig
+from jaxkv.models.searching import choose
 from jaxkv.nn.nnx import Forward, functional
 
 
@@ -121,8 +123,8 @@ class Model:
           max_new_tokens: most tokens per row; one number, or one per row. None: what the checkpoint says, else 256, but
             no more than the model was made for.
           cache: None makes one, of 1,024 tokens or as many as are needed. The Completion of an earlier call goes on
-            from it: what its cache holds is not read again. Or a Cache: an empty one, or for prompts of tokens one that
-            holds the beginning of each. It is donated.
+            from it, what `beam_search` or `best_of` found from its best text: what its cache holds is not read again.
+            Or a Cache: an empty one, or for prompts of tokens one that holds the beginning of each. It is donated.
           sampler: in place of the checkpoint's, see `jaxkv.generate`.
           stop_tokens: in place of the checkpoint's, see `jaxkv.generate`.
           stop_strings: in place of the checkpoint's. A row ends where one of these stands in what was generated, with
@@ -132,6 +134,13 @@ class Model:
           key: a PRNG key in place of the seed.
           chat: variables for the chat template, such as {"enable_thinking": False}.
           features, feature_lengths: what an encoder-decoder hears, as for `EncoderDecoder.encode_into`, one per row.
+          language, task: how the text of an encoder-decoder begins, in place of prompts: by the names that its
+            checkpoint has, such as language="de", task="translate".
+          num_samples: how many texts of each prompt, drawn apart. A prompt is read once; its texts come one after the
+            other. A cache that is given has a row for each.
+          speculate: None; "lookup", to guess what comes next from the text itself; or a small Model with the same
+            tokenizer, which guesses. The tokens are the same, in fewer steps, see `jaxkv.speculate`.
+          num_draft: most tokens of a guess.
           **options: arguments of `jaxkv.sampling.sampler`, such as temperature=0.8, each in place of what the
             checkpoint says; None leaves that out. temperature=0 is greedy.
 
@@ -159,13 +168,6 @@ class Model:
         num_return: int = 1,
         length_penalty: float = 1.0,
         early_stopping: bool | str = False,
-        max_new_tokens: Any = None,
-        cache: Cache | None = None,
-        sampler: Any = None,
-        stop_tokens: Any = None,
-        chat: Mapping[str, Any] = types.MappingProxyType({}),
-        features: Any = None,
-        feature_lengths: Any = None,
         **options: Any,
     ) -> Choices:
         """Returns the most likely continuations of prompts that a beam search finds, see `jaxkv.beam_search`.
@@ -174,11 +176,12 @@ class Model:
         of stop strings, nothing is.
 
         Args:
-          prompts, max_new_tokens, sampler, stop_tokens, chat, features, feature_lengths: as for `generate`.
+          prompts: as for `generate`.
           num_beams, num_return, length_penalty, early_stopping: see `jaxkv.beam_search`.
-          cache: None makes one whose rows share a pool of pages. Or one of `num_beams` rows for each prompt, as
-            `jaxkv.beam_search` takes it. It is donated.
-          **options: rules of `jaxkv.sampling.sampler`, such as repetition_penalty=1.2.
+          **options: as for `generate`: max_new_tokens, sampler, stop_tokens, chat, features, feature_lengths, language,
+            task, and rules of `jaxkv.sampling.sampler`, such as repetition_penalty=1.2. And `cache`: None makes one
+            whose rows share a pool of pages; or one of `num_beams` rows for each prompt, as `jaxkv.beam_search` takes
+            it, which is donated.
 
         Raises:
           ValueError, TypeError, CacheError, ImportError, OSError: as `generate` and `jaxkv.beam_search`.
@@ -195,21 +198,8 @@ class Model:
             length_penalty=length_penalty,
             early_stopping=early_stopping,
         )
-        drawing = dict.fromkeys(("top_k", "top_p", "min_p")) | {"temperature": 0} if sampler is None else {}
-        return choose(
-            self,
-            prompts,
-            num_beams,
-            search,
-            max_new_tokens=max_new_tokens,
-            cache=cache,
-            sampler=sampler,
-            stop_tokens=stop_tokens,
-            chat=chat,
-            features=features,
-            feature_lengths=feature_lengths,
-            numbers=drawing | options,
-        )
+        drawing = dict.fromkeys(("top_k", "top_p", "min_p")) | {"temperature": 0}
+        return choose(self, Asked.of(prompts, options, drawing), num_beams, search)
 
     def best_of(
         self,
@@ -217,15 +207,8 @@ class Model:
         *,
         n: int,
         by: str = "mean",
-        max_new_tokens: Any = None,
-        cache: Cache | None = None,
-        sampler: Any = None,
-        stop_tokens: Any = None,
         seed: int = 0,
         key: Any = None,
-        chat: Mapping[str, Any] = types.MappingProxyType({}),
-        features: Any = None,
-        feature_lengths: Any = None,
         **options: Any,
     ) -> Choices:
         """Returns n samples of each prompt, the one that the model finds most likely first, see `jaxkv.best_of`.
@@ -234,11 +217,11 @@ class Model:
         Stop strings are not obeyed.
 
         Args:
-          prompts, max_new_tokens, sampler, stop_tokens, seed, key, chat, features, feature_lengths: as for `generate`.
+          prompts, seed, key: as for `generate`.
           n, by: see `jaxkv.best_of`.
-          cache: None makes one whose rows share a pool of pages. Or one of n rows for each prompt, as `jaxkv.best_of`
-            takes it. It is donated.
-          **options: arguments of `jaxkv.sampling.sampler`, such as temperature=0.8.
+          **options: as for `generate`: max_new_tokens, sampler, stop_tokens, chat, features, feature_lengths, language,
+            task, and arguments of `jaxkv.sampling.sampler`, such as temperature=0.8. And `cache`: None makes one whose
+            rows share a pool of pages; or one of n rows for each prompt, as `jaxkv.best_of` takes it, which is donated.
 
         Raises:
           ValueError, TypeError, CacheError, ImportError, OSError: as `generate` and `jaxkv.best_of`.
@@ -249,40 +232,25 @@ class Model:
         more = model.generate("Return the " + found.text + " because", cache=found.best)
         ```
         """
-        if sampler is None and self.generation.greedy:
-            options = {"temperature": 1.0} | options
-        return choose(
-            self,
-            prompts,
-            n,
-            functools.partial(best_of, n=n, by=by, key=key_of(seed) if key is None else key),
-            max_new_tokens=max_new_tokens,
-            cache=cache,
-            sampler=sampler,
-            stop_tokens=stop_tokens,
-            chat=chat,
-            features=features,
-            feature_lengths=feature_lengths,
-            numbers=options,
-        )
+        drawing = {"temperature": 1.0} if self.generation.greedy else {}
+        search = functools.partial(best_of, n=n, by=by, key=key_of(seed) if key is None else key)
+        return choose(self, Asked.of(prompts, options, drawing), n, search)
 
     def stream(
         self,
         prompts: Any = None,
         *,
-        max_new_tokens: Any = None,
-        cache: Cache | Completion | None = None,
-        sampler: Any = None,
-        stop_tokens: Any = None,
         stop_strings: Any = None,
         seed: int = 0,
         key: Any = None,
-        chat: Mapping[str, Any] = types.MappingProxyType({}),
-        features: Any = None,
-        feature_lengths: Any = None,
+        num_samples: int = 1,
+        speculate: Any = None,
+        num_draft: int = 8,
         **options: Any,
     ) -> TextStream:
-        """Returns an iterator over the text that `generate` returns, as it comes: strings, or tuples for many prompts.
+        """Returns an iterator over the text that `generate` returns, as it comes: strings, or tuples for many texts.
+
+        For the arguments see `generate`. With `speculate`, a step brings several tokens.
 
         >>> from jaxkv.models import tiny
         >>> steps = tiny.load().stream("Return the ", max_new_tokens=8, temperature=0)
@@ -291,16 +259,11 @@ class Model:
         """
         return start(
             self,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            cache=cache,
-            sampler=sampler,
-            stop_tokens=stop_tokens,
+            Asked.of(prompts, options, {}),
             stop_strings=stop_strings,
             seed=seed,
             key=key,
-            chat=chat,
-            features=features,
-            feature_lengths=feature_lengths,
-            numbers=options,
+            num_samples=num_samples,
+            speculate=speculate,
+            num_draft=num_draft,
         )

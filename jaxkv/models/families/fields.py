@@ -198,6 +198,20 @@ class ByLayer:
         return read
 
 
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """An object of at most `most` fields of any names, all values of one kind; read as a dict."""
+
+    kind: Kind
+    most: int
+
+    def read(self, name: str, value: Any, problems: Problems) -> Any:
+        if not isinstance(value, Mapping) or len(value) > self.most:
+            problems.wrong(name, value, f"it must be an object, {{...}}, of at most {self.most} fields")
+            return {}
+        return {key: self.kind.read(f"{name}.{key}", item, problems) for key, item in value.items()}
+
+
 # Bounds that no model comes near: they keep what is not a size from being built. Positions are int32.
 MAX_LAYERS = 1024
 LAYERS = Number(1, MAX_LAYERS, whole=True)

@@ -1,0 +1,64 @@
+"""`--devices N`: one model over several devices, its heads, MLPs and vocabulary divided."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxkv.cache.spec import LayerSpec
+from jaxkv.cli.options import UsageError
+from jaxkv.models import Model, tensor_parallel
+
+_AXIS = "model"
+
+
+def mesh_of(count: int | None) -> Mesh | None:
+    """Returns a mesh of so many local devices; None for one.
+
+    Raises:
+      UsageError: if there are fewer.
+    """
+    devices = jax.local_devices()
+    if count is None or count == 1:
+        return None
+    if count > len(devices):
+        cure = ""
+        if devices[0].platform == "cpu":
+            cure = f"; XLA_FLAGS=--xla_force_host_platform_device_count={count} in the environment divides a CPU"
+        raise UsageError(f"argument --devices: {count} are asked for, and JAX has {len(devices)} here{cure}")
+    return jax.make_mesh((count,), (_AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count])
+
+
+def divided(model: Model, mesh: Mesh) -> Model:
+    """Returns the model with its parameters over a mesh."""
+    place = tensor_parallel(mesh)
+
+    def put(path: Any, x: Any) -> Any:
+        return jax.device_put(x, place(".".join(str(part.key) for part in path), x.shape))
+
+    return dataclasses.replace(model, params=jax.tree_util.tree_map_with_path(put, model.params))
+
+
+def place_of(model: Model) -> NamedSharding | None:
+    """Returns where a cache of this model is to lie: its heads over the model's mesh, if that divides them."""
+    places = (x.sharding for x in jax.tree.leaves(model.params))
+    mesh = next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
+    if mesh is None:
+        return None
+    return NamedSharding(mesh, PartitionSpec(None, _AXIS) if _divides(mesh, model.specs) else PartitionSpec())
+
+
+def describe_devices(model: Model) -> str:
+    """Returns over how many devices the model and its cache are divided; nothing for one."""
+    place = place_of(model)
+    if place is None:
+        return ""
+    cache = "" if _divides(place.mesh, model.specs) else "; each has the whole cache, as they don't divide its heads"
+    return f"model over {place.mesh.size} devices{cache}"
+
+
+def _divides(mesh: Any, specs: tuple[LayerSpec, ...]) -> bool:
+    return all(spec.num_kv_heads % mesh.shape[_AXIS] == 0 for spec in specs)
