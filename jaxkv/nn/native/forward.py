@@ -39,7 +39,9 @@ def obstacle(layer: Any, step: Step, dtype: Any, *, dropout: bool) -> str | None
     spec, group = layer.spec, step.groups[layer.group]
     storages = spec.k_storage, spec.v_storage
     if not all(isinstance(x, Dense) and x.dtype.name in _DTYPES for x in storages) or storages[0] != storages[1]:
-        return f"it reads keys and values of one of the dtypes {', '.join(_DTYPES)}, not {storages[0]} and {storages[1]}"
+        return (
+            f"it reads keys and values of one of the dtypes {', '.join(_DTYPES)}, not {storages[0]} and {storages[1]}"
+        )
     if max(spec.head_dim, spec.value_dim) > _MOST_SIZE:
         return f"it reads vectors of up to {_MOST_SIZE} numbers"
     if spec.rotary_at == "read":
@@ -86,7 +88,8 @@ attention_p.multiple_results = True
 
 @attention_p.def_impl
 def _run(*leaves: Any, call: _Call) -> Any:
-    return jax.jit(functools.partial(attention_p.bind, call=call))(*leaves)
+    with jax.disable_jit(False):
+        return jax.jit(functools.partial(attention_p.bind, call=call))(*leaves)
 
 
 @attention_p.def_abstract_eval

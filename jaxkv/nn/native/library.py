@@ -28,7 +28,13 @@ from jaxkv.logs import log
 TARGET = "jaxkv_attention"  # by which a compiled program calls the kernel; jax.export wants it named
 _SOURCES = Path(__file__).parent
 _FLAGS = (  # and those of _target
-    "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast", "-w",
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-w",
 )
 _SETS = {"plain": set(), "AVX2": {"avx2", "fma", "f16c"}}  # what /proc/cpuinfo calls the instructions of each
 _SETS["AVX-512"] = {*_SETS["AVX2"], "avx512f", "avx512bw", "avx512dq", "avx512vl"}
@@ -36,7 +42,7 @@ _MAGIC = b"jaxkv-library-1:"  # at the end of a library that was built here, and
 _MACHINES = {"x86_64": 62, "amd64": 62, "aarch64": 183, "arm64": 183}  # e_machine of an ELF file
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """Why there is no library."""
 
 
@@ -48,11 +54,14 @@ def problem() -> str | None:
     """
     try:
         if os.environ.get("JAXKV_NATIVE", "1").lower() in ("0", "false", "off", "no"):
-            raise _Unusable("JAXKV_NATIVE=0 switches it off")
+            raise Unusable("JAXKV_NATIVE=0 switches it off")
         if platform.system() != "Linux" or platform.machine().lower() not in _MACHINES:
-            raise _Unusable(f"it is not built for {platform.system()} on {platform.machine()}")
-        _register(_installed() or _built())
-    except (_Unusable, OSError, AttributeError) as error:
+            raise Unusable(f"it is not built for {platform.system()} on {platform.machine()}")
+        library = load(_installed() or built())
+        if not _LIBRARIES:  # once in a process
+            jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jaxkv_attention), platform="cpu")
+            _LIBRARIES.append(library)
+    except (Unusable, OSError, AttributeError, RuntimeError) as error:
         switched = "JAXKV_NATIVE" in str(error)
         (log.debug if switched else log.info)("attention runs as XLA compiles it, without the native kernel: %s", error)
         return str(error)
@@ -78,22 +87,36 @@ def _installed() -> Path | None:
     return None
 
 
-def _built() -> Path:
-    """Returns the library in the user's cache directory, after building it if it is not there, or damaged."""
+def built() -> Path:
+    """Returns the library in the user's cache directory, after building it if it is not there, or damaged.
+
+    Raises:
+      Unusable: if it can't be built, or not be kept.
+    """
+    import fcntl  # not on every platform
+
     compiler = _compiler()
     path = _cache() / f"attention-{_key(compiler)}.so"
-    with contextlib.suppress(OSError, _Unusable):
-        _check_sum(path)
+    if _is_sound(path):
         return path
     if compiler is None:
-        raise _Unusable("there is no C++ compiler (g++ or clang++), and jaxkv-cpu is not installed")
+        raise Unusable("there is no C++ compiler (g++ or clang++), and jaxkv-cpu is not installed")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own, and then a rename: others who build it find all of it or nothing.
-        handle, name = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
-        os.close(handle)
+        with path.with_suffix(".lock").open("w") as lock:
+            with contextlib.suppress(OSError):  # where files can't be locked, several may build
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_sound(path):
+                _build(compiler, path)
     except OSError as error:
-        raise _Unusable(f"its directory can't be written: {error}") from error
+        raise Unusable(f"its directory can't be written: {error}") from error
+    return path
+
+
+def _build(compiler: str, path: Path) -> None:
+    # Under a name of its own, and then renamed: whoever looks finds all of it or nothing.
+    handle, name = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
+    os.close(handle)
     try:
         _compile(compiler, Path(name))
         content = Path(name).read_bytes()
@@ -102,19 +125,26 @@ def _built() -> Path:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(name)
-    return path
 
 
 def _compile(compiler: str, to: Path) -> None:
     log.info("building the native attention kernel once, with %s", compiler)
     begin = time.monotonic()
-    command = [compiler, *_FLAGS, *_target(), f"-I{jax.ffi.include_dir()}", str(_SOURCES / "attention.cc"), "-o", str(to)]
+    command = [
+        compiler,
+        *_FLAGS,
+        *_target(),
+        f"-I{jax.ffi.include_dir()}",
+        str(_SOURCES / "attention.cc"),
+        "-o",
+        str(to),
+    ]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     except (OSError, subprocess.SubprocessError) as error:
-        raise _Unusable(f"{compiler} failed: {error}") from error
+        raise Unusable(f"{compiler} failed: {error}") from error
     if done.returncode:
-        raise _Unusable(f"{compiler} failed: {done.stderr.strip()[-500:]}")
+        raise Unusable(f"{compiler} failed: {done.stderr.strip()[-500:]}")
     log.info("built the native attention kernel in %.1f s", time.monotonic() - begin)
 
 
@@ -124,7 +154,9 @@ def _target() -> tuple[str, ...]:
         flags = re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         here = set(flags.group(1).split()) if flags else set()
         asked = os.environ.get("JAXKV_NATIVE", "").lower()
-        sets = [n for n, (name, wanted) in enumerate(_SETS.items()) if wanted <= here and asked in ("", "1", name.lower())]
+        sets = [
+            n for n, (name, wanted) in enumerate(_SETS.items()) if wanted <= here and asked in ("", "1", name.lower())
+        ]
         return (f"-DJAXKV_SETS={1 << sets[-1]}",) if sets else ("-DJAXKV_SETS=1",)
     return ()
 
@@ -148,22 +180,24 @@ def _key(compiler: str | None) -> str:
     return found.hexdigest()[:20]
 
 
-def _check_sum(path: Path) -> None:
-    """Raises _Unusable if a library that was built here is not what it was."""
-    content = path.read_bytes()
+def _is_sound(path: Path) -> bool:
+    """Returns whether a library that was built here is there, and as it was."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
     size = len(_MAGIC) + 32
     body, mark, digest = content[:-size], content[-size:-32], content[-32:]
-    if mark != _MAGIC or hashlib.sha256(body).digest() != digest:
-        raise _Unusable(f"{path} is damaged")
+    return mark == _MAGIC and hashlib.sha256(body).digest() == digest
 
 
 def _check_header(path: Path) -> None:
-    """Raises _Unusable unless the file is a library for this machine."""
+    """Raises Unusable unless the file is a library for this machine."""
     with path.open("rb") as file:
         head = file.read(20)
     wanted = _MACHINES[platform.machine().lower()]
     if len(head) < 20 or head[:6] != b"\x7fELF\x02\x01" or struct.unpack_from("<HH", head, 16) != (3, wanted):
-        raise _Unusable(f"{path} is not a library for {platform.machine()}")
+        raise Unusable(f"{path} is not a library for {platform.machine()}")
 
 
 def _api_version() -> int:
@@ -171,24 +205,27 @@ def _api_version() -> int:
     text = (Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text()
     numbers = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
     if not all(numbers):
-        raise _Unusable("this jaxlib does not say which version of XLA's interface it has")
+        raise Unusable("this jaxlib does not say which version of XLA's interface it has")
     major, minor = (int(found.group(1)) for found in numbers if found)
     return major * 1000 + minor
 
 
-def _register(path: Path) -> None:
+def load(path: Path) -> ctypes.CDLL:
+    """Returns the library of a file, of which XLA has not been told.
+
+    Raises:
+      Unusable: if it is not for this machine or this jaxlib, or computes something wrong.
+    """
     _check_header(path)
     library = ctypes.CDLL(str(path))
-    built, here = library.jaxkv_api_version(), _api_version()
+    made_for, here = library.jaxkv_api_version(), _api_version()
     # Registering a newer one would take JAX's whole CPU backend down.
-    if built // 1000 != here // 1000 or built > here:
-        raise _Unusable(f"{path} was built for another jaxlib, whose interface is {built}; here it is {here}")
+    if made_for // 1000 != here // 1000 or made_for > here:
+        raise Unusable(f"{path} is for another jaxlib, with version {made_for} of XLA's interface; here it is {here}")
     wrong = library.jaxkv_self_test()
     if wrong:
-        raise _Unusable(f"{path} gives wrong sums here (case {wrong})")
-    if not _LIBRARIES:
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jaxkv_attention), platform="cpu")
-        _LIBRARIES.append(library)
+        raise Unusable(f"{path} gives wrong sums here (case {wrong})")
+    return library
 
 
 _LIBRARIES: list[ctypes.CDLL] = []
@@ -196,4 +233,3 @@ _LIBRARIES: list[ctypes.CDLL] = []
 
 def _used() -> ctypes.CDLL:
     return _LIBRARIES[0]
-
