@@ -15,6 +15,7 @@ import pytest
 
 import jaxkv
 from jaxkv import EMPTY, Cache, Chunk, Cross, Dense, Full, LayerSpec, NotSupportedError, Pages, Rows, Window, attend
+from jaxkv.cli import main
 from jaxkv.nn.native import library
 
 P = jax.sharding.PartitionSpec
@@ -294,3 +295,16 @@ def test_without_a_compiler_or_a_directory_or_when_switched_off_attention_runs_a
     library.problem.cache_clear()
     assert library.problem() is None
     assert [x for x in (tmp_path / "jaxkv" / "native").iterdir() if x.suffix != ".lock"] == []
+
+
+def test_doctor_and_explain_attend_say_what_runs_and_why(capsys):
+    q, layer, step = small()
+    assert jaxkv.explain_attend(q, layer, step).startswith("native: ")
+    assert jaxkv.explain_attend(jnp.ones((ROWS, 17, N, H)), layer, step).startswith("blockwise: of 17 tokens")
+    cache = Cache.init([LayerSpec(Full(), K, H, HV, Dense("float16"), jaxkv.Int8())], ROWS, 64)
+    assert "not Dense('float16') and Int8" in jaxkv.explain_attend(q, cache.layers[0], cache.begin(step.positions)[1])
+    assert main(["doctor"]) == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert said["versions"].startswith(f"jaxkv {jaxkv.__version__}, jax {jax.__version__}, ")
+    assert said["attention"].startswith("the native kernel with ")
+    assert re.match(r"right: |wrong: .* off by a factor of ", said["sums"])
