@@ -49,6 +49,7 @@ from .nn import nnx as nnx
 from .nn.attend import attend as attend
 from .nn.buffers import Buffer as Buffer
 from .nn.buffers import TransientBuffer as TransientBuffer
+from .nn.explain import explain_attend as explain_attend
 from .nn.heads import QueryTemperature as QueryTemperature
 from .nn.rotary import LinearScaling as LinearScaling
 from .nn.rotary import Llama3Scaling as Llama3Scaling

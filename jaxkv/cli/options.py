@@ -89,6 +89,7 @@ jaxkv under $XDG_CACHE_HOME or ~/.cache), so that the second start is quick. It 
     _add_generate(commands)
     _add_chat(commands)
     _add_info(commands)
+    _add_doctor(commands)
     _add_memo(commands)
     return top
 
@@ -175,6 +176,16 @@ at the model's turn:
     )
     command.add_argument("--system", metavar="TEXT", help="what the model is told first, by a system message")
     command.add_argument("-q", "--quiet", action="store_true", help="no notes on standard error")
+
+
+def _add_doctor(commands: Any) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="say what runs here, and what is wrong with it",
+        description="Prints versions, devices, the form of attention, whether the native kernel for CPUs is there and why "
+        "not, and whether this jaxlib computes a known sum wrong. Builds the native kernel if it is not there.",
+    )
+    command.set_defaults(command="doctor")
 
 
 def _add_info(commands: Any) -> None:

@@ -20,6 +20,7 @@ from jaxkv.cache.step import Step
 from jaxkv.cache.storage import whole
 from jaxkv.meshes import vary_like
 from jaxkv.nn import dropout
+from jaxkv.nn.native.forward import native
 from jaxkv.nn.pieces import mix, score
 from jaxkv.nn.plan import Plan
 from jaxkv.nn.reference import LOWEST
@@ -34,6 +35,9 @@ def blockwise(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step, bits: Any)
 
 def _forward(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step, bits: Any) -> tuple[Any, Any]:
     """Returns the result, and the log of the denominator of its softmax [B, K, G, T, 1]."""
+    if plan.native != "never":
+        compiled = dataclasses.replace(plan, native="never")
+        return native(compiled, q, sinks, layer, step, _forward, always=plan.native == "always")
     length = step.positions.shape[1]
     if length <= plan.tile:
         return _forward_tile(plan, q, sinks, layer, step, bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,14 +12,16 @@ from jax.sharding import PartitionSpec
 
 from jaxkv.cache.spec import EMPTY
 from jaxkv.cache.step import Step
+from jaxkv.errors import NotSupportedError
 from jaxkv.meshes import automatic, spec_of, vary_alike
 from jaxkv.nn import dropout
 from jaxkv.nn.blockwise import blockwise
+from jaxkv.nn.native import forward, library
 from jaxkv.nn.plan import Plan
 from jaxkv.nn.reference import reference
 from jaxkv.nn.selected import selected
 
-IMPLEMENTATIONS = ("auto", "reference", "blockwise")
+IMPLEMENTATIONS = ("auto", "reference", "blockwise", "native")
 
 
 def run(
@@ -42,8 +45,31 @@ def run(
         return jnp.zeros((*q.shape[:3], layer.spec.value_dim), q.dtype)
     shares = step.shared is not None
     plan = Plan.choose(layer.spec, step.groups[layer.group], q.shape, softcap, chance.rate, shares=shares)
+    if implementation in ("auto", "native"):
+        plan = dataclasses.replace(plan, native=_native(q, layer, step, implementation, dropout=bool(chance.rate)))
     key = chance.key if chance.rate else None
     return _run(plan, implementation, chance.broadcast, q, layer, step, scale, sink_logits, key, select)
+
+
+def obstacle(q: Any, layer: Any, step: Step, *, dropout: bool = False) -> str | None:
+    """Returns why the kernel in C++ can't do this call, or None if it can; q has a shape [B, T, N, H] and a dtype."""
+    if jax.default_backend() != "cpu":
+        return f"it is for CPUs, and the default backend is {jax.default_backend()}"
+    return forward.obstacle(layer, step, jnp.dtype(q.dtype), dropout=dropout) or library.problem()
+
+
+def _native(q: Any, layer: Any, step: Step, implementation: str, *, dropout: bool) -> str:
+    """Returns the `native` of the call's plan."""
+    if implementation == "auto" and q.shape[1] > forward.MOST_QUERIES:
+        return "never"
+    reason = obstacle(q, layer, step, dropout=dropout)
+    if implementation == "auto":
+        return "never" if reason else "alone"
+    if reason:
+        raise NotSupportedError(
+            f"implementation='native' can't be had for this call: {reason}; 'auto' takes it wherever it can be had"
+        )
+    return "always"
 
 
 def _check(q: Any, positions: tuple[int, ...], spec: Any, softcap: Any, sink_logits: Any, implementation: str) -> None:

@@ -26,6 +26,7 @@ class Plan:
     listed: bool  # the blocks to visit are listed; False: they are those between two bounds
     by_row: bool  # one sequence after the other, each as far as it is filled
     common: Plan | None = None  # for the slots that all rows share, read once; None: each row reads its own
+    native: str = "never"  # whether the kernel in C++ reads: "alone": where each device runs a whole program; "always"
 
     @classmethod
     def choose(

@@ -1,0 +1,48 @@
+"""`jaxkv doctor`: what runs here, and what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from collections import Counter
+
+import jax
+
+from jaxkv import __version__
+from jaxkv.cli.terminal import write
+from jaxkv.nn.explain import wrong_sum
+from jaxkv.nn.native import library
+
+
+def run(args: argparse.Namespace) -> int:
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "numpy"))
+    devices = Counter(device.device_kind for device in jax.devices())
+    facts = {
+        "versions": f"jaxkv {__version__}, {packages}, Python {platform.python_version()}",
+        "devices": ", ".join(f"{count} x {kind}" for kind, count in devices.items()),
+        "attention": _attention(),
+        "sums": _sums(),
+    }
+    for name, fact in facts.items():
+        write(f"{name:<12} {fact}\n")
+    return 0
+
+
+def _attention() -> str:
+    if jax.default_backend() != "cpu":
+        return f"as XLA compiles it for {jax.default_backend()}; the native kernel is for CPUs"
+    reason = library.problem()
+    if reason:
+        return f"as XLA compiles it, without the native kernel: {reason}"
+    return f"the native kernel with {library.instruction_set()} instructions, {library.where()}"
+
+
+def _sums() -> str:
+    error = wrong_sum()
+    if error is None:
+        return "right: this jaxlib's CPU backend computes a known sum as it should"
+    return (
+        f"wrong: this jaxlib's CPU backend is off by a factor of {error:.0e} in (matmul(x, broadcast(c)) * x).sum(-1); "
+        "jaxkv does not use it. Take another jaxlib, or XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= (slower)"
+    )

@@ -1,0 +1,53 @@
+"""Which form of attention a call takes, and whether this jaxlib computes a known sum right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.cache.layer import Layer
+from jaxkv.cache.step import Step
+from jaxkv.nn import call
+from jaxkv.nn.native import forward, library
+
+
+def explain_attend(q: Any, layer: Layer, step: Step) -> str:
+    """Returns which form `attend(q, layer, step)` takes, and why: "native: ..." or "blockwise: ...".
+
+    Args:
+      q: the queries [B, T, N, H], or a `jax.ShapeDtypeStruct` of them.
+      layer: a layer of a cache.
+      step: from the `Cache.begin` of this forward pass.
+
+    Returns:
+      One line of text.
+
+    >>> cache = jaxkv.Cache.init([jaxkv.LayerSpec(jaxkv.Full(), 1, 8, k_storage=jaxkv.Int8())], 1, capacity=64)
+    >>> cache, step = cache.begin(jnp.array([[0]]))
+    >>> explain_attend(jnp.ones((1, 1, 1, 8)), cache.layers[0], step).partition(":")[0]
+    'blockwise'
+    """
+    length = q.shape[1]
+    if length > forward.MOST_QUERIES:
+        return f"blockwise: of {length} tokens per row XLA's matrix products are faster than the native kernel"
+    reason = call.obstacle(q, layer, step)
+    if reason:
+        return f"blockwise: the native kernel can't be had: {reason}"
+    where = "in jit on one device and in shard_map; blockwise under vmap, automatic sharding and in exported programs"
+    return f"native: {library.instruction_set()} instructions, {where}"
+
+
+def wrong_sum() -> float | None:
+    """Returns by how much this jaxlib's CPU backend is off in a sum that some releases compute wrong; None: it isn't.
+
+    They multiply by a broadcast number within a fusion of a product and a sum. jaxkv's own programs were not met by it,
+    but a model's may be.
+    """
+    x = np.random.default_rng(0).normal(size=(4, 64, 64)).astype(np.float32)
+    program = jax.jit(lambda x, c: (jnp.matmul(x, jnp.broadcast_to(c, x.shape)) * x).sum(-1), backend="cpu")
+    want = (np.matmul(x.astype(np.float64), np.full(x.shape, 0.5)) * x).sum(-1)
+    error = np.abs(np.asarray(program(x, np.float32(0.5))) - want).max() / np.abs(want).max()
+    return None if error < 1e-3 else float(error)  # NaN is wrong too

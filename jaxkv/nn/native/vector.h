@@ -1,0 +1,10 @@
+// The vectors of one instruction set: W floats. Included in its namespace, before kernel.h.
+
+typedef float vf __attribute__((vector_size(W * 4), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(W * 4), aligned(4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2), aligned(2)));
+typedef int8_t vb __attribute__((vector_size(W), aligned(1)));
+
+INLINE vf splat(float x) { return x - vf{}; }
+INLINE vf bits_to_float(vi x) { vf y; memcpy(&y, &x, sizeof y); return y; }
+INLINE vi float_to_bits(vf x) { vi y; memcpy(&y, &x, sizeof y); return y; }
