@@ -292,6 +292,7 @@ def test_it_is_compiled_once_for_all_prompts_limits_stops_and_keys():
     assert verify.run._cache_size() == before
 
 
+@pytest.mark.optimized
 def test_the_caches_are_changed_in_place(monkeypatch):
     class Looked(Exception):
         pass

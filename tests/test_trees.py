@@ -206,6 +206,7 @@ def test_a_pool_without_a_page_for_the_tree_refuses_the_row_alone():
     assert cache.num_free.tolist() == [2]  # what the other branch lay in is free again
 
 
+@pytest.mark.optimized
 def test_a_commit_changes_a_donated_cache_in_place():
     cache = jaxkv.Cache.init([LayerSpec(Full(), num_kv_heads=2, head_dim=8)], 2, 1 << 14)
     positions = jnp.tile(jnp.arange(4)[None], (2, 1))
