@@ -22,18 +22,26 @@ demo: $(VENV)/.run ## let the model that comes with jaxkv continue a sentence: m
 chat: $(VENV)/.run ## talk with it; what was said stays in the cache
 	@$(BIN)/python -m jaxkv chat
 
+# Tests that don't speak of XLA's optimizations run without them: compiling takes a third of the time. `make test-full` has them.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
 test: $(VENV)/.dev ## run all tests, the doctests and the code in README.md and docs/
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+ifdef PYTEST_ARGS
+	$(PYTEST)
+else
+	JAXKV_QUICK=1 $(PYTEST) -m "not optimized"
+	$(PYTEST) -m optimized
+endif
 
 # The cache, attention, the compiled loops, and the database of the memo: where another JAX or Python shows first.
 JAX_TESTS := $(addprefix tests/test_,$(addsuffix .py,attend beams best_of cache combinations cross devices disk export generate \
   imports pages plan setup shared spec speculate storage trees))
 
 test-jax: $(VENV)/.dev ## run the tests that meet JAX most, for another Python
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(JAX_TESTS)
+	$(PYTEST) $(JAX_TESTS)
 
-test-full: ## run them with more random programs, every flipped bit and a million rows: half an hour
-	JAXKV_FULL=1 $(MAKE) test
+test-full: $(VENV)/.dev ## run them with more random programs, every flipped bit and a million rows: half an hour
+	JAXKV_FULL=1 $(PYTEST)
 
 test-all: ## run the tests on every supported Python that is here
 	@for version in 3.11 3.12; do \

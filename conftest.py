@@ -8,12 +8,23 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+from importlib.metadata import version
 from pathlib import Path
 
-# Before JAX is imported: the number of devices is read once.
-_DEVICES = "--xla_force_host_platform_device_count"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=4".strip()
+# Compiling is nearly all of the time that the tests take, and takes a third of it without XLA's optimizations. Tests
+# whose claims are about them are marked `optimized`; the others may run with JAXKV_QUICK.
+_QUICK = bool(os.environ.get("JAXKV_QUICK"))
+
+# Before JAX is imported: XLA reads its flags once.
+_FLAGS = ["--xla_force_host_platform_device_count=4"]
+if _QUICK:
+    _FLAGS += ["--xla_backend_optimization_level=0"]
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+        _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
+_GIVEN = os.environ.get("XLA_FLAGS", "").split()
+os.environ["XLA_FLAGS"] = " ".join(
+    [*_GIVEN, *(flag for flag in _FLAGS if not any(given.startswith(flag.split("=")[0]) for given in _GIVEN))]
+)
 
 import jax
 import pytest
@@ -21,7 +32,6 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compiling is nearly all of the time that the tests take.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -40,6 +50,15 @@ def _doctest_names(doctest_namespace):
     import jaxkv
 
     doctest_namespace.update(jax=jax, jnp=jnp, np=np, jaxkv=jaxkv)
+
+
+def _not_optimized(program):
+    raise RuntimeError("this program was compiled with JAXKV_QUICK, without optimizations; mark the test `optimized`")
+
+
+if _QUICK:
+    for _name in ("as_text", "cost_analysis", "memory_analysis"):
+        setattr(jax.stages.Compiled, _name, _not_optimized)
 
 
 _MAPPINGS = Path("/proc/self/maps")

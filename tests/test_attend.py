@@ -201,6 +201,7 @@ def test_one_sequence_alone_is_right_at_every_fill():
         np.testing.assert_allclose(at_fill(jnp.int32(n))[0], want, atol=3e-6)
 
 
+@pytest.mark.optimized
 def test_a_row_does_not_depend_on_its_neighbors_not_by_one_bit():
     cache = Cache.init(SPECS, num_rows=3, capacity=CAPACITY, max_block=20)
     cache = read_block(cache, *block_of([np.arange(20)] * 3))[0]
@@ -357,6 +358,7 @@ def test_spans_in_a_cache_equal_the_reference():
         np.testing.assert_allclose(one, other, atol=3e-6)
 
 
+@pytest.mark.optimized
 def test_a_long_prompt_never_has_an_array_of_queries_times_slots():
     length = 4096
     cache = jax.eval_shape(lambda: Cache.init([LayerSpec(Full(), 1, 8)], 1, length, max_block=length))
@@ -375,6 +377,7 @@ def test_a_long_prompt_never_has_an_array_of_queries_times_slots():
         assert not re.search(rf"\[[\d,]*{length},{length}[\d,]*\]", compiled.as_text())
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("batch", "dtype", "page_size"), [(1, "float32", None), (2, "float16", None), (1, "int8", None), (2, "float32", 48)]
 )

@@ -317,6 +317,7 @@ def test_beams_that_do_not_fit_into_a_pool_end_as_full_with_their_tokens():
     assert reasons >= {"full", "stop", "length"}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("layout", [jaxkv.Rows(), jaxkv.Pages(2048, page_size=16)], ids=["rows", "pages"])
 def test_the_compiled_search_makes_no_copy_and_no_temporary_of_cache_size(layout, monkeypatch):
     toy, lowered = Toy((Full(),)), []

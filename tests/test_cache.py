@@ -293,6 +293,7 @@ def test_a_stack_is_the_carry_of_a_scan_over_layers():
     assert jax.tree.structure(after) == jax.tree.structure(stacked)
 
 
+@pytest.mark.optimized
 def test_a_sharded_cache_keeps_its_sharding_and_its_bookkeeping_is_replicated():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "heads"))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "heads"))
@@ -346,6 +347,7 @@ def test_rows_divided_by_shard_map_are_each_as_one_device_has_them(stacked):
     )
 
 
+@pytest.mark.optimized
 def test_reordering_rows_on_several_devices_gathers_a_block_at_a_time():
     mesh = jax.make_mesh((2, 2), ("rows", "heads"))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows", "heads"))

@@ -206,6 +206,7 @@ def test_a_stack_of_cross_layers_is_the_carry_of_scans():
     np.testing.assert_allclose(run(cache)[:, :, 0, 0, 0], [[0, 0, 0], [1, 0, 1], [2, 0, 2]])
 
 
+@pytest.mark.optimized
 def test_put_is_in_place():
     specs = [LayerSpec(Cross(4096), 2, 32), LayerSpec(Full(), 2, 32)]
     cache = jax.eval_shape(lambda: Cache.init(specs, ROWS, 4096))

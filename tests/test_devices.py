@@ -87,6 +87,7 @@ def collectives(compiled):
     return set(re.findall(r"(all-gather|all-reduce|all-to-all|collective-permute)\S*\(", compiled.as_text()))
 
 
+@pytest.mark.optimized
 def test_shard_map_gives_what_one_device_gives_forward_and_backward():
     axes = ("data", "heads")
 
@@ -125,6 +126,7 @@ def test_a_mesh_with_explicit_axes_gives_what_one_device_gives_forward_and_backw
     assert jax.typeof(out).sharding.spec == jax.typeof(args[0]).sharding.spec
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("kind", "set_mesh"), [EXPLICIT_SET, AUTO])
 def test_decoding_from_a_sharded_cache_gathers_nothing(kind, set_mesh):
     mesh = mesh_of(kind)

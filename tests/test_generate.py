@@ -262,6 +262,7 @@ def test_only_what_the_cache_lacks_is_read(monkeypatch):
     assert {positions.shape[1] for positions in read} <= {8, 16}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("sampler", [Greedy(), RANDOM], ids=["greedy", "random"])
 def test_a_rows_text_does_not_depend_on_its_neighbors(sampler):
     def run(prompts):
@@ -355,6 +356,7 @@ def test_many_prompts_compile_a_handful_of_times():
     assert after[1] - before[1] == 1  # blocks of 16
 
 
+@pytest.mark.optimized
 def test_a_prefix_read_on_the_same_grid_gives_bitwise_the_same_cache_and_text():
     prompt = PROMPTS[2]
     cold = generate(TOY, PARAMS, [prompt, None, None], TOY.cache(), max_new_tokens=8)
@@ -483,6 +485,7 @@ def test_nan_weights_give_no_tokens():
     assert (steps.result.tokens == EMPTY).all()
 
 
+@pytest.mark.optimized
 def test_the_decode_loop_makes_no_copy_and_no_temporary_of_cache_size():
     toy, rows, capacity = TOY, 2, 1 << 14  # 0.5 MB per buffer of a Full layer stands out from everything else
     cache = toy.cache(num_rows=rows, capacity=capacity)

@@ -122,6 +122,7 @@ def test_the_programs_are_few(memo, batch, capsys):
     assert len(lines) <= 1 + 2 * 7
 
 
+@pytest.mark.optimized
 def test_full_batches_give_bitwise_what_the_function_gives(memo):
     weights = jnp.asarray(items(256, 1, 64))
     function = lambda w, x: jnp.tanh(x @ w)  # noqa: E731

@@ -85,6 +85,7 @@ def test_each_layer_finds_its_own_past_in_the_one_queue(golden, decoding):
     assert store.q_size("attn_kv") == 0
 
 
+@pytest.mark.optimized
 def test_the_buffers_are_written_in_place(golden, decoding):
     store = golden[1].empty_store(1, 512)
     compiled = decoding.step.func.lower(*decoding.step.args, store, jnp.zeros((1, 1), jnp.int32)).compile()

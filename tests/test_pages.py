@@ -235,6 +235,7 @@ def test_another_rows_nan_is_not_read_where_a_row_has_no_page():
 # ---------------------------------------------------------------- what it costs
 
 
+@pytest.mark.optimized
 def test_a_step_costs_what_the_call_brings_whatever_the_capacity():
     def costs(capacity, length):
         cache = jax.eval_shape(lambda: make(layout=Pages(3 * capacity // 16, 16), capacity=capacity))

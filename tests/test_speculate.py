@@ -330,6 +330,7 @@ def test_it_is_compiled_once_for_all_prompts_limits_stops_and_keys():
     assert verify.run._cache_size() == before
 
 
+@pytest.mark.optimized
 def test_the_caches_are_changed_in_place():
     specs = [LayerSpec(Full(), num_kv_heads=2, head_dim=8)]
     cache = functools.partial(jaxkv.Cache.init, specs, 1, 1 << 16, max_block=MAX_BLOCK)

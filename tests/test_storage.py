@@ -244,6 +244,7 @@ def test_a_put_changes_no_bit_of_another_token():
         np.testing.assert_array_equal(x[:, :, others], y[:, :, others])
 
 
+@pytest.mark.optimized
 def test_a_decode_step_never_holds_the_cache_in_full_precision():
     size, held = 32, 16384
     specs = [

@@ -258,6 +258,7 @@ def test_it_works_under_grad_vmap_scan_and_while():
     assert int(jax.lax.while_loop(lambda s: s.get("n") < 7, lambda s: s.set("n", s.get("n") + 2), start).get("n")) == 8
 
 
+@pytest.mark.optimized
 def test_donated_buffers_are_written_in_place_and_shardings_stay():
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P("x"))
@@ -403,6 +404,7 @@ def test_a_ring_in_scan_grad_and_vmap():
     assert oks.tolist() == [[True, True, False]] * 2
 
 
+@pytest.mark.optimized
 def test_a_ring_is_written_in_place():
     ring = Ring.init(4, jnp.zeros(1 << 16))
     size = 4 * (1 << 16) * 4

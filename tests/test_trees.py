@@ -240,6 +240,7 @@ def test_a_row_that_was_edited_since_its_tree_grew_is_left_alone_and_says_so():
         assert after.lengths.tolist() == [lengths[0], 2] and after.ok.tolist() == ok
 
 
+@pytest.mark.optimized
 def test_a_commit_changes_a_donated_cache_in_place():
     cache = jaxkv.Cache.init([LayerSpec(Full(), num_kv_heads=2, head_dim=8)], 2, 1 << 14)
     positions = jnp.tile(jnp.arange(4)[None], (2, 1))
