@@ -106,4 +106,4 @@ def _report(runs: list[Run], prompts: list[Prompt], reasons: set[str]) -> None:
     wrote = sum(run.num_tokens for run in runs)
     ended = ", ".join(sorted(reasons))
     note(runs[0].speed())
-    note(f"read {counted(read, 'token')}, wrote {wrote:,}: {ended}")
+    note(f"prefilled {counted(read, 'token')}, wrote {wrote:,}: {ended}")
