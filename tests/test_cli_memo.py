@@ -228,13 +228,13 @@ def test_prune_that_is_killed_at_any_step_loses_nothing(directory):
     ("words", "message"),
     [
         (["ls"], "the following arguments are required: DIR; see jaxkv memo ls --help"),
-        (["ls", ""], "'': No such file or directory; give the directory that was named as disk="),
-        (["ls", "nowhere"], "'nowhere': No such file or directory; give the directory that was named as disk="),
+        (["ls", ""], "'': No such file or directory; give the disk= directory of a memo"),
+        (["ls", "nowhere"], "'nowhere': No such file or directory; give the disk= directory of a memo"),
         (
             ["stat", "features/memo-v1-000001.db"],
             ".db': Not a directory; give the directory that was named",
         ),
-        (["verify", "empty"], "'empty': it holds no store of a memo; give the directory that was named as disk="),
+        (["verify", "empty"], "'empty': it holds no store of a memo; give the disk= directory of a memo"),
         (["ls", "."], ". holds other files, such as 'empty'; give"),
         (
             ["stat", "old"],

@@ -158,7 +158,7 @@ def _map_buffers(layers: Iterable[Layer], f: Callable[[Layer, Any], Any]) -> tup
 
 
 def _turn_keys(spec: LayerSpec, delta: Any, stored: Any) -> Any:
-    """Returns what is stored of keys [..., V, H], a pytree, turned by delta [V]."""
+    """Returns what is stored of keys [..., V, H], a pytree, re-rotated by delta [V]."""
     if spec.rotary_at == "read":  # what is stored does not depend on where it stands
         return stored
     k = spec.k_storage.decode(stored)[..., : spec.head_dim]

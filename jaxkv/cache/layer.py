@@ -109,7 +109,7 @@ class Layer:
         for name, x, size in (("k", k, self.spec.head_dim), ("v", v, self.spec.value_dim)):
             want = (b, t, self.spec.num_kv_heads, size)
             if x.shape != want:
-                raise ValueError(f"put: {name} has shape {x.shape}, this layer and step want [B, T, K, H] = {want}")
+                raise ValueError(f"put: {name} has shape {x.shape}, this layer and step need [B, T, K, H] = {want}")
         if where is not None:
             where = jnp.asarray(where)
             if not self.spec.drops:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         batch = texts[begin : begin + num_rows]
         decoding = Run([Text(source.tokenizer, prompt.tokens) for prompt in batch])
         runs.append(decoding)
-        padding = [None] * (num_rows - len(batch))  # so that the last batch is no other program
+        padding = [None] * (num_rows - len(batch))  # so that the last batch runs the same program
         key = jax.random.fold_in(jax.random.key(args.seed), begin) if begin else jax.random.key(args.seed)
         cache = Cache.init(model.specs, num_rows, capacity, layout=layout)
         view = View.of(args, cache, batch[0], source.tokenizer)

@@ -1,4 +1,4 @@
-"""`jaxkv generate --beams N` and `--best-of N`: several texts of each prompt at once, which is read once."""
+"""`jaxkv generate --beams N` and `--best-of N`: several texts of each prompt at once, which is prefilled once."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def find_best(
     begun, wrote, reasons = time.perf_counter(), 0, set()
     for begin in range(0, len(prompts), at_once):
         batch = prompts[begin : begin + at_once]
-        padding = [None] * (at_once - len(batch))  # so that the last batch is no other program
+        padding = [None] * (at_once - len(batch))  # so that the last batch runs the same program
         key = jax.random.fold_in(jax.random.key(args.seed), begin)
         search: Callable[..., Candidates] = functools.partial(best_of, n=n, key=key)
         if args.beams:

@@ -1,4 +1,4 @@
-"""Which model is meant: the one that comes with jaxkv, or a checkpoint directory. All about it, then its weights."""
+"""Which model is meant: the bundled one, or a checkpoint directory. All about it, then its weights."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def check_call(forward: Any, params: Any, prompts: Any, cache: Any) -> tuple[Cac
 def check_alive(leaves: Any) -> None:
     if any(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array)):
         raise CacheError(
-            "this cache was donated: an earlier generate or stream, or another jitted function, went on with its "
+            "this cache was donated: an earlier generate or stream, or another jitted function, reuses its "
             "memory. Use result.cache of that generation, or make a new one with Cache.init"
         )
 

@@ -1,4 +1,4 @@
-"""`generate` and `stream`: prompts are read in blocks, then one compiled loop decodes.
+"""`generate` and `stream`: prefill in blocks, then one compiled loop decodes.
 
 >>> table = jnp.eye(5)[(jnp.arange(5) + 1) % 5]             # a "model": after token n comes n + 1
 >>> spec = jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=1)
@@ -195,8 +195,8 @@ class Stream:
     def _enter(self) -> None:
         if not self._lock.acquire(blocking=False):
             raise CacheError(
-                "another thread is using this stream just now; let one thread iterate, or give each a stream and a "
-                "cache of its own"
+                "another thread is using this stream; let one thread iterate, or give each thread its own stream "
+                "and cache"
             )
 
     def _look(self) -> np.ndarray:
@@ -207,7 +207,7 @@ class Stream:
         return self._steps[-1]
 
     def _advance(self, until: int) -> np.ndarray:
-        """Decodes up to `until` tokens per row, reading the prompts first, and returns the newest, int32 [B]."""
+        """Decodes up to `until` tokens per row, prefill first, and returns the newest, int32 [B]."""
         if self._error is not None:
             raise CacheError(self._error)
         checks.check_alive(self._cache)

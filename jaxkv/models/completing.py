@@ -152,7 +152,7 @@ def _check_hearing(model: Any, cache: Any, features: Any) -> None:
         raise ValueError("features are given, and this model reads text only; leave them out")
     if hears and features is None and cache is None:
         raise ValueError(
-            "this model writes what it hears: give features=, float [B, frames, num_mel_bins="
+            "this model transcribes audio: give features=, float [B, frames, num_mel_bins="
             f"{model.config.num_mel_bins}], log-mel frames of one recording per row, or a cache that was encoded into"
         )
 
@@ -237,7 +237,7 @@ def _cache(model: Any, given: Any, prompts: Sequence[Any], rows: Sequence[Any], 
         for row, prompt, held in zip(rows, prompts, np.asarray(given.lengths).tolist(), strict=False)
     ):
         raise ValueError(
-            "the cache holds tokens already, and nobody can tell whether they are those of these texts; give the whole "
+            "the cache already holds tokens, and they may belong to other texts; give the whole "
             "result of the earlier call, cache=result, or prompts of tokens"
         )
     return given

@@ -40,7 +40,7 @@ class DecoderConfig:
       mlp_dim: hidden size of the MLP; None means 4 * width.
       reaches: which past tokens the layers see, a pattern repeated from the first layer on:
         (Window(128), Window(128), Full()) is two window layers to a full one.
-      rotary: how queries and keys are turned by position: one Rotary, a pattern repeated like `reaches`, or None.
+      rotary: how queries and keys are rotated by position: one Rotary, a pattern repeated like `reaches`, or None.
       max_positions: length of a learned table of positions, added to the embeddings; None for no table.
       norm: "rms" or "layer": before attention, before the MLP, and at the end.
       norm_bias: whether norms of the kind "layer" have a bias.
@@ -54,7 +54,7 @@ class DecoderConfig:
         `reaches`, with None for an MLP, or None.
       use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out" and
         "mlp".
-      qk_norm: whether each head's queries and keys are RMS-normalized before they are turned; "together", "centered" or
+      qk_norm: whether each head's queries and keys are RMS-normalized before they are rotated; "together", "centered" or
         "plain" in other ways, see `jaxkv.nnx.Attention`. A pattern repeated like `reaches` if layers differ.
       attention_scale: factor of the scores; None means head_dim ** -0.5.
       temperature: None, or what queries are multiplied by, position by position. A pattern if layers differ.
@@ -166,7 +166,7 @@ class DecoderConfig:
         return self.reaches[layer % len(self.reaches)]
 
     def layer_rotary(self, layer: int) -> Rotary | None:
-        """Returns how a layer turns queries and keys."""
+        """Returns how a layer rotates queries and keys."""
         return self._of_layer("rotary", layer)
 
     def layer_experts(self, layer: int) -> ExpertsConfig | None:

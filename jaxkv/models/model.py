@@ -105,7 +105,7 @@ class Model:
         """
         capacity = self.context if capacity is None else capacity
         if capacity is None:
-            raise ValueError("nobody says for how long texts this model was made; give capacity=, in tokens")
+            raise ValueError("the model's context length is unknown; give capacity=, in tokens")
         return Cache.init(self.specs, num_rows, capacity, **options)
 
     def generate(self, prompts: Any = None, **options: Any) -> Completion:
@@ -131,7 +131,7 @@ class Model:
             the same text each time.
           key: a PRNG key in place of the seed.
           chat: variables for the chat template, such as {"enable_thinking": False}.
-          features, feature_lengths: what an encoder-decoder hears, as for `EncoderDecoder.encode_into`, one per row.
+          features, feature_lengths: the input of the encoder, as for `EncoderDecoder.encode_into`, one per row.
           **options: arguments of `jaxkv.sampling.sampler`, such as temperature=0.8, each in place of what the
             checkpoint says; None leaves that out. temperature=0 is greedy.
 
@@ -170,7 +170,7 @@ class Model:
     ) -> Choices:
         """Returns the most likely continuations of prompts that a beam search finds, see `jaxkv.beam_search`.
 
-        Each prompt is read once. What the checkpoint says of penalties and suppressed tokens is obeyed; of drawing, and
+        Each prompt is prefilled once. What the checkpoint says of penalties and suppressed tokens is obeyed; of drawing, and
         of stop strings, nothing is.
 
         Args:
@@ -230,7 +230,7 @@ class Model:
     ) -> Choices:
         """Returns n samples of each prompt, the one that the model finds most likely first, see `jaxkv.best_of`.
 
-        Each prompt is read once. Drawn as the checkpoint's makers want it; where they want it greedy, at temperature 1.
+        Each prompt is prefilled once. Drawn as the checkpoint's makers want it; where they want it greedy, at temperature 1.
         Stop strings are not obeyed.
 
         Args:

@@ -185,7 +185,7 @@ class Attention(AttentionModule, nn.Module):
         capacity = self.cache_capacity
         if capacity is None and not self.is_initializing():
             raise ValueError(
-                "decode: the module has no cache yet and nothing says how long it is; give cache_capacity to the "
+                "decode: the module has no cache yet, and its length is not known; give cache_capacity to the "
                 "module, or make the cache by init with an input of that length"
             )
         return heads.own_cache(x.shape[0], x.shape[1] if capacity is None else capacity, self._kept_dtype)
