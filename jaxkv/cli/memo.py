@@ -94,7 +94,11 @@ def _prune(args: argparse.Namespace) -> int:
     if not after.items and not after.strays:
         note(f"the empty database, {format_bytes(after.nbytes)}, stays")
         return 0
-    cure = "--damaged removes the bytes that belong to no item" if after.strays else "run it again when the other programs have ended"
+    cure = (
+        "--damaged removes the bytes that belong to no item"
+        if after.strays
+        else "run it again when the other programs have ended"
+    )
     note(f"this is more than {format_bytes(args.to)}; {cure}")
     return 1
 

@@ -191,7 +191,9 @@ examples:
   jaxkv info Qwen3-0.6B --storage int8               a cache of 8 bits per number""",
     )
     command.set_defaults(command="info")
-    command.add_argument("model", nargs="?", metavar="DIR", help="directory of a checkpoint (default: the bundled model)")
+    command.add_argument(
+        "model", nargs="?", metavar="DIR", help="directory of a checkpoint (default: the bundled model)"
+    )
     memory_help = "memory for parameters and cache (default: the free memory of this machine)"
     command.add_argument("--memory", type=_size, metavar="SIZE", help=memory_help)
     rows_help = "number of texts in the cache at once (default: 1)"

@@ -58,7 +58,9 @@ def read_prompts(args: argparse.Namespace, source: Source) -> list[Prompt]:
         except (Failure, UsageError) as error:
             wrong.append(f"line {number:,}: {error}")
     if wrong:
-        raise UsageError(f"{name} has {counted(len(wrong), 'line')} that the model can't continue:\n" + "\n".join(wrong))
+        raise UsageError(
+            f"{name} has {counted(len(wrong), 'line')} that the model can't continue:\n" + "\n".join(wrong)
+        )
     if not prompts:
         raise UsageError(f"{name} has no prompts; write one per line")
     return prompts
@@ -115,8 +117,7 @@ def _prompt(args: argparse.Namespace, source: Source, text: str) -> Prompt:
     left = source.context - len(tokens)
     if left < 1:
         raise UsageError(
-            f"the prompt has {len(tokens):,} tokens, and the model's context is {source.context:,}; "
-            "give a shorter one"
+            f"the prompt has {len(tokens):,} tokens, and the model's context is {source.context:,}; give a shorter one"
         )
     if args.max_new_tokens is not None and asked > left:
         raise UsageError(

@@ -443,7 +443,7 @@ def functional(module: nn.Module) -> Forward:
     (1, 2, 5)
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"functional wants a flax.linen module, got a {type(module).__name__}")
+        raise TypeError(f"functional needs a flax.linen module, got a {type(module).__name__}")
     if not _is_hashable(module):
         name, value = _unhashable(type(module).__name__, module)
         raise ValueError(

@@ -284,7 +284,9 @@ class Rotary:
         """
         dim = head_dim if self.dim is None else self.dim
         if dim > head_dim:
-            raise ValueError(f"Rotary(dim={dim}) rotates more dimensions than a head has, {head_dim}; give that or less")
+            raise ValueError(
+                f"Rotary(dim={dim}) rotates more dimensions than a head has, {head_dim}; give that or less"
+            )
         if dim % 2:
             raise ValueError(
                 f"a head of {dim} dimensions can't be rotated in pairs; give Rotary(dim=...), even, below it"
