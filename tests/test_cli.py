@@ -527,7 +527,7 @@ def test_a_message_that_does_not_fit_or_is_refused_leaves_the_conversation_as_it
     ("change", "message"),
     [
         (lambda d: (d / "config.json").unlink(), "has no config.json; give a directory as Hugging Face publishes them"),
-        (lambda d: (d / "config.json").write_text("{}"), 'config.json has "model_type": None, which jaxkv does not know'),
+        (lambda d: (d / "config.json").write_text("{}"), '"model_type": None, which jaxkv does not know'),
         (
             lambda d: (d / "model.safetensors").unlink(),
             "holds neither model.safetensors nor model",

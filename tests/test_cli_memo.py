@@ -179,7 +179,7 @@ def test_prune_that_leaves_too_much_says_why(directory, capsys):
     folder.mkdir()
     (folder / "0123.partial").write_bytes(bytes(50))
     assert main(["memo", "prune", str(directory), "--to", "5"]) == 1
-    assert capsys.readouterr().err == "jaxkv: this is more than 5 B; --damaged removes the bytes that belong to no item\n"
+    assert capsys.readouterr().err == "jaxkv: this is more than 5 B; --damaged removes bytes that belong to no item\n"
     assert main(["memo", "prune", str(directory), "--to", "5", "--damaged"]) == 0 and not list(folder.iterdir())
 
 

@@ -316,7 +316,7 @@ class Cache:
         with another text, read one another's keys. `jaxkv.testing.assert_shared` compares them.
 
         Args:
-          n: number of tokens, on Pages a multiple of the page size; a number, or int32 scalar, which may be traced and is
+          n: number of tokens, on Pages a multiple of the page size; or an int32 scalar, which may be traced and is
             rounded down to whole pages. 0 ends the sharing.
 
         Raises:
@@ -436,8 +436,8 @@ class Cache:
         for i, spec in enumerate(self.specs):
             if spec.rotary is None and not isinstance(spec.reach, Cross):
                 raise NotSupportedError(
-                    f"remove with an end moves later tokens, but layer {i} has rotary=None: its keys can't be re-rotated to "
-                    "their new positions; give rotary= in its LayerSpec, or end=None to truncate"
+                    f"remove with an end moves later tokens, but layer {i} has rotary=None: its keys can't be "
+                    "re-rotated to their new positions; give rotary= in its LayerSpec, or end=None to truncate"
                 )
         row, known = one_row(row, self.num_rows)
         return automatic(edit.remove, like(self))(self, row, known, integers("begin", begin), integers("end", end))
@@ -516,6 +516,6 @@ class Cache:
         for x in jax.tree.leaves(self):
             if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
                 raise CacheError(
-                    "this cache was donated to a jitted function, so its memory is reused; continue with the cache that "
-                    "the function returned, or don't donate it"
+                    "this cache was donated to a jitted function, so its memory is reused; continue with the cache "
+                    "that the function returned, or don't donate it"
                 )

@@ -143,7 +143,8 @@ class Conversation:
         new = len(self.history) - held
         self.history = self.history + result.tokens[0, : result.lengths[0]].tolist()
         self.messages.append({"role": "assistant", "content": self.tokenizer.decode(text.tokens)})
-        said = f"reused {counted(held, 'token')}, prefilled {new:,}, wrote {len(text.tokens):,} in {decoding.seconds:.1f} s"
+        wrote = f"wrote {len(text.tokens):,} in {decoding.seconds:.1f} s"
+        said = f"reused {counted(held, 'token')}, prefilled {new:,}, {wrote}"
         preparing = f"{decoding.preparing:.1f}"
         self.say(said if preparing == "0.0" else f"{said} ({preparing} s compiling)")
 

@@ -95,7 +95,7 @@ def _prune(args: argparse.Namespace) -> int:
         note(f"the empty database, {format_bytes(after.nbytes)}, stays")
         return 0
     cure = (
-        "--damaged removes the bytes that belong to no item"
+        "--damaged removes bytes that belong to no item"
         if after.strays
         else "run it again when the other programs have ended"
     )

@@ -68,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser; `command` names the file of this folder whose `run(args)` does what was asked for."""
     top = _Parser(
         prog="jaxkv",
-        description="Continues text with a model: a checkpoint directory from Hugging Face, or the small bundled model. "
-        "A cache keeps the text's keys and values, so the model never computes them twice.",
+        description="Continues text with a model: a checkpoint directory from Hugging Face, or the small bundled "
+        "model. A cache keeps the text's keys and values, so the model never computes them twice.",
         epilog="""\
 examples:
   jaxkv generate "The with statement"
@@ -97,8 +97,8 @@ def _add_generate(commands: Any) -> None:
     command = commands.add_parser(
         "generate",
         help="continue a text",
-        description="Continues a text and shows each token at once. Standard error reports the time to the first token, "
-        "tokens per second, the sampling settings, and the size of the cache. Sampling follows the checkpoint's "
+        description="Continues a text and shows each token at once. Standard error reports the time to the first "
+        "token, tokens per second, the sampling settings, and the size of the cache. Sampling follows the checkpoint's "
         "generation_config.json: greedy unless it has do_sample. Options override it.",
         epilog="""\
 examples:
@@ -160,9 +160,9 @@ def _add_chat(commands: Any) -> None:
         "chat",
         help="chat with a model",
         description="You write a line. The model answers if its checkpoint has a chat template; otherwise it continues "
-        "the text. The cache keeps the conversation, so each turn only computes new tokens; a note after each turn says "
-        "how many tokens the cache saved. When the cache is full, the chat forgets the oldest part. (The bundled model "
-        "only continues text: it was not trained to answer.)",
+        "the text. The cache keeps the conversation, so each turn only computes new tokens; a note after each turn "
+        "says how many tokens the cache saved. When the cache is full, the chat forgets the oldest part. (The bundled "
+        "model only continues text: it was not trained to answer.)",
         epilog=f"""\
 at your turn:
 {describe_commands()}
@@ -228,9 +228,9 @@ examples:
         "ls",
         "list the functions with outputs in the store",
         "Lists the functions with outputs in the store, the most recently used first. Each line shows a namespace (one "
-        "function with its weights and settings), the number of items, their bytes, the time of the last write (with the "
-        "policies lru and mru: of the last use), and the input and output of one item. On a terminal lines are cut to "
-        "its width; in a file or a pipe they are whole.",
+        "function with its weights and settings), the number of items, their bytes, the time of the last write (with "
+        "the policies lru and mru: of the last use), and the input and output of one item. On a terminal lines are cut "
+        "to its width; in a file or a pipe they are whole.",
         "  jaxkv memo ls features\n  jaxkv memo ls features | cat",
     )
     add_action(
@@ -249,8 +249,8 @@ examples:
     prune = add_action(
         "prune",
         "shrink the store",
-        "Removes outputs, a few records at a time, so that other programs need not wait. You may stop it at any time: the "
-        "store stays valid.",
+        "Removes outputs, a few records at a time, so that other programs need not wait. You may stop it at any time: "
+        "the store stays valid.",
         """\
   jaxkv memo prune features --to 20GiB             remove the least recently used outputs
   jaxkv memo prune features --to 0                 remove everything

@@ -59,8 +59,8 @@ def beam_search(
     them that end become candidates, and the search goes on with the `num_beams` best that don't end. A candidate's
     score is the sum of its log-probabilities over its number of tokens to the power of `length_penalty`.
 
-    Runs on the host, not under `jit`. Each prompt is prefilled once, in the blocks of `generate`; then one compiled loop
-    decodes. Beams share what they have in common where the cache's layout shares, else `take` copies it.
+    Runs on the host, not under `jit`. Each prompt is prefilled once, in the blocks of `generate`; then one compiled
+    loop decodes. Beams share what they have in common where the cache's layout shares, else `take` copies it.
 
     Args:
       forward, params: as for `jaxkv.generate`.

@@ -54,8 +54,8 @@ class DecoderConfig:
         `reaches`, with None for an MLP, or None.
       use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out" and
         "mlp".
-      qk_norm: whether each head's queries and keys are RMS-normalized before they are rotated; "together", "centered" or
-        "plain" in other ways, see `jaxkv.nnx.Attention`. A pattern repeated like `reaches` if layers differ.
+      qk_norm: whether each head's queries and keys are RMS-normalized before they are rotated; "together", "centered"
+        or "plain" in other ways, see `jaxkv.nnx.Attention`. A pattern repeated like `reaches` if layers differ.
       attention_scale: factor of the scores; None means head_dim ** -0.5.
       temperature: None, or what queries are multiplied by, position by position. A pattern if layers differ.
       attention_softcap: None, or the bound c of c * tanh(scores / c).

@@ -170,8 +170,8 @@ class Model:
     ) -> Choices:
         """Returns the most likely continuations of prompts that a beam search finds, see `jaxkv.beam_search`.
 
-        Each prompt is prefilled once. What the checkpoint says of penalties and suppressed tokens is obeyed; of drawing, and
-        of stop strings, nothing is.
+        Each prompt is prefilled once. The search obeys the checkpoint's penalties and suppressed tokens, but not its
+        settings for sampling and its stop strings.
 
         Args:
           prompts, max_new_tokens, sampler, stop_tokens, chat, features, feature_lengths: as for `generate`.
@@ -230,8 +230,8 @@ class Model:
     ) -> Choices:
         """Returns n samples of each prompt, the one that the model finds most likely first, see `jaxkv.best_of`.
 
-        Each prompt is prefilled once. Drawn as the checkpoint's makers want it; where they want it greedy, at temperature 1.
-        Stop strings are not obeyed.
+        Each prompt is prefilled once. Samples are drawn with the checkpoint's sampler, or at temperature 1 if that is
+        greedy. Stop strings are not obeyed.
 
         Args:
           prompts, max_new_tokens, sampler, stop_tokens, seed, key, chat, features, feature_lengths: as for `generate`.

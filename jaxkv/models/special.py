@@ -141,8 +141,8 @@ def add(tokenizer: Any, special: Special, kind: Any, *, resets: bool = False) ->
         if got != number and token["content"]:
             raise ValueError(
                 f"{special.source}: {token['content']!r} is token {number}, but it becomes {got}: the numbers "
-                f"of added tokens continue from the {tokenizer.get_vocab_size(with_added_tokens=False)} of tokenizer.json; save it "
-                "again with transformers: tokenizer.save_pretrained(DIR)"
+                f"of added tokens continue from the {tokenizer.get_vocab_size(with_added_tokens=False)} of "
+                "tokenizer.json; save it again with transformers: tokenizer.save_pretrained(DIR)"
             )
 
 
