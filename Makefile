@@ -16,7 +16,7 @@ export PYTHON PROMPT
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.run ## let the model that comes with jaxkv continue a sentence: make demo PROMPT="A list is"
+demo: $(VENV)/.run ## let the bundled model continue a sentence: make demo PROMPT="A list is"
 	@$(BIN)/python -m jaxkv generate "$$PROMPT"
 
 chat: $(VENV)/.run ## talk with it; what was said stays in the cache

@@ -10,7 +10,7 @@ Errors are |what attention gives - what it gives in float32| / |the latter|, ove
 ten times as large, as real models have them; the queries in the channels of k are a tenth, so that scores stay as they
 were.
 
-The model's figures are of the small one that comes with jaxkv, teacher-forced on texts that the standard library
+The model's figures are of the bundled one, teacher-forced on texts that the standard library
 carries: bits per byte, and the Kullback-Leibler divergence of its predictions from those with a float32 cache. Four of
 its five layers see 128 bytes, so this says little about long contexts.
 
@@ -125,7 +125,7 @@ def texts(count: int, length: int) -> np.ndarray:
 
 
 def measure_model(s: Setting) -> list[dict[str, Any]]:
-    """Bits per byte of the model that comes with jaxkv, and the divergence from its float32 cache in bits."""
+    """Bits per byte of the bundled model, and the divergence from its float32 cache in bits."""
     model = jaxkv.models.tiny.load()
     tokens = texts(s.texts, 512)
     rows, plain = [], None
@@ -244,7 +244,7 @@ def table(found: dict[str, Any]) -> str:
             for row in found["errors"]
         ]
     if "model" in found:
-        lines.append("the model that comes with jaxkv: bits per byte, of float32's, KL in bits")
+        lines.append("the bundled model: bits per byte, of float32's, KL in bits")
         plain = found["model"][0]["bits_per_byte"]
         lines += [
             f"{row['storage']:>44} {row['bits_per_byte']:8.4f} {row['bits_per_byte'] / plain - 1:+8.3%} "

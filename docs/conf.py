@@ -6,11 +6,15 @@ import re
 import sys
 from pathlib import Path
 
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
 import jaxkv
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import api_pages  # noqa: E402
+import cells  # noqa: E402
 
 project = "jaxkv"
 author = "the jaxkv authors"
@@ -56,6 +60,24 @@ def _as_restructured_text(app, what, name, obj, options, lines):
     lines[:] = "\n".join(lines).split("\n")
 
 
+class CodeCell(SphinxDirective):
+    """A cell of a notebook, with what it shows."""
+
+    has_content = True
+    optional_arguments = 1  # the language
+
+    def run(self):
+        source, names = "\n".join(self.content), self.env.temp_data.setdefault("names of the notebook", {})
+        shown = [nodes.literal_block(source, source, language="python")]
+        text, markup = cells.run(source, names, self.env.docname)
+        if text:
+            shown.append(nodes.literal_block(text, text, language="none", classes=["output"]))
+        if markup:
+            shown.append(nodes.raw("", f'<div class="output" style="overflow-x: auto">{markup}</div>', format="html"))
+        return shown
+
+
 def setup(app):
+    app.add_directive("code-cell", CodeCell)
     api_pages.write(HERE / "api")
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=100)  # before napoleon

@@ -3,7 +3,7 @@
     python examples/beam_search.py
     python examples/beam_search.py "A list is" --beams 8 --new-tokens 40
 
-The prompt is read into one row and forked; at each step every row goes on from the beam that it now belongs to. On
+The prompt is prefilled into one row and forked; at each step every row goes on from the beam that it now belongs to. On
 pages both move integers only. `jaxkv.beam_search` also knows stop tokens, length penalties, rules and many prompts.
 """
 

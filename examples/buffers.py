@@ -240,7 +240,7 @@ def moving(x) -> None:
     title("2. Moving to another device")
     first, second = two_devices()
     length = x.shape[1]
-    print("  PyTorch: the mask that is no buffer stays on the CPU, and the next call is a RuntimeError.")
+    print("  PyTorch: a mask that is not a buffer stays on the CPU, and the next call is a RuntimeError.")
     print("  JAX knows two kinds of arrays. One that was never placed (uncommitted) goes wherever the others of a")
     print("  computation are; one that was placed (committed, by device_put) stays, and mixing devices is an error.\n")
 

@@ -32,7 +32,7 @@ class Attention(nnx.Module):
         self.query_key_value = nnx.Linear(width, 3 * width, rngs=rngs)
         self.dense = nnx.Linear(width, width, rngs=rngs)
         self.shape = (heads, width // heads)
-        self.rotary = jaxkv.Rotary(dim=width // heads // 4)  # a quarter of each head is turned
+        self.rotary = jaxkv.Rotary(dim=width // heads // 4)  # a quarter of each head is rotated
 
     def __call__(self, x):
         b, t, _ = x.shape
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name} is {getattr(args, name)}; give at least 1")
     if args.width % args.heads or args.width // args.heads % 8:
         parser.error(
-            f"--width {args.width} in {args.heads} heads; a quarter of a head is turned in pairs, give heads of 8"
+            f"--width {args.width} in {args.heads} heads; a quarter of a head is rotated in pairs, give heads of 8"
         )
     if not args.prompt:
         parser.error("--prompt is empty; give a text")

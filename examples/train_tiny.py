@@ -1,4 +1,4 @@
-"""Trains the small byte-level model that comes with jaxkv, on English that every Python installation carries.
+"""Trains the bundled byte-level model, on English that every Python installation carries.
 
     python examples/train_tiny.py --minutes 60 --out runs/tiny
     python examples/train_tiny.py --minutes 60 --out runs/tiny --resume
@@ -271,9 +271,7 @@ def plot(curve: list[dict], path: pathlib.Path) -> None:
     millions = [point["bytes"] / 1e6 for point in curve]
     axes.plot(millions, [point["train"] for point in curve], label="training", color="tab:gray")
     axes.plot(millions, [point["held_out"] for point in curve], label="held out", color="tab:blue", marker=".")
-    axes.set(
-        xlabel="million bytes read", ylabel="bits per byte", xlim=(0, None), title="The model that comes with jaxkv"
-    )
+    axes.set(xlabel="million bytes read", ylabel="bits per byte", xlim=(0, None), title="The bundled model")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

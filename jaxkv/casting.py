@@ -12,8 +12,8 @@ import numpy as np
 def unheld(array: Any, dtype: Any) -> Any:
     """Returns a value of an array that a dtype can't hold; None if it can hold all.
 
-    Rounding floating numbers is no loss; a finite number that would become infinite or NaN is one. Data are looked at
-    only if their dtype has a wider range than the other one.
+    Rounding floating numbers is not a loss; a finite number that would become infinite or NaN is one. Data are looked
+    at only if their dtype has a wider range than the other one.
 
     Args:
       array: of bools, integers, floating or complex numbers.

@@ -175,7 +175,7 @@ def write(
 
     Raises:
       ValueError: for a dtype that safetensors doesn't know, or that is not floating, or can't hold the values; for
-        metadata that is no text, and for an array that is named "__metadata__".
+        metadata that is not text, and for an array that is named "__metadata__".
       OSError: if there is no such folder, or the path is one.
     """
     dtype = None if dtype is None else _floating(dtype)
@@ -253,7 +253,7 @@ def _parsed(text: bytes, size: int) -> tuple[dict[str, str], dict[str, tuple[str
     """
     header = json.loads(text.decode(), object_pairs_hook=_without_repeats)
     if not isinstance(header, dict):
-        raise ValueError("the header is no JSON object")
+        raise ValueError("the header is not a JSON object")
     metadata = header.pop(_METADATA, None)
     metadata = {} if metadata is None else texts(metadata)
     entries = {}

@@ -402,7 +402,7 @@ def test_wrong_arguments_are_refused_with_both_numbers_and_the_cure(call, says):
 @pytest.mark.parametrize(
     ("k", "v", "says"),
     [
-        ((2, 1, 1, 3), (2, 1, 1, 2), "k has shape (2, 1, 1, 3), this layer and step want [B, T, K, H] = (2, 1, 1, 2)"),
+        ((2, 1, 1, 3), (2, 1, 1, 2), "k has shape (2, 1, 1, 3), this layer and step need [B, T, K, H] = (2, 1, 1, 2)"),
         ((2, 1, 1, 2), (2, 1, 2, 2), "v has shape (2, 1, 2, 2)"),
         ((2, 2, 1, 2), (2, 2, 1, 2), "k has shape (2, 2, 1, 2)"),
     ],

@@ -94,7 +94,7 @@ def test_generate_continues_the_prompt_with_the_shipped_model():
     assert process.returncode == 0, err
     assert out.startswith("The with statement") and len(out) > 60
     assert re.search(r"first token after [\d.]+ s .*, then [\d,]+ tokens/s\n", err)
-    assert re.search(r"read 18 tokens, wrote \d+: ", err)
+    assert re.search(r"prefilled 18 tokens, wrote \d+: ", err)
     assert re.search(r"cache: [\d.]+ \w+ per token, [\d.]+ [KM]iB in all", err)
 
 
@@ -184,7 +184,7 @@ def test_speculation_gives_the_same_text_and_says_what_was_accepted(small_model,
     assert re.search(r"accepted; \d\.\d tokens of a text per step of the model\n", capsys.readouterr().err)
     for options, message in (
         (["--speculate", "lookup", "--capacity", "1"], "--capacity: --speculate checks a token and a draft at once"),
-        (["--speculate", directory], "has a vocabulary of 96 tokens, the model that comes with jaxkv one of"),
+        (["--speculate", directory], "has a vocabulary of 96 tokens, the bundled model one of"),
         (["--speculate", "nowhere"], "nowhere is not a directory"),
         (["--speculate", "lookup", "--compare"], "--best-of, --layout, --speculate and the options"),
     ):
@@ -214,8 +214,8 @@ def test_the_prompt_may_come_from_standard_input(small_model, capsys, type_in, w
 def test_a_full_cache_ends_the_text_and_says_so(small_model, capsys):
     assert main(["generate", "A list", "-n", "100", "--capacity", "64", "--greedy"]) == 0
     _, err = capsys.readouterr()
-    assert "until the cache was full; a larger --capacity holds more" in err
-    assert "read 6 tokens, wrote 59" in err  # the last one is in the text, and not yet in the cache
+    assert "until the cache was full; give a larger --capacity for more" in err
+    assert "prefilled 6 tokens, wrote 59" in err  # the last one is in the text, and not yet in the cache
 
 
 def test_compare_shows_the_same_tokens_with_and_without_a_cache(small_model, capsys):
@@ -240,7 +240,7 @@ def test_each_line_of_a_file_is_continued_in_order_and_as_if_alone(small_model, 
     assert main(["generate", "--prompts", str(file), "--rows", "2", "-n", "5", "--greedy"]) == 0
     out, err = capsys.readouterr()
     assert out == "".join(f"--- line {one['line']}\n{one['prompt']}{one['text']}\n" for one in found)
-    assert "read 22 tokens, wrote " in err and "for 2 texts of up to" in err
+    assert "prefilled 22 tokens, wrote " in err and "for 2 texts of up to" in err
 
 
 def test_all_lines_that_cannot_be_continued_are_named_before_anything_is(small_model, capsys, type_in):
@@ -248,13 +248,13 @@ def test_all_lines_that_cannot_be_continued_are_named_before_anything_is(small_m
     words = ["generate", "--prompts", "-", "--capacity", "64"]
     assert main(words) == 2
     out, err = capsys.readouterr()
-    assert out == "" and "standard input has 1 line that can't be continued:\n  line 2: not UTF-8\n" in err
+    assert out == "" and "standard input has 1 line that the model can't continue:\n  line 2: not UTF-8\n" in err
     type_in(b"good\n" + b"x" * 1024 + b"\n")
     assert main(words) == 2
-    assert "the prompt on line 2 has 1,024 tokens, and the cache would hold 64" in capsys.readouterr().err
+    assert "the prompt on line 2 has 1,024 tokens, and the cache has room for 64" in capsys.readouterr().err
     type_in(b"\n \n")
     assert main(words) == 2
-    assert "standard input holds no prompt; write one on each line" in capsys.readouterr().err
+    assert "standard input has no prompts; write one per line" in capsys.readouterr().err
 
 
 # --- chat ------------------------------------------------------------------------------------------------------------
@@ -264,9 +264,9 @@ def test_chat_keeps_the_text_in_the_cache(small_model, capsys, type_in):
     type_in("hello\nwhat\n/reset\n\nagain\n/quit\nnever read\n")
     assert main(["chat", "-n", "8"]) == 0
     _, err = capsys.readouterr()
-    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s", err)
+    turns = re.findall(r"reused (\d+) tokens?, prefilled (\d+), wrote (\d+) in [\d.]+ s", err)
     assert [int(held) for held, *_ in turns] == [0, int(turns[0][1]) + int(turns[0][2]) - 1, 0]
-    assert err.count("everything is forgotten") == 1
+    assert err.count("forgot everything") == 1
 
 
 def test_chat_goes_on_as_generate_would_with_the_whole_text(small_model, capsys, type_in):
@@ -299,8 +299,8 @@ def test_chat_refuses_a_line_that_never_fits_and_goes_on(small_model, capsys, ty
     type_in("x" * 60 + "\n/what\nhello\n")
     assert main(["chat", "-n", "8", "--capacity", "64", "--greedy"]) == 0
     _, err = capsys.readouterr()
-    assert "error: 60 tokens and up to 8 new ones don't fit a cache that holds 64" in err
-    assert "error: /what is not a command; /help shows those that are" in err
+    assert "error: 60 tokens and up to 8 new ones don't fit into a cache for 64" in err
+    assert "error: /what is not a command; /help lists them" in err
     assert err.count("reused ") == 1
 
 
@@ -312,7 +312,7 @@ def test_undo_forgets_the_last_exchange_in_text_and_cache(small_model, capsys, t
     assert (what, hello) == (again, anew)
     held = re.findall(r"reused (\d+) tokens?", err)
     assert held[1] == held[2] and held[3] == "0" != held[1]
-    assert re.findall(r"forgotten: (\w+)", err) == ["what", "what", "hello"]
+    assert re.findall(r"forgot: (\w+)", err) == ["what", "what", "hello"]
     assert "error: there is nothing to undo" in err and "error: /undo takes nothing after it" in err
 
 
@@ -324,7 +324,7 @@ def test_a_saved_conversation_is_gone_on_with(checkpoint, capsys, type_in, tmp_p
     out, err = capsys.readouterr()
     answers = out.splitlines()
     assert answers[1] == answers[2] and re.findall(r"reused (\d+)", err)[1:] == ["19", "20"]
-    assert "/save needs the name of a file: /save FILE" in err
+    assert "/save needs a file name: /save FILE" in err
     assert err.endswith(f"error: {tmp_path / 'no' / 'where'}: no such file or directory\n")
     said = [("system", "t9"), ("user", "t1 t2"), ("assistant", answers[0]), ("user", "t3"), ("assistant", answers[1])]
     assert [(message["role"], message["content"]) for message in json.loads(path.read_text())] == said
@@ -345,8 +345,8 @@ def test_a_saved_conversation_is_gone_on_with(checkpoint, capsys, type_in, tmp_p
         ("[1]", 'message 1 is not {"role": ..., "content": ...}'),
         ('[{"role": "tool", "content": "x"}]', 'message 1: "role" must be one of system, user, assistant'),
         ('[{"role": "user", "content": 3}]', 'and "content" a text'),
-        ('[{"role": "assistant", "content": "x"}]', "message 1 is from assistant, where one from user belongs"),
-        ('[{"role": "user", "content": "x"}]', "ends with a message of the user, without an answer"),
+        ('[{"role": "assistant", "content": "x"}]', "message 1 is from assistant; here it must be from user"),
+        ('[{"role": "user", "content": "x"}]', "ends with a user message, without an answer"),
         ('[{"role": "system", "content": "x"}]', "has no chat template, so it takes no system message"),
     ],
 )
@@ -373,7 +373,7 @@ def test_interrupt_stops_the_models_turn_and_keeps_the_text(small_model, capsys,
     monkeypatch.setattr(chat, "write", write)
     type_in("hello\nmore\n")
     assert main(["chat", "-n", "8"]) == 0
-    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s", capsys.readouterr().err)
+    turns = re.findall(r"reused (\d+) tokens?, prefilled (\d+), wrote (\d+) in [\d.]+ s", capsys.readouterr().err)
     assert turns[0] == ("0", "5", "3")
     assert turns[1][0] == "7"
 
@@ -450,7 +450,7 @@ def test_a_checkpoint_is_sampled_as_its_makers_want_and_options_go_before(checkp
     assert "sampling: temperature 0.6, top p 0.9 (generation_config.json); top k 3 (as asked)" in report("--top-k", "3")
     greedy = report("--greedy")
     assert "sampling: greedy (as asked)" in greedy
-    assert re.search(r"wrote \d+: (up to an end of the text|as many as asked for)", greedy)
+    assert re.search(r"wrote \d+: (up to a stop token|as many tokens as asked for)", greedy)
 
 
 def test_one_option_for_drawing_makes_a_greedy_checkpoint_draw(checkpoint, capsys):
@@ -463,7 +463,7 @@ def test_a_text_ends_where_the_model_was_not_made_for_more(checkpoint, capsys):
     assert main(["generate", "-m", checkpoint(), words(range(1, 91))]) == 0
     out, err = capsys.readouterr()
     assert len(out.split()) == 128
-    assert "wrote 38: up to the 128 tokens that the model was made for" in err
+    assert "wrote 38: up to the 128 tokens of the model's context" in err
 
 
 def test_compare_works_for_checkpoints(checkpoint, capsys):
@@ -497,7 +497,7 @@ def test_a_conversation_is_answered_as_if_it_were_read_from_its_beginning_but_is
     assert main(["chat", "-m", directory, "-n", "12"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [*conversation(directory, ["t1 t2", "t3"], 12), *conversation(directory, ["t4"], 12)]
-    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s", err)
+    turns = re.findall(r"reused (\d+) tokens?, prefilled (\d+), wrote (\d+) in [\d.]+ s", err)
     # "t90 t1 t2 t92 t91" and 12 tokens, of which the cache doesn't hold the last
     assert turns == [("0", "5", "12"), ("16", "6", "12"), ("0", "4", "12")]
     assert "write a line, and the model answers; /help shows more" in err
@@ -519,7 +519,7 @@ def test_a_conversation_forgets_its_oldest_messages_but_not_the_system_message(c
     words = ["chat", "-m", checkpoint("llama3", TEMPLATE), "-n", "8", "--system", "t5"]
     assert main(words) == 0
     err = capsys.readouterr().err
-    assert len(re.findall(r"the cache was full: the oldest \d+ messages are forgotten", err)) >= 1
+    assert len(re.findall(r"the cache was full: forgot the oldest \d+ messages", err)) >= 1
     held = [int(n) for n in re.findall(r"reused (\d+) tokens?,", err)]
     assert len(held) == 12 and min(held[1:]) == 4  # "t93 t5 t92 t90": the system message, and that a user speaks
 
@@ -530,8 +530,8 @@ def test_a_message_that_does_not_fit_or_is_refused_leaves_the_conversation_as_it
     assert main(["chat", "-m", checkpoint("llama3", refusing), "-n", "8"]) == 0
     err = capsys.readouterr().err
     assert "refuses these messages: nobody asked" in err
-    assert "error: 133 tokens and up to 8 new ones don't fit a cache that holds 128" in err
-    turns = re.findall(r"reused (\d+) tokens?, read (\d+), wrote (\d+) in [\d.]+ s", err)
+    assert "error: 133 tokens and up to 8 new ones don't fit into a cache for 128" in err
+    turns = re.findall(r"reused (\d+) tokens?, prefilled (\d+), wrote (\d+) in [\d.]+ s", err)
     assert [(held, int(read) + int(wrote)) for held, read, wrote in turns] == [("0", 12), ("11", 14)]
 
 
@@ -539,7 +539,7 @@ def test_a_message_that_does_not_fit_or_is_refused_leaves_the_conversation_as_it
     ("change", "message"),
     [
         (lambda d: (d / "config.json").unlink(), "has no config.json; give a directory as Hugging Face publishes them"),
-        (lambda d: (d / "config.json").write_text("{}"), 'config.json has "model_type": None, which is not known here'),
+        (lambda d: (d / "config.json").write_text("{}"), '"model_type": None, which jaxkv does not know'),
         (
             lambda d: (d / "model.safetensors").unlink(),
             "holds neither model.safetensors nor model",
@@ -576,7 +576,7 @@ def test_a_model_that_hears_is_not_asked_to_continue_text(tmp_path, capsys):
     }
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "whisper", **sizes, **layers}))
     assert main(["generate", "--model", str(tmp_path), "x"]) == 2
-    assert "is a whisper model: it reads audio, and the command text; in Python" in capsys.readouterr().err
+    assert "is a whisper model: it needs audio, and the command only has text; in Python" in capsys.readouterr().err
     safetensors.write(tmp_path / "model.safetensors", {})
     assert main(["info", str(tmp_path)]) == 0
     assert "layers       1 Full(), 1 Cross(16)" in capsys.readouterr().out
@@ -595,7 +595,7 @@ def test_a_tokenizer_of_another_model_is_noticed(checkpoint, capsys):
     tokenizer = (directory / "tokenizer.json").read_text().replace('"t95": 95', '"t95": 195')
     (directory / "tokenizer.json").write_text(tokenizer)
     assert main(["generate", "-m", str(directory), "t95"]) == 1
-    assert "the tokenizer makes token 195 of this text, and the model knows 96" in capsys.readouterr().err
+    assert "this text has the token 195, and the model knows 96" in capsys.readouterr().err
 
 
 def test_loading_shows_its_progress_on_a_terminal_only(capsys):
@@ -648,7 +648,7 @@ def test_info_says_what_a_checkpoint_is(checkpoint, capsys):
         "parameters   20,328, 39.7 KiB of bfloat16",
         "layers       3 Window(8)",
         "attention    4 query heads, 2 kv heads x 8",
-        "context      made for texts of up to 128 tokens",
+        "context      texts of up to 128 tokens",
         "tokenizer    96 tokens, with a chat template",
         "stop tokens  2",
     ):
@@ -710,7 +710,7 @@ def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
         (["generate", ""], "the prompt is empty; give some text"),
         (
             ["generate", "x" * 20, "--capacity", "8"],
-            "--capacity: the prompt has 20 tokens, and the cache would hold 8; give",
+            "--capacity: the prompt has 20 tokens, and the cache has room for 8; give",
         ),
         (["generate", "x", "--compare", "--samples", "2"], "--compare decodes one text, greedily"),
         (["generate", "x", "--compare", "--top-p", "0.5"], "--compare decodes one text, greedily"),
@@ -719,18 +719,18 @@ def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
             "'0' is not a number of tokens; give a whole number from 1 to 1,073,741,824; see jaxkv",
         ),
         (["generate", "x", "-n", "many"], "argument -n/--max-new-tokens: 'many' is not a number of tokens"),
-        (["chat", "-n", "40", "--capacity", "64"], "a cache that holds 64; give 32 or less, or --capacity 160"),
-        (["chat", "-n", "300"], "leave too little of a cache that holds 512; give 256 or less"),
+        (["chat", "-n", "40", "--capacity", "64"], "a cache for 64; give 32 or less, or --capacity 160"),
+        (["chat", "-n", "300"], "leave too little room in a cache for 512; give 256 or less"),
         (["chat", "--system", "Be brief."], "has no chat template, so it takes no system message; leave out --system"),
         (["generate", "x", "-n", "600"], "1 token of prompt and 600 new ones are more than the 512"),
-        (["generate", "x" * 512], "the prompt has 512 tokens, and the model was made for texts of 512 in all"),
-        (["generate", "x", "--capacity", "1024"], "argument --capacity: 1,024 is beyond the 512 tokens"),
+        (["generate", "x" * 512], "the prompt has 512 tokens, and the model's context is 512"),
+        (["generate", "x", "--capacity", "1024"], "argument --capacity: 1,024 is more than the 512 tokens"),
         (["generate", "x", "--model", "openai/gpt-2"], "hf download openai/gpt-2 --local-dir gpt-2; then give gpt-2"),
         (["info", "nowhere"], "nowhere is not a directory; give one that holds a checkpoint"),
         (["info", "pyproject.toml"], "pyproject.toml is a file; give the directory that holds it"),
         (["info", "--memory", "8 bits"], "'8 bits' is not a size; give one such as 8GB"),
         (["info", "--rows", "0"], "argument --rows: '0' is not a count; give 1 or more"),
-        (["info", "--capacity", "9999"], "argument --capacity: 9,999 is beyond the 512 tokens"),
+        (["info", "--capacity", "9999"], "argument --capacity: 9,999 is more than the 512 tokens"),
         (
             ["generate", "x", "--seed", "-1"],
             "argument --seed: '-1' is not a seed; give a whole number from 0 to",

@@ -179,7 +179,7 @@ def test_prune_that_leaves_too_much_says_why(directory, capsys):
     folder.mkdir()
     (folder / "0123.partial").write_bytes(bytes(50))
     assert main(["memo", "prune", str(directory), "--to", "5"]) == 1
-    assert capsys.readouterr().err == "jaxkv: this is more than 5 B; --damaged removes what is left over\n"
+    assert capsys.readouterr().err == "jaxkv: this is more than 5 B; --damaged removes bytes that belong to no item\n"
     assert main(["memo", "prune", str(directory), "--to", "5", "--damaged"]) == 0 and not list(folder.iterdir())
 
 
@@ -228,19 +228,19 @@ def test_prune_that_is_killed_at_any_step_loses_nothing(directory):
     ("words", "message"),
     [
         (["ls"], "the following arguments are required: DIR; see jaxkv memo ls --help"),
-        (["ls", ""], "'': No such file or directory; give the directory that was named as disk="),
-        (["ls", "nowhere"], "'nowhere': No such file or directory; give the directory that was named as disk="),
+        (["ls", ""], "'': No such file or directory; give the disk= directory of a memo"),
+        (["ls", "nowhere"], "'nowhere': No such file or directory; give the disk= directory of a memo"),
         (
             ["stat", "features/memo-v1-000001.db"],
             ".db': Not a directory; give the directory that was named",
         ),
-        (["verify", "empty"], "'empty': it holds no store of a memo; give the directory that was named as disk="),
+        (["verify", "empty"], "'empty': it holds no store of a memo; give the disk= directory of a memo"),
         (["ls", "."], ". holds other files, such as 'empty'; give"),
         (
             ["stat", "old"],
             "old holds what an earlier jaxkv kept, which this one does not read; give another directory",
         ),
-        (["prune", "features"], "say what to remove: --to SIZE, --namespace NAME or --damaged"),
+        (["prune", "features"], "choose what to remove: --to SIZE, --namespace NAME or --damaged"),
         (["prune", "features", "--to", "8 bits"], "'8 bits' is not a size; give one such as 8GB"),
         (["prune", "features", "--to", "-1"], "'-1' is not a size; give one such as 8GB"),
         (["prune", "features", "--namespace", "f00"], f"no namespace begins with 'f00'; there are {TWO}"),

@@ -51,7 +51,7 @@ def texts_of(found, i=0):
 
 def test_beams_find_what_beam_search_finds_and_say_what_was_shared(model, capsys):
     found, err = said(capsys, "--beams", "3", "--samples", "2")
-    assert "read 27 tokens once for 3 texts, not 3 times; 1 page of 16 shared by all; wrote 12 in" in err
+    assert "prefilled 27 tokens once for 3 texts, not 3 times; 1 page of 16 shared by all; wrote 12 in" in err
     assert "beam search: 3 beams\n" in err
     num_pages = int(re.search(r"for 3 texts of up to 1,024 tokens, in (\d+) pages of 16\n", err).group(1))
     cache = jaxkv.Cache.init(model.specs, 3, 1024, layout=jaxkv.Pages(num_pages))
@@ -75,14 +75,14 @@ def test_the_best_of_several_is_drawn_even_from_a_greedy_checkpoint(model, capsy
     wanted = jaxkv.best_of(model.forward, model.params, [TOKENS], cache, **options)
     assert [one["tokens"] for one in found] == texts_of(wanted)
     assert len({tuple(one["tokens"]) for one in found}) == 3
-    assert re.search(r"read 27 tokens once for 3 texts, not 3 times; wrote \d+ in", err)
+    assert re.search(r"prefilled 27 tokens once for 3 texts, not 3 times; wrote \d+ in", err)
     assert "sampling: temperature 1 (as asked); the best of 3\n" in err
     file = tmp_path / "prompts.txt"
     file.write_text("A list\nAnother\n")
     assert main(["generate", "--prompts", str(file), "-n", "4", "--rows", "3", *words]) == 0
     out, err = capsys.readouterr()
     assert re.match(r"--- line 1\nA list.*\n--- line 2\nAnother", out, re.DOTALL)
-    assert "read 13 tokens once" in err
+    assert "prefilled 13 tokens once" in err
 
 
 def test_a_text_that_is_not_there_has_no_score(model, capsys, monkeypatch):
@@ -107,8 +107,8 @@ def test_samples_in_pages_are_those_in_rows(model, capsys):
     ("words", "message"),
     [
         (["--beams", "0"], "'0' is not a count"),
-        (["--beams", "2", "--best-of", "2"], "--beams searches and --best-of draws; leave out one of them"),
-        (["--beams", "2", "--top-k", "3"], "--beams draws nothing; leave out --top-k"),
+        (["--beams", "2", "--best-of", "2"], "--beams searches and --best-of samples; leave out one of them"),
+        (["--beams", "2", "--top-k", "3"], "--beams does not sample; leave out --top-k"),
         (["--best-of", "2", "--greedy"], "--greedy gives the same text each time"),
         (["--beams", "2", "--samples", "3"], "--samples 3 is more than --beams 2 gives; give at most 2"),
         (["--best-of", "4", "--rows", "3"], "--rows 3 is fewer than the 4 texts of one prompt"),

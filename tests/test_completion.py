@@ -332,7 +332,7 @@ def test_whisper_hears_and_writes():
     asked = dataclasses.replace(whisper(), generation=GenerationConfig(start_tokens=(1, None, 3)))
     with pytest.raises(ValueError, match=re.escape("[1, None, 3], with a token number in place of None")):
         asked.generate(features=features)
-    with pytest.raises(ValueError, match=r"this model writes what it hears: give features=, float \[B, frames"):
+    with pytest.raises(ValueError, match=r"this model transcribes audio: give features=, float \[B, frames"):
         whisper().generate([1, 2])
 
 

@@ -289,7 +289,7 @@ X, Y = jnp.zeros((ROWS, SIZE, 1, 2)), jnp.zeros((ROWS, 1, 1, 2))
         (lambda: attend(Y, make().layers[1], make().begin_cross(L)[1]), "take the step of cache.begin(positions)"),
         (
             lambda: make().layers[1].put(make().begin_cross(L)[1], jnp.zeros((ROWS, 6, 1, 2)), X),
-            "k has shape (3, 6, 1, 2), this layer and step want [B, T, K, H] = (3, 5, 1, 2)",
+            "k has shape (3, 6, 1, 2), this layer and step need [B, T, K, H] = (3, 5, 1, 2)",
         ),
         (lambda: make().layers[1].put(make().begin_cross(L)[1], X, Y), "v has shape (3, 1, 1, 2)"),
     ],

@@ -219,7 +219,7 @@ def test_a_database_of_something_else_is_refused_and_left_alone(tmp_path):
     with contextlib.closing(sqlite3.connect(path)) as theirs:
         theirs.execute("create table thesis (chapter)")
     before = files(tmp_path)[0].read_bytes()
-    with pytest.raises(ValueError, match="is a database of something else; give another directory"):
+    with pytest.raises(ValueError, match="is a database of another program; give another directory"):
         Disk(tmp_path)
     assert files(tmp_path)[0].read_bytes() == before
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -9,9 +11,16 @@ from pathlib import Path
 import jaxkv
 
 DOCS = Path(__file__).parent.parent / "docs"
-spec = importlib.util.spec_from_file_location("api_pages", DOCS / "api_pages.py")
-api_pages = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(api_pages)
+
+
+def module(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+api_pages, cells = module("api_pages"), module("cells")
 
 MODULES = {"linen", "models", "nnx", "sampling", "testing"}
 
@@ -37,5 +46,49 @@ def test_public_names_have_a_docstring():
 
 
 def test_every_page_is_in_the_contents():
-    listed = re.findall(r"^(\w+)$", (DOCS / "index.md").read_text("utf-8"), re.MULTILINE)
-    assert {page.stem for page in DOCS.glob("*.md")} - {"index"} <= set(listed)
+    listed = re.findall(r"^([\w/]+)$", (DOCS / "index.md").read_text("utf-8"), re.MULTILINE)
+    pages = [page for folder in (DOCS, DOCS / "guides", DOCS / "notebooks") for page in folder.glob("*.md")]
+    assert {page.relative_to(DOCS).with_suffix("").as_posix() for page in pages} - {"index"} <= set(listed)
+
+
+def test_a_cell_shows_what_it_prints_and_its_last_value():
+    class Drawn:
+        def _repr_html_(self):
+            return "<svg/>"
+
+    names = {"drawn": Drawn()}
+    assert cells.run("x = 2\nprint('one')\nx", names) == ("one\n2\n", "")
+    assert cells.run("print(x)\ndrawn", names) == ("2\n", "<svg/>")
+    assert cells.run("x = 3", names) == ("", "") and names["x"] == 3
+
+
+def pattern(node: ast.AST) -> str:
+    """A text of the source as a regular expression: anything where a value goes in."""
+    if isinstance(node, ast.Constant):
+        return re.escape(node.value) if isinstance(node.value, str) else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(".*" if isinstance(value, ast.FormattedValue) else pattern(value) for value in node.values)
+    return pattern(node.left) + pattern(node.right) if isinstance(node, ast.BinOp) else ".*"
+
+
+@functools.cache
+def messages() -> list[str]:
+    """Patterns of all texts of the library that say something by themselves, not only through their values."""
+    found = set()
+    for path in (DOCS.parent / "jaxkv").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr | ast.BinOp | ast.Constant):
+                found.add(pattern(node))
+    return sorted(text for text in found if len(text.replace(".*", "")) >= 12)
+
+
+def test_the_page_of_errors_shows_messages_that_the_library_has():
+    shown = re.findall(r"^- `(.*)`$", (DOCS / "errors.md").read_text("utf-8"), re.MULTILINE)
+    assert len(shown) > 40, "a message is one line: - `...`"
+    known = [(re.compile(text, re.DOTALL), len(text.replace(".*", ""))) for text in messages()]
+
+    def is_known(message: str) -> bool:
+        return any(size > len(message) / 4 and text.fullmatch(message) for text, size in known)
+
+    assert not [message for message in shown if not is_known(message)]
+    assert not is_known(shown[2].replace("did not fit into", "does not fit"))

@@ -804,7 +804,7 @@ def test_a_stream_is_for_one_thread_at_a_time():
         first = pool.submit(next, steps)
         assert inside.wait(60)
         for use in (lambda: next(steps), lambda: steps.result):
-            with pytest.raises(CacheError, match="another thread is using this stream just now"):
+            with pytest.raises(CacheError, match="another thread is using this stream;"):
                 use()
         go_on.set()
         first.result()

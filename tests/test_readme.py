@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from flax import nnx
 
+import jaxkv
 from jaxkv.cli.options import parser
 from jaxkv.models import FAMILIES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]  # not docs/_build
+DOCS = ROOT / "docs"
+WRITTEN = [
+    *DOCS.glob("*.md"),
+    *DOCS.glob("guides/*.md"),
+    *DOCS.glob("notebooks/*.md"),
+]  # not what is built in docs/_build
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(WRITTEN)]
+
+spec = importlib.util.spec_from_file_location("cells", DOCS / "cells.py")
+cells = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cells)
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -26,7 +40,7 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 def all_blocks(page: Path) -> list[tuple[int, str, str]]:
     """Returns (line it begins at, language, text) of each fenced block."""
     text = page.read_text("utf-8")
-    found = re.finditer(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    found = re.finditer(r"^```(?:\{code-cell\} )?(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [(text.count("\n", 0, block.start(2)), block.group(1), block.group(2)) for block in found]
 
 
@@ -42,6 +56,26 @@ def patched(sources: list[str], diff: str) -> str:
     for before, after in zip(old, new, strict=True):
         source = source.replace(before, after)
     return source
+
+
+def write_checkpoint(directory: Path) -> None:
+    """Writes a small random model that chats, in the place of one that a page lets its reader download."""
+    source = {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "intermediate_size": 32,
+    }
+    source |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
+    jaxkv.models.save(directory, jaxkv.models.init(source, rngs=nnx.Rngs(0)))
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    template = "{% for m in messages %}t1 {{ m.content }} t2 {% endfor %}{% if add_generation_prompt %}t3{% endif %}"
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
 
 
 def commands(page: Path) -> list[str]:
@@ -62,12 +96,17 @@ def test_a_page_about_the_library_shows_code(page):
 @each_page
 def test_python_blocks_run_one_after_another_and_diffs_apply_to_them(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if page.stem == "chat":
+        write_checkpoint(tmp_path / "Qwen3-0.6B")
     names = {"__name__": page.stem}
     sources = []
     with mock.patch.dict(FAMILIES):  # a page adds one
         for line, language, code in all_blocks(page):
             if language == "diff":
                 code = patched(sources, code)
+            elif language == "ipython3":
+                cells.run("\n" * line + code, names, str(page))
+                continue
             elif language != "python":
                 continue
             sources.append(code)

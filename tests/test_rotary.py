@@ -143,7 +143,7 @@ def test_equal_arguments_are_equal_and_hash_alike():
         (lambda: YarnScaling(2.0, 64, attention_factor=0.0), "attention_factor is above 0"),
         (lambda: Llama3Scaling(factor=0), "factor is at least 1"),
         (lambda: Llama3Scaling(low_freq_factor=4.0, high_freq_factor=4.0), "high_freq_factor is above 4.0"),
-        (lambda: Rotary(dim=8).frequencies(4), r"dim=8\) turns more dimensions than a head has, 4"),
+        (lambda: Rotary(dim=8).frequencies(4), r"dim=8\) rotates more dimensions than a head has, 4"),
         (lambda: Rotary().frequencies(5), "a head of 5 dimensions"),
         (lambda: Rotary().rotate(some((1, 2, 1, 4)), jnp.zeros((1, 2), jnp.int32)), r"positions\[:, :, None, None\]"),
     ],

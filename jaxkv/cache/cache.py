@@ -56,7 +56,7 @@ class Cache:
       max_block: most tokens of one sequence in one `begin`.
       slack: how far behind the highest position written a `rewind` of a ring may go and land exactly.
       layout: where the numbers lie.
-      shared: how many first tokens all rows have in common, as `sharing` was told; None without such a promise.
+      shared: how many first tokens all rows have in common, by `sharing`; None if that was not declared.
       recurrent: bookkeeping, one States per distinct Recurrent.
 
     >>> import jax.numpy as jnp
@@ -79,7 +79,7 @@ class Cache:
     max_block: int = dataclasses.field(metadata={"static": True})
     slack: int = dataclasses.field(metadata={"static": True})
     layout: Any = dataclasses.field(metadata={"static": True})
-    shared: Any = None  # int32 scalar, see `sharing`; None: nothing is promised
+    shared: Any = None  # int32 scalar, see `sharing`; None: nothing is declared
     recurrent: tuple[States, ...] = ()
 
     @classmethod
@@ -336,18 +336,18 @@ class Cache:
         return run(self, lengths, rows, known)
 
     def sharing(self, n: Any) -> Cache:
-        """Returns this cache with the promise that all rows hold the same in their first n positions.
+        """Returns this cache, declaring that all rows hold the same tokens in their first n positions.
 
         `attend` then reads those once for all rows of a call, not once for each: many samples of one prompt cost little
-        more attention than one. Every `begin` hands the promise on to its layers, so a model needs no change. It is
-        about the rows that bring tokens, in all layers: keys, values and positions, and an encoder's output where
-        n > 0. `copy_prefix` and `take` make such rows. A row may still be reading these tokens: then only what lies
-        before them is read once. Nothing checks it here: rows that differ, such as one that was reset and goes on with
-        another text, get one another's keys. `jaxkv.testing.assert_shared` compares them.
+        more attention than one. Every `begin` passes this on to its layers, so a model needs no change. It must be true
+        of the rows with tokens in the call, in all layers: of keys, values and positions, and of an encoder's output
+        where n > 0. `copy_prefix` and `take` make such rows. During the prefill of these tokens only those before the
+        block are read once. Nothing checks the declaration: rows that differ, such as one that was reset and continues
+        with another text, read one another's keys. `jaxkv.testing.assert_shared` compares them.
 
         Args:
-          n: tokens, on Pages whole pages; a number, or int32 scalar, which may be traced and is rounded down to whole
-            pages. 0 takes the promise back.
+          n: number of tokens, on Pages a multiple of the page size; or an int32 scalar, which may be traced and is
+            rounded down to whole pages. 0 ends the sharing.
 
         Raises:
           ValueError: for a number below 0, above the capacity, or that is not a multiple of the page size.
@@ -468,7 +468,7 @@ class Cache:
     def remove(self, row: Any, begin: Any, end: Any = None) -> Cache:
         """Returns this cache without positions [begin, end) of one sequence.
 
-        With a finite `end` the later tokens move down by `end - begin` and their keys are turned back by as much. With
+        With a finite `end` the later tokens move down by `end - begin` and their keys are re-rotated by as much. With
         `end=None` the sequence is truncated, at the resume point at or below `begin`. Nothing changes if end <= begin,
         begin is past the length, or the row is unknown. An encoder's output stays.
 
@@ -481,8 +481,8 @@ class Cache:
           end: first position kept again; None forgets everything from `begin` on.
 
         Raises:
-          NotSupportedError: while tracing, if `end` is given and a layer's keys can't be turned (`rotary=None`), or a
-            layer is Recurrent: what its state took in can't be taken out.
+          NotSupportedError: while tracing, if `end` is given and a layer's keys can't be re-rotated (`rotary=None`), or
+            a layer is Recurrent: what its state took in can't be taken out.
         """
         self._check_alive()
         if end is None:
@@ -496,8 +496,8 @@ class Cache:
                 )
             if spec.rotary is None and not isinstance(spec.reach, Cross):
                 raise NotSupportedError(
-                    f"remove with an end moves later tokens, but layer {i} has rotary=None: its keys can't turn to "
-                    "their new positions; give rotary= in its LayerSpec, or end=None to truncate"
+                    f"remove with an end moves later tokens, but layer {i} has rotary=None: its keys can't be "
+                    "re-rotated to their new positions; give rotary= in its LayerSpec, or end=None to truncate"
                 )
         row, known = one_row(row, self.num_rows)
         return automatic(edit.remove, like(self))(self, row, known, integers("begin", begin), integers("end", end))
@@ -653,6 +653,6 @@ class Cache:
         for x in jax.tree.leaves(self):
             if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
                 raise CacheError(
-                    "this cache was donated to a jitted function, so its memory is reused; go on with the cache that "
-                    "the function returned, or don't donate it"
+                    "this cache was donated to a jitted function, so its memory is reused; continue with the cache "
+                    "that the function returned, or don't donate it"
                 )

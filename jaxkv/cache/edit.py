@@ -187,7 +187,7 @@ def _map_buffers(layers: Iterable[Any], f: Callable[[Any, Any], Any]) -> tuple[A
 
 
 def _turn_keys(spec: LayerSpec, delta: Any, stored: Any) -> Any:
-    """Returns what is stored of keys [..., V, H], a pytree, turned by delta [V]."""
+    """Returns what is stored of keys [..., V, H], a pytree, re-rotated by delta [V]."""
     if spec.rotary_at == "read":  # what is stored does not depend on where it stands
         return stored
     return _turned(spec.k_storage, spec.rotary, spec.k_dim, delta, stored)

@@ -124,7 +124,7 @@ class Layer:
                 continue
             if x is None or x.shape != want:
                 given = "is missing" if x is None else f"has shape {x.shape}"
-                raise ValueError(f"put: {name} {given}, this layer and step want [B, T, K, H] = {want}")
+                raise ValueError(f"put: {name} {given}, this layer and step need [B, T, K, H] = {want}")
         if where is not None:
             where = jnp.asarray(where)
             if not self.spec.drops:

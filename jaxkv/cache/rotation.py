@@ -1,8 +1,8 @@
 """The Hadamard rotation: a change of basis that spreads outliers over all numbers of a vector before they are rounded.
 
 QuaRot, Ashkboos et al. 2024, https://arxiv.org/abs/2404.00456. The matrix is symmetric and orthonormal: turning twice
-gives back what there was, and products of turned vectors are those of the vectors. So queries are turned once per call,
-instead of every key that they meet, and what was read of turned values is turned back once.
+gives back what there was, and products of rotated vectors are those of the vectors. So queries are rotated once per
+call, instead of every key that they meet, and what was read of rotated values is rotated back once.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def hadamard(size: int) -> np.ndarray:
 def rotate(x: Any) -> Any:
     """Returns vectors x [..., H] in the rotated basis, or, if they are in it, in their own.
 
-    Where H is no power of two it is cut into blocks of the largest one that divides it, each rotated by itself; an odd
-    H is left as it is.
+    Where H is not a power of two it is cut into blocks of the largest one that divides it, each rotated by itself; an
+    odd H is left as it is.
 
     Args:
       x: [..., H], floating.

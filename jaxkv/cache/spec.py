@@ -259,8 +259,8 @@ class LayerSpec:
       value_dim: size of a value; None means head_dim.
       k_storage: how keys are kept.
       v_storage: how values are kept.
-      rotary: None, or a frozen, hashable object whose `shift(k, delta)` turns keys to other positions (`jaxkv.Rotary`);
-        `Cache.remove` needs it to move tokens. None for Cross, whose keys never move.
+      rotary: None, or a frozen, hashable object whose `shift(k, delta)` re-rotates keys to other positions
+        (`jaxkv.Rotary`); `Cache.remove` needs it to move tokens. None for Cross, whose keys never move.
       rotary_at: when keys are rotated. "put": before they are put, by who puts them. "read": each time they are read,
         by `rotary.rotate(k, positions)`; what is put, and kept, is not rotated, so `Cache.remove` moves tokens without
         any rounding, at the price of angles for all keys that a step reads.

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (CacheError, Failure, MemoryError, OSError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            return _complain("there is not enough memory; jaxkv info DIR says what the model and its cache take", 1)
+            return _complain("there is not enough memory; jaxkv info DIR shows the size of the model and its cache", 1)
         if not isinstance(error, CacheError | Failure | OSError):
             raise
         return _complain(error, 1)

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         longest = min(longest, max(capacity // 4, 1))
     elif 2 * longest > capacity:
         raise UsageError(
-            f"argument --max-new-tokens: answers of {longest:,} tokens leave too little of a cache that holds "
+            f"argument --max-new-tokens: answers of {longest:,} tokens leave too little room in a cache for "
             f"{capacity:,}; give {capacity // 2:,} or less" + _larger(4 * longest, source.context)
         )
     model = source.load(args.dtype, capacity, storage=args.storage, quiet=args.quiet, mesh=mesh_of(args.devices))
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if where := describe_devices(model):
         say(where)
     say(describe_size(model.specs, 1, capacity))
-    say(f"write a line, and the model {'answers' if taught else 'goes on'}; /help shows more, /quit ends")
+    say(f"write a line, and the model {'answers' if taught else 'continues it'}; /help shows more, /quit ends")
     talk(chat, interrupts)
     return 0
 
@@ -110,9 +110,9 @@ def _obey(chat: Conversation, line: str, files: set[Path]) -> None:
     rest = rest.strip()
     usage = next((command for command, _ in COMMANDS if command.split()[0] == name), None)
     if usage is None:
-        raise Failure(f"{name} is not a command; /help shows those that are")
+        raise Failure(f"{name} is not a command; /help lists them")
     if (" " in usage) != bool(rest):
-        raise Failure(f"{name} needs the name of a file: {usage}" if " " in usage else f"{name} takes nothing after it")
+        raise Failure(f"{name} needs a file name: {usage}" if " " in usage else f"{name} takes nothing after it")
     path = Path(clean(rest)).expanduser()
     if name == "/help":
         note(f"at your turn:\n{describe_commands()}")
@@ -120,7 +120,7 @@ def _obey(chat: Conversation, line: str, files: set[Path]) -> None:
         chat.undo()
     elif name == "/reset":
         chat.reset()
-        chat.say("everything is forgotten")
+        chat.say("forgot everything")
     elif name == "/save":
         _save(chat, path, files)
     else:

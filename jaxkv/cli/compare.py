@@ -58,7 +58,11 @@ def compare(args: argparse.Namespace, model: Model, prompt: list[int], max_new_t
             computed, seconds_without = _best_time(functools.partial(without_cache, num_tokens))
         differs = next((i for i, (a, b) in enumerate(zip(kept, computed, strict=True)) if a != b), None)
         all_same = all_same and differs is None
-        rounds = "rounding chose between equals" if args.storage is None else f"the storage {args.storage} rounds"
+        rounds = (
+            "rounding decided between two equal tokens"
+            if args.storage is None
+            else f"the storage {args.storage} rounds"
+        )
         same = "yes" if differs is None else f"up to {differs:,}: {rounds}"
         ratio = seconds_without / seconds
         write(

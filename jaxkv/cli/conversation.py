@@ -66,7 +66,7 @@ class Conversation:
         said = " ".join(self.messages[begin]["content"].split())
         with told():
             self._back_to(begin)
-        self.say(f"forgotten: {said[:40]}{'...' if len(said) > 40 else ''}")
+        self.say(f"forgot: {said[:40]}{'...' if len(said) > 40 else ''}")
 
     def save(self, path: Path) -> None:
         """Writes the messages as a JSON list, as chat templates take them.
@@ -76,7 +76,7 @@ class Conversation:
           OSError: if the file can't be written.
         """
         if _last_of_user(self.messages) is None:
-            raise Failure("nothing was said yet")
+            raise Failure("the conversation is empty")
         with written(path) as file:
             file.write(json.dumps(self.messages, ensure_ascii=False, indent=1).encode() + b"\n")
         self.say(f"{counted(len(self.messages), 'message')} written to {path}")
@@ -143,13 +143,14 @@ class Conversation:
         new = len(self.history) - held
         self.history = self.history + result.tokens[0, : result.lengths[0]].tolist()
         self.messages.append({"role": "assistant", "content": self.tokenizer.decode(text.tokens)})
-        said = f"reused {counted(held, 'token')}, read {new:,}, wrote {len(text.tokens):,} in {decoding.seconds:.1f} s"
+        wrote = f"wrote {len(text.tokens):,} in {decoding.seconds:.1f} s"
+        said = f"reused {counted(held, 'token')}, prefilled {new:,}, {wrote}"
         preparing = f"{decoding.preparing:.1f}"
         self.say(said if preparing == "0.0" else f"{said} ({preparing} s compiling)")
 
     def _refusal(self, num_tokens: int) -> Failure:
         return Failure(
-            f"{num_tokens:,} tokens and up to {self.longest:,} new ones don't fit a cache that holds "
+            f"{num_tokens:,} tokens and up to {self.longest:,} new ones don't fit into a cache for "
             f"{self.cache.capacity:,}; write less, or start again with a larger --capacity"
         )
 
@@ -171,7 +172,7 @@ class Conversation:
         if len(tokens) > room:
             raise self._refusal(len(tokens))
         if forgotten:
-            self.say(f"the cache was full: the oldest {forgotten:,} messages are forgotten")
+            self.say(f"the cache was full: forgot the oldest {forgotten:,} messages")
         return tokens
 
 
@@ -244,7 +245,7 @@ def read_messages(path: Path) -> list[Message]:
     with path.open("rb") as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
-        raise Failure(f"{path} has more than {_MOST_BYTES:,} bytes, which no conversation has")
+        raise Failure(f"{path} has more than {_MOST_BYTES:,} bytes: too many for a conversation")
     try:
         messages = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
@@ -262,10 +263,10 @@ def read_messages(path: Path) -> list[Message]:
         if role == "system" and number == 1:
             continue
         if role != expected:
-            raise Failure(f"{where} is from {role}, where one from {expected} belongs")
+            raise Failure(f"{where} is from {role}; here it must be from {expected}")
         expected = "assistant" if role == "user" else "user"
     if expected == "assistant":
-        raise Failure(f"{path} ends with a message of the user, without an answer")
+        raise Failure(f"{path} ends with a user message, without an answer")
     return messages
 
 

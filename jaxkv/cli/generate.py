@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         begun = dict(zip(numbers, batch, strict=True))  # each is read once for all of its samples
         decoding = Run([Text(source.tokenizer, prompt.tokens) for prompt in batch])
         runs.append(decoding)
-        padding = [None] * (num_rows - len(batch))  # so that the last batch is no other program
+        padding = [None] * (num_rows - len(batch))  # so that the last batch runs the same program
         copies = [numbers.count(number) for number in begun]
         key = jax.random.fold_in(jax.random.key(args.seed), begin) if begin else jax.random.key(args.seed)
         cache = Cache.init(model.specs, num_rows, capacity, layout=layout, sharding=place_of(model))
@@ -113,4 +113,4 @@ def _report(runs: list[Run], prompts: list[Prompt], reasons: set[str]) -> None:
     wrote = sum(run.num_tokens for run in runs)
     ended = ", ".join(sorted(reasons))
     note(runs[0].speed())
-    note(f"read {counted(read, 'token')}, wrote {wrote:,}: {ended}")
+    note(f"prefilled {counted(read, 'token')}, wrote {wrote:,}: {ended}")

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         "parameters": _parameters(source.num_params, counts),
         "layers": _layers(specs),
         "attention": _heads(source),
-        "context": "not said" if source.context is None else f"made for texts of up to {source.context:,} tokens",
+        "context": "unknown" if source.context is None else f"texts of up to {source.context:,} tokens",
         "tokenizer": _tokenizer(source),
         "stop tokens": ", ".join(map(str, source.stop_tokens)) or "none",
     }

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     found = upkeep.survey(args.directory)
     if not found.namespaces:
-        note(f"{args.directory} is a store without records")
+        note(f"{args.directory} is an empty store")
         return 0
     rows = [("namespace", "items", "size", "last used", "function")]
     for space in found.namespaces:
@@ -75,13 +75,13 @@ def _verify(args: argparse.Namespace) -> int:
         write(f"and {len(damages) - _MOST_DAMAGES:,} more\n")
     write(f"{counted(whole, 'record')} whole, {counted(len(damages), 'damaged place')}\n")
     if damages:
-        note("damaged records count as misses and are computed again; prune --damaged frees their room")
+        note("damaged records count as misses, and are computed again; prune --damaged removes them")
     return 1 if damages else 0
 
 
 def _prune(args: argparse.Namespace) -> int:
     if args.to is None and not args.namespace and not args.damaged:
-        raise UsageError("say what to remove: --to SIZE, --namespace NAME or --damaged")
+        raise UsageError("choose what to remove: --to SIZE, --namespace NAME or --damaged")
     before = upkeep.survey(args.directory)
     names = [_meant(name, [space.key for space in before.namespaces]) for name in args.namespace]
     with progress_bar("prune", show=sys.stderr.isatty()) as progress:
@@ -94,7 +94,11 @@ def _prune(args: argparse.Namespace) -> int:
     if not after.items and not after.strays:
         note(f"the empty database, {format_bytes(after.nbytes)}, stays")
         return 0
-    cure = "--damaged removes what is left over" if after.strays else "run it again when other programs have ended"
+    cure = (
+        "--damaged removes bytes that belong to no item"
+        if after.strays
+        else "run it again when the other programs have ended"
+    )
     note(f"this is more than {format_bytes(args.to)}; {cure}")
     return 1
 

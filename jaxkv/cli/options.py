@@ -68,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser; `command` names the file of this folder whose `run(args)` does what was asked for."""
     top = _Parser(
         prog="jaxkv",
-        description="Continues text with a model: a checkpoint directory as Hugging Face publishes them, or the small "
-        "model that comes with jaxkv. What has been read stays in a cache and is never computed twice.",
+        description="Continues text with a model: a checkpoint directory from Hugging Face, or the small bundled "
+        "model. A cache keeps the text's keys and values, so the model never computes them twice.",
         epilog="""\
 examples:
   jaxkv generate "The with statement"
@@ -81,8 +81,8 @@ examples:
   jaxkv info Qwen3-0.6B
   jaxkv chat --model Qwen3-0.6B
 
-Compiled programs are kept in $JAXKV_CACHE_DIR (or $JAX_COMPILATION_CACHE_DIR; by default in a folder
-jaxkv under $XDG_CACHE_HOME or ~/.cache), so that the second start is quick. It may be deleted any time.""",
+Compiled programs are kept in $JAXKV_CACHE_DIR (or $JAX_COMPILATION_CACHE_DIR; by default in the folder
+jaxkv under $XDG_CACHE_HOME or ~/.cache), so that the second start is quick. You may delete it at any time.""",
     )
     top.add_argument("--version", action=_Version, nargs=0, help="print the versions of jaxkv, JAX, Flax and Python")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
@@ -98,9 +98,9 @@ def _add_generate(commands: Any) -> None:
     command = commands.add_parser(
         "generate",
         help="continue a text",
-        description="Continues a text, shown token by token as it comes. Standard error says how long the first token "
-        "took, how many followed per second, how they were chosen, and what the cache takes. Checkpoints are sampled "
-        "as their generation_config.json says: greedily, unless it says do_sample. Options go before it.",
+        description="Continues a text and shows each token at once. Standard error reports the time to the first "
+        "token, tokens per second, the sampling settings, and the size of the cache. Sampling follows the checkpoint's "
+        "generation_config.json: greedy unless it has do_sample. Options override it.",
         epilog="""\
 examples:
   jaxkv generate "The with statement"                   the same every time: the seed is 0
@@ -110,10 +110,10 @@ examples:
   echo "An iterator" | jaxkv generate -q                prompt from standard input, no report
   jaxkv generate "A list is" --compare                  what the cache saves
   jaxkv generate "A list is" --beams 4                  the most probable text that four beams find
-  jaxkv generate "A list is" --best-of 8 --samples 2    the best two of eight; the prompt is read once
-  jaxkv generate -q --speculate lookup < old.py         texts that repeat what is there, in fewer steps
-  jaxkv generate --prompts prompts.txt --json > out.jsonl   one prompt a line, one JSON object a text
-  jaxkv generate --model Qwen3-0.6B "Once"              with a checkpoint, as its makers want it sampled""",
+  jaxkv generate "A list is" --best-of 8 --samples 2    the best two of eight, with one prefill of the prompt
+  jaxkv generate -q --speculate lookup < old.py         fewer steps for texts that repeat themselves
+  jaxkv generate --prompts prompts.txt --json > out.jsonl   one prompt per line, one JSON object per text
+  jaxkv generate --model Qwen3-0.6B "Once"              with a checkpoint and its sampling settings""",
     )
     command.set_defaults(command="generate")
     add = command.add_argument
@@ -121,18 +121,18 @@ examples:
         "prompt",
         nargs="?",
         metavar="PROMPT",
-        help="what to continue; standard input if it is - or left out",
+        help="the text to continue; - or nothing reads it from standard input",
     )
-    _add_decoding(command, "200", f"what is needed, at least {MIN_CAPACITY:,}")
-    samples_help = "how many texts of each prompt (default: 1); with --beams and --best-of, the best so many"
+    _add_decoding(command, "200", f"enough for prompt and text, at least {MIN_CAPACITY:,}")
+    samples_help = "number of texts for each prompt (default: 1); with --beams and --best-of, the best N"
     add("--samples", type=_count, default=1, metavar="N", help=samples_help)
-    prompts_help = "continue each line of this file, or of standard input for -; empty lines are left out"
+    prompts_help = "continue each line of this file (- for standard input); skips empty lines"
     add("--prompts", metavar="FILE", help=prompts_help)
-    rows_help = "how many texts are decoded at once (default: all samples of one prompt, 8 with --prompts)"
+    rows_help = "number of texts decoded at once (default: all samples of one prompt, 8 with --prompts)"
     add("--rows", type=_count, metavar="N", help=rows_help)
     speculate_help = (
-        "guess what comes next, and check many guesses at once: the same text in fewer steps. lookup guesses from the "
-        "text itself, a directory is a small checkpoint of the same vocabulary"
+        "speculative decoding: draft several tokens and check them in one step. The text is the same, in fewer steps. "
+        "lookup drafts from the text itself, DIR is a small checkpoint with the same vocabulary"
     )
     add("--speculate", metavar="lookup|DIR", help=speculate_help)
     json_help = "print one JSON object for each text: line (with --prompts), prompt, text, tokens, reason, score"
@@ -141,17 +141,16 @@ examples:
     best_help = "draw N texts and print the one whose tokens are the most probable on average"
     add("--best-of", type=_count, metavar="N", help=best_help)
     layout_help = (
-        "how the cache lies in memory: a row for each text, or a pool of pages, which the texts of --beams and "
-        "--best-of share where they are the same (default: pages with these two, else rows)"
+        "memory layout of the cache: a row for each text, or a pool of pages, so that the texts of --beams and "
+        "--best-of share their common prefix (default: pages with these two, else rows)"
     )
     add("--layout", choices=("rows", "pages"), help=layout_help)
-    add("--watch", action="store_true", help="show in the terminal how the cache fills while the text is written")
+    add("--watch", action="store_true", help="show in the terminal how the cache fills while the model writes")
     add("--trace", metavar="FILE", help="write an HTML page that shows the cache step by step, with a slider")
     add(
         "--compare",
         action="store_true",
-        help="decode greedily with a cache and without, at several lengths: are the tokens the same, what is the ratio "
-        "of the times",
+        help="decode greedily with a cache and without, at several lengths; compare the tokens and the times",
     )
     add("-q", "--quiet", action="store_true", help="no report on standard error")
 
@@ -159,22 +158,22 @@ examples:
 def _add_chat(commands: Any) -> None:
     command = commands.add_parser(
         "chat",
-        help="write a text in turns with the model",
-        description="You write a line, the model answers if its checkpoint has a chat template, else it continues the "
-        "text. All of it stays in the cache, so only what is new is read; a note after each turn says how many tokens "
-        "the cache saved. When the cache is full, the oldest part is forgotten. (The model that comes with jaxkv "
-        "continues text; nobody taught it to answer.)",
+        help="chat with a model",
+        description="You write a line. The model answers if its checkpoint has a chat template; otherwise it continues "
+        "the text. The cache keeps the conversation, so each turn only computes new tokens; a note after each turn "
+        "says how many tokens the cache saved. When the cache is full, the chat forgets the oldest part. (The bundled "
+        "model only continues text: it was not trained to answer.)",
         epilog=f"""\
 at your turn:
 {describe_commands()}
 at the model's turn:
-  Ctrl-C        stop it; what it wrote stays""",
+  Ctrl-C        stop it; its text so far stays""",
     )
     command.set_defaults(command="chat")
     _add_decoding(
         command, "1,024 with a chat template and 120 without", f"4,096 with a chat template, else {MIN_CAPACITY:,}"
     )
-    command.add_argument("--system", metavar="TEXT", help="what the model is told first, by a system message")
+    command.add_argument("--system", metavar="TEXT", help="a system message: instructions to the model")
     command.add_argument("-q", "--quiet", action="store_true", help="no notes on standard error")
 
 
@@ -191,23 +190,25 @@ def _add_doctor(commands: Any) -> None:
 def _add_info(commands: Any) -> None:
     command = commands.add_parser(
         "info",
-        help="say what a model is, and what its cache takes",
-        description="Says what a checkpoint directory holds, or the model that comes with jaxkv: parameters, layers "
-        "and what they see, bytes of cache per token, and the longest text that fits into memory. Reads no weights.",
+        help="describe a model, and the memory of its cache",
+        description="Describes a checkpoint, or the bundled model: parameters, layers and their reaches (attention "
+        "patterns), bytes of cache per token, and the longest text that fits into memory. Reads no weights.",
         epilog="""\
 examples:
-  jaxkv info                                         the model that comes with jaxkv
+  jaxkv info                                         the bundled model
   jaxkv info Qwen3-0.6B --memory 8GB                 on another machine
   jaxkv info Qwen3-0.6B --rows 16 --capacity 4096    16 texts at once, of up to 4,096 tokens
   jaxkv info Qwen3-0.6B --storage int8               a cache of 8 bits per number""",
     )
     command.set_defaults(command="info")
-    command.add_argument("model", nargs="?", metavar="DIR", help="directory of a checkpoint")
-    memory_help = "how much there is for parameters and cache (default: what is free here)"
+    command.add_argument(
+        "model", nargs="?", metavar="DIR", help="directory of a checkpoint (default: the bundled model)"
+    )
+    memory_help = "memory for parameters and cache (default: the free memory of this machine)"
     command.add_argument("--memory", type=_size, metavar="SIZE", help=memory_help)
-    rows_help = "how many texts the cache is to hold at once (default: 1)"
+    rows_help = "number of texts in the cache at once (default: 1)"
     command.add_argument("--rows", type=_count, default=1, metavar="N", help=rows_help)
-    capacity_help = "tokens of each text (default: as many as the model was made for)"
+    capacity_help = "tokens of each text (default: the model's context length)"
     command.add_argument("--capacity", type=_tokens, metavar="N", help=capacity_help)
     _add_storage(command)
 
@@ -215,86 +216,86 @@ examples:
 def _add_memo(commands: Any) -> None:
     command = commands.add_parser(
         "memo",
-        help="look at what a memo keeps on disk, check it, shrink it",
-        description="Looks at a directory that a memo keeps its outputs in (disk=), checks it, or shrinks it. Programs "
-        "may be using it meanwhile.",
+        help="list, check or shrink the disk store of a memo",
+        description="Lists, checks or shrinks the directory in which a memo keeps its outputs: jaxkv.Memo(disk=DIR). "
+        "Other programs may use the directory at the same time.",
         epilog="""\
 examples:
-  jaxkv memo ls features                     the functions whose outputs are there
-  jaxkv memo stat features                   how much there is, and what could be won
+  jaxkv memo ls features                     list the functions with outputs in the store
+  jaxkv memo stat features                   its size, and how much of it could be freed
   jaxkv memo verify features                 read and check every record
-  jaxkv memo prune features --to 20GiB       what was used least recently goes""",
+  jaxkv memo prune features --to 20GiB       remove the least recently used outputs""",
     )
     actions = command.add_subparsers(metavar="{ls,stat,verify,prune}", required=True)
 
     def add_action(name: str, help: str, description: str, epilog: str) -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=help, description=description, epilog=f"examples:\n{epilog}")
         action.set_defaults(command="memo", action=name)
-        action.add_argument("directory", metavar="DIR", help="directory that was named as disk=")
+        action.add_argument("directory", metavar="DIR", help="the memo's directory: its disk= argument")
         return action
 
     add_action(
         "ls",
-        "list the functions whose outputs are there",
-        "Lists the functions whose outputs are there, last used first: a namespace for each function with its weights "
-        "and settings, how many items it has, the bytes they take, when they were last written to (or used, where the "
-        "policy is lru or mru), and what goes in and comes out per item. Lines are cut to the width of a terminal; in "
-        "a file or a pipe they are whole.",
+        "list the functions with outputs in the store",
+        "Lists the functions with outputs in the store, the most recently used first. Each line shows a namespace (one "
+        "function with its weights and settings), the number of items, their bytes, the time of the last write (with "
+        "the policies lru and mru: of the last use), and the input and output of one item. On a terminal lines are cut "
+        "to its width; in a file or a pipe they are whole.",
         "  jaxkv memo ls features\n  jaxkv memo ls features | cat",
     )
     add_action(
         "stat",
-        "say how much there is",
-        "Says how many bytes and items there are, and how many bytes belong to nothing. Reads no payloads.",
+        "show the size of the store",
+        "Shows the number of items and bytes, and of bytes that belong to no item. Reads no payloads.",
         "  jaxkv memo stat features",
     )
     add_action(
         "verify",
         "check every record",
-        "Reads every record and holds it against its checksum. The exit status is 1 if any is damaged. Damaged records "
-        "are never given out: they count as misses, and are computed again.",
+        "Reads every record and compares it with its checksum. The exit status is 1 if any is damaged. A memo never "
+        "returns a damaged record: it counts as a miss, and is computed again.",
         "  jaxkv memo verify features",
     )
     prune = add_action(
         "prune",
-        "shrink it",
-        "Removes what is asked for, some records at a time, so that programs that use it need not wait: ended in "
-        "between, what is left is whole.",
+        "shrink the store",
+        "Removes outputs, a few records at a time, so that other programs need not wait. You may stop it at any time: "
+        "the store stays valid.",
         """\
-  jaxkv memo prune features --to 20GiB             what was used least recently goes
-  jaxkv memo prune features --to 0                 everything goes
-  jaxkv memo prune features --namespace 3f2a91c0   all outputs of one function
-  jaxkv memo prune features --damaged              only what is damaged or belongs to nothing""",
+  jaxkv memo prune features --to 20GiB             remove the least recently used outputs
+  jaxkv memo prune features --to 0                 remove everything
+  jaxkv memo prune features --namespace 3f2a91c0   remove all outputs of one function
+  jaxkv memo prune features --damaged              remove damaged records, and files that belong to none""",
     )
-    prune.add_argument("--to", type=_size_or_0, metavar="SIZE", help="at most so much stays, such as 20GiB, or 0")
-    namespace_help = "remove this namespace (its first characters suffice); may be given several times"
+    prune.add_argument("--to", type=_size_or_0, metavar="SIZE", help="keep at most this much, such as 20GiB, or 0")
+    namespace_help = "remove this namespace (its first characters are enough); repeat it for several"
     prune.add_argument("--namespace", action="append", default=[], metavar="NAME", help=namespace_help)
     prune.add_argument("--damaged", action="store_true", help="read every record and remove what is damaged")
 
 
 def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: str, capacity: str) -> None:
     add = command.add_argument
-    model_help = "directory of a checkpoint (default: the small model that comes with jaxkv)"
+    model_help = "directory of a checkpoint (default: the small bundled model)"
     add("-m", "--model", metavar="DIR", help=model_help)
-    dtype_help = "of parameters, computation and cache (default: float32 on a CPU, else the checkpoint's own)"
+    dtype_help = "dtype of parameters, computation and cache (default: float32 on a CPU, else the checkpoint's)"
     add("--dtype", choices=DTYPES, help=dtype_help)
     _add_storage(command)
     devices_help = "divide the model's heads, MLPs and vocabulary over N local devices (default: one device)"
     add("--devices", type=_count, metavar="N", help=devices_help)
-    length_help = f"at most this many new tokens (default: what generation_config.json says, else {max_new_tokens})"
+    length_help = f"at most N new tokens (default: that of generation_config.json, else {max_new_tokens})"
     add("-n", "--max-new-tokens", type=_tokens, metavar="N", help=length_help)
     for name, (kind, metavar, help) in SAMPLING.items():
         add(option(name), type=kind, metavar=metavar, help=help)
     add("--greedy", action="store_true", help="always the most probable token")
     add("--seed", type=_seed, default=0, metavar="N", help="another seed gives another text (default: 0)")
-    capacity_help = f"tokens that the cache can hold (default: {capacity}, but no more than the model was made for)"
+    capacity_help = f"tokens that the cache can hold (default: {capacity}, but at most the model's context length)"
     add("--capacity", type=_tokens, metavar="N", help=capacity_help)
 
 
 def _add_storage(command: argparse.ArgumentParser) -> None:
     storage_help = (
-        f"how the cache keeps numbers: {', '.join(STORAGES)}; two with a comma between for keys and values, such as "
-        "int8,int4 (default: the dtype of the computation)"
+        f"storage of the cache (KV quantization): {', '.join(STORAGES)}; for keys and values apart, two with a comma, "
+        "such as int8,int4 (default: the dtype of the computation)"
     )
     command.add_argument("--storage", type=_storage, metavar="NAME", help=storage_help)
 
@@ -354,7 +355,7 @@ _seed = _between(0, _MOST_SEED, "a seed")
 
 # What makes a sampler: the argument of jaxkv.sampling.sampler and so the name of the option, its kind, and its help.
 SAMPLING: dict[str, tuple[Callable[[str], Any], str, str]] = {
-    "temperature": (_number, "T", "below 1 more predictable, above 1 less"),
+    "temperature": (_number, "T", "below 1: more predictable text; above 1: less"),
     "top_k": (_whole, "K", "choose among the K most probable tokens"),
     "top_p": (_number, "P", "choose among the fewest tokens that together have probability P"),
     "min_p": (_number, "P", "leave out tokens less probable than P times the most probable one"),

@@ -58,9 +58,11 @@ def read_prompts(args: argparse.Namespace, source: Source) -> list[Prompt]:
         except (Failure, UsageError) as error:
             wrong.append(f"line {number:,}: {error}")
     if wrong:
-        raise UsageError(f"{name} has {counted(len(wrong), 'line')} that can't be continued:\n" + "\n".join(wrong))
+        raise UsageError(
+            f"{name} has {counted(len(wrong), 'line')} that the model can't continue:\n" + "\n".join(wrong)
+        )
     if not prompts:
-        raise UsageError(f"{name} holds no prompt; write one on each line")
+        raise UsageError(f"{name} has no prompts; write one per line")
     return prompts
 
 
@@ -78,7 +80,7 @@ def choose_capacity(args: argparse.Namespace, prompts: list[Prompt], context: in
     if len(longest.tokens) > args.capacity:
         which = "the prompt" if longest.line is None else f"the prompt on line {longest.line:,}"
         raise UsageError(
-            f"argument --capacity: {which} has {len(longest.tokens):,} tokens, and the cache would hold "
+            f"argument --capacity: {which} has {len(longest.tokens):,} tokens, and the cache has room for "
             f"{args.capacity:,}; give a shorter prompt, or --capacity {needed} (without the option it is as large as "
             "needed)"
         )
@@ -97,7 +99,7 @@ def _read_one(given: str) -> str:
     text = given
     if given == "-":
         if sys.stdin.isatty():
-            note("write what is to be continued, then Ctrl-D")
+            note("write a text to continue, then Ctrl-D")
         text = sys.stdin.buffer.read().decode(errors="replace").removesuffix("\n")
     if not text:
         raise UsageError('the prompt is empty; give some text to continue, for example: jaxkv generate "A list is"')
@@ -115,12 +117,11 @@ def _prompt(args: argparse.Namespace, source: Source, text: str) -> Prompt:
     left = source.context - len(tokens)
     if left < 1:
         raise UsageError(
-            f"the prompt has {len(tokens):,} tokens, and the model was made for texts of {source.context:,} in all; "
-            "give a shorter one"
+            f"the prompt has {len(tokens):,} tokens, and the model's context is {source.context:,}; give a shorter one"
         )
     if args.max_new_tokens is not None and asked > left:
         raise UsageError(
             f"{counted(len(tokens), 'token')} of prompt and {asked:,} new ones are more than the "
-            f"{source.context:,} that the model was made for; give -n {left} or less"
+            f"{source.context:,} of the model's context; give -n {left} or less"
         )
     return Prompt(text, tokens, min(asked, left), asked > left)

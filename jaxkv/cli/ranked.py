@@ -1,4 +1,4 @@
-"""`jaxkv generate --beams N` and `--best-of N`: several texts of each prompt at once, which is read once."""
+"""`jaxkv generate --beams N` and `--best-of N`: several texts of each prompt at once, which is prefilled once."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _ROWS = 8  # decoded at once, where that is enough for a prompt
 def check_ranked(args: argparse.Namespace, generation: Any) -> None:
     """Lets the options be right for a search: beams draw nothing, and the best of several must be drawn."""
     if args.beams and args.best_of:
-        raise UsageError("--beams searches and --best-of draws; leave out one of them")
+        raise UsageError("--beams searches and --best-of samples; leave out one of them")
     given = [option(name) for name in DRAWING if getattr(args, name) is not None]
     if args.beams and given:
-        raise UsageError(f"--beams draws nothing; leave out {' and '.join(given)}")
+        raise UsageError(f"--beams does not sample; leave out {' and '.join(given)}")
     if args.best_of and args.greedy:
         raise UsageError("--greedy gives the same text each time; leave it out, or --best-of")
     n = args.beams or args.best_of
@@ -69,7 +69,7 @@ def find_best(
     begun, wrote, reasons = time.perf_counter(), 0, set()
     for begin in range(0, len(prompts), at_once):
         batch = prompts[begin : begin + at_once]
-        padding = [None] * (at_once - len(batch))  # so that the last batch is no other program
+        padding = [None] * (at_once - len(batch))  # so that the last batch runs the same program
         key = jax.random.fold_in(jax.random.key(args.seed), begin)
         search: Callable[..., Candidates] = functools.partial(best_of, n=n, key=key)
         if args.beams:
@@ -109,7 +109,7 @@ def find_best(
 
 def _report(n: int, prompts: list[Prompt], wrote: int, seconds: float, reasons: list[str], layout: Any) -> None:
     read = sum(len(prompt.tokens) for prompt in prompts)
-    saved = f"read {counted(read, 'token')}"
+    saved = f"prefilled {counted(read, 'token')}"
     if n > 1:
         saved += f" once for {n} texts, not {n} times"
     if n > 1 and layout != Rows():

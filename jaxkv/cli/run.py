@@ -33,7 +33,7 @@ def keep_compiled_programs() -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        note(f"{folder}: {error.strerror}; every start compiles anew (set JAXKV_CACHE_DIR to another folder)")
+        note(f"{folder}: {error.strerror}; every start compiles again (set JAXKV_CACHE_DIR to another folder)")
         return
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs are many
@@ -96,7 +96,7 @@ def sampling_options(args: argparse.Namespace) -> list[str]:
 def check_capacity(capacity: int | None, context: int | None) -> None:
     if capacity is not None and context is not None and capacity > context:
         raise UsageError(
-            f"argument --capacity: {capacity:,} is beyond the {context:,} tokens that the model was made for; leave it "
+            f"argument --capacity: {capacity:,} is more than the {context:,} tokens of the model's context; leave it "
             f"out, or give at most {context}"
         )
 
@@ -184,7 +184,7 @@ class Run:
         if not self._first:
             return "no token came"
         first = self._first - self._begin
-        speed = f"first token after {first:.2f} s ({self.preparing:.2f} s of it preparing programs)"
+        speed = f"first token after {first:.2f} s ({self.preparing:.2f} s of it compiling or loading programs)"
         more = self.num_tokens - self._with_first
         return speed + (f", then {_rate(more / (self._last - self._first))} tokens/s" if more else "")
 

@@ -36,11 +36,11 @@ def show(args: argparse.Namespace, prompt: Prompt, text: Text, facts: dict[str, 
 def reason_of(reason: str, prompt: Prompt, source: Source) -> str:
     """Returns why a text ended, as it is told at the end."""
     if reason == "length" and prompt.shortened:
-        return f"up to the {source.context:,} tokens that the model was made for"
+        return f"up to the {source.context:,} tokens of the model's context"
     return {
-        "length": "as many as asked for",
-        "stop": "up to an end of the text",
-        "full": "until the cache was full; a larger --capacity holds more",
+        "length": "as many tokens as asked for",
+        "stop": "up to a stop token",
+        "full": "until the cache was full; give a larger --capacity for more",
         "nan": "until the model's logits were NaN",
         "inf": "until the model's logits were infinite",
         "none": "as many different texts as there are",

@@ -1,4 +1,4 @@
-"""Which model is meant: the one that comes with jaxkv, or a checkpoint directory. All about it, then its weights."""
+"""Which model is meant: the bundled one, or a checkpoint directory. All about it, then its weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from jaxkv.models.files import config_path
 from jaxkv.models.model import abstract
 from jaxkv.nn.nnx import functional, fuse
 
-_SHIPPED = "the model that comes with jaxkv"
+_SHIPPED = "the bundled model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Source:
       config: what it is made of.
       context: tokens of the longest sequence it was made for; None if nobody says.
       generation: how its makers want it to be sampled, and where they say so.
-      directory: None for the model that comes with jaxkv.
+      directory: None for the bundled model.
       shipped: that model.
     """
 
@@ -99,7 +99,7 @@ class Source:
         """
         if tokens and max(tokens) >= self.config.vocab_size:
             raise Failure(
-                f"the tokenizer makes token {max(tokens):,} of this text, and the model knows "
+                f"this text has the token {max(tokens):,}, and the model knows "
                 f"{self.config.vocab_size:,}; its tokenizer.json belongs to another model"
             )
         return tokens
@@ -185,8 +185,8 @@ def find(given: str | None, *, text: bool = True) -> Source:
         family, config, parsed = read_config(path)
         if text and not isinstance(config, DecoderConfig):
             raise UsageError(
-                f"{given} is a {family} model: it reads audio, and the command text; in Python "
-                "jaxkv.models.load reads it"
+                f"{given} is a {family} model: it needs audio, and the command only has text; in Python "
+                "use jaxkv.models.load"
             )
         generation = GenerationConfig.read(directory)
     return Source(given, family, config, context_of(parsed), generation, directory)

@@ -34,7 +34,7 @@ def check_view(args: argparse.Namespace) -> None:
     if given:
         raise UsageError(f"{name} shows one text, token by token; leave out {' and '.join(given)}")
     if args.watch and not sys.stdout.isatty():
-        raise UsageError("--watch draws on a terminal, and standard output is none; --trace FILE writes a page")
+        raise UsageError("--watch draws on a terminal, and standard output is not one; --trace FILE writes a page")
     if args.trace is not None:
         path = Path(args.trace)
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""`beam_search`: the most likely texts, found by one compiled loop that reads each prompt once.
+"""`beam_search`: the most likely texts, found by one compiled loop that prefills each prompt once.
 
 >>> table = jnp.log(jnp.array([[0.1, 0.5, 0.4], [0.4, 0.3, 0.3], [0.01, 0.9, 0.09]]))  # a "model": P(next | last)
 >>> spec = jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=1)
@@ -59,8 +59,8 @@ def beam_search(
     them that end become candidates, and the search goes on with the `num_beams` best that don't end. A candidate's
     score is the sum of its log-probabilities over its number of tokens to the power of `length_penalty`.
 
-    Runs on the host, not under `jit`. Each prompt is read once, in the blocks of `generate`; then one compiled loop
-    decodes. Beams share what they have in common where the cache's layout shares, else `take` copies it.
+    Runs on the host, not under `jit`. Each prompt is prefilled once, in the blocks of `generate`; then one compiled
+    loop decodes. Beams share what they have in common where the cache's layout shares, else `take` copies it.
 
     Args:
       forward, params: as for `jaxkv.generate`.
@@ -158,7 +158,7 @@ def _check_numbers(num_beams: int, num_return: Any, length_penalty: Any, early_s
 def _check_rules(sampler: Any) -> None:
     if not isinstance(sampler, Sampler) or not sampler.greedy:
         raise ValueError(
-            f"sampler is {sampler!r}; a beam search draws nothing: give a greedy one of jaxkv.sampling, such as "
+            f"sampler is {sampler!r}; a beam search does not sample: give a greedy one of jaxkv.sampling, such as "
             "RepetitionPenalty(1.1) | Greedy(), whose rules it obeys"
         )
     checks.check_sampler(sampler, None, 1)

@@ -1,4 +1,4 @@
-"""`best_of`: several samples of each prompt, which is read once, and the best of them.
+"""`best_of`: several samples of each prompt, which is prefilled once, and the best of them.
 
 >>> table = jnp.log(jnp.array([[0.1, 0.5, 0.4], [0.4, 0.3, 0.3], [0.01, 0.9, 0.09]]))  # a "model": P(next | last)
 >>> spec = jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=1)
@@ -48,7 +48,7 @@ def best_of(
 ) -> Candidates:
     """Returns n samples of each prompt, ranked by how likely the model finds them, and the cache to go on from.
 
-    Runs on the host, not under `jit`. Each prompt is read once, in blocks as `generate` reads it, and its row is taken
+    Runs on the host, not under `jit`. Each prompt is prefilled once, in the blocks of `generate`, and its row is taken
     n times: on Pages that moves integers only. Then the loop of `generate` decodes all rows: the samples are those that
     it gives with `num_samples=n` and the same key.
 

@@ -50,7 +50,7 @@ def check_call(forward: Any, params: Any, prompts: Any, cache: Any) -> tuple[Cac
 def check_alive(leaves: Any) -> None:
     if any(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array)):
         raise CacheError(
-            "this cache was donated: an earlier generate or stream, or another jitted function, went on with its "
+            "this cache was donated: an earlier generate or stream, or another jitted function, reuses its "
             "memory. Use result.cache of that generation, or make a new one with Cache.init"
         )
 
@@ -159,7 +159,7 @@ def check_prompts(prompts: Any, held: np.ndarray, capacity: int, vocab_size: int
     if len(prompts) != len(held):
         raise ValueError(
             f"{len(prompts)} prompts for a cache of {len(held)} rows; give one per row (a list of token lists), None "
-            "for a row that is to stay idle"
+            "for an idle row"
         )
     checked = []
     for row, prompt in enumerate(prompts):
@@ -187,7 +187,7 @@ def check_prompts(prompts: Any, held: np.ndarray, capacity: int, vocab_size: int
         if tokens.size <= held[row]:
             raise ValueError(
                 f"the prompt of row {row} has {tokens.size} tokens, but the row holds {held[row]} already; give the "
-                "whole conversation, what was read before included, with at least one new token, or cache.reset the row"
+                "whole conversation, from its first token, with at least one new token, or cache.reset the row"
             )
         checked.append(tokens.astype(np.int32))
     return checked

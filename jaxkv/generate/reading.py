@@ -115,7 +115,7 @@ def last_positions(prompts: Sequence[np.ndarray]) -> np.ndarray:
 def blocks(
     prompts: Sequence[np.ndarray], begin: np.ndarray, end: np.ndarray, max_block: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields (tokens [B, T], positions [B, T], how many of each row [B]) until prompts are read from begin to end."""
+    """Yields (tokens [B, T], positions [B, T], how many of each row [B]) until all prompts are prefilled."""
     for size, taken in schedule(end - begin, 1 << (max_block.bit_length() - 1)):
         tokens = np.zeros((taken.size, size), np.int32)
         positions = np.full((taken.size, size), EMPTY, np.int32)

@@ -1,4 +1,4 @@
-"""`generate` and `stream`: prompts are read in blocks, then one compiled loop decodes.
+"""`generate` and `stream`: prefill in blocks, then one compiled loop decodes.
 
 >>> table = jnp.eye(5)[(jnp.arange(5) + 1) % 5]             # a "model": after token n comes n + 1
 >>> spec = jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=1)
@@ -168,8 +168,8 @@ class Stream:
     def _enter(self) -> None:
         if not self._lock.acquire(blocking=False):
             raise CacheError(
-                "another thread is using this stream just now; let one thread iterate, or give each a stream and a "
-                "cache of its own"
+                "another thread is using this stream; let one thread iterate, or give each thread its own stream "
+                "and cache"
             )
 
     def _look(self) -> News:
@@ -180,7 +180,7 @@ class Stream:
         return self._steps[-1]
 
     def _decode(self, until: int) -> News:
-        """Decodes up to `until` steps, reading the prompts first, and returns what the last of them told."""
+        """Decodes up to `until` steps, prefill first, and returns what the last of them told."""
         if self._error is not None:
             raise CacheError(self._error)
         for name in self._forms:

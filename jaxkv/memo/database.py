@@ -134,7 +134,7 @@ class Database(sqlite3.Connection):
             self.execute(f"pragma {pragma}")
         tables = {name for (name,) in self.execute("select name from sqlite_master")}
         if tables and self.tell("pragma application_id") != _MARK and not tables >= {b"items", b"labels"}:
-            raise ValueError(f"{path} is a database of something else; give another directory")
+            raise ValueError(f"{path} is a database of another program; give another directory")
         if not tables:
             with self.transaction():
                 for statement in _TABLES.split(";"):

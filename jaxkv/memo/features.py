@@ -83,7 +83,7 @@ class Features:
     def __reduce__(self) -> Any:
         raise TypeError(
             f"{self!r} can't be pickled: another process would need its parameters and JAX. Give it "
-            "features.source(examples), which reads what has been computed"
+            "features.source(examples), which reads the computed outputs"
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -201,7 +201,7 @@ class State:
       arrays: a pytree of the arrays it reads.
 
     Raises:
-      ValueError: for parameters that are no arrays.
+      ValueError: for parameters that are not arrays.
     """
 
     def __init__(self, function: Function, old: State | None = None) -> None:

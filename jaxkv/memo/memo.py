@@ -76,7 +76,7 @@ class Memo:
         if disk is None and (
             disk_budget not in (None, _DISK_BUDGET) or disk_policy is not None or compress is not None
         ):
-            raise ValueError("disk_budget, disk_policy and compress are said about a disk; give disk=DIR as well")
+            raise ValueError("disk_budget, disk_policy and compress are settings of a disk; give disk=DIR, too")
         self._hash = Hash(hash)
         memory_tier = None if memory is None else Memory(parse_bytes(memory), policy)
         disk_tier = None
@@ -168,7 +168,7 @@ class Memo:
     def __reduce__(self) -> Any:
         raise TypeError(
             f"{self!r} can't be pickled: its memory belongs to this process. Give others features.source(examples), "
-            "which reads what has been computed, or have them make a Memo of their own for the same disk"
+            "which reads the computed outputs, or let them make their own Memo for the same disk"
         )
 
     def __repr__(self) -> str:

@@ -52,8 +52,8 @@ class Program:
         callbacks = sorted(name for name in primitives if "callback" in name or name == "debug_print")
         if callbacks and version is None:
             raise NotSupportedError(
-                f"the function calls back into Python ({', '.join(callbacks)}), where nobody can see whether it has "
-                'changed; say so by hand: version="1", and another one whenever the Python code changes'
+                f"the function calls back into Python ({', '.join(callbacks)}), whose code a memo can't check for "
+                'changes; give version="1", and another version whenever the Python code changes'
             )
         digest = hashlib.blake2b(digest_size=16)
         # Lowered, a callback is a number of this process; before that, it is a name, an address and what it is given.

@@ -164,7 +164,7 @@ class Runner:
                 self._refuse(
                     f"{self._name} is another function than when it was traced first: it reads something that has "
                     "changed and that a memo doesn't watch (an object's fields, a file, a clock, random numbers of "
-                    "NumPy); give it that as an argument, and wrap it anew"
+                    "NumPy); pass that as an argument, and wrap the function again"
                 )
             if not self._checked:
                 self._check_rows(columns, call.shared, arrays)
@@ -231,8 +231,8 @@ class Runner:
             if 2 * np.count_nonzero(_unlike(array[index], other, per_value=True)) > np.count_nonzero(present):
                 self._refuse(
                     f"output{output.path} of {self._name} depends on the size of the batch, so it can't be kept per "
-                    f"item: it is another in a batch of {before} than in one of {size}. Divide by a constant in place "
-                    "of it; clear() of what wrap returned forgets what was kept"
+                    f"item: a batch of {before} gives other values than one of {size}. Divide by a constant instead; "
+                    "clear() of the wrapped function removes its old outputs"
                 )
 
 

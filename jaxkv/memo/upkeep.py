@@ -41,7 +41,7 @@ def survey(directory: str) -> Survey:
     """Returns what lies in a store, without reading payloads.
 
     Raises:
-      ValueError: if the directory is no store.
+      ValueError: if the directory is not a store.
       CacheError: if its database is damaged, or held by another process.
     """
     with _opened(directory) as db:
@@ -102,7 +102,7 @@ def _opened(directory: str) -> Iterator[Database]:
             yield db
     except (IndexError, FileNotFoundError, NotADirectoryError) as error:
         what = "it holds no store of a memo" if isinstance(error, IndexError) else os.strerror(error.errno or 0)
-        raise ValueError(f"{directory!r}: {what}; give the directory that was named as disk=") from error
+        raise ValueError(f"{directory!r}: {what}; give the disk= directory of a memo") from error
     except sqlite3.Error as error:
         if not os.path.exists(path):
             raise _ClearedError(f"{directory} was cleared by another process meanwhile; try again") from error

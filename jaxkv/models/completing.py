@@ -130,7 +130,7 @@ def _cache(model: Any, given: Any, request: Request, num_rows: int) -> Any:
         for row, prompt, held in zip(rows, request.given, np.asarray(given.lengths).tolist(), strict=False)
     ):
         raise ValueError(
-            "the cache holds tokens already, and nobody can tell whether they are those of these texts; give the whole "
+            "the cache already holds tokens, and they may belong to other texts; give the whole "
             "result of the earlier call, cache=result, or prompts of tokens"
         )
     return given

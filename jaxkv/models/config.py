@@ -88,7 +88,7 @@ def _fields(source: Mapping[str, Any], context: int | None = None, where: str = 
     name = source.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise NotSupportedError(
-            f'{where} has "model_type": {name!r}, which is not known here; known are {", ".join(FAMILIES)}. '
+            f'{where} has "model_type": {name!r}, which jaxkv does not know; it knows {", ".join(FAMILIES)}. '
             "docs/families.md says how to add one"
         )
     family = FAMILIES[name]
@@ -100,7 +100,7 @@ def _fields(source: Mapping[str, Any], context: int | None = None, where: str = 
     if quantization and (method := quantization.get("quant_method")) not in family.quantized:
         can = f"only {' or '.join(family.quantized)} can; " if family.quantized else ""
         raise NotSupportedError(
-            f'{where} has "quantization_config" ({method!r}): weights that are quantized so can\'t be read; {can}'
+            f'{where} has "quantization_config" ({method!r}): weights quantized in this way can\'t be read; {can}'
             "fetch the model in bfloat16 or float16, or save it dequantized"
         )
     if text.get("per_layer_config") and "per_layer_config" not in family.fields:

@@ -46,7 +46,7 @@ class DecoderConfig:
         `reaches`, with None for attention, or None.
       shares: for each layer, None or the number of an earlier layer whose keys and values it reads: it has none of its
         own (Gemma 4). None: no layer does.
-      rotary: how queries and keys are turned by position: one Rotary, a pattern repeated like `reaches`, or None.
+      rotary: how queries and keys are rotated by position: one Rotary, a pattern repeated like `reaches`, or None.
       max_positions: length of a learned table of positions, added to the embeddings; None for no table.
       norm: "rms" or "layer": before attention, before the MLP, and at the end.
       norm_bias: whether norms of the kind "layer" have a bias.
@@ -60,8 +60,8 @@ class DecoderConfig:
         `reaches`, with None for an MLP, or None.
       use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out" and
         "mlp".
-      qk_norm: whether each head's queries and keys are RMS-normalized before they are turned; "together", "centered" or
-        "plain" in other ways, see `jaxkv.nnx.Attention`. A pattern repeated like `reaches` if layers differ.
+      qk_norm: whether each head's queries and keys are RMS-normalized before they are rotated; "together", "centered"
+        or "plain" in other ways, see `jaxkv.nnx.Attention`. A pattern repeated like `reaches` if layers differ.
       value_norm: whether each head's values are RMS-normalized, with no scale (Gemma 4).
       tied_values: whether values are what the key projection gives, see `jaxkv.nnx.Attention`. A pattern if layers
         differ.
@@ -222,7 +222,7 @@ class DecoderConfig:
         return self._of_layer("tied_values", layer)
 
     def layer_rotary(self, layer: int) -> Rotary | None:
-        """Returns how a layer turns queries and keys."""
+        """Returns how a layer rotates queries and keys."""
         return self._of_layer("rotary", layer)
 
     def layer_experts(self, layer: int) -> ExpertsConfig | None:

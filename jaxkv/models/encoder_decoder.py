@@ -242,7 +242,7 @@ class EncoderDecoder(nnx.Module):
         Args:
           tokens: int [B, T].
           positions: int [B, T], EMPTY for padding; without a cache None means 0, 1, 2, ... in every row.
-          cache: None, or what the tokens continue, made from `specs()`; a row that was not encoded hears nothing.
+          cache: None, or what the tokens continue, made from `specs()`; a row without an encoder's output sees none.
           parents: with a cache: int [B, T], if the tokens are a tree, see `Cache.begin`.
           features: without a cache: float [B, frames, num_mel_bins].
           lengths: without a cache: int [B], frames of each row that are real; None means all.

@@ -107,7 +107,7 @@ class Model:
         """
         capacity = self.context if capacity is None else capacity
         if capacity is None:
-            raise ValueError("nobody says for how long texts this model was made; give capacity=, in tokens")
+            raise ValueError("the model's context length is unknown; give capacity=, in tokens")
         return Cache.init(self.specs, num_rows, capacity, **options)
 
     def generate(self, prompts: Any = None, **options: Any) -> Completion:
@@ -133,14 +133,14 @@ class Model:
             the same text each time.
           key: a PRNG key in place of the seed.
           chat: variables for the chat template, such as {"enable_thinking": False}.
-          features, feature_lengths: what an encoder-decoder hears, as for `EncoderDecoder.encode_into`, one per row.
+          features, feature_lengths: the input of the encoder, as for `EncoderDecoder.encode_into`, one per row.
           language, task: how the text of an encoder-decoder begins, in place of prompts: by the names that its
             checkpoint has, such as language="de", task="translate".
-          num_samples: how many texts of each prompt, drawn apart. A prompt is read once; its texts come one after the
-            other. A cache that is given has a row for each.
-          speculate: None; "lookup", to guess what comes next from the text itself; or a small Model with the same
-            tokenizer, which guesses. The tokens are the same, in fewer steps, see `jaxkv.speculate`.
-          num_draft: most tokens of a guess.
+          num_samples: how many texts of each prompt, drawn independently. Each prompt is prefilled once; its texts come
+            one after the other. A cache that is given has a row for each.
+          speculate: None; "lookup", to draft the next tokens from the text itself; or a small Model with the same
+            tokenizer, which drafts them. The tokens are the same, in fewer steps, see `jaxkv.speculate`.
+          num_draft: most tokens of a draft.
           **options: arguments of `jaxkv.sampling.sampler`, such as temperature=0.8, each in place of what the
             checkpoint says; None leaves that out. temperature=0 is greedy.
 
@@ -172,8 +172,8 @@ class Model:
     ) -> Choices:
         """Returns the most likely continuations of prompts that a beam search finds, see `jaxkv.beam_search`.
 
-        Each prompt is read once. What the checkpoint says of penalties and suppressed tokens is obeyed; of drawing, and
-        of stop strings, nothing is.
+        Each prompt is prefilled once. The search obeys the checkpoint's penalties and suppressed tokens, but not its
+        settings for sampling and its stop strings.
 
         Args:
           prompts: as for `generate`.
@@ -213,8 +213,8 @@ class Model:
     ) -> Choices:
         """Returns n samples of each prompt, the one that the model finds most likely first, see `jaxkv.best_of`.
 
-        Each prompt is read once. Drawn as the checkpoint's makers want it; where they want it greedy, at temperature 1.
-        Stop strings are not obeyed.
+        Each prompt is prefilled once. Samples are drawn with the checkpoint's sampler, or at temperature 1 if that is
+        greedy. Stop strings are not obeyed.
 
         Args:
           prompts, seed, key: as for `generate`.

@@ -10,7 +10,7 @@ import numpy as np
 
 _POSSIBLE = (
     "give a text, a list of messages ({'role': ..., 'content': ...}), a list of token numbers, or a list of such, with "
-    "None for a row that is to stay idle"
+    "None for an idle row"
 )
 
 

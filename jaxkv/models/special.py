@@ -140,9 +140,9 @@ def add(tokenizer: Any, special: Special, kind: Any, *, resets: bool = False) ->
         got = tokenizer.token_to_id(token["content"])
         if got != number and token["content"]:
             raise ValueError(
-                f"{special.source}: {token['content']!r} is token {number}, but it becomes {got}: added tokens are "
-                f"numbered on from the {tokenizer.get_vocab_size(with_added_tokens=False)} of tokenizer.json; save it "
-                "anew with transformers: tokenizer.save_pretrained(DIR)"
+                f"{special.source}: {token['content']!r} is token {number}, but it becomes {got}: the numbers "
+                f"of added tokens continue from the {tokenizer.get_vocab_size(with_added_tokens=False)} of "
+                "tokenizer.json; save it again with transformers: tokenizer.save_pretrained(DIR)"
             )
 
 

@@ -153,7 +153,7 @@ class Tokenizer:
             post-processor of tokenizer.json alone, as in transformers 5; add_bos_token is of no account beside it.
 
         Raises:
-          ValueError: for what is no text, has no UTF-8 (half of a surrogate pair), or the tokenizer has no tokens for.
+          ValueError: for a value that is not a text, has no UTF-8 (half of a surrogate pair), or has no tokens.
         """
         if not isinstance(text, str):
             raise ValueError(f"text is {kind_of(text)}, must be a str; chat takes messages")

@@ -122,4 +122,4 @@ def _is_array(x: Any) -> bool:
 def _check_input(name: str, x: Any) -> None:
     if getattr(x, "ndim", None) != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
         what = f"{x.dtype}{x.shape}" if hasattr(x, "shape") else type(x).__name__
-        raise ValueError(f"{name} is {what}; attention wants floating numbers [B, T, D]: a batch of sequences")
+        raise ValueError(f"{name} is {what}; attention needs floating numbers [B, T, D]: a batch of sequences")

@@ -74,10 +74,10 @@ def _native(q: Any, layer: Any, step: Step, implementation: str, *, dropout: boo
 
 def _check(q: Any, positions: tuple[int, ...], spec: Any, softcap: Any, sink_logits: Any, implementation: str) -> None:
     if getattr(q, "ndim", None) != 4:
-        raise ValueError(f"q has shape {jnp.shape(q)}; attend wants [B, T, N, H]")
+        raise ValueError(f"q has shape {jnp.shape(q)}; attend needs [B, T, N, H]")
     batch, length, num_heads, size = q.shape
     if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"q is {q.dtype}; attend wants a floating dtype, cast it: q.astype(jnp.float32)")
+        raise ValueError(f"q is {q.dtype}; attend needs a floating dtype; cast it: q.astype(jnp.float32)")
     if (batch, length) != positions:
         raise ValueError(f"q has [B, T] = {(batch, length)}, the call's positions have {positions}; they must agree")
     if size != spec.head_dim:

@@ -126,7 +126,7 @@ class Heads:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
-                "every kv head serves as many query heads"
+                "each kv head has the same number of query heads"
             )
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap={self.softcap}: it bounds the scores, so it is above 0; None turns it off")

@@ -197,7 +197,7 @@ class Attention(AttentionModule, nn.Module):
         capacity = self.cache_capacity
         if capacity is None and not self.is_initializing():
             raise ValueError(
-                "decode: the module has no cache yet and nothing says how long it is; give cache_capacity to the "
+                "decode: the module has no cache yet, and its length is not known; give cache_capacity to the "
                 "module, or make the cache by init with an input of that length"
             )
         return heads.own_cache(x.shape[0], x.shape[1] if capacity is None else capacity, self._kept_dtype)
@@ -455,7 +455,7 @@ def functional(module: nn.Module) -> Forward:
     (1, 2, 5)
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"functional wants a flax.linen module, got a {type(module).__name__}")
+        raise TypeError(f"functional needs a flax.linen module, got a {type(module).__name__}")
     if not _is_hashable(module):
         name, value = _unhashable(type(module).__name__, module)
         raise ValueError(

@@ -120,7 +120,7 @@ class AttentionModule:
         deterministic = self.deterministic if deterministic is None else deterministic
         if deterministic is None:
             raise ValueError(
-                f"dropout_rate={self.dropout_rate}, and nothing says whether to apply it; give deterministic=False "
+                f"dropout_rate={self.dropout_rate}, and it is not known whether to apply it; give deterministic=False "
                 "(training) or True (evaluation), to the call or to the module"
             )
         return None if deterministic else draw()

@@ -509,7 +509,7 @@ def functional(model: nnx.Module) -> tuple[Forward, Any]:
     (1, 2, 5)
     """
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"functional wants a flax.nnx module, got a {type(model).__name__}")
+        raise TypeError(f"functional needs a flax.nnx module, got a {type(model).__name__}")
     try:
         inspect.signature(model).bind(None, None, None)
     except TypeError:

@@ -1,7 +1,7 @@
-"""Rotary position embedding: queries and keys are turned by angles that grow with their position.
+"""Rotary position embedding: queries and keys are rotated by angles that grow with their position.
 
 Su et al. 2021, "RoFormer", https://arxiv.org/abs/2104.09864. Angles are computed in float32 from the positions of the
-call, so there is no table, no longest position, and a key can be turned on to another position later (`shift`), which
+call, so there is no table, no longest position, and a key can be re-rotated to another position later (`shift`), which
 is what `Cache.remove` does. The scalings stretch a model to longer sequences than it was trained on; the results are
 those of Hugging Face transformers 5 (`modeling_rope_utils.py`).
 """
@@ -114,7 +114,7 @@ class YarnScaling:
     def scale(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
         if theta <= 1:
             raise ValueError(
-                f"theta={theta} with YarnScaling: dimensions must turn at different speeds, so theta is above 1"
+                f"theta={theta} with YarnScaling: dimensions must rotate at different speeds, so theta is above 1"
             )
         half = len(frequencies)
 
@@ -178,11 +178,11 @@ class LongRopeScaling:
     """LongRoPE: every frequency is divided by a factor of its own, found by search, and q and k grow a little.
 
     Ding et al. 2024, https://arxiv.org/abs/2402.13753. Checkpoints such as Phi-3's bring two lists of factors, for
-    sequences that stay within the length of training and for longer ones. A key that was turned with one list does not
-    fit queries turned with the other, so one is chosen for all that a cache will hold.
+    sequences that stay within the length of training and for longer ones. A key that was rotated with one list does not
+    fit queries rotated with the other, so one is chosen for all that a cache will hold.
 
     Args:
-      factors: what each frequency is divided by, above 0, as many as half the turned dimensions.
+      factors: what each frequency is divided by, above 0, as many as half the rotated dimensions.
       factor: how many times longer than in training sequences become at most, at least 1.
       original_length: tokens the model was trained on (transformers: original_max_position_embeddings).
       attention_factor: factor on rotated q and k; None computes sqrt(1 + ln(factor) / ln(original_length)).
@@ -209,7 +209,7 @@ class LongRopeScaling:
 
     @property
     def num_pairs(self) -> int:
-        """How many pairs of dimensions are turned."""
+        """How many pairs of dimensions are rotated."""
         return len(self.factors)
 
     @property
@@ -222,7 +222,7 @@ class LongRopeScaling:
         if len(frequencies) != len(self.factors):
             raise ValueError(
                 f"LongRopeScaling has {len(self.factors)} factors, but {len(frequencies)} pairs of dimensions are "
-                "turned; give a factor for each"
+                "rotated; give a factor for each"
             )
         return frequencies / np.array(self.factors)
 
@@ -273,7 +273,7 @@ class Rotary:
 
     Args:
       theta: base of the wavelengths, above 0.
-      dim: how many leading dimensions of a head are turned, even; None turns all.
+      dim: how many leading dimensions of a head are rotated, even; None rotates all.
       scaling: None, LinearScaling, YarnScaling, Llama3Scaling, LongRopeScaling or ProportionalScaling.
       interleaved: whether a pair is two neighbors instead of two halves.
 
@@ -297,7 +297,7 @@ class Rotary:
         _number("Rotary", "theta", self.theta, above=0.0)
         dim = self.dim
         if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2):
-            raise ValueError(f"Rotary(dim={dim!r}): dimensions are turned in pairs; give an even number of at least 2")
+            raise ValueError(f"Rotary(dim={dim!r}): dimensions are rotated in pairs; give an even number of at least 2")
         if self.scaling is not None:
             if isinstance(self.scaling, type) or not isinstance(self.scaling, Scaling):
                 raise ValueError(
@@ -320,10 +320,12 @@ class Rotary:
         """
         dim = head_dim if self.dim is None else self.dim
         if dim > head_dim:
-            raise ValueError(f"Rotary(dim={dim}) turns more dimensions than a head has, {head_dim}; give that or less")
+            raise ValueError(
+                f"Rotary(dim={dim}) rotates more dimensions than a head has, {head_dim}; give that or less"
+            )
         if dim % 2:
             raise ValueError(
-                f"a head of {dim} dimensions can't be turned in pairs; give Rotary(dim=...), even, below it"
+                f"a head of {dim} dimensions can't be rotated in pairs; give Rotary(dim=...), even, below it"
             )
         frequencies = float(self.theta) ** (-np.arange(0, dim, 2) / dim)
         if self.scaling is not None:
@@ -331,7 +333,7 @@ class Rotary:
         return frequencies.astype(np.float32)
 
     def rotate(self, x: Any, positions: Any) -> Any:
-        """Returns queries or keys turned to their positions.
+        """Returns queries or keys rotated to their positions.
 
         Args:
           x: [..., H], any floating dtype.
@@ -351,7 +353,7 @@ class Rotary:
         return self._turn(x, positions, 1.0 if self.scaling is None else self.scaling.magnitude)
 
     def shift(self, k: Any, delta: Any) -> Any:
-        """Returns already rotated keys turned on by `delta` tokens: shift(rotate(x, p), d) equals rotate(x, p + d).
+        """Returns already rotated keys re-rotated by `delta` tokens: shift(rotate(x, p), d) equals rotate(x, p + d).
 
         Args:
           k: rotated keys [..., H], any floating dtype.
@@ -370,7 +372,7 @@ class Rotary:
 
     def _turn(self, x: Any, tokens: Any, magnitude: float) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"only floating numbers can be turned, x is {x.dtype}")
+            raise TypeError(f"only floating numbers can be rotated, x is {x.dtype}")
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise TypeError(f"positions count tokens, so they are integers; these are {tokens.dtype}")
         if tokens.ndim != x.ndim or tokens.shape[-1] != 1:

@@ -40,8 +40,8 @@ def state_dict(module: Any, *, rngs: bool = False) -> dict[str, Any]:
       The arrays themselves, not copies: `jax.Array`, or NumPy where the module holds NumPy. Of a Ref, what it holds.
 
     Raises:
-      ValueError: if two leaves have the same name, for a leaf that is no array or is masked, and for what holds none: a
-        class, a linen module without its variables.
+      ValueError: if two leaves have the same name, for a leaf that is not an array or is masked, and for what holds
+        none: a class, a linen module without its variables.
 
     >>> from flax import nnx
     >>> {name: x.shape for name, x in jaxkv.state_dict(nnx.Linear(2, 3, rngs=nnx.Rngs(0))).items()}
@@ -178,7 +178,7 @@ def save_state(
 
     Raises:
       ValueError: as `state_dict`; for a dtype that is not floating, that safetensors doesn't know or that can't hold
-        the values, metadata that is no text, a leaf named "__metadata__", and abstract arrays.
+        the values, metadata that is not text, a leaf named "__metadata__", and abstract arrays.
       OSError: if there is no such folder, or it can't be written.
       CacheError: while tracing.
 
@@ -216,8 +216,8 @@ def load_state(
 
     Raises:
       OSError: if the file can't be opened.
-      ValueError: if it is no safetensors file or is damaged, or a tensor that is asked for has a dtype that isn't known
-        here; and as `load_state_dict`, naming the file.
+      ValueError: if it is not a safetensors file, or damaged, or a tensor that is asked for has a dtype that isn't
+        known here; and as `load_state_dict`, naming the file.
     """
     _check_path(path, "load_state")
     file = safetensors.File(path)

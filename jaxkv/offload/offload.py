@@ -95,7 +95,7 @@ class Offload:
 
         Raises:
           ImportError: if `progress` needs tqdm and it is not installed.
-          ValueError: for a batch that is no dict, or a device that is none.
+          ValueError: for a batch that is not a dict, or a device that is not one.
 
         >>> store = jaxkv.Offload.from_batches(({"x": np.full(3, i)} for i in range(4)), to="numpy")
         >>> len(store), store.fetch(2)
@@ -125,7 +125,7 @@ class Offload:
           batch: name -> pytree.
 
         Raises:
-          ValueError: if it is no dict with strings as names, or an array in it was deleted or donated.
+          ValueError: if it is not a dict with strings as names, or an array in it was deleted or donated.
           CacheError: while tracing, after `close`, or for NumPy or a directory if an array lies on other processes.
           OSError: if the directory can't take it.
         """

@@ -40,7 +40,7 @@ class Store:
         """Returns this store with a value at the end of a queue, which is made if there is none.
 
         Raises:
-          ValueError: if the name is no string, or a leaf of the value is neither an array nor hashable.
+          ValueError: if the name is not a string, or a leaf of the value is neither an array nor hashable.
         """
         queue = self._queues.get(_checked(name), ())
         return _store(self._values, {**self._queues, name: (*queue, _frozen(name, value))})

@@ -129,7 +129,7 @@ def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: b
       oracle: tells how long the sequences are.
       choose: draws whole numbers; `lambda a, b: data.draw(st.integers(a, b))` makes it a Hypothesis strategy.
       max_block: longest block of one call.
-      shift: whether to remove from the middle, which needs keys that can be turned.
+      shift: whether to remove from the middle, which needs keys that can be re-rotated.
     """
     num_rows = oracle.num_rows
 
@@ -388,7 +388,7 @@ class Machine:
 
     @property
     def can_shift(self) -> bool:
-        """Whether keys of every layer can be turned, so that tokens can be removed from the middle."""
+        """Whether keys of every layer can be re-rotated, so that tokens can be removed from the middle."""
         return all(spec.rotary is not None or isinstance(spec.reach, Cross) for spec in self.layers)
 
     def run(self, operation: Operation) -> None:
@@ -572,7 +572,7 @@ class Machine:
         eps_k, eps_v = (_rounding(storage.dtype) for storage in (spec.k_storage, spec.v_storage))
         self._close(f"layer {i} {spec.reach}: v", v[used].astype(np.float64), want_v, 8 * eps_v, slots, used)
         most = 8 * (max(eps_k, eps_v) if spec.v_in_k else eps_k) * (1 + self._turns)
-        if spec.rotary_at == "put":  # a key that is turned is rounded once more
+        if spec.rotary_at == "put":  # a key that is re-rotated is rounded once more
             most += 4 * self._turns * self._rounded.get(spec.k_storage, 0.0)
         self._close(f"layer {i} {spec.reach}: k", k[used].astype(np.float64), want_k, most, slots, used)
         k, v = (np.where(used[:, :, None, None], x, 0).astype(np.float64) for x in (k, v))
@@ -614,7 +614,7 @@ class Machine:
                     )
 
     def _expected(self, i: int, spec: Any, at: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns keys and values that tokens must have by now at these positions: as written, then turned."""
+        """Returns keys and values that tokens must have by now at these positions: as written, then re-rotated."""
         ks = np.array([self._written[n][1][i] for n in tokens]).reshape(-1, spec.num_kv_heads, spec.head_dim)
         vs = np.array([self._written[n][2][i] for n in tokens]).reshape(-1, spec.num_kv_heads, spec.value_dim)
         moved = at if spec.rotary_at == "read" else at - np.array([self._written[n][0] for n in tokens], int)

@@ -279,7 +279,7 @@ class Field:
 
 
 class Fields(Mapping[str, Any]):
-    """The declared fields of a config.json, all of them checked. Others are passed over.
+    """The declared fields of a config.json, all of them checked. Others are ignored.
 
     Args:
       source: the parsed file.

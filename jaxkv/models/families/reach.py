@@ -10,7 +10,7 @@ from jaxkv.models.families.fields import MAX_LAYERS, Choice, Field, Fields, List
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 _KINDS = Choice({FULL: FULL, SLIDING: SLIDING, "attention": FULL})  # the last as older versions wrote it
 LAYER_TYPES = Field(List(_KINDS, MAX_LAYERS), None)
-# "no_rope_layers" of Llama 4 and SmolLM3, which has 1 for a layer whose queries and keys are turned by position.
+# "no_rope_layers" of Llama 4 and SmolLM3, which has 1 for a layer whose queries and keys are rotated by position.
 TURNED_LAYERS = Field(List(Number(0, 1, whole=True), MAX_LAYERS), None)
 
 
@@ -33,7 +33,7 @@ def reaches(fields: Fields, window: int | None, pattern: Sequence[str]) -> tuple
 
 
 def turned(fields: Fields) -> tuple[bool, ...]:
-    """Returns of which layers queries and keys are turned by position.
+    """Returns of which layers queries and keys are rotated by position.
 
     Args:
       fields: with "no_rope_layers" and "no_rope_layer_interval" among them.

@@ -178,7 +178,7 @@ class Family:
 
     Args:
       config: from the fields of config.json to the config of the module.
-      fields: what those fields may be. Others are passed over.
+      fields: what those fields may be. Others are ignored.
       tensors: what its checkpoints hold, and what `save` writes.
       others: the same params under other names or in other forms, for files that don't have those of `tensors`.
       context: from the fields to how long sequences may be.

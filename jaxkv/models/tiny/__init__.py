@@ -1,4 +1,4 @@
-"""The small model that comes with jaxkv: bytes of English in the manner of the Python manual.
+"""The bundled model: bytes of English in the manner of the Python manual.
 
 It is trained by `examples/train_tiny.py` on what every Python installation carries: the topics of `help()`, the
 docstrings and the longer comments of the standard library. Four layers have a window, one sees all.
