@@ -146,6 +146,15 @@ TABLE = {
         stacked=True,
         layout=Pages(ROWS * CAPACITY // 2, 2),
     ),
+    # A key that begins with its value, and one that is nothing else.
+    "values-in-keys": Case(
+        (
+            LayerSpec(Window(5, sinks=1), 2, 6, 4, Dense("float16"), rotary=Rotary(), v_in_k=True),
+            LayerSpec(Full(), 2, 4, rotary=Rotary(), rotary_at="read", v_in_k=True),
+        ),
+        slack=2,
+        layout=Pages(ROWS * CAPACITY // 2, 2),
+    ),
     # As many pages as rows can fill. Pages of 2 make no ring longer, those of 16 do.
     "mixture-pages": Case(
         (
@@ -185,6 +194,8 @@ def tokens(case: Case) -> tuple[list[np.ndarray], list[np.ndarray]]:
             x = random.normal(size=(ROWS, LENGTH, layer.num_kv_heads, size))
             whole = jnp.issubdtype(storage.dtype, jnp.integer)
             sides[side].append(np.round(4 * x).astype(storage.dtype) if whole else x.astype(np.float32))
+        if layer.v_in_k:
+            sides[1][-1] = sides[0][-1][..., : layer.value_dim]
     return sides
 
 
@@ -261,14 +272,18 @@ def whole(case: Case) -> list[np.ndarray]:
         if isinstance(layer.reach, Cross):
             place = p - (LENGTH - layer.reach.size)
             see = ((place >= 0) & (place < ENCODED[:, None]))[:, None].repeat(LENGTH, 1)
-        stored_k, stored_v = (
+        own, stored_v = (
             np.asarray(
                 jnp.asarray(x).astype(storage.dtype)
                 if isinstance(storage, Dense)
                 else storage.decode(storage.encode(jnp.asarray(x)))
             ).astype(np.float64)
-            for x, storage in ((k, layer.k_storage), (v, layer.v_storage))
+            for x, storage in (
+                (k[..., k.shape[-1] - (layer.k_dim or k.shape[-1]) :], layer.k_storage),
+                (v, layer.v_storage),
+            )
         )
+        stored_k = np.concatenate([stored_v, own], -1) if layer.v_in_k and layer.k_dim else own
         if layer.rotary_at == "read":
             stored_k = np.asarray(layer.rotary.rotate(jnp.asarray(stored_k, jnp.float32), p[None, :, None, None]))
         q = np.stack([q.astype(np.float64) * (h + 1) for h in range(HEADS)], 3)  # as `forward` makes its queries
@@ -521,8 +536,12 @@ def assert_in_place(cache: Cache, body: Callable[[Cache], Cache]) -> None:
     compiled = jax.jit(loop, donate_argnums=0).lower(cache, jax.ShapeDtypeStruct((), jnp.int32)).compile()
     buffers = [x for layer in cache.layers for x in jax.tree.leaves((layer.k, layer.v))]
     # Of codes and scales the codes: scales are no larger than the bookkeeping.
-    kept = [x for layer in cache.layers if layer.num_kept for x in (layer.k, layer.v)]
-    largest = [max(jax.tree.leaves(x), key=lambda y: y.size) for x in kept]
+    largest = [
+        max(jax.tree.leaves(x), key=lambda y: y.size)
+        for layer in cache.layers
+        for x in (layer.k, layer.v)
+        if x is not None
+    ]
     smallest = min(x.size * x.dtype.itemsize for x in largest)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in buffers)
@@ -540,7 +559,9 @@ def enlarged(case: Case, scale: int = 4096, head_dim: int = 32) -> Cache:
         reach = layer.reach
         if reach.size is not None:
             reach = dataclasses.replace(reach, size=max(reach.size, 4) * scale)
-        return dataclasses.replace(layer, reach=reach, head_dim=head_dim, value_dim=head_dim)
+        return dataclasses.replace(
+            layer, reach=reach, head_dim=head_dim + layer.v_in_k * layer.k_dim * head_dim, value_dim=head_dim
+        )
 
     specs = [large(layer) for layer in case.specs]
     sizes = {"num_rows": ROWS, "capacity": CAPACITY * scale, "max_block": BLOCK}
@@ -563,7 +584,7 @@ def decode(cache: Cache, positions: Any) -> tuple[Cache, Any]:
         def one(layer: Any, k: Any, v: Any, q: Any) -> Any:
             if layer.num_kept and not isinstance(layer.spec.reach, Cross):
                 k_dtype, v_dtype = layer.spec.k_storage.dtype, layer.spec.v_storage.dtype
-                layer = layer.put(step, (9 * k).astype(k_dtype), (9 * v).astype(v_dtype))
+                layer = layer.put(step, (9 * k).astype(k_dtype), None if layer.spec.v_in_k else (9 * v).astype(v_dtype))
             read = layer if layer.num_kept else layers[layer.spec.shares]
             return layer, attend(q, read, step).sum()
 
@@ -842,11 +863,12 @@ def remove_closes_the_gap(case: Case) -> None:
         assert not there_now[1, 6:].any()
         np.testing.assert_array_equal(v_now[1, :6], np.r_[v[1, :5], v[1, 7:8]])
         np.testing.assert_array_equal(k_now[1, :5], k[1, :5])
-        turned = layer.rotary.shift(jnp.asarray(k[1, 7], jnp.float32), jnp.full((2, 1), -2, jnp.int32))
+        still = layer.head_dim - (layer.k_dim or layer.head_dim)
+        turned = layer.rotary.shift(jnp.asarray(k[1, 7, :, still:], jnp.float32), jnp.full((2, 1), -2, jnp.int32))
         rounding = float(jnp.finfo(layer.k_storage.dtype).eps)
         if not isinstance(layer.k_storage, Dense) and layer.rotary_at == "put":
             rounding = 0.2
-        assert_close(k_now[1, 5], turned, 1e-5 if rounding < 1e-5 else max(rounding, 0.02))
+        assert_close(k_now[1, 5, :, still:], turned, 1e-5 if rounding < 1e-5 else max(rounding, 0.02))
 
 
 @law_on(
@@ -855,6 +877,7 @@ def remove_closes_the_gap(case: Case) -> None:
     "mixture-stacked-bfloat16",
     "encoder-decoder",
     "small-floats-stacked",
+    "values-in-keys",
     "mixture-pages",
 )
 def gradients_through_put_and_attend_are_those_of_the_plain_softmax(case: Case) -> None:
@@ -881,7 +904,7 @@ def gradients_through_put_and_attend_are_those_of_the_plain_softmax(case: Case) 
                     k, v, q = next(inner)
                     layer = layer if layer.num_stacked is None else layer.at(i)
                     if layer.num_kept and not isinstance(layer.spec.reach, Cross):
-                        layer = layer.put(step, k, v)
+                        layer = layer.put(step, k, None if layer.spec.v_in_k else v)
                     if p is positions[-1]:  # keys and values of both blocks are seen from the second
                         outs.append(read(q, layer if layer.num_kept else layers[layer.spec.shares], step))
                 layers.append(layer if layer.num_stacked is None else layer.at(None))
@@ -905,4 +928,4 @@ def gradients_through_put_and_attend_are_those_of_the_plain_softmax(case: Case) 
     got, want = (gradient((ks, vs, qs), cache, read) for read in (attend, plain))
     low = {jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)} & case.dtypes
     assert_close(got, want, 2e-2 if low else 1e-4)
-    assert any(np.asarray(x).any() for x in jax.tree.leaves(want[1]))
+    assert any(np.asarray(x).any() for x in jax.tree.leaves(want[:2]))

@@ -158,7 +158,7 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
             return storage.zeros(lead if num_stacked is None else (num_stacked, *lead), size)
 
         return Layer(
-            k=buffer(spec.num_kv_heads, spec.head_dim, spec.k_storage),
+            k=buffer(spec.num_kv_heads, spec.k_dim, spec.k_storage) if spec.k_dim else None,
             v=buffer(spec.num_kv_heads, spec.value_dim, spec.v_storage),
             sides={} if spec.shares is not None else {name: buffer(*side) for name, side in spec.sides.items()},
             index=None,

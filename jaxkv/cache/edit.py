@@ -162,7 +162,7 @@ def _turn_keys(spec: LayerSpec, delta: Any, stored: Any) -> Any:
     """Returns what is stored of keys [..., V, H], a pytree, turned by delta [V]."""
     if spec.rotary_at == "read":  # what is stored does not depend on where it stands
         return stored
-    return _turned(spec.k_storage, spec.rotary, spec.head_dim, delta, stored)
+    return _turned(spec.k_storage, spec.rotary, spec.k_dim, delta, stored)
 
 
 def _turn_side(spec: LayerSpec, delta: Any, name: str, stored: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jaxkv.cache.arguments import integers
 from jaxkv.cache.show import show
 from jaxkv.cache.spec import EMPTY, Cross, LayerSpec
 from jaxkv.cache.step import Step
+from jaxkv.cache.storage import joined
 from jaxkv.kinds import kind_of
 from jaxkv.meshes import automatic, like, spec_of
 
@@ -31,7 +32,7 @@ class Layer:
     """
 
     # On rows A = R and S = V, on pages A = P and S = page_size. Small numbers lie as bits, H may be packed.
-    k: Any  # [A, K, S, H]; stacked: [L, A, K, S, H]
+    k: Any  # [A, K, S, H]; stacked: [L, A, K, S, H]; H is k_dim of the spec, None where that is 0
     v: Any  # [A, K, S, Hv]; stacked: [L, A, K, S, Hv]
     index: Any  # None, or int32 scalar: which layer of a stack
     group: int = dataclasses.field(metadata={"static": True})
@@ -86,7 +87,9 @@ class Layer:
         k, v, sides = buffers
         return dataclasses.replace(self, k=k, v=v, sides=sides)
 
-    def put(self, step: Step, k: Any, v: Any, where: Any = None, sides: Mapping[str, Any] | None = None) -> Layer:
+    def put(
+        self, step: Step, k: Any, v: Any = None, where: Any = None, sides: Mapping[str, Any] | None = None
+    ) -> Layer:
         """Returns this layer with the keys and values of the call's tokens stored.
 
         In place when the cache is donated or the carry of a loop. Every layer puts once per `begin`; tokens of padding
@@ -98,7 +101,7 @@ class Layer:
           step: from the `Cache.begin` of this forward pass; for a Cross layer, from `Cache.begin_cross`.
           k: keys [B, T, num_kv_heads, head_dim], already rotated if the model rotates keys, but not where the spec
             says rotary_at="read"; stored as the spec says. For a Cross layer T is any size up to that of its reach.
-          v: values [B, T, num_kv_heads, value_dim].
+          v: values [B, T, num_kv_heads, value_dim]; None where the spec says that they are in the keys (v_in_k).
           where: bool [B, T], which of these tokens the layer keeps; the others are never seen in this layer, not even
             by themselves, as if they were padding. Their positions and their places stay taken, for the sake of layers
             that do keep them. None: all. Needs `LayerSpec(..., drops=True)`.
@@ -113,10 +116,15 @@ class Layer:
         b, t = step.positions.shape
         if isinstance(reach, Cross):
             t = min([reach.size, *jnp.shape(k)[1:2]])
+        if self.spec.v_in_k and v is not None:
+            raise ValueError("put: v was given, but this layer's values are in its keys (v_in_k); give put(step, k)")
         for name, x, size in (("k", k, self.spec.head_dim), ("v", v, self.spec.value_dim)):
             want = (b, t, self.spec.num_kv_heads, size)
-            if x.shape != want:
-                raise ValueError(f"put: {name} has shape {x.shape}, this layer and step want [B, T, K, H] = {want}")
+            if x is None and name == "v" and self.spec.v_in_k:
+                continue
+            if x is None or x.shape != want:
+                given = "is missing" if x is None else f"has shape {x.shape}"
+                raise ValueError(f"put: {name} {given}, this layer and step want [B, T, K, H] = {want}")
         if where is not None:
             where = jnp.asarray(where)
             if not self.spec.drops:
@@ -147,7 +155,8 @@ class Layer:
         read where a sequence has no token means nothing.
         """
 
-        k, v = (PartitionSpec(*(self._axes(x, step))) for x in (self.k, self.v))
+        v = PartitionSpec(*self._axes(self.v, step))
+        k = v if self.spec.v_in_k else PartitionSpec(*self._axes(self.k, step))
         return automatic(functools.partial(_read, size=size), (k, v))(self, step, start)
 
     def pieces(self, step: Step, start: Any, size: int) -> tuple[Any, Any]:
@@ -158,11 +167,13 @@ class Layer:
         """
         k, v = _block(self, step, start, size)
         spec = self.spec
+        values, size = _pieces(spec.v_storage, v, spec.value_dim), spec.k_dim or spec.head_dim
         if spec.rotary_at == "read":
-            k = _numbers(spec.k_storage, k, spec.head_dim)
-            k = _rotated(self, step, k, _stretch(self, step, start, size))
-            return ((k, None),), _pieces(spec.v_storage, v, spec.value_dim)
-        return _pieces(spec.k_storage, k, spec.head_dim), _pieces(spec.v_storage, v, spec.value_dim)
+            own: Any = _numbers(spec.k_storage, k, size)
+            own = ((_rotated(self, step, own, _stretch(self, step, start, own.shape[2])), None),)
+        else:
+            own = _pieces(spec.k_storage, k, size)
+        return values + own if spec.v_in_k and spec.k_dim else own, values
 
     def read_at(self, step: Step, slots: Any) -> tuple[Any, Any]:
         """Returns keys [B, N, K, H] and values [B, N, K, Hv] of chosen slots of the call's sequences; reads no others.
@@ -174,7 +185,9 @@ class Layer:
           slots: int32 [B, N].
         """
         self.check_step(step)
-        k, v = (PartitionSpec(*(self._axes(x, step)[i] for i in (0, 2, 1, 3))) for x in (self.k, self.v))
+        rows, heads, _, size = self._axes(self.v, step)
+        v = PartitionSpec(rows, None, heads, size)
+        k = v if self.spec.v_in_k else PartitionSpec(rows, None, heads, self._axes(self.k, step)[3])
         return automatic(_read_at, (k, v))(self, step, slots)
 
     def read_side(self, name: str, step: Step) -> Any:
@@ -264,6 +277,8 @@ def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any, sides: dict[str, 
     if layer.spec.drops:
         kept = jnp.ones(k.shape[:2], bool) if where is None else where
         dropped = jnp.pad(~kept, ((0, 0), (0, layer.spec.reach.size - k.shape[1] if step.cross else 0)))
+    if layer.spec.v_in_k:
+        v, k = layer.spec.split(k)
     if step.cross and k.shape[1] < layer.spec.reach.size:
         missing = step.positions[:, k.shape[1] : layer.spec.reach.size] != EMPTY
         k, v = (_fill_up(x, missing) for x in (k, v))
@@ -280,7 +295,7 @@ def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any, sides: dict[str, 
         sides = {**sides, "dropped": dropped.astype(jnp.uint8)[:, :, None, None]}
     return layer.with_buffers(
         (
-            write(layer.k, layer.spec.k_storage, k),
+            write(layer.k, layer.spec.k_storage, k) if layer.spec.k_dim else None,
             write(layer.v, layer.spec.v_storage, v),
             {name: write(layer.sides[name], layer.spec.sides[name][2], x) for name, x in sides.items()},
         )
@@ -288,24 +303,23 @@ def _put(layer: Layer, step: Step, k: Any, v: Any, where: Any, sides: dict[str, 
 
 
 def _block(layer: Layer, step: Step, start: Any, size: int) -> Any:
-    """Returns what lies in slots [start, start + size), of k and of v."""
-    return jax.tree.map(
+    """Returns what lies in slots [start, start + size), of k and of v; of v twice where a key is nothing else."""
+    k, v = jax.tree.map(
         lambda buffer: layer.layout.read(buffer, layer.index, step, layer.group, start, size), (layer.k, layer.v)
     )
+    return v if k is None else k, v
 
 
 def _read_at(layer: Layer, step: Step, slots: Any) -> tuple[Any, Any]:
-    spec = layer.spec
+    k, v = jax.tree.map(
+        lambda buffer: layer.layout.gather(buffer, layer.index, step, layer.group, slots), (layer.k, layer.v)
+    )
 
-    def chosen(buffers: Any, storage: Any, size: int) -> Any:
-        gather = lambda buffer: layer.layout.gather(buffer, layer.index, step, layer.group, slots)  # noqa: E731
-        return _numbers(storage, jax.tree.map(gather, buffers), size)
+    def positions() -> Any:
+        there = step.groups[layer.group].kv_positions
+        return jnp.take_along_axis(there, slots, 1, mode="clip")[:, :, None, None]
 
-    k, v = chosen(layer.k, spec.k_storage, spec.head_dim), chosen(layer.v, spec.v_storage, spec.value_dim)
-    if spec.rotary_at == "read":
-        there = jnp.take_along_axis(step.groups[layer.group].kv_positions, slots, 1, mode="clip")
-        k = _rotated(layer, step, k, there[:, :, None, None])
-    return k, v
+    return _joined(layer, step, v if k is None else k, v, positions)
 
 
 def _read_side(layer: Layer, step: Step, *, name: str) -> Any:
@@ -322,9 +336,16 @@ def _stored(layer: Layer, step: Step, start: Any, *, size: int) -> Any:
 
 def _read(layer: Layer, step: Step, start: Any, *, size: int) -> tuple[Any, Any]:
     k, v = _block(layer, step, start, size)
+    return _joined(layer, step, k, v, lambda: _stretch(layer, step, start, size))
+
+
+def _joined(layer: Layer, step: Step, k: Any, v: Any, positions: Callable[[], Any]) -> tuple[Any, Any]:
+    """Returns keys and values as numbers, keys rotated, of what lies in slots that hold these positions."""
     spec = layer.spec
-    k, v = _numbers(spec.k_storage, k, spec.head_dim), _numbers(spec.v_storage, v, spec.value_dim)
-    return (_rotated(layer, step, k, _stretch(layer, step, start, size)), v) if spec.rotary_at == "read" else (k, v)
+    own, values = _numbers(spec.k_storage, k, spec.k_dim or spec.head_dim), _numbers(spec.v_storage, v, spec.value_dim)
+    if spec.rotary_at == "read":
+        own = _rotated(layer, step, own, positions())
+    return joined(values, own) if spec.v_in_k and spec.k_dim else own, values
 
 
 def _stretch(layer: Layer, step: Step, start: Any, size: int) -> Any:

@@ -42,7 +42,7 @@ def describe(cache: Any) -> str:
         sharing = sum(not layer.num_kept for layer in layers)
         kept = dict.fromkeys(
             f"{s.num_kv_heads} x {s.head_dim}" + (f"/{s.value_dim}" if s.value_dim != s.head_dim else "") +
-            f" k {s.k_storage} v {s.v_storage}" +
+            (f" {s.v_storage}" if s.k_dim == 0 else f" k {s.k_storage} v {s.v_storage}") + " v in k" * s.v_in_k +
             "".join(f" {name} {side.num_heads} x {side.size} {side.storage}" for name, side in s.side_buffers)
             for s in (layer.spec for layer in layers if layer.num_kept)
         )  # fmt: skip

@@ -205,6 +205,10 @@ class LayerSpec:
         by `rotary.rotate(k, positions)`; what is put, and kept, is not rotated, so `Cache.remove` moves tokens without
         any rounding, at the price of angles for all keys that a step reads.
       drops: whether `Layer.put` may leave tokens out (`where=`). It costs a byte per slot.
+      v_in_k: whether a key begins with its token's value, as in multi-head latent attention (`LayerSpec.latent`) and in
+        layers whose keys are their values. Nothing is stored twice: the first `value_dim` numbers of a key are kept as
+        v_storage says, the other `k_dim` as k_storage says; those are what `rotary` turns. Where there are no others,
+        it turns the whole key, each time it is read.
       side_buffers: what else is kept of each token, by name: a mapping to `SideBuffer`s, kept as a tuple of pairs.
         `Layer.put(sides=)` writes them, `Layer.read_side` reads them.
       shares: the number of an earlier layer of the model whose keys and values this one reads; it keeps none of its own
@@ -212,7 +216,8 @@ class LayerSpec:
 
     Raises:
       ValueError: for sizes below 1, an unknown reach, a size that a storage can't hold, a rotary that is a function,
-        one for Cross, or none, or one without `rotate`, where keys are to be rotated when they are read.
+        one for Cross, or none, or one without `rotate`, where keys are to be rotated when they are read; for values
+        that are in the keys and longer than those, or would be rotated with them.
 
     >>> LayerSpec(Window(1024), num_kv_heads=4, head_dim=64).value_dim
     64
@@ -227,6 +232,7 @@ class LayerSpec:
     rotary: Any = None
     rotary_at: str = "put"
     drops: bool = False
+    v_in_k: bool = False
     side_buffers: Any = ()
     shares: int | None = None
 
@@ -237,7 +243,18 @@ class LayerSpec:
             raise ValueError(f"LayerSpec(reach={self.reach!r}): give Full(), Window(size), Chunk(size) or Cross(size)")
         for name in ("num_kv_heads", "head_dim", "value_dim"):
             object.__setattr__(self, name, checked_size("LayerSpec", name, getattr(self, name), 1))
-        for name, size in (("k_storage", self.head_dim), ("v_storage", self.value_dim)):
+        for name in ("drops", "v_in_k"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"LayerSpec({name}={getattr(self, name)!r}): give True or False")
+        if self.k_dim < 0:
+            raise ValueError(
+                f"LayerSpec(head_dim={self.head_dim}, value_dim={self.value_dim}, v_in_k=True): a key of "
+                f"{self.head_dim} numbers can't begin with a value of {self.value_dim}; give a head_dim of at least as "
+                "many"
+            )
+        if not self.k_dim:
+            object.__setattr__(self, "k_storage", self.v_storage)
+        for name, size in (("k_storage", self.k_dim or self.value_dim), ("v_storage", self.value_dim)):
             check_storage("LayerSpec", name, getattr(self, name), size)
         check_rotary("LayerSpec", self.rotary)
         if self.rotary is not None and isinstance(self.reach, Cross):
@@ -251,6 +268,11 @@ class LayerSpec:
                 f"LayerSpec(rotary={self.rotary!r}, rotary_at='read'): nothing rotates the keys when they are read; "
                 "give an object with rotate(k, positions) such as jaxkv.Rotary()"
             )
+        if not self.k_dim and self.rotary is not None and self.rotary_at == "put":
+            raise ValueError(
+                f"LayerSpec(rotary={self.rotary!r}, v_in_k=True): the keys are the values, which would be rotated with "
+                "them; give rotary_at='read'"
+            )
         if self.shares is not None:
             object.__setattr__(self, "shares", checked_size("LayerSpec", "shares", self.shares, 0))
             if isinstance(self.reach, Cross):
@@ -258,8 +280,6 @@ class LayerSpec:
                     f"LayerSpec({self.reach}, shares={self.shares}): layers share keys and values of the call's "
                     "tokens; an encoder's output is put into each Cross layer"
                 )
-        if not isinstance(self.drops, bool):
-            raise ValueError(f"LayerSpec(drops={self.drops!r}): give True or False")
         given = self.side_buffers
         pairs = tuple(given.items() if isinstance(given, Mapping) else given)
         if not all(isinstance(name, str) and isinstance(side, SideBuffer) for name, side in pairs):
@@ -268,9 +288,72 @@ class LayerSpec:
             raise ValueError("LayerSpec(side_buffers=): 'dropped' is what drops=True keeps; choose another name")
         object.__setattr__(self, "side_buffers", pairs)
 
+    @classmethod
+    def latent(
+        cls,
+        rank: int,
+        rotary_dim: int,
+        reach: Reach = Full(),
+        *,
+        storage: Any = Dense(),
+        rotary_storage: Any = None,
+        rotary: Any = None,
+        **rest: Any,
+    ) -> LayerSpec:
+        """Returns what a layer of multi-head latent attention keeps: of each token one latent and one rotary key.
+
+        All heads read the same key, the latent followed by the rotary key, and the same value, the latent (DeepSeek-V2,
+        https://arxiv.org/abs/2405.04434, section 2.1, with the projections of the heads absorbed into queries and
+        output). `put(step, k)` takes the key [B, T, 1, rank + rotary_dim]. Latent and rotary key are kept apart, each
+        with scales of its own where a storage has them.
+
+        Args:
+          rank: size of the latent, at least 1.
+          rotary_dim: size of the rotary key, at least 0.
+          reach: as for LayerSpec.
+          storage: how latents are kept.
+          rotary_storage: how rotary keys are kept; None means as the latents.
+          rotary: what turns the rotary key, of `rotary_dim` numbers, as for LayerSpec.
+          **rest: rotary_at and drops, as for LayerSpec.
+
+        Raises:
+          ValueError: as LayerSpec.
+
+        >>> spec = LayerSpec.latent(512, 64)
+        >>> jaxkv.plan_memory([spec], num_rows=1, capacity=4096).bytes_per_token
+        2304
+        """
+        rank = checked_size("LayerSpec.latent", "rank", rank, 1)
+        rotary_dim = checked_size("LayerSpec.latent", "rotary_dim", rotary_dim, 0)
+        return cls(
+            reach,
+            num_kv_heads=1,
+            head_dim=rank + rotary_dim,
+            value_dim=rank,
+            k_storage=storage if rotary_storage is None else rotary_storage,
+            v_storage=storage,
+            rotary=rotary,
+            v_in_k=True,
+            **rest,
+        )
+
+    @property
+    def k_dim(self) -> int:
+        """How many numbers of a key are kept beside its value: head_dim, less where values are in the keys."""
+        return self.head_dim - self.value_dim if self.v_in_k else self.head_dim
+
+    def split(self, k: Any) -> tuple[Any, Any]:
+        """Returns keys or queries [..., H] in two: what is kept as a value, and the `k_dim` numbers beside it."""
+        return k[..., : self.head_dim - self.k_dim], k[..., self.head_dim - self.k_dim :]
+
     def k_basis(self, x: Any) -> Any:
         """Returns queries [..., H] in the basis in which `Layer.pieces` has the keys."""
-        return x if self.rotary_at == "read" else self.k_storage.basis(x)
+        rotated = self.rotary_at == "read"  # then it is in its own basis
+        if not self.k_dim:
+            return x if rotated else self.v_basis(x)
+        value, own = self.split(x)
+        own = own if rotated else self.k_storage.basis(own)
+        return jnp.concatenate([self.v_basis(value), own], -1) if self.v_in_k else own
 
     def v_basis(self, x: Any) -> Any:
         """Returns what was read [..., Hv] of `Layer.pieces` in the basis of the values that were put."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxkv.cache.bits import carrier, pack, per_item, unpack, width
@@ -95,4 +97,16 @@ class Dense:
 def whole(pieces: Any) -> Any:
     """Returns the numbers [..., H] that pieces are, one after another: what lies in bits as float32."""
     parts = [numbers if factor is None else numbers.astype(factor.dtype) * factor for numbers, factor in pieces]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
+    return joined(*parts)
+
+
+def joined(*parts: Any) -> Any:
+    """Returns numbers [..., h] one after another: [..., H], in a dtype that holds them all."""
+    if len(parts) == 1:
+        return parts[0]
+    dtypes = {x.dtype for x in parts}
+    if len(dtypes) > 1:  # those of 8 bits and less have no dtype in common
+        dtypes = {dtype if dtype.itemsize > 1 else jnp.dtype("float32") for dtype in dtypes}
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = functools.reduce(jnp.promote_types, dtypes)
+    return jnp.concatenate([x.astype(dtype) for x in parts], -1)

@@ -247,7 +247,7 @@ def forward(
             if layer.spec.shares is not None:
                 read = layers[layer.spec.shares]
             elif not isinstance(layer.spec.reach, Cross):
-                layer = read = layer.put(step, k, v, where, side_copies(layer.spec, v))
+                layer = read = layer.put(step, k, None if layer.spec.v_in_k else v, where, side_copies(layer.spec, v))
             q = jnp.stack([k.astype(jnp.float32) * (h + 1) for h in range(num_heads)], 3)
             q = q.reshape(*k.shape[:2], -1, k.shape[3])  # [B, T, K * num_heads, H]
             seen.append((step.groups[layer.group].kv_positions, *read.get(step), attend(q, read, step)))
@@ -281,7 +281,9 @@ def encode(cache: Cache, lengths: Any, rows: Any, ks: Any, vs: Any, wheres: Any 
         for i in range(layer.num_stacked or 1):
             k, v, where = ks.pop(0), vs.pop(0), wheres.pop(0)
             if isinstance(layer.spec.reach, Cross):
-                layer = (layer.at(i) if stacked else layer).put(step, k, v, where, side_copies(layer.spec, v))
+                kept_v = None if layer.spec.v_in_k else v
+                layer = layer.at(i) if stacked else layer
+                layer = layer.put(step, k, kept_v, where, side_copies(layer.spec, v))
         layers.append(layer.at(None) if stacked else layer)
     return cache.with_layers(layers), step.ok
 
@@ -480,10 +482,13 @@ class Machine:
                 x = random.normal(size=(*positions.shape, spec.num_kv_heads, size))
                 whole = jnp.issubdtype(storage.dtype, jnp.integer)
                 out.append(np.round(4 * x).astype(storage.dtype) if whole else x.astype(np.float32))
-        kept_ks, kept_vs = (
-            [self._kept(getattr(spec, side), x) for spec, x in zip(self.layers, xs, strict=True)]
-            for side, xs in (("k_storage", ks), ("v_storage", vs))
-        )
+            if spec.v_in_k:
+                vs[-1] = ks[-1][..., : spec.value_dim]
+        kept_vs = [self._kept(spec.v_storage, v) for spec, v in zip(self.layers, vs, strict=True)]
+        kept_ks = []
+        for spec, k, v in zip(self.layers, ks, kept_vs, strict=True):
+            own = self._kept(spec.k_storage, spec.split(k)[1]) if spec.k_dim else k[..., :0]
+            kept_ks.append(np.concatenate([v, own], -1) if spec.v_in_k else own)
         tokens = first + np.arange(positions.size).reshape(positions.shape)
         for b, t in np.ndindex(positions.shape):
             kept = [where is None or bool(where[b, t]) for where in wheres]
@@ -530,7 +535,7 @@ class Machine:
         want_k, want_v = self._expected(source, spec, slots[used], tokens[used])
         eps_k, eps_v = (_rounding(storage.dtype) for storage in (spec.k_storage, spec.v_storage))
         self._close(f"layer {i} {spec.reach}: v", v[used].astype(np.float64), want_v, 8 * eps_v, slots, used)
-        most = 8 * eps_k * (1 + self._turns)
+        most = 8 * (max(eps_k, eps_v) if spec.v_in_k else eps_k) * (1 + self._turns)
         if spec.rotary_at == "put":  # a key that is turned is rounded once more
             most += 4 * self._turns * self._rounded.get(spec.k_storage, 0.0)
         self._close(f"layer {i} {spec.reach}: k", k[used].astype(np.float64), want_k, most, slots, used)
@@ -552,8 +557,11 @@ class Machine:
         if moved.any():  # padded to one length, so that it compiles once
             most = 8 * self.oracle.num_rows * self.oracle.capacity
             pad = lambda x: np.concatenate([x, np.zeros((most - len(x), *x.shape[1:]), x.dtype)])  # noqa: E731
-            turned = _turn(spec.rotary, spec.rotary_at, pad(ks), pad(moved.astype(np.int32))[:, None, None])
-            ks = np.where(moved[:, None, None] != 0, np.asarray(turned)[: len(ks)], ks)
+            still = spec.head_dim - (spec.k_dim or spec.head_dim)  # leading numbers that are not turned
+            own = ks[..., still:]
+            turned = _turn(spec.rotary, spec.rotary_at, pad(own), pad(moved.astype(np.int32))[:, None, None])
+            own = np.where(moved[:, None, None] != 0, np.asarray(turned)[: len(ks)], own)
+            ks = np.concatenate([ks[..., :still], own], -1)
         return ks.astype(np.float64), vs.astype(np.float64)
 
     # ------------------------------------------------------------ comparing
