@@ -230,9 +230,9 @@ def tensor_parallel(mesh: jax.sharding.Mesh, axis: str | None = None) -> Callabl
         r"mlp\.(shared\.)?(gate|up)\.kernel": 1,
         r"mlp\.(shared\.)?(gate|up)\.bias": 0,
         r"mlp\.(shared\.)?down\.kernel": 0,
-        r"mlp\.(gate|up)$": 2,  # of all experts
+        r"(mlp|experts)\.(gate|up)$": 2,  # of all experts
         r"mlp\.(gate|up)_bias": 1,
-        r"mlp\.down$": 1,
+        r"(mlp|experts)\.down$": 1,
         r"^embed\.embedding": 0,
         r"^head\.kernel": 1,
     }

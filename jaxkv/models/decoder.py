@@ -16,6 +16,7 @@ from flax import nnx
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Full, LayerSpec, Reach
 from jaxkv.meshes import like, rows_of
+from jaxkv.models.beside import ExpertsBeside
 from jaxkv.models.experts import Experts, ExpertsConfig
 from jaxkv.models.layer_inputs import LayerInput, LayerInputs
 from jaxkv.models.mlp import ACTIVATIONS, MLP
@@ -53,8 +54,8 @@ class DecoderConfig:
       parallel: whether the MLP reads what attention reads, and both are added at once (Cohere).
       activation: of the MLP: "silu", "gelu" (exact), "gelu_tanh" or "relu".
       gated: whether the MLP multiplies two projections (SwiGLU with "silu", GeGLU with "gelu") or has one.
-      experts: which layers have experts in the MLP's place: one ExpertsConfig for all, a pattern repeated like
-        `reaches`, with None for an MLP, or None.
+      experts: which layers have experts in the MLP's place, or beside it: one ExpertsConfig for all, a pattern repeated
+        like `reaches`, with None for an MLP, or None.
       use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out" and
         "mlp".
       qk_norm: whether each head's queries and keys are RMS-normalized before they are turned; "together", "centered" or
@@ -264,6 +265,10 @@ class Block(nnx.Module):
         self.attention_post_norm = Norm(config) if config.post_norms else nnx.data(None)
         self.mlp_norm = Norm(config) if config.pre_norms and not config.parallel else nnx.data(None)
         mlp_dim = config.layer_mlp_dim(index)
+        if experts is not None and experts.beside_mlp:
+            self.beside, experts = ExpertsBeside(config, experts, rngs=rngs), None
+        else:
+            self.beside = nnx.data(None)
         self.mlp = MLP(config, mlp_dim, rngs=rngs) if experts is None else Experts(config, experts, rngs=rngs)
         self.mlp_post_norm = Norm(config) if config.post_norms else nnx.data(None)
         self.parallel = config.parallel
@@ -278,6 +283,8 @@ class Block(nnx.Module):
             y, layer = self.attention(h, layer, step)
         x = x + self._scaled(_normed(self.attention_post_norm, y))
         y = self.mlp(h if self.parallel else _normed(self.mlp_norm, x))
+        if self.beside is not None:
+            y = self.beside(y, x)
         x = x + self._scaled(_normed(self.mlp_post_norm, y))
         if self.input is not None:
             x = x + self.input(x, inputs)

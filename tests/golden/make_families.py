@@ -141,6 +141,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.0}),
     "gemma3": ("gemma3_text", {**GEMMA, "num_hidden_layers": 4, "rope_parameters": GEMMA3_ROPE}),
     "gemma4": ("gemma4_text", {**GEMMA4, "final_logit_softcapping": 3.0}),
+    "gemma4_moe": (
+        "gemma4_text",
+        {
+            **GEMMA4,
+            "num_hidden_layers": 2,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "attention_k_eq_v": False,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 12,
+        },
+    ),
     "phi3": ("phi3", {**SIZES, "sliding_window": 8}),
     "phi3_long": (
         "phi3",
@@ -378,7 +393,7 @@ def build(model_type: str, config: dict[str, Any], seed: int) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name or ".ln_" in name:
+            if "norm" in name or ".ln_" in name or ("router." in name and name.endswith("scale")):
                 mean = 0.0 if minus_one or name.endswith("bias") else 1.0
                 if "gemma" in model_type and "layers" in name and "post_" in name:
                     mean += 2.0  # else the scaled embedding decides alone, and each token is followed by itself
