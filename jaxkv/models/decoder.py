@@ -265,10 +265,9 @@ class Block(nnx.Module):
         self.attention_post_norm = Norm(config) if config.post_norms else nnx.data(None)
         self.mlp_norm = Norm(config) if config.pre_norms and not config.parallel else nnx.data(None)
         mlp_dim = config.layer_mlp_dim(index)
+        self.beside: Any = nnx.data(None)
         if experts is not None and experts.beside_mlp:
             self.beside, experts = ExpertsBeside(config, experts, rngs=rngs), None
-        else:
-            self.beside = nnx.data(None)
         self.mlp = MLP(config, mlp_dim, rngs=rngs) if experts is None else Experts(config, experts, rngs=rngs)
         self.mlp_post_norm = Norm(config) if config.post_norms else nnx.data(None)
         self.parallel = config.parallel
