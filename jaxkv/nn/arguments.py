@@ -11,7 +11,7 @@ from jaxkv.kinds import kind_of
 from jaxkv.nn.heads import Heads
 
 
-def check_call(heads: Heads, x: Any, layer: Any, step: Any, positions: Any, spans: Any) -> None:
+def check_call(heads: Any, x: Any, layer: Any, step: Any, positions: Any, spans: Any) -> None:
     """Raises ValueError if the arguments of a module's call don't belong together or to this module."""
     _check_input("x", x)
     if layer is None and step is None:
@@ -80,9 +80,9 @@ def check_encoded(heads: Heads, encoded: Any, layer: Any = None) -> None:
         )
 
 
-def _check_layer(heads: Heads, layer: Any) -> None:
+def _check_layer(heads: Any, layer: Any) -> None:
     mine = heads.layer_spec(layer.spec.k_storage, layer.spec.v_storage)
-    for name in ("reach", "num_kv_heads", "head_dim", "value_dim", "rotary"):
+    for name in ("reach", "num_kv_heads", "head_dim", "value_dim", "v_in_k", "rotary"):
         here, there = getattr(mine, name), getattr(layer.spec, name)
         if here != there:
             raise ValueError(

@@ -17,6 +17,7 @@ from jaxkv.kinds import kind_of
 from jaxkv.meshes import dot_general, forward
 from jaxkv.nn.arguments import check_call
 from jaxkv.nn.heads import PROJECTIONS, Heads, QueryTemperature, biased, qk_scale
+from jaxkv.nn.latent_linen import LatentAttention as LatentAttention
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
 

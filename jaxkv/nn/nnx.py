@@ -19,6 +19,7 @@ from jaxkv.nn.arguments import check_call
 from jaxkv.nn.fuse import Joined, Transposed
 from jaxkv.nn.fuse import fuse as fuse
 from jaxkv.nn.heads import Heads, QueryTemperature, biased, qk_scale
+from jaxkv.nn.latent_nnx import LatentAttention as LatentAttention
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
 
