@@ -64,7 +64,7 @@ def _plain(kind, x):
         pairs = (x[..., ::2] + 1j * x[..., 1::2]) * turn * (rotary.scaling.magnitude if rotary.scaling else 1.0)
         return np.stack([pairs.real, pairs.imag], -1).reshape(x.shape)
 
-    q = project("query", norm("query_norm", project("query_down", x)) if "query_rank" in options else x)
+    q = project("query", x) if "query" in params else project("query_up", norm("query_norm", project("query_down", x)))
     both = project("latent", x)
     latent, shared = norm("latent_norm", both[..., :RANK]), rotate(both[..., None, RANK:])
     made = np.tensordot(latent, params["expand"], 1)  # [B, T, N, head_dim + value_dim]
@@ -105,7 +105,7 @@ def _forward(graphdef, params, x, positions, cache):
 
 
 def _feed(kind, cache, x, *counts):
-    """Feeds x [B, T, D] in blocks of these sizes, each padded to 4 tokens, and returns what comes out, and the cache."""
+    """Feeds x [B, T, D] in blocks of these sizes, each padded to 4 tokens; returns what comes out, and the cache."""
     graphdef, params = nnx.split(_module(kind))
     out, begin = [], 0
     for count in counts:

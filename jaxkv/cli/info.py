@@ -89,6 +89,8 @@ def _short(reach: Any) -> str:
 
 def _heads(source: Source) -> str:
     config = getattr(source.config, "decoder", source.config)  # the half that has a cache
+    if (latent := getattr(config, "latent", None)) is not None:
+        return f"{config.num_heads} query heads, one latent of {latent.rank} and a rotary key of {latent.rotary_dim}"
     return f"{config.num_heads} query heads, {config.num_kv_heads} kv heads x {config.head_dim}"
 
 

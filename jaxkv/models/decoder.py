@@ -17,6 +17,7 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Full, LayerSpec, Reach
 from jaxkv.meshes import like, rows_of
 from jaxkv.models.experts import Experts, ExpertsConfig
+from jaxkv.models.latent import LatentConfig
 from jaxkv.models.mlp import ACTIVATIONS, MLP
 from jaxkv.nn.heads import PROJECTIONS, QueryTemperature, rms_norm
 from jaxkv.nn.nnx import Attention
@@ -54,6 +55,8 @@ class DecoderConfig:
         `reaches`, with None for an MLP, or None.
       use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out" and
         "mlp".
+      latent: None, or the sizes of multi-head latent attention (DeepSeek): head_dim is then what a head makes of the
+        latent, and num_kv_heads, qk_norm, temperature, attention_softcap and sink_logits have no part in it.
       qk_norm: whether each head's queries and keys are RMS-normalized before they are turned; "together", "centered" or
         "plain" in other ways, see `jaxkv.nnx.Attention`. A pattern repeated like `reaches` if layers differ.
       attention_scale: factor of the scores; None means head_dim ** -0.5.
@@ -96,6 +99,7 @@ class DecoderConfig:
     gated: bool = True
     experts: ExpertsConfig | tuple[ExpertsConfig | None, ...] | None = None
     use_bias: bool | tuple[str, ...] = False
+    latent: LatentConfig | None = None
     qk_norm: bool | str | tuple[bool | str, ...] = False
     attention_scale: float | None = None
     temperature: QueryTemperature | tuple[QueryTemperature | None, ...] | None = None
@@ -161,6 +165,11 @@ class DecoderConfig:
             return frozenset((*PROJECTIONS, "mlp") if self.use_bias else ())
         return frozenset(self.use_bias)
 
+    @property
+    def rotated_dim(self) -> int:
+        """How many numbers of a head are there to be rotated."""
+        return self.head_dim if self.latent is None else self.latent.rotary_dim
+
     def reach(self, layer: int) -> Reach:
         """Returns what a layer sees."""
         return self.reaches[layer % len(self.reaches)]
@@ -209,26 +218,10 @@ class Block(nnx.Module):
     """One layer: attention and MLP, each between norms, if the family has them, and added to what came in."""
 
     def __init__(self, config: DecoderConfig, index: int, *, rngs: nnx.Rngs) -> None:
-        kind = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
         experts = config.layer_experts(index)
         self.residual_scale = config.residual_scale
         self.attention_norm = Norm(config) if config.pre_norms else nnx.data(None)
-        self.attention = Attention(
-            config.num_heads,
-            config.width,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            reach=config.reach(index),
-            rotary=config.layer_rotary(index),
-            qk_norm=config.layer_qk_norm(index),
-            qk_norm_epsilon=config.norm_eps,
-            scale=config.attention_scale,
-            temperature=config.layer_temperature(index),
-            softcap=config.attention_softcap,
-            sink_logits=config.sink_logits,
-            use_bias=config.biases - {"mlp"},
-            **kind,
-        )
+        self.attention = _attention(config, index, rngs=rngs)
         self.attention_post_norm = Norm(config) if config.post_norms else nnx.data(None)
         self.mlp_norm = Norm(config) if config.pre_norms and not config.parallel else nnx.data(None)
         self.mlp = MLP(config, rngs=rngs) if experts is None else Experts(config, experts, rngs=rngs)
@@ -247,6 +240,30 @@ class Block(nnx.Module):
 
     def _scaled(self, y: Any) -> Any:
         return y if self.residual_scale is None else y * jnp.asarray(self.residual_scale, y.dtype)
+
+
+def _attention(config: DecoderConfig, index: int, *, rngs: nnx.Rngs) -> Any:
+    """Returns the attention of a layer."""
+    if config.latent is not None:
+        return config.latent.attention(config, index, rngs=rngs)
+    return Attention(
+        config.num_heads,
+        config.width,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        reach=config.reach(index),
+        rotary=config.layer_rotary(index),
+        qk_norm=config.layer_qk_norm(index),
+        qk_norm_epsilon=config.norm_eps,
+        scale=config.attention_scale,
+        temperature=config.layer_temperature(index),
+        softcap=config.attention_softcap,
+        sink_logits=config.sink_logits,
+        use_bias=config.biases - {"mlp"},
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
 
 
 def _normed(norm: Norm | None, x: Any) -> Any:

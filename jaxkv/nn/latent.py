@@ -128,6 +128,7 @@ class LatentModule:
     query: Any
     query_down: Any
     query_norm: Any
+    query_up: Any
     latent: Any
     latent_norm: Any
     out: Any
@@ -154,7 +155,7 @@ class LatentModule:
         check_call(heads, x, layer, step, positions, spans)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
-        q = self.query(x if self.query_down is None else self.query_norm(self.query_down(x)))
+        q = self.query_up(self.query_norm(self.query_down(x))) if self.query is None else self.query(x)
         both = self.latent(x)
         latent = self.latent_norm(both[..., : heads.rank])
         y, layer = heads.attend(

@@ -66,11 +66,14 @@ class LatentAttention(LatentModule, nn.Module):
             options |= {"kernel_init": self.kernel_init, "bias_init": self.bias_init, "use_bias": name in with_bias}
             return nn.DenseGeneral(shape, dot_general=dot_general, precision=self.precision, **options, **kind)
 
-        self.query_down = self.query_norm = None
-        if self.query_rank is not None:
+        queries = (self.num_heads, self.head_dim + self.rotary_dim)
+        self.query = self.query_down = self.query_norm = self.query_up = None
+        if self.query_rank is None:
+            self.query = linear(queries, "query")
+        else:
             self.query_down = linear(self.query_rank, "query_down")
             self.query_norm = nn.RMSNorm(epsilon=self.norm_epsilon, **kind)
-        self.query = linear((self.num_heads, self.head_dim + self.rotary_dim), "query")
+            self.query_up = linear(queries, "query_up")
         self.latent = linear(self.rank + self.rotary_dim, "latent")
         self.latent_norm = nn.RMSNorm(epsilon=self.norm_epsilon, **kind)
         shape = self.rank, self.num_heads, self.head_dim + heads.value_dim

@@ -77,12 +77,13 @@ class LatentAttention(LatentModule, nnx.Module):
             return nnx.LinearGeneral(features, shape, dot_general=dot_general, precision=precision, **options, **kind)
 
         queries = (num_heads, head_dim + rotary_dim)
-        self.query_down: Any = nnx.data(None)
-        self.query_norm: Any = nnx.data(None)
-        if query_rank is not None:
+        self.query = self.query_down = self.query_norm = self.query_up = nnx.data(None)
+        if query_rank is None:
+            self.query = linear(in_features, queries, "query")
+        else:
             self.query_down = linear(in_features, query_rank, "query_down")
             self.query_norm = nnx.RMSNorm(query_rank, epsilon=norm_epsilon, **kind)
-        self.query = linear(in_features if query_rank is None else query_rank, queries, "query")
+            self.query_up = linear(query_rank, queries, "query_up")
         self.latent = linear(in_features, rank + rotary_dim, "latent")
         self.latent_norm = nnx.RMSNorm(rank, epsilon=norm_epsilon, **kind)
         self.expand = nnx.Param(expand_init(rngs.params(), (rank, num_heads, head_dim + heads.value_dim), param_dtype))
