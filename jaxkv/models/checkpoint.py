@@ -223,7 +223,8 @@ def tensor_parallel(mesh: jax.sharding.Mesh, axis: str | None = None) -> Callabl
     if axis not in mesh.axis_names:
         raise ValueError(f"axis={axis!r}: the mesh has {', '.join(map(str, mesh.axis_names))}")
     split = {  # which axis of the param
-        r"attention\.(query|key|value)\.kernel": 1,
+        r"attention\.(query|query_up|key|value)\.kernel": 1,
+        r"attention\.expand": 1,
         r"attention\.(query|key|value)\.bias": 0,
         r"attention\.out\.kernel": 0,
         r"attention\.sink_logits": 0,

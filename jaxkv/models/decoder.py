@@ -18,6 +18,7 @@ from jaxkv.cache.spec import Full, LayerSpec, Reach
 from jaxkv.meshes import like, rows_of
 from jaxkv.models.beside import ExpertsBeside
 from jaxkv.models.experts import Experts, ExpertsConfig
+from jaxkv.models.latent import LatentConfig
 from jaxkv.models.layer_inputs import LayerInput, LayerInputs
 from jaxkv.models.mlp import ACTIVATIONS, MLP
 from jaxkv.models.norm import NORMS, Norm
@@ -58,6 +59,8 @@ class DecoderConfig:
         like `reaches`, with None for an MLP, or None.
       use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out" and
         "mlp".
+      latent: None, or the sizes of multi-head latent attention (DeepSeek): head_dim is then what a head makes of the
+        latent, and num_kv_heads, qk_norm, temperature, attention_softcap and sink_logits have no part in it.
       qk_norm: whether each head's queries and keys are RMS-normalized before they are turned; "together", "centered" or
         "plain" in other ways, see `jaxkv.nnx.Attention`. A pattern repeated like `reaches` if layers differ.
       value_norm: whether each head's values are RMS-normalized, with no scale (Gemma 4).
@@ -108,6 +111,7 @@ class DecoderConfig:
     gated: bool = True
     experts: ExpertsConfig | tuple[ExpertsConfig | None, ...] | None = None
     use_bias: bool | tuple[str, ...] = False
+    latent: LatentConfig | None = None
     qk_norm: bool | str | tuple[bool | str, ...] = False
     value_norm: bool = False
     tied_values: bool | tuple[bool, ...] = False
@@ -179,6 +183,8 @@ class DecoderConfig:
     def _check_shares(self, shares: tuple[int | None, ...]) -> None:
         if len(shares) != self.num_layers:
             raise ValueError(f"shares={shares}: give an entry for each of {self.num_layers} layers")
+        if self.latent is not None:
+            raise ValueError(f"shares={shares} with latent={self.latent}: layers share keys and values, not latents")
         for i, source in enumerate(shares):
             if source is not None and not (0 <= source < i and shares[source] is None):
                 raise ValueError(
@@ -192,6 +198,10 @@ class DecoderConfig:
         if isinstance(self.use_bias, bool):
             return frozenset((*PROJECTIONS, "mlp") if self.use_bias else ())
         return frozenset(self.use_bias)
+
+    def rotated_dim(self, layer: int) -> int:
+        """Returns how many numbers of a head there are to be rotated."""
+        return self.layer_heads(layer)[1] if self.latent is None else self.latent.rotary_dim
 
     def reach(self, layer: int) -> Reach:
         """Returns what a layer sees."""
@@ -239,29 +249,10 @@ class Block(nnx.Module):
     """One layer: attention and MLP, each between norms, if the family has them, and added to what came in."""
 
     def __init__(self, config: DecoderConfig, index: int, *, rngs: nnx.Rngs) -> None:
-        kind = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
-        experts, (num_kv_heads, head_dim) = config.layer_experts(index), config.layer_heads(index)
-        self.residual_scale = config.residual_scale
+        experts = config.layer_experts(index)
+        self.residual_scale, self.hands_on = config.residual_scale, config.shares is not None
         self.attention_norm = Norm(config) if config.pre_norms else nnx.data(None)
-        self.attention = Attention(
-            config.num_heads,
-            config.width,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            reach=config.reach(index),
-            shares=None if config.shares is None else config.shares[index],
-            rotary=config.layer_rotary(index),
-            qk_norm=config.layer_qk_norm(index),
-            qk_norm_epsilon=config.norm_eps,
-            value_norm=config.value_norm,
-            tied_values=config.layer_ties_values(index),
-            scale=config.attention_scale,
-            temperature=config.layer_temperature(index),
-            softcap=config.attention_softcap,
-            sink_logits=config.sink_logits,
-            use_bias=config.biases - {"mlp"},
-            **kind,
-        )
+        self.attention = _attention(config, index, rngs=rngs)
         self.attention_post_norm = Norm(config) if config.post_norms else nnx.data(None)
         self.mlp_norm = Norm(config) if config.pre_norms and not config.parallel else nnx.data(None)
         mlp_dim = config.layer_mlp_dim(index)
@@ -276,10 +267,12 @@ class Block(nnx.Module):
 
     def __call__(self, x: Any, positions: Any, layer: Any, step: Any, inputs: Any = None) -> tuple[Any, Any]:
         h = _normed(self.attention_norm, x)
-        if step is None:  # then what other layers share is the keys and values themselves
+        if step is not None:
+            y, layer = self.attention(h, layer, step)
+        elif self.hands_on:  # what layers share is then the keys and values themselves
             y, layer = self.attention(h, kv=layer, return_kv=True, positions=positions)
         else:
-            y, layer = self.attention(h, layer, step)
+            y = self.attention(h, positions=positions)
         x = x + self._scaled(_normed(self.attention_post_norm, y))
         y = self.mlp(h if self.parallel else _normed(self.mlp_norm, x))
         if self.beside is not None:
@@ -291,6 +284,34 @@ class Block(nnx.Module):
 
     def _scaled(self, y: Any) -> Any:
         return y if self.residual_scale is None else y * jnp.asarray(self.residual_scale, y.dtype)
+
+
+def _attention(config: DecoderConfig, index: int, *, rngs: nnx.Rngs) -> Any:
+    """Returns the attention of a layer."""
+    if config.latent is not None:
+        return config.latent.attention(config, index, rngs=rngs)
+    num_kv_heads, head_dim = config.layer_heads(index)
+    return Attention(
+        config.num_heads,
+        config.width,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        reach=config.reach(index),
+        shares=None if config.shares is None else config.shares[index],
+        rotary=config.layer_rotary(index),
+        qk_norm=config.layer_qk_norm(index),
+        qk_norm_epsilon=config.norm_eps,
+        value_norm=config.value_norm,
+        tied_values=config.layer_ties_values(index),
+        scale=config.attention_scale,
+        temperature=config.layer_temperature(index),
+        softcap=config.attention_softcap,
+        sink_logits=config.sink_logits,
+        use_bias=config.biases - {"mlp"},
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
 
 
 def _normed(norm: Norm | None, x: Any) -> Any:

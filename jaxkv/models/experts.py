@@ -28,7 +28,8 @@ class ExpertsConfig:
       scale: factor of the scores then.
       choice_bias: whether a learned number per expert is added to its score for the choice alone (DeepSeek).
       num_groups: in how many groups of equal size the experts lie, and
-      groups_per_token: of how many groups a token's experts are taken: those whose best two make the largest sum.
+      groups_per_token: of how many groups a token's experts are taken: those whose best make the largest sum.
+      best_of_group: how many of a group's best are summed for that (DeepSeek-V3: 2, V2: 1).
       weighs_input: whether scores multiply what an expert reads instead of what it gives (Llama 4).
       shared_dim: None, or the inner size of an MLP that all tokens run through besides.
       shared_gate: whether what that gives is multiplied by the sigmoid of a learned projection to one number.
@@ -54,6 +55,7 @@ class ExpertsConfig:
     choice_bias: bool = False
     num_groups: int = 1
     groups_per_token: int = 1
+    best_of_group: int = 2
     weighs_input: bool = False
     shared_dim: int | None = None
     shared_gate: bool = False
@@ -63,7 +65,15 @@ class ExpertsConfig:
     clamped: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "per_token", "mlp_dim", "num_groups", "groups_per_token", "shared_dim"):
+        for name in (
+            "num_experts",
+            "per_token",
+            "mlp_dim",
+            "num_groups",
+            "groups_per_token",
+            "best_of_group",
+            "shared_dim",
+        ):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"ExpertsConfig({name}={size}): {name} is at least 1")
         if self.per_token > self.num_experts:
@@ -136,7 +146,9 @@ class Experts(nnx.Module):
         ranks = scores if self.choice_bias is None else scores + self.choice_bias[...][None, :]
         if config.num_groups > 1:
             groups = ranks.reshape(-1, config.num_groups, config.num_experts // config.num_groups)
-            best = jnp.sum(jax.lax.top_k(groups, min(2, groups.shape[-1]))[0], axis=-1)  # [T, groups]
+            best = jnp.sum(
+                jax.lax.top_k(groups, min(config.best_of_group, groups.shape[-1]))[0], axis=-1
+            )  # [T, groups]
             _, kept = jax.lax.top_k(best, config.groups_per_token)
             is_kept = jnp.any(jnp.arange(config.num_groups)[None, :, None] == kept[:, None, :], axis=-1)
             ranks = jnp.where(is_kept[:, :, None], groups, -jnp.inf).reshape(ranks.shape)

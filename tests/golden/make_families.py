@@ -110,6 +110,18 @@ GRANITE = {
     "residual_multiplier": 0.6,
     "logits_scaling": 2.0,
 }
+LATENT = {
+    **TWO,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+}
 
 GEMMA4 = {
     **SIZES,
@@ -228,6 +240,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "routed_scaling_factor": 1.5,
             "use_qk_norm": True,
             "attention_bias": True,
+        },
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            **LATENT,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "q_lora_rank": None,
+            "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+            "routed_scaling_factor": 4.0,
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "q_lora_rank": 12,
+            "rope_parameters": {**YARN, "truncate": True, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
     "ernie4_5": ("ernie4_5", {**TWO, "head_dim": 8, "use_bias": True}),
@@ -373,6 +410,35 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_size": 8,
             "n_shared_experts": 2,
             "norm_topk_prob": False,
+        },
+    ),
+    "deepseek_v2, greedy, with biases, yarn as transformers scales it by default": (
+        "deepseek_v2",
+        {
+            **LATENT,
+            "num_experts_per_tok": 2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "q_lora_rank": 10,
+            "first_k_dense_replace": 0,
+            "rope_parameters": YARN,
+            "norm_topk_prob": True,
+        },
+    ),
+    "deepseek_v3 in one group, halves rotated, biases, no query rank, tied": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "attention_bias": True,
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "num_nextn_predict_layers": 0,
+            "rope_parameters": {**YARN, "mscale_all_dim": 1.0},
         },
     ),
     "seed_oss without biases, tied": (
