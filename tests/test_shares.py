@@ -153,6 +153,29 @@ def test_a_module_that_shares_says_what_it_is_to_be_given():
     np.testing.assert_allclose(fused(x + y, layer, step)[0], module(x + y, layer, step)[0], atol=1e-5)
 
 
+def test_keys_that_are_values_are_kept_once():
+    options = {"tied_values": True, "rotary": jaxkv.Rotary(), "num_heads": 4, "in_features": D, "num_kv_heads": 2}
+    attn = jaxkv.nnx.Attention(**options, rngs=nnx.Rngs(0))
+    assert attn.value is None
+    spec = attn.layer_spec()
+    once = dataclasses.replace(spec, v_in_k=True, rotary_at="read")
+    x = jax.random.normal(jax.random.key(3), (2, T, D))
+    want = nnx.jit(lambda attn, x: attn(x))(attn, x)
+
+    @nnx.jit
+    def run(attn, x, cache):
+        cache, step = cache.begin(jnp.tile(jnp.arange(T), (2, 1)))
+        return attn(x, cache.layers[0], step)[0]
+
+    two, one = (Cache.init([kind], num_rows=2, capacity=8) for kind in (spec, once))
+    np.testing.assert_allclose(run(attn, x, one), want, atol=2e-6)
+    np.testing.assert_allclose(run(attn, x, two), want, atol=2e-6)
+    assert sum(y.nbytes for y in jax.tree.leaves(one.layers)) * 2 == sum(y.nbytes for y in jax.tree.leaves(two.layers))
+    normed = jaxkv.nnx.Attention(**options, qk_norm=True, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="this module's values are not its keys: that takes tied_values=True"):
+        run(normed, x, one)
+
+
 # ---------------------------------------------------------------- a model
 
 

@@ -184,6 +184,32 @@ def test_nothing_but_the_chosen_slots_is_read():
     assert memory.temp_size_in_bytes < max(x.size for x in jax.tree.leaves(cache.layers[0].v)) / 20
 
 
+def test_chosen_slots_and_sides_on_explicit_axes_and_in_a_stack_with_named_rows():
+    mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    spec = LayerSpec(Full(), HEADS, SIZE, side_buffers=COPY)
+    random = np.random.default_rng(5)
+    q, k, v = (jnp.asarray(random.normal(size=(2, 8, HEADS, SIZE)), jnp.float32) for _ in range(3))
+    slots = jnp.asarray(random.permuted(np.tile(np.arange(16), (2, 8, 1)), axis=2)[:, :, :6])
+
+    @jax.jit
+    def run(cache, q, k, v, slots):
+        rows = None if cache.layers[0].num_stacked is None else jnp.arange(2)[::-1]
+        cache, step = cache.begin(jnp.tile(jnp.arange(8), (2, 1)), rows)
+        layer = cache.layers[0] if rows is None else cache.layers[0].at(1)
+        layer = layer.put(step, k, v, sides={"copy": v})
+        return jaxkv.attend(q, layer, step, select=slots), layer.read_side("copy", step)
+
+    want, sides = run(Cache.init([spec], 2, 16), q, k, v, slots)
+    named = run(Cache.init([spec] * 2, 2, 16, stacked=True), q, k, v, slots)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), named, (want, sides))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows", "heads"))
+    with jax.set_mesh(mesh):
+        axes = jax.sharding.PartitionSpec("rows", None, "heads")
+        q, k, v = (jax.device_put(x, jax.sharding.NamedSharding(mesh, axes)) for x in (q, k, v))
+        got = run(Cache.init([spec], 2, 16, sharding=place), q, k, v, slots)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, (want, sides))
+
+
 def test_what_select_can_not_be_is_said():
     spec = LayerSpec(Full(), HEADS, SIZE)
     cache, step, _ = filled(spec)

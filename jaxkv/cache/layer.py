@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -169,8 +169,8 @@ class Layer:
         spec = self.spec
         values, k_dim = _pieces(spec.v_storage, v, spec.value_dim), spec.k_dim or spec.head_dim
         if spec.rotary_at == "read":
-            k = _rotated(self, step, _numbers(spec.k_storage, k, k_dim), _stretch(self, step, start, size))
-            own: Any = ((k, None),)
+            own: Any = _numbers(spec.k_storage, k, k_dim)
+            own = ((_rotated(self, step, own, _stretch(self, step, start, own.shape[2])), None),)
         else:
             own = _pieces(spec.k_storage, k, k_dim)
         return values + own if spec.v_in_k and spec.k_dim else own, values
@@ -185,8 +185,9 @@ class Layer:
           slots: int32 [B, N].
         """
         self.check_step(step)
-        axes = self._axes(self.v, step), self._axes(self.v if self.spec.v_in_k else self.k, step)
-        v, k = (PartitionSpec(*(x[i] for i in (0, 2, 1, 3))) for x in axes)
+        rows, heads, _, size = self._axes(self.v, step)
+        v = PartitionSpec(rows, None, heads, size)
+        k = v if self.spec.v_in_k else PartitionSpec(rows, None, heads, self._axes(self.k, step)[3])
         return automatic(_read_at, (k, v))(self, step, slots)
 
     def read_side(self, name: str, step: Step) -> Any:
@@ -310,18 +311,15 @@ def _block(layer: Layer, step: Step, start: Any, size: int) -> Any:
 
 
 def _read_at(layer: Layer, step: Step, slots: Any) -> tuple[Any, Any]:
-    spec = layer.spec
+    k, v = jax.tree.map(
+        lambda buffer: layer.layout.gather(buffer, layer.index, step, layer.group, slots), (layer.k, layer.v)
+    )
 
-    def chosen(buffers: Any, storage: Any, size: int) -> Any:
-        gather = lambda buffer: layer.layout.gather(buffer, layer.index, step, layer.group, slots)  # noqa: E731
-        return _numbers(storage, jax.tree.map(gather, buffers), size)
+    def positions() -> Any:
+        there = step.groups[layer.group].kv_positions
+        return jnp.take_along_axis(there, slots, 1, mode="clip")[:, :, None, None]
 
-    v = chosen(layer.v, spec.v_storage, spec.value_dim)
-    k = chosen(layer.k, spec.k_storage, spec.k_dim) if spec.k_dim else v
-    if spec.rotary_at == "read":
-        there = jnp.take_along_axis(step.groups[layer.group].kv_positions, slots, 1, mode="clip")
-        k = _rotated(layer, step, k, there[:, :, None, None])
-    return joined(v, k) if spec.v_in_k and spec.k_dim else k, v
+    return _joined(layer, step, v if k is None else k, v, positions)
 
 
 def _read_side(layer: Layer, step: Step, *, name: str) -> Any:
@@ -338,10 +336,15 @@ def _stored(layer: Layer, step: Step, start: Any, *, size: int) -> Any:
 
 def _read(layer: Layer, step: Step, start: Any, *, size: int) -> tuple[Any, Any]:
     k, v = _block(layer, step, start, size)
+    return _joined(layer, step, k, v, lambda: _stretch(layer, step, start, size))
+
+
+def _joined(layer: Layer, step: Step, k: Any, v: Any, positions: Callable[[], Any]) -> tuple[Any, Any]:
+    """Returns keys and values as numbers, keys rotated, of what lies in slots that hold these positions."""
     spec = layer.spec
     own, values = _numbers(spec.k_storage, k, spec.k_dim or spec.head_dim), _numbers(spec.v_storage, v, spec.value_dim)
     if spec.rotary_at == "read":
-        own = _rotated(layer, step, own, _stretch(layer, step, start, size))
+        own = _rotated(layer, step, own, positions())
     return joined(values, own) if spec.v_in_k and spec.k_dim else own, values
 
 

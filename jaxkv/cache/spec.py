@@ -314,8 +314,8 @@ class LayerSpec:
                 raise ValueError(f"LayerSpec({name}={getattr(self, name)!r}): give True or False")
         if self.k_dim < 0:
             raise ValueError(
-                f"LayerSpec(head_dim={self.head_dim}, value_dim={self.value_dim}, v_in_k=True): a key of "
-                f"{self.head_dim} numbers can't begin with a value of {self.value_dim}; give a head_dim of at least that"
+                f"LayerSpec(head_dim={self.head_dim}, value_dim={self.value_dim}, v_in_k=True): a key can't begin with "
+                "a value that is longer than it; give a head_dim of at least value_dim"
             )
         if not self.k_dim:
             object.__setattr__(self, "k_storage", self.v_storage)

@@ -89,7 +89,10 @@ def _short(reach: Any) -> str:
 
 def _heads(source: Source) -> str:
     config = getattr(source.config, "decoder", source.config)  # the half that has a cache
-    return f"{config.num_heads} query heads, {config.num_kv_heads} kv heads x {config.head_dim}"
+    if (latent := getattr(config, "latent", None)) is not None:
+        return f"{config.num_heads} query heads, one latent of {latent.rank} and a rotary key of {latent.rotary_dim}"
+    kinds = dict.fromkeys(config.layer_heads(i) for i in range(config.num_layers))
+    return f"{config.num_heads} query heads, {', '.join(f'{count} kv heads x {size}' for count, size in kinds)}"
 
 
 def _tokenizer(source: Source) -> str:

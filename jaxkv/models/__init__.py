@@ -18,6 +18,7 @@ from .experts import ExpertsConfig as ExpertsConfig
 from .families import FAMILIES as FAMILIES
 from .files import Files as Files
 from .generation import GenerationConfig as GenerationConfig
+from .latent import LatentConfig as LatentConfig
 from .model import Model as Model
 from .template import TemplateLimit as TemplateLimit
 from .tokenizer import Tokenizer as Tokenizer

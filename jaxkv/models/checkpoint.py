@@ -223,16 +223,17 @@ def tensor_parallel(mesh: jax.sharding.Mesh, axis: str | None = None) -> Callabl
     if axis not in mesh.axis_names:
         raise ValueError(f"axis={axis!r}: the mesh has {', '.join(map(str, mesh.axis_names))}")
     split = {  # which axis of the param
-        r"attention\.(query|key|value)\.kernel": 1,
+        r"attention\.(query|query_up|key|value)\.kernel": 1,
+        r"attention\.expand": 1,
         r"attention\.(query|key|value)\.bias": 0,
         r"attention\.out\.kernel": 0,
         r"attention\.sink_logits": 0,
         r"mlp\.(shared\.)?(gate|up)\.kernel": 1,
         r"mlp\.(shared\.)?(gate|up)\.bias": 0,
         r"mlp\.(shared\.)?down\.kernel": 0,
-        r"mlp\.(gate|up)$": 2,  # of all experts
+        r"(mlp|experts)\.(gate|up)$": 2,  # of all experts
         r"mlp\.(gate|up)_bias": 1,
-        r"mlp\.down$": 1,
+        r"(mlp|experts)\.down$": 1,
         r"^embed\.embedding": 0,
         r"^head\.kernel": 1,
     }

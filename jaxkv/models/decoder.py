@@ -16,7 +16,9 @@ from flax import nnx
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Full, LayerSpec, Reach
 from jaxkv.meshes import like, rows_of
+from jaxkv.models.beside import ExpertsBeside
 from jaxkv.models.experts import Experts, ExpertsConfig
+from jaxkv.models.latent import LatentConfig
 from jaxkv.models.layer_inputs import LayerInput, LayerInputs
 from jaxkv.models.mixers import MixerConfig
 from jaxkv.models.mlp import ACTIVATIONS, MLP
@@ -56,10 +58,12 @@ class DecoderConfig:
       parallel: whether the MLP reads what attention reads, and both are added at once (Cohere).
       activation: of the MLP: "silu", "gelu" (exact), "gelu_tanh" or "relu".
       gated: whether the MLP multiplies two projections (SwiGLU with "silu", GeGLU with "gelu") or has one.
-      experts: which layers have experts in the MLP's place: one ExpertsConfig for all, a pattern repeated like
-        `reaches`, with None for an MLP, or None.
+      experts: which layers have experts in the MLP's place, or beside it: one ExpertsConfig for all, a pattern repeated
+        like `reaches`, with None for an MLP, or None.
       use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out" and
         "mlp".
+      latent: None, or the sizes of multi-head latent attention (DeepSeek): head_dim is then what a head makes of the
+        latent, and num_kv_heads, qk_norm, temperature, attention_softcap and sink_logits have no part in it.
       qk_norm: whether each head's queries and keys are RMS-normalized before they are rotated; "together", "centered"
         or "plain" in other ways, see `jaxkv.nnx.Attention`. A pattern repeated like `reaches` if layers differ.
       value_norm: whether each head's values are RMS-normalized, with no scale (Gemma 4).
@@ -111,6 +115,7 @@ class DecoderConfig:
     gated: bool = True
     experts: ExpertsConfig | tuple[ExpertsConfig | None, ...] | None = None
     use_bias: bool | tuple[str, ...] = False
+    latent: LatentConfig | None = None
     qk_norm: bool | str | tuple[bool | str, ...] = False
     value_norm: bool = False
     tied_values: bool | tuple[bool, ...] = False
@@ -182,6 +187,8 @@ class DecoderConfig:
     def _check_shares(self, shares: tuple[int | None, ...]) -> None:
         if len(shares) != self.num_layers:
             raise ValueError(f"shares={shares}: give an entry for each of {self.num_layers} layers")
+        if self.latent is not None:
+            raise ValueError(f"shares={shares} with latent={self.latent}: layers share keys and values, not latents")
         for i, source in enumerate(shares):
             if source is not None and not (0 <= source < i and shares[source] is None):
                 raise ValueError(
@@ -195,6 +202,10 @@ class DecoderConfig:
         if isinstance(self.use_bias, bool):
             return frozenset((*PROJECTIONS, "mlp") if self.use_bias else ())
         return frozenset(self.use_bias)
+
+    def rotated_dim(self, layer: int) -> int:
+        """Returns how many numbers of a head there are to be rotated."""
+        return self.layer_heads(layer)[1] if self.latent is None else self.latent.rotary_dim
 
     def reach(self, layer: int) -> Reach:
         """Returns what a layer sees."""
@@ -249,36 +260,16 @@ class Block(nnx.Module):
     def __init__(self, config: DecoderConfig, index: int, *, rngs: nnx.Rngs) -> None:
         kind = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
         experts, mixer = config.layer_experts(index), config.layer_mixer(index)
-        num_kv_heads, head_dim = config.layer_heads(index)
-        self.residual_scale = config.residual_scale
+        self.residual_scale, self.hands_on = config.residual_scale, config.shares is not None
         self.attention_norm = Norm(config) if config.pre_norms else nnx.data(None)
         self.mixer: Any = nnx.data(None) if mixer is None else mixer.make(config.width, **kind)
-        self.attention: Any = (
-            nnx.data(None)
-            if mixer is not None
-            else Attention(
-                config.num_heads,
-                config.width,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                reach=config.reach(index),
-                shares=None if config.shares is None else config.shares[index],
-                rotary=config.layer_rotary(index),
-                qk_norm=config.layer_qk_norm(index),
-                qk_norm_epsilon=config.norm_eps,
-                value_norm=config.value_norm,
-                tied_values=config.layer_ties_values(index),
-                scale=config.attention_scale,
-                temperature=config.layer_temperature(index),
-                softcap=config.attention_softcap,
-                sink_logits=config.sink_logits,
-                use_bias=config.biases - {"mlp"},
-                **kind,
-            )
-        )
+        self.attention: Any = _attention(config, index, rngs=rngs) if mixer is None else nnx.data(None)
         self.attention_post_norm = Norm(config) if config.post_norms else nnx.data(None)
         self.mlp_norm = Norm(config) if config.pre_norms and not config.parallel else nnx.data(None)
         mlp_dim = config.layer_mlp_dim(index)
+        self.beside: Any = nnx.data(None)
+        if experts is not None and experts.beside_mlp:
+            self.beside, experts = ExpertsBeside(config, experts, rngs=rngs), None
         self.mlp = MLP(config, mlp_dim, rngs=rngs) if experts is None else Experts(config, experts, rngs=rngs)
         self.mlp_post_norm = Norm(config) if config.post_norms else nnx.data(None)
         self.parallel = config.parallel
@@ -287,14 +278,17 @@ class Block(nnx.Module):
 
     def __call__(self, x: Any, positions: Any, layer: Any, step: Any, inputs: Any = None) -> tuple[Any, Any]:
         h = _normed(self.attention_norm, x)
-        if self.mixer is not None:
-            y, layer = (self.mixer(h, positions=positions), None) if step is None else self.mixer(h, layer, step)
-        elif step is None:  # then what other layers share is the keys and values themselves
+        mixes = self.attention if self.mixer is None else self.mixer
+        if step is not None:
+            y, layer = mixes(h, layer, step)
+        elif self.hands_on and self.mixer is None:  # what layers share is then the keys and values themselves
             y, layer = self.attention(h, kv=layer, return_kv=True, positions=positions)
         else:
-            y, layer = self.attention(h, layer, step)
+            y = mixes(h, positions=positions)
         x = x + self._scaled(_normed(self.attention_post_norm, y))
         y = self.mlp(h if self.parallel else _normed(self.mlp_norm, x))
+        if self.beside is not None:
+            y = self.beside(y, x)
         x = x + self._scaled(_normed(self.mlp_post_norm, y))
         if self.input is not None:
             x = x + self.input(x, inputs)
@@ -302,6 +296,34 @@ class Block(nnx.Module):
 
     def _scaled(self, y: Any) -> Any:
         return y if self.residual_scale is None else y * jnp.asarray(self.residual_scale, y.dtype)
+
+
+def _attention(config: DecoderConfig, index: int, *, rngs: nnx.Rngs) -> Any:
+    """Returns the attention of a layer."""
+    if config.latent is not None:
+        return config.latent.attention(config, index, rngs=rngs)
+    num_kv_heads, head_dim = config.layer_heads(index)
+    return Attention(
+        config.num_heads,
+        config.width,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        reach=config.reach(index),
+        shares=None if config.shares is None else config.shares[index],
+        rotary=config.layer_rotary(index),
+        qk_norm=config.layer_qk_norm(index),
+        qk_norm_epsilon=config.norm_eps,
+        value_norm=config.value_norm,
+        tied_values=config.layer_ties_values(index),
+        scale=config.attention_scale,
+        temperature=config.layer_temperature(index),
+        softcap=config.attention_softcap,
+        sink_logits=config.sink_logits,
+        use_bias=config.biases - {"mlp"},
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
 
 
 def _normed(norm: Norm | None, x: Any) -> Any:

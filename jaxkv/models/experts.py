@@ -28,10 +28,13 @@ class ExpertsConfig:
       scale: factor of the scores then.
       choice_bias: whether a learned number per expert is added to its score for the choice alone (DeepSeek).
       num_groups: in how many groups of equal size the experts lie, and
-      groups_per_token: of how many groups a token's experts are taken: those whose best two make the largest sum.
+      groups_per_token: of how many groups a token's experts are taken: those whose best make the largest sum.
+      best_of_group: how many of a group's best are summed for that (DeepSeek-V3: 2, V2: 1).
       weighs_input: whether scores multiply what an expert reads instead of what it gives (Llama 4).
       shared_dim: None, or the inner size of an MLP that all tokens run through besides.
       shared_gate: whether what that gives is multiplied by the sigmoid of a learned projection to one number.
+      beside_mlp: whether they are computed beside the layer's MLP, not in its place, see `ExpertsBeside` (Gemma 4).
+      expert_scales: whether a learned number per expert multiplies its scores.
       use_bias: whether router and experts have biases.
       clamped: whether an expert is (up + 1) * gate * sigmoid(1.702 gate), clamped at 7 (gpt-oss), instead of
         act(gate) * up.
@@ -52,14 +55,25 @@ class ExpertsConfig:
     choice_bias: bool = False
     num_groups: int = 1
     groups_per_token: int = 1
+    best_of_group: int = 2
     weighs_input: bool = False
     shared_dim: int | None = None
     shared_gate: bool = False
+    beside_mlp: bool = False
+    expert_scales: bool = False
     use_bias: bool = False
     clamped: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "per_token", "mlp_dim", "num_groups", "groups_per_token", "shared_dim"):
+        for name in (
+            "num_experts",
+            "per_token",
+            "mlp_dim",
+            "num_groups",
+            "groups_per_token",
+            "best_of_group",
+            "shared_dim",
+        ):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"ExpertsConfig({name}={size}): {name} is at least 1")
         if self.per_token > self.num_experts:
@@ -96,6 +110,8 @@ class Experts(nnx.Module):
         # In float32 whatever the model computes in: rounding would choose other experts.
         self.router = nnx.Linear(width, count, use_bias=experts.use_bias, dtype=jnp.float32, **linear)
         self.choice_bias = nnx.Param(jnp.zeros((count,), jnp.float32)) if experts.choice_bias else nnx.data(None)
+        scales = nnx.Param(jnp.ones((count,), dtype)) if experts.expert_scales else nnx.data(None)
+        self.expert_scales = scales
         init = nnx.initializers.lecun_normal(batch_axis=0)
         for name, sizes in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
             setattr(self, name, nnx.Param(init(rngs.params(), (count, *sizes), dtype)))
@@ -109,9 +125,10 @@ class Experts(nnx.Module):
         )
         self.shared_gate = gate
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Any, routed: Any = None) -> Any:
+        """Returns what the experts give for x [B, T, D]; the router reads `routed` [B, T, D], or x."""
         tokens = x.reshape(-1, x.shape[-1])  # [T, D]
-        weights, chosen = self.route(self.router(tokens))
+        weights, chosen = self.route(self.router(tokens if routed is None else routed.reshape(tokens.shape)))
         total = self._routed(tokens, weights.astype(self.dtype), chosen).reshape(x.shape)
         if self.shared is not None:
             y = self.shared(x)
@@ -129,7 +146,9 @@ class Experts(nnx.Module):
         ranks = scores if self.choice_bias is None else scores + self.choice_bias[...][None, :]
         if config.num_groups > 1:
             groups = ranks.reshape(-1, config.num_groups, config.num_experts // config.num_groups)
-            best = jnp.sum(jax.lax.top_k(groups, min(2, groups.shape[-1]))[0], axis=-1)  # [T, groups]
+            best = jnp.sum(
+                jax.lax.top_k(groups, min(config.best_of_group, groups.shape[-1]))[0], axis=-1
+            )  # [T, groups]
             _, kept = jax.lax.top_k(best, config.groups_per_token)
             is_kept = jnp.any(jnp.arange(config.num_groups)[None, :, None] == kept[:, None, :], axis=-1)
             ranks = jnp.where(is_kept[:, :, None], groups, -jnp.inf).reshape(ranks.shape)
@@ -137,7 +156,10 @@ class Experts(nnx.Module):
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if config.normalized:
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.float32(1e-20))
-        return weights * jnp.float32(config.scale), chosen
+        weights = weights * jnp.float32(config.scale)
+        if self.expert_scales is not None:
+            weights = weights * self.expert_scales[...].astype(weights.dtype)[chosen]
+        return weights, chosen
 
     def _routed(self, tokens: Any, weights: Any, chosen: Any) -> Any:
         """Returns the sum of what the chosen experts [T, k] give for tokens [T, D], [T, D]."""

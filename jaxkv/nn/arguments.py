@@ -11,19 +11,11 @@ from jaxkv.kinds import kind_of
 from jaxkv.nn.heads import Heads
 
 
-def check_call(
-    heads: Heads, x: Any, layer: Any, step: Any, positions: Any, spans: Any, kv: Any, return_kv: bool
-) -> None:
+def check_call(heads: Any, x: Any, layer: Any, step: Any, positions: Any, spans: Any) -> None:
     """Raises ValueError if the arguments of a module's call don't belong together or to this module."""
     _check_input("x", x)
     if layer is None and step is None:
-        _check_kv(heads, x, kv)
         return
-    if kv is not None or return_kv:
-        raise ValueError(
-            "kv and return_kv are for calls without a cache; with one the layer holds keys and values: a module that "
-            "shares layer i is called attn(x, layers[i], step), with that layer as its own module returned it"
-        )
     if step is None and _is_array(layer):
         raise ValueError(
             f"the second argument is {layer.dtype}{layer.shape}, an array; with a cache it is a layer. No mask is "
@@ -48,8 +40,15 @@ def check_call(
     _check_layer(heads, layer)
 
 
-def _check_kv(heads: Heads, x: Any, kv: Any) -> None:
+def check_kv(heads: Heads, x: Any, layer: Any, kv: Any, return_kv: bool) -> None:
     """Raises ValueError unless a call without a cache has the keys and values that it needs, and no others."""
+    if layer is not None:
+        if kv is None and not return_kv:
+            return
+        raise ValueError(
+            "kv and return_kv are for calls without a cache; with one the layer holds keys and values: a module that "
+            "shares layer i is called attn(x, layers[i], step), with that layer as its own module returned it"
+        )
     if heads.shares is None:
         if kv is not None:
             raise ValueError("kv was given, but this module has keys and values of its own; make it with shares=i")
@@ -104,9 +103,9 @@ def check_encoded(heads: Heads, encoded: Any, layer: Any = None) -> None:
         )
 
 
-def _check_layer(heads: Heads, layer: Any) -> None:
+def _check_layer(heads: Any, layer: Any) -> None:
     mine = heads.layer_spec(layer.spec.k_storage, layer.spec.v_storage)
-    for name in ("reach", "num_kv_heads", "head_dim", "value_dim", "rotary"):
+    for name in ("reach", "num_kv_heads", "head_dim", "value_dim", "v_in_k", "rotary"):
         here, there = getattr(mine, name), getattr(layer.spec, name)
         if here != there:
             raise ValueError(

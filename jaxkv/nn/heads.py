@@ -179,8 +179,13 @@ class Heads:
         rest = self._options | {"sink_logits": sink_logits}
         if layer is not None:
             if self.shares is None:
+                if layer.spec.v_in_k and v is not k:
+                    raise ValueError(
+                        "the layer was made for v_in_k=True, but this module's values are not its keys: that takes "
+                        "tied_values=True, and the same norm or none for both"
+                    )
                 k = self._rotated(k, step.depths) if layer.spec.rotary_at == "put" else k
-                layer = layer.put(step, k, v)
+                layer = layer.put(step, k, None if layer.spec.v_in_k else v)
             return attend(self._turned(q, step.depths), layer, step, **rest), layer
         there = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] if positions is None else positions
         k, v = (self._rotated(k, there), v) if kv is None else kv

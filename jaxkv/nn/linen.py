@@ -15,8 +15,9 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross, Full, Reach
 from jaxkv.kinds import kind_of
 from jaxkv.meshes import dot_general, forward
-from jaxkv.nn.arguments import check_call
+from jaxkv.nn.arguments import check_call, check_kv
 from jaxkv.nn.heads import PROJECTIONS, Heads, QueryTemperature, biased, qk_scale
+from jaxkv.nn.latent_linen import LatentAttention as LatentAttention
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
 from jaxkv.nn.recurrent_linen import ShortConv as ShortConv
@@ -138,7 +139,8 @@ class Attention(AttentionModule, nn.Module):
         """
         decode = self.decode if decode is None else decode
         heads = self._heads(x.shape[-1])
-        check_call(heads, x, layer, step, positions, spans, kv, return_kv)
+        check_call(heads, x, layer, step, positions, spans)
+        check_kv(heads, x, layer, kv, return_kv)
         hidden = None
         if decode:
             if layer is not None:

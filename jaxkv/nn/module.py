@@ -25,7 +25,8 @@ OPTIONS = """head_dim: size H of a head, instead of qkv_features.
       qk_norm_epsilon: added to the mean square.
       value_norm: whether each head's v is RMS-normalized, with no scale (Gemma 4).
       tied_values: whether values are what the key projection gives, before it is normalized and rotated: there is no
-        value projection (full layers of Gemma 4).
+        value projection (full layers of Gemma 4). Where keys and values then differ by nothing but the rotation, a spec
+        with v_in_k=True and rotary_at="read" keeps both once.
       softcap: None, or the bound c of c * tanh(scores / c).
       scale: factor of the scores; None means head_dim ** -0.5.
       temperature: None, or `jaxkv.QueryTemperature(...)`, which lets queries grow with their positions.
@@ -102,9 +103,12 @@ class AttentionModule:
         return qk_normed(self.qk_norm, x, None if norm is None else norm(), self.qk_norm_epsilon)
 
     def _keys_and_values(self, k: Any, v: Any, norm: Any) -> tuple[Any, Any]:
-        """Returns keys and values as they are rotated and kept, of what was projected; v is None if k is both."""
-        v = k if v is None else v
-        return self._normed(k, norm), qk_normed("plain", v, None, self.qk_norm_epsilon) if self.value_norm else v
+        """Returns keys, not yet rotated, and values of what was projected; v is None if k is both."""
+        both, v = v is None, k if v is None else v
+        k = self._normed(k, norm)
+        if not self.value_norm:
+            return k, v
+        return k, k if both and self.qk_norm == "plain" else qk_normed("plain", v, None, self.qk_norm_epsilon)
 
     def _dropout_key(self, layer: Any, deterministic: bool | None, draw: Callable[[], Any]) -> Any:
         """Returns a key for the call's dropout, from `draw`, or None for no dropout."""

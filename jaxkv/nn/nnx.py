@@ -15,10 +15,11 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross, Full, Reach
 from jaxkv.meshes import dot_general, forward
-from jaxkv.nn.arguments import check_call
+from jaxkv.nn.arguments import check_call, check_kv
 from jaxkv.nn.fuse import Joined, Transposed
 from jaxkv.nn.fuse import fuse as fuse
 from jaxkv.nn.heads import Heads, QueryTemperature, biased, qk_scale
+from jaxkv.nn.latent_nnx import LatentAttention as LatentAttention
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
 from jaxkv.nn.recurrent_nnx import ShortConv as ShortConv
@@ -161,7 +162,8 @@ class Attention(AttentionModule, nnx.Module):
         Raises:
           ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
         """
-        check_call(self.heads, x, layer, step, positions, spans, kv, return_kv)
+        check_call(self.heads, x, layer, step, positions, spans)
+        check_kv(self.heads, x, layer, kv, return_kv)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
         q, k, v = self._projected(x)

@@ -273,8 +273,7 @@ def forward(
             if layer.spec.shares is not None:
                 read = layers[layer.spec.shares]
             elif not isinstance(layer.spec.reach, Cross):
-                sides = side_copies(layer.spec, v)
-                layer = read = layer.put(step, k, None if layer.spec.v_in_k else v, where, sides)
+                layer = read = layer.put(step, k, None if layer.spec.v_in_k else v, where, side_copies(layer.spec, v))
             q = jnp.stack([k.astype(jnp.float32) * (h + 1) for h in range(num_heads)], 3)
             q = q.reshape(*k.shape[:2], -1, k.shape[3])  # [B, T, K * num_heads, H]
             seen.append((step.groups[layer.group].kv_positions, *read.get(step), attend(q, read, step)))
@@ -308,8 +307,9 @@ def encode(cache: Cache, lengths: Any, rows: Any, ks: Any, vs: Any, wheres: Any 
         for i in range(layer.num_stacked or 1):
             k, v, where = ks.pop(0), vs.pop(0), wheres.pop(0)
             if isinstance(layer.spec.reach, Cross):
-                sides, v = side_copies(layer.spec, v), None if layer.spec.v_in_k else v
-                layer = (layer.at(i) if stacked else layer).put(step, k, v, where, sides)
+                kept_v = None if layer.spec.v_in_k else v
+                layer = layer.at(i) if stacked else layer
+                layer = layer.put(step, k, kept_v, where, side_copies(layer.spec, v))
         layers.append(layer.at(None) if stacked else layer)
     return cache.with_layers(layers), step.ok
 

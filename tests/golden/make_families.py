@@ -110,6 +110,18 @@ GRANITE = {
     "residual_multiplier": 0.6,
     "logits_scaling": 2.0,
 }
+LATENT = {
+    **TWO,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+}
 
 GEMMA4 = {
     **SIZES,
@@ -148,6 +160,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.0}),
     "gemma3": ("gemma3_text", {**GEMMA, "num_hidden_layers": 4, "rope_parameters": GEMMA3_ROPE}),
     "gemma4": ("gemma4_text", {**GEMMA4, "final_logit_softcapping": 3.0}),
+    "gemma4_moe": (
+        "gemma4_text",
+        {
+            **GEMMA4,
+            "num_hidden_layers": 2,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "attention_k_eq_v": False,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 12,
+        },
+    ),
     "phi3": ("phi3", {**SIZES, "sliding_window": 8}),
     "phi3_long": (
         "phi3",
@@ -220,6 +247,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "routed_scaling_factor": 1.5,
             "use_qk_norm": True,
             "attention_bias": True,
+        },
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            **LATENT,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "q_lora_rank": None,
+            "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+            "routed_scaling_factor": 4.0,
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "q_lora_rank": 12,
+            "rope_parameters": {**YARN, "truncate": True, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
     "ernie4_5": ("ernie4_5", {**TWO, "head_dim": 8, "use_bias": True}),
@@ -379,6 +431,35 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": False,
         },
     ),
+    "deepseek_v2, greedy, with biases, yarn as transformers scales it by default": (
+        "deepseek_v2",
+        {
+            **LATENT,
+            "num_experts_per_tok": 2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "q_lora_rank": 10,
+            "first_k_dense_replace": 0,
+            "rope_parameters": YARN,
+            "norm_topk_prob": True,
+        },
+    ),
+    "deepseek_v3 in one group, halves rotated, biases, no query rank, tied": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "attention_bias": True,
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+            "num_nextn_predict_layers": 0,
+            "rope_parameters": {**YARN, "mscale_all_dim": 1.0},
+        },
+    ),
     "seed_oss without biases, tied": (
         "seed_oss",
         {**TWO, "head_dim": 8, "attention_bias": False, "tie_word_embeddings": True},
@@ -397,7 +478,7 @@ def build(model_type: str, config: dict[str, Any], seed: int) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name or ".ln_" in name:
+            if "norm" in name or ".ln_" in name or ("router." in name and name.endswith("scale")):
                 mean = 0.0 if minus_one or name.endswith("bias") else 1.0
                 if "gemma" in model_type and "layers" in name and "post_" in name:
                     mean += 2.0  # else the scaled embedding decides alone, and each token is followed by itself

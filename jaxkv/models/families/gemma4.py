@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxkv.cache.spec import Full, Window
 from jaxkv.models.decoder import DecoderConfig
+from jaxkv.models.experts import ExpertsConfig
 from jaxkv.models.families import llama, rope
 from jaxkv.models.families.fields import (
     ACTIVATION,
@@ -24,10 +25,12 @@ from jaxkv.models.families.fields import (
     Fields,
     Number,
 )
+from jaxkv.models.families.mixtures import chosen, stacked_experts
 from jaxkv.models.families.reach import FULL, LAYER_TYPES, SLIDING
 from jaxkv.models.families.table import Family, Ignored, Tensor, linear, norm
 
 _LAYER, _OURS = "model.layers.{}", "layers.{}"
+_BESIDE = "layers.{}.beside"
 _ATTENTION = r"model\.layers\.(\d{1,9})\.self_attn\."
 _TENSORS = (
     llama.EMBEDDING,
@@ -41,6 +44,13 @@ _TENSORS = (
     *linear(f"{_LAYER}.per_layer_input_gate", f"{_OURS}.input.gate"),
     *linear(f"{_LAYER}.per_layer_projection", f"{_OURS}.input.projection"),
     *norm(f"{_LAYER}.post_per_layer_input_norm", f"{_OURS}.input.norm"),
+    *norm(f"{_LAYER}.post_feedforward_layernorm_1", f"{_BESIDE}.mlp_norm"),
+    *norm(f"{_LAYER}.pre_feedforward_layernorm_2", f"{_BESIDE}.norm"),
+    *norm(f"{_LAYER}.post_feedforward_layernorm_2", f"{_BESIDE}.post_norm"),
+    *linear(f"{_LAYER}.router.proj", f"{_BESIDE}.experts.router"),
+    Tensor(f"{_LAYER}.router.scale", (f"{_BESIDE}.router_scale",)),
+    Tensor(f"{_LAYER}.router.per_expert_scale", (f"{_BESIDE}.experts.expert_scales",)),
+    *stacked_experts(f"{_LAYER}.experts.gate_up_proj", f"{_LAYER}.experts.down_proj", ours=f"{_BESIDE}.experts"),
     Tensor(f"{_LAYER}.layer_scalar", (f"{_OURS}.scale",)),
     Tensor("model.embed_tokens_per_layer.weight", ("inputs.table.embedding",)),
     *linear("model.per_layer_model_projection", "inputs.projection"),
@@ -56,6 +66,7 @@ def _gemma4(fields: Fields) -> DecoderConfig:
     shares = _shares(fields, kinds)
     heads = [_heads(fields, sizes, i, kind) for i, kind in enumerate(kinds)]
     wide = 2 if fields["use_double_wide_mlp"] else 1
+    experts = _experts(fields) if fields["enable_moe_block"] else None
     window = rope.rotary_of(fields, SLIDING, sizes["head_dim"], theta=10_000.0)
     return DecoderConfig(
         **{
@@ -74,6 +85,7 @@ def _gemma4(fields: Fields) -> DecoderConfig:
         value_norm=True,
         tied_values=tuple(fields["attention_k_eq_v"] and kind == FULL for kind in kinds),
         attention_scale=1.0,
+        experts=experts,
         activation=fields["hidden_activation"],
         use_bias=llama.biases(fields["attention_bias"]),
         post_norms=True,
@@ -83,6 +95,14 @@ def _gemma4(fields: Fields) -> DecoderConfig:
         layer_scales=True,
         logit_softcap=fields["final_logit_softcapping"],
     )
+
+
+def _experts(fields: Fields) -> ExpertsConfig:
+    for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+        if fields[name] is None:
+            raise fields.wrong(name, 'it must be a number, since "enable_moe_block" is true')
+    counts = chosen(fields, "num_experts", "top_k_experts")
+    return ExpertsConfig(*counts, fields["moe_intermediate_size"], beside_mlp=True, expert_scales=True)
 
 
 def _kinds(fields: Fields, layers: int) -> tuple[str, ...]:
@@ -151,7 +171,10 @@ GEMMA4_TEXT = Family(
         "attention_k_eq_v": Field(FLAG, False),
         "num_kv_shared_layers": Field(Number(0, MAX_LAYERS, whole=True), 0),
         "use_double_wide_mlp": Field(FLAG, False),
-        "enable_moe_block": Field(FLAG, False, only=(False,)),
+        "enable_moe_block": Field(FLAG, False),
+        "num_experts": Field(HEADS, None),
+        "top_k_experts": Field(HEADS, None),
+        "moe_intermediate_size": Field(WIDTH, None),
         "per_layer_config": Field(ByLayer({"head_dim": HEADS, "num_key_value_heads": HEADS}), None),
         "global_head_dim": Field(HEADS, 512),
         "num_global_key_value_heads": Field(HEADS, None),

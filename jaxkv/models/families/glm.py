@@ -5,22 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from jaxkv.models.decoder import DecoderConfig
-from jaxkv.models.experts import ExpertsConfig
-from jaxkv.models.families import llama, rope
-from jaxkv.models.families.fields import (
-    EPSILON,
-    FLAG,
-    HEADS,
-    LENGTH,
-    MAX_LAYERS,
-    POSITIVE,
-    WIDTH,
-    Field,
-    Fields,
-    Number,
-)
-from jaxkv.models.families.mixtures import NUM_EXPERTS, QWEN_EXPERTS, STACKED, chosen, shared_expert
-from jaxkv.models.families.table import Family, Ignored, Tensor, linear, norm
+from jaxkv.models.families import deepseek, llama, rope
+from jaxkv.models.families.fields import EPSILON, FLAG, HEADS, LENGTH, Field, Fields
+from jaxkv.models.families.mixtures import QWEN_EXPERTS, STACKED, shared_expert
+from jaxkv.models.families.table import Family, Ignored, linear, norm
 
 _LAYER, _OURS = "model.layers.{}", "layers.{}"
 _QKV = ("query", "key", "value")
@@ -39,35 +27,13 @@ def _glm4(fields: Fields) -> DecoderConfig:
 
 def _glm4_moe(fields: Fields) -> DecoderConfig:
     shared = llama.sizes(fields)
-    count, each = chosen(fields, "n_routed_experts")
-    groups, kept = fields["n_group"], fields["topk_group"]
-    if count % groups or count < 2 * groups:
-        raise fields.wrong("n_group", f'it must divide the {count} in "n_routed_experts", and leave 2 to a group')
-    if kept > groups or each > kept * (count // groups):
-        raise fields.wrong(
-            "topk_group",
-            f'it must be at most the {groups} in "n_group", with room for the {each} in "num_experts_per_tok"',
-        )
-    experts = ExpertsConfig(
-        count,
-        each,
-        fields["moe_intermediate_size"],
-        scores="sigmoid",
-        normalized=fields["norm_topk_prob"],
-        scale=fields["routed_scaling_factor"],
-        choice_bias=True,
-        num_groups=groups,
-        groups_per_token=kept,
-        shared_dim=fields["moe_intermediate_size"] * fields["n_shared_experts"],
-    )
-    dense = fields["first_k_dense_replace"]
     return DecoderConfig(
         **shared,
         rotary=rope.rotary(fields, shared["head_dim"], partial=True),
         activation=fields["hidden_act"],
         use_bias=_QKV if fields["attention_bias"] else (),
         qk_norm=fields["use_qk_norm"],
-        experts=tuple(None if i < dense else experts for i in range(shared["num_layers"])),
+        experts=deepseek.sigmoid_routed(fields),
     )
 
 
@@ -105,15 +71,8 @@ GLM4_MOE = Family(
         "rms_norm_eps": Field(EPSILON, 1e-5),
         "attention_bias": Field(FLAG, False),
         "use_qk_norm": Field(FLAG, False),
-        "n_routed_experts": dataclasses.replace(NUM_EXPERTS, kind=HEADS, also=("num_local_experts",)),
-        "num_experts_per_tok": Field(HEADS, 8),
-        "moe_intermediate_size": Field(WIDTH, 1408),
-        "n_shared_experts": Field(Number(1, 2**10, whole=True), 1),
-        "n_group": Field(HEADS, 1),
-        "topk_group": Field(HEADS, 1),
-        "first_k_dense_replace": Field(Number(0, MAX_LAYERS, whole=True), 1),
+        **deepseek.routed_fields(128, Field(HEADS, 8), 1408, (1, 1), 1, 1, 1.0),
         "norm_topk_prob": Field(FLAG, True),
-        "routed_scaling_factor": Field(POSITIVE, 1.0),
     },
     (
         llama.EMBEDDING,
@@ -121,7 +80,7 @@ GLM4_MOE = Family(
         *llama.QK_NORMS,
         *llama.MLP,
         *QWEN_EXPERTS,
-        Tensor(f"{_LAYER}.mlp.gate.e_score_correction_bias", (f"{_OURS}.mlp.choice_bias",), exact=True),
+        deepseek.ROUTER_BIAS,
         *shared_expert(f"{_LAYER}.mlp.shared_experts"),
         *llama.NORMS,
         llama.HEAD,

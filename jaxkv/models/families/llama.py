@@ -38,7 +38,8 @@ def _turns_so(config: DecoderConfig, layer: int, frequencies: np.ndarray) -> boo
     rotary = config.layer_rotary(layer)
     if rotary is None:
         return False
-    wanted = (one.frequencies(config.head_dim) for one in (rotary, dataclasses.replace(rotary, scaling=None)))
+    size = config.rotated_dim(layer)
+    wanted = (one.frequencies(size) for one in (rotary, dataclasses.replace(rotary, scaling=None)))
     given = frequencies.astype(np.float64)
     return any(given.shape == want.shape and np.allclose(given, want, rtol=1e-2, atol=1e-6) for want in wanted)
 

@@ -40,12 +40,11 @@ def named_experts(file: str, names: Sequence[str] = ("gate_proj", "up_proj", "do
     )
 
 
-def stacked_experts(gate_up: str, down: str, form: str = "out_in") -> tuple[Tensor, ...]:
+def stacked_experts(gate_up: str, down: str, form: str = "out_in", ours: str = f"{_OURS}.mlp") -> tuple[Tensor, ...]:
     """Returns the tensors of experts that lie in two, as transformers has them in memory: gates, then ups; downs."""
-    both = (f"{_OURS}.mlp.gate", f"{_OURS}.mlp.up")
     return (
-        Tensor(gate_up, both, form, 1, experts=True),
-        Tensor(down, (f"{_OURS}.mlp.down",), form, 1, experts=True),
+        Tensor(gate_up, (f"{ours}.gate", f"{ours}.up"), form, 1, experts=True),
+        Tensor(down, (f"{ours}.down",), form, 1, experts=True),
     )
 
 

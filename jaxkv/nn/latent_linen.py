@@ -1,0 +1,108 @@
+"""Multi-head latent attention for `flax.linen`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxkv.cache.spec import Full, Reach
+from jaxkv.meshes import dot_general
+from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased
+
+
+class LatentAttention(LatentModule, nn.Module):
+    __doc__ = f"""Multi-head latent attention (DeepSeek): the cache keeps one latent and one rotary key per token.
+
+    The parameters have the names and shapes of those of `jaxkv.nnx.LatentAttention`.
+
+    Attributes:
+      {OPTIONS}
+
+    Raises:
+      ValueError: when called, for sizes below 1, or names that are not known.
+
+    >>> attn = jaxkv.linen.LatentAttention(2, 8, rank=6, rotary_dim=2, head_dim=4, rotary=jaxkv.Rotary())
+    >>> x = jnp.ones((1, 3, 8))
+    >>> variables = attn.init(jax.random.key(0), x)
+    >>> y = attn.apply(variables, x)                                           # training
+    >>> cache = jaxkv.Cache.init([attn.layer_spec()], num_rows=1, capacity=16)
+    >>> cache, step = cache.begin(jnp.arange(3)[None])
+    >>> z, layer = attn.apply(variables, x, cache.layers[0], step)
+    >>> bool(jnp.allclose(y, z, atol=1e-6))
+    True
+    """
+
+    num_heads: int
+    in_features: int
+    out_features: int | None = None
+    _: dataclasses.KW_ONLY
+    rank: int
+    rotary_dim: int
+    head_dim: int
+    value_dim: int | None = None
+    query_rank: int | None = None
+    reach: Reach = Full()
+    rotary: Any = None
+    scale: float | None = None
+    norm_epsilon: float = 1e-6
+    use_bias: bool | Collection[str] = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Any = nn.linear.default_kernel_init
+    bias_init: Any = nn.initializers.zeros_init()
+    expand_init: Any = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+    implementation: str = "auto"
+
+    def setup(self) -> None:
+        heads, with_bias = self._heads(), biased(self.use_bias)
+        kind = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def linear(shape: Any, name: str, **options: Any) -> Any:
+            options |= {"kernel_init": self.kernel_init, "bias_init": self.bias_init, "use_bias": name in with_bias}
+            return nn.DenseGeneral(shape, dot_general=dot_general, precision=self.precision, **options, **kind)
+
+        queries = (self.num_heads, self.head_dim + self.rotary_dim)
+        self.query = self.query_down = self.query_norm = self.query_up = None
+        if self.query_rank is None:
+            self.query = linear(queries, "query")
+        else:
+            self.query_down = linear(self.query_rank, "query_down")
+            self.query_norm = nn.RMSNorm(epsilon=self.norm_epsilon, **kind)
+            self.query_up = linear(queries, "query_up")
+        self.latent = linear(self.rank + self.rotary_dim, "latent")
+        self.latent_norm = nn.RMSNorm(epsilon=self.norm_epsilon, **kind)
+        shape = self.rank, self.num_heads, self.head_dim + heads.value_dim
+        self.expand = self.param("expand", self.expand_init, shape, self.param_dtype)
+        self.out = linear(self.in_features if self.out_features is None else self.out_features, "out", axis=(-2, -1))
+
+    def __call__(self, x: Any, layer: Any = None, step: Any = None, *, positions: Any = None, spans: Any = None) -> Any:
+        """Returns attention over the layer after storing the call's tokens in it, or over x itself without a layer.
+
+        Args:
+          x, layer, step, positions, spans: as in `jaxkv.nnx.LatentAttention`.
+
+        Returns:
+          y [B, T, out_features], or with a layer (y, the layer with the call's tokens).
+
+        Raises:
+          ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
+        """
+        return self._attend(x, layer, step, positions, spans, self.expand)
+
+    def _heads(self) -> LatentHeads:
+        return LatentHeads(
+            self.num_heads,
+            self.rank,
+            self.rotary_dim,
+            self.head_dim,
+            self.reach,
+            self.value_dim,
+            self.rotary,
+            self.scale,
+            self.implementation,
+        )

@@ -1,0 +1,117 @@
+"""Multi-head latent attention for `flax.nnx`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.linear import default_bias_init, default_kernel_init
+
+from jaxkv.cache.spec import Full, Reach
+from jaxkv.meshes import dot_general
+from jaxkv.nn.fuse import Transposed
+from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased
+
+_EXPAND_INIT = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+
+
+class LatentAttention(LatentModule, nnx.Module):
+    __doc__ = f"""Multi-head latent attention (DeepSeek): the cache keeps one latent and one rotary key per token.
+
+    With a cache, keys and values of heads are never made: queries are projected to the latents, and what was read of
+    those to the heads' values. Without one they are made, which is faster where all tokens are queries.
+
+    Args:
+      {OPTIONS}
+      rngs: random streams of the parameters.
+
+    Raises:
+      ValueError: for sizes below 1, or names that are not known.
+
+    >>> from flax import nnx
+    >>> rotary = jaxkv.Rotary(interleaved=True)
+    >>> attn = jaxkv.nnx.LatentAttention(2, 8, rank=6, rotary_dim=2, head_dim=4, rotary=rotary, rngs=nnx.Rngs(0))
+    >>> x = jnp.ones((1, 3, 8))
+    >>> y = attn(x)                                                            # training
+    >>> cache = jaxkv.Cache.init([attn.layer_spec()], num_rows=1, capacity=16)
+    >>> cache, step = cache.begin(jnp.arange(3)[None])
+    >>> z, layer = attn(x, cache.layers[0], step)
+    >>> bool(jnp.allclose(y, z, atol=1e-6))
+    True
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        rank: int,
+        rotary_dim: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        query_rank: int | None = None,
+        reach: Reach = Full(),
+        rotary: Any = None,
+        scale: float | None = None,
+        norm_epsilon: float = 1e-6,
+        use_bias: bool | Collection[str] = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Any = default_kernel_init,
+        bias_init: Any = default_bias_init,
+        expand_init: Any = _EXPAND_INIT,
+        implementation: str = "auto",
+        rngs: nnx.Rngs,
+    ) -> None:
+        heads = LatentHeads(num_heads, rank, rotary_dim, head_dim, reach, value_dim, rotary, scale, implementation)
+        self.heads, self.in_features, self.dtype, self.param_dtype = heads, in_features, dtype, param_dtype
+        kind = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        with_bias = biased(use_bias)
+
+        def linear(features: Any, shape: Any, name: str, **options: Any) -> Any:
+            options |= {"kernel_init": kernel_init, "bias_init": bias_init, "use_bias": name in with_bias}
+            return nnx.LinearGeneral(features, shape, dot_general=dot_general, precision=precision, **options, **kind)
+
+        queries = (num_heads, head_dim + rotary_dim)
+        self.query = self.query_down = self.query_norm = self.query_up = nnx.data(None)
+        if query_rank is None:
+            self.query = linear(in_features, queries, "query")
+        else:
+            self.query_down = linear(in_features, query_rank, "query_down")
+            self.query_norm = nnx.RMSNorm(query_rank, epsilon=norm_epsilon, **kind)
+            self.query_up = linear(query_rank, queries, "query_up")
+        self.latent = linear(in_features, rank + rotary_dim, "latent")
+        self.latent_norm = nnx.RMSNorm(rank, epsilon=norm_epsilon, **kind)
+        self.expand = nnx.Param(expand_init(rngs.params(), (rank, num_heads, head_dim + heads.value_dim), param_dtype))
+        values = (num_heads, heads.value_dim)
+        self.out: Any = linear(values, in_features if out_features is None else out_features, "out", axis=(-2, -1))
+
+    def __call__(self, x: Any, layer: Any = None, step: Any = None, *, positions: Any = None, spans: Any = None) -> Any:
+        """Returns attention over the layer after storing the call's tokens in it, or over x itself without a layer.
+
+        Args:
+          x: [B, T, D], floating.
+          layer: None, or this module's layer of a cache, made from `layer_spec()`.
+          step: None, or the step of this forward pass from `cache.begin`.
+          positions: without a layer: int32 [B, T], EMPTY for padding; None means 0, 1, 2, ... in every row.
+          spans: without a layer: int32 [B, T]; tokens of the same span other than 0 see each other in both directions.
+
+        Returns:
+          y [B, T, out_features], or with a layer (y, the layer with the call's tokens).
+
+        Raises:
+          ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
+        """
+        return self._attend(x, layer, step, positions, spans, self.expand[...])
+
+    def _heads(self) -> LatentHeads:
+        return self.heads
+
+    def fuse(self) -> None:
+        """Lays the weights out for decoding. See `jaxkv.nnx.fuse`."""
+        if not isinstance(self.out, Transposed):
+            self.out = Transposed(self.out)
