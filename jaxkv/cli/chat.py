@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxkv.cache.cache import Cache
+from jaxkv.cache.spec import Recurrent
 from jaxkv.cli.conversation import Conversation, Writing
 from jaxkv.cli.options import COMMANDS, MIN_CAPACITY, Failure, UsageError, describe_commands
 from jaxkv.cli.run import Run, check_capacity, choose_sampling, describe_size
@@ -58,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
         write(decoding.texts[0].end() + "\n")
 
     with told():
-        cache = Cache.init(model.specs, 1, capacity, slack=min(_SLACK, capacity))
+        # Of rings slack costs nothing, of recurrent layers a state for each token: these go back to checkpoints.
+        states = any(isinstance(spec.reach, Recurrent) for spec in model.specs)
+        cache = Cache.init(model.specs, 1, capacity, slack=0 if states else min(_SLACK, capacity))
     say = (lambda text: None) if args.quiet else note
     chat = (Conversation if taught else Writing)(source, cache, longest, decode, say)
     if args.system is not None:

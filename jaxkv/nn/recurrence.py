@@ -116,14 +116,14 @@ def recur(
 
 
 def causal_conv(x: Any, tail: Any, kernel: Any, bias: Any, counts: Any) -> tuple[Any, Any]:
-    """Returns a convolution along each channel, [B, T, C], and the tails after `counts` of the tokens, [B, M, C, W - 1].
+    """Returns a convolution along each channel, [B, T, C], and the tails after some tokens, [B, M, C, W - 1].
 
     Args:
       x: [B, T, C], packed.
       tail: [B, C, W - 1], the inputs before.
       kernel: [W, 1, C], the last of W for the token itself.
       bias: [C] or None.
-      counts: int32 [B, M], or None for no tails.
+      counts: int32 [B, M], after how many of the tokens; None for no tails.
     """
     width, length = kernel.shape[0], x.shape[1]
     whole = jnp.concatenate([tail.swapaxes(1, 2).astype(x.dtype), x], 1)  # [B, W - 1 + T, C]

@@ -56,5 +56,6 @@ class ShortConvModule(RecurrentModule):
 
 def _rule(x: Any, weights: Any, tail: Any, state: Any, real: Any, counts: Any) -> tuple[Any, Any, Any]:
     b, c, x = jnp.split(x, 3, -1)
-    y, tails = causal_conv(b * x, tail, *weights, counts)
+    kernel, bias = weights
+    y, tails = causal_conv(b * x, tail, kernel, bias, counts)
     return c * y, tails, None
