@@ -60,9 +60,32 @@ def plain_gated_delta(p, x):
     return np.einsum("bthv,hvd->btd", y, p["out.kernel"])
 
 
+def make_mamba2(**options):
+    sizes = {"num_heads": 4, "head_dim": 3, "state_dim": 5, "num_groups": 2, "kernel_size": 3}
+    return jaxkv.nnx.Mamba2(FEATURES, **sizes, use_bias=True, rngs=nnx.Rngs(0), **options)
+
+
+def plain_mamba2(p, x):
+    gate, mixed, dt = np.split(x @ p["in_proj.kernel"] + p["in_proj.bias"], [12, 44], -1)
+    padded = np.pad(mixed, ((0, 0), (2, 0), (0, 0)))
+    mixed = sum(padded[:, i : i + x.shape[1]] * p["conv.kernel"][i, 0] for i in range(3)) + p["conv.bias"]
+    u, b, c = np.split(mixed / (1 + np.exp(-mixed)), [12, 22], -1)
+    u, (b, c) = u.reshape(ROWS, -1, 4, 3), (y.reshape(ROWS, -1, 2, 5).repeat(2, 2) for y in (b, c))
+    dt = np.log1p(np.exp(dt + p["dt_bias"]))
+    state, read = np.zeros((ROWS, 4, 5, 3)), []
+    for t in range(x.shape[1]):
+        state = state * np.exp(-np.exp(p["a_log"]) * dt[:, t])[:, :, None, None]
+        state = state + np.einsum("bhn,bhp->bhnp", b[:, t], u[:, t] * dt[:, t, :, None])
+        read.append(np.einsum("bhnp,bhn->bhp", state, c[:, t]) + p["d"][:, None] * u[:, t])
+    y = (np.stack(read, 1).reshape(gate.shape) * gate / (1 + np.exp(-gate))).reshape(ROWS, -1, 2, 6)
+    y = (y / np.sqrt((y * y).mean(-1, keepdims=True) + 1e-6)).reshape(gate.shape) * p["norm.scale"]
+    return y @ p["out_proj.kernel"] + p["out_proj.bias"]
+
+
 KINDS = {
     "short_conv": (make_short_conv, plain_short_conv),
     "gated_delta": (make_gated_delta, plain_gated_delta),
+    "mamba2": (make_mamba2, plain_mamba2),
 }
 
 

@@ -20,6 +20,7 @@ from jaxkv.nn.heads import PROJECTIONS, Heads, QueryTemperature, biased, qk_scal
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
 from jaxkv.nn.recurrent_linen import GatedDelta as GatedDelta
+from jaxkv.nn.recurrent_linen import Mamba2 as Mamba2
 from jaxkv.nn.recurrent_linen import Scale
 from jaxkv.nn.recurrent_linen import ShortConv as ShortConv
 

@@ -22,6 +22,7 @@ from jaxkv.nn.heads import Heads, QueryTemperature, biased, qk_scale
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
 from jaxkv.nn.recurrent_nnx import GatedDelta as GatedDelta
+from jaxkv.nn.recurrent_nnx import Mamba2 as Mamba2
 from jaxkv.nn.recurrent_nnx import Scale
 from jaxkv.nn.recurrent_nnx import ShortConv as ShortConv
 

@@ -9,7 +9,7 @@ from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from jaxkv.meshes import dot_general
-from jaxkv.nn import gated_delta, recurrence, short_conv
+from jaxkv.nn import gated_delta, mamba2, recurrence, short_conv
 
 
 class ConvKernel(nnx.Module):
@@ -159,6 +159,80 @@ class GatedDelta(gated_delta.GatedDeltaModule, nnx.Module):
         weights = self.conv()[0], self.a_log[...], self.dt_bias[...]
         y, layer = self._mix(self.qkvz(x), self.ba(x), weights, self.norm(), layer, step, positions)
         y = self.out(y)
+        return y if layer is None else (y, layer)
+
+    __call__.__doc__ = recurrence.CALL
+
+
+class Mamba2(mamba2.Mamba2Module, nnx.Module):
+    __doc__ = f"""A Mamba-2 layer, as in Granite 4 and Bamba, that reads its past out of a cache layer.
+
+    Parameters: `in_proj` of gate, values, keys and time steps; `conv`; `a_log`, `d` and `dt_bias` of each head; `norm`;
+    `out_proj`.
+
+    Args:
+      {mamba2.ARGUMENTS}
+      rngs: random streams of the parameters.
+
+    Raises:
+      ValueError: for sizes that don't fit together, naming both.
+
+    >>> from flax import nnx
+    >>> mamba = jaxkv.nnx.Mamba2(8, num_heads=4, head_dim=4, state_dim=8, rngs=nnx.Rngs(0))
+    >>> x = jnp.ones((1, 3, 8))
+    >>> y = mamba(x)                                                           # training
+    >>> cache = jaxkv.Cache.init([mamba.layer_spec()], num_rows=1, capacity=16)
+    >>> cache, step = cache.begin(jnp.arange(3)[None])
+    >>> z, layer = mamba(x, cache.layers[0], step)
+    >>> cache = cache.with_layers([layer])
+    >>> bool(jnp.allclose(y, z, atol=1e-6))
+    True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        state_dim: int,
+        num_groups: int = 1,
+        kernel_size: int = 4,
+        norm_epsilon: float = 1e-6,
+        use_bias: bool = False,
+        conv_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Any = default_kernel_init,
+        bias_init: Any = default_bias_init,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.in_features, self.kernel_size, self.norm_epsilon = in_features, kernel_size, norm_epsilon
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.state_dim, self.num_groups = state_dim, num_groups
+        self.layer_spec()
+        parameters = {"param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init, "rngs": rngs}
+        linear = {
+            "dtype": dtype,
+            "precision": precision,
+            "dot_general": dot_general,
+            "use_bias": use_bias,
+            **parameters,
+        }
+        self.in_proj = nnx.Linear(in_features, self._inner + self._channels + num_heads, **linear)
+        self.conv = ConvKernel(kernel_size, self._channels, use_bias=conv_bias, **parameters)
+        self.a_log = nnx.Param(recurrence.decay_init(rngs.params(), (num_heads,), param_dtype))
+        self.d = nnx.Param(jnp.ones((num_heads,), param_dtype))
+        self.dt_bias = nnx.Param(jnp.ones((num_heads,), param_dtype))
+        self.norm = Scale((self._inner,), param_dtype=param_dtype)
+        self.out_proj = nnx.Linear(self._inner, in_features, **linear)
+
+    def __call__(self, x: Any, layer: Any = None, step: Any = None, *, positions: Any = None) -> Any:
+        self._check(x, layer, step, positions)
+        weights = *self.conv(), self.a_log[...], self.d[...], self.dt_bias[...]
+        y, layer = self._mix(self.in_proj(x), weights, self.norm(), layer, step, positions)
+        y = self.out_proj(y)
         return y if layer is None else (y, layer)
 
     __call__.__doc__ = recurrence.CALL
