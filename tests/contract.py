@@ -938,7 +938,7 @@ def copies_go_on_independently(case: Case) -> None:
 def remove_closes_the_gap(case: Case) -> None:
     cache = prefilled(case)
     if not case.turns:
-        with pytest.raises(jaxkv.NotSupportedError, match="rotary=None|Recurrent"):
+        with pytest.raises(jaxkv.NotSupportedError, match=r"rotary=None|Recurrent"):
             jax.eval_shape(Cache.remove, cache, np.int32(0), np.int32(2), np.int32(5))
         return
     after = OPERATIONS["remove"](cache, np.int32(1), np.int32(5), np.int32(7))

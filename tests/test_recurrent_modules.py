@@ -31,7 +31,62 @@ def plain_short_conv(p, x):
     return (c * (y + p["conv.bias"])) @ p["out_proj.kernel"] + p["out_proj.bias"]
 
 
-KINDS = {"short_conv": (make_short_conv, plain_short_conv)}
+def make_gated_delta(**options):
+    sizes = {"num_key_heads": 2, "num_value_heads": 4, "key_dim": 3, "value_dim": 5, "kernel_size": 3}
+    return jaxkv.nnx.GatedDelta(FEATURES, **sizes, rngs=nnx.Rngs(0), **options)
+
+
+def plain_gated_delta(p, x):
+    qkvz, ba = (np.einsum("btd,dhx->bthx", x, p[f"{name}.kernel"]) for name in ("qkvz", "ba"))
+    q, k, v, z = np.split(qkvz, [3, 6, 16], -1)
+    v, z, (beta, decay) = v.reshape(ROWS, -1, 4, 5), z.reshape(ROWS, -1, 4, 5), np.split(ba, 2, -1)
+    beta, decay = (y.reshape(ROWS, -1, 4) for y in (beta, decay))
+    mixed = np.concatenate([y.reshape(ROWS, -1, y.shape[2] * y.shape[3]) for y in (q, k, v)], -1)
+    padded = np.pad(mixed, ((0, 0), (2, 0), (0, 0)))
+    mixed = sum(padded[:, i : i + x.shape[1]] * p["conv.kernel"][i, 0] for i in range(3))
+    q, k, v = np.split(mixed / (1 + np.exp(-mixed)), [6, 12], -1)
+    q, k = (y.reshape(ROWS, -1, 2, 3).repeat(2, 2) for y in (q, k))
+    q, k = (y / np.sqrt((y * y).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
+    v, q = v.reshape(ROWS, -1, 4, 5), q / np.sqrt(3)
+    g, beta = -np.exp(p["a_log"]) * np.log1p(np.exp(decay + p["dt_bias"])), 1 / (1 + np.exp(-beta))
+    state, read = np.zeros((ROWS, 4, 3, 5)), []
+    for t in range(x.shape[1]):
+        state = state * np.exp(g[:, t])[:, :, None, None]
+        change = (v[:, t] - np.einsum("bhkv,bhk->bhv", state, k[:, t])) * beta[:, t, :, None]
+        state = state + k[:, t, :, :, None] * change[:, :, None]
+        read.append(np.einsum("bhkv,bhk->bhv", state, q[:, t]))
+    y = np.stack(read, 1)
+    y = y / np.sqrt((y * y).mean(-1, keepdims=True) + 1e-6) * p["norm.scale"] * z / (1 + np.exp(-z))
+    return np.einsum("bthv,hvd->btd", y, p["out.kernel"])
+
+
+def make_mamba2(**options):
+    sizes = {"num_heads": 4, "head_dim": 3, "state_dim": 5, "num_groups": 2, "kernel_size": 3}
+    return jaxkv.nnx.Mamba2(FEATURES, **sizes, use_bias=True, rngs=nnx.Rngs(0), **options)
+
+
+def plain_mamba2(p, x):
+    gate, mixed, dt = np.split(x @ p["in_proj.kernel"] + p["in_proj.bias"], [12, 44], -1)
+    padded = np.pad(mixed, ((0, 0), (2, 0), (0, 0)))
+    mixed = sum(padded[:, i : i + x.shape[1]] * p["conv.kernel"][i, 0] for i in range(3)) + p["conv.bias"]
+    u, b, c = np.split(mixed / (1 + np.exp(-mixed)), [12, 22], -1)
+    u, (b, c) = u.reshape(ROWS, -1, 4, 3), (y.reshape(ROWS, -1, 2, 5).repeat(2, 2) for y in (b, c))
+    dt = np.log1p(np.exp(dt + p["dt_bias"]))
+    state, read = np.zeros((ROWS, 4, 5, 3)), []
+    for t in range(x.shape[1]):
+        state = state * np.exp(-np.exp(p["a_log"]) * dt[:, t])[:, :, None, None]
+        state = state + np.einsum("bhn,bhp->bhnp", b[:, t], u[:, t] * dt[:, t, :, None])
+        read.append(np.einsum("bhnp,bhn->bhp", state, c[:, t]) + p["d"][:, None] * u[:, t])
+    y = (np.stack(read, 1).reshape(gate.shape) * gate / (1 + np.exp(-gate))).reshape(ROWS, -1, 2, 6)
+    y = (y / np.sqrt((y * y).mean(-1, keepdims=True) + 1e-6)).reshape(gate.shape) * p["norm.scale"]
+    return y @ p["out_proj.kernel"] + p["out_proj.bias"]
+
+
+KINDS = {
+    "short_conv": (make_short_conv, plain_short_conv),
+    "gated_delta": (make_gated_delta, plain_gated_delta),
+    "mamba2": (make_mamba2, plain_mamba2),
+}
 
 
 @functools.cache

@@ -70,7 +70,7 @@ class Cache:
     Array([3], dtype=int32)
     """
 
-    layers: tuple[Any, ...]  # Layer, or StateLayer
+    layers: tuple[Layer, ...]  # StateLayers among them; typed as what most of them are
     groups: tuple[Group, ...]
     encoded: Encoded | None
     lengths: Any  # int32 [R]
@@ -241,9 +241,9 @@ class Cache:
                 )
             if self.recurrent:
                 raise NotSupportedError(
-                    f"begin got parents, and this cache has layers of {self.recurrent[0].reach}: a state is that of one "
-                    "text, not of several branches; draft one text at a time (speculate(tree=None)), with a slack of "
-                    "its length"
+                    f"begin got parents, and this cache has layers of {self.recurrent[0].reach}: a state is that of "
+                    "one text, not of several branches; draft one text at a time (speculate(tree=None)), with a slack "
+                    "of its length"
                 )
             parents = checked_parents(parents, positions)
         run = automatic(functools.partial(claim, whole=whole), (like(self), PartitionSpec()))

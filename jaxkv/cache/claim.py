@@ -59,7 +59,8 @@ def claim(
 
     token_fits = real & fit.at[sequence].get(mode="fill", fill_value=False)
     sequence = jnp.where(token_fits, sequence, num_rows)
-    groups, steps = [], []
+    groups: list[Any] = []
+    steps: list[Any] = []
     for group, (pages, copies) in zip(cache.groups, claimed, strict=True):
         slots = jnp.where(token_fits, group.slot(positions), group.num_slots)
         written = _write_rows(group.positions, sequence, slots, positions, whole)

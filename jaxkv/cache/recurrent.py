@@ -27,7 +27,8 @@ _PASSING, _END, _ASKED = range(3)  # why a state is kept: not at all, a block en
 class StateStep:
     """Which states the layers of one group read and write in one call. They see a row's tokens packed: without padding.
 
-    `order` and `place` pack and unpack them: x[b, order[b]] has the row's tokens in front, y[b, place[b]] each column's.
+    `order` and `place` pack and unpack them: x[b, order[b]] has the row's tokens in front, and of what is computed of
+    them y[b, place[b]] has each in its column.
     """
 
     source: Any  # int32 [B], the slot of the state that the row goes on from; num_slots: zeros, the row is empty

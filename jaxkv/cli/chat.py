@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxkv.cache.cache import Cache
+from jaxkv.cache.spec import Recurrent
 from jaxkv.cli.conversation import Conversation, Writing
 from jaxkv.cli.devices import describe_devices, mesh_of, place_of
 from jaxkv.cli.options import COMMANDS, MIN_CAPACITY, Failure, UsageError, describe_commands
@@ -59,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
         write(decoding.texts[0].end() + "\n")
 
     with told():
-        cache = Cache.init(model.specs, 1, capacity, slack=min(_SLACK, capacity), sharding=place_of(model))
+        # Of rings slack costs nothing, of recurrent layers a state for each token: these go back to checkpoints.
+        states = any(isinstance(spec.reach, Recurrent) for spec in model.specs)
+        slack = 0 if states else min(_SLACK, capacity)
+        cache = Cache.init(model.specs, 1, capacity, slack=slack, sharding=place_of(model))
     say = (lambda text: None) if args.quiet else note
     chat = (Conversation if taught else Writing)(source, cache, longest, decode, say)
     if args.system is not None:

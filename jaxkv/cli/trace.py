@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.look import show
-from jaxkv.cache.spec import EMPTY, Chunk, Cross
+from jaxkv.cache.spec import EMPTY, Chunk, Cross, Recurrent
 from jaxkv.cache.storage import Dense
 from jaxkv.generate.reading import blocks, last_positions
 from jaxkv.picture import Picture
@@ -41,7 +41,7 @@ class Trace:
         specs = [
             dataclasses.replace(spec, **small, rotary=None, rotary_at="put")
             for spec in cache.specs
-            if not isinstance(spec.reach, Cross)
+            if not isinstance(spec.reach, Cross | Recurrent)
         ]
         options = {"max_block": cache.max_block, "slack": cache.slack, "layout": cache.layout}
         self._cache = Cache.init(specs, cache.num_rows, cache.capacity, **options)

@@ -27,6 +27,7 @@ def checked_branches(num_draft: Any, tree: Any, cache: Cache) -> Branches:
             f"tree is {tree!r}; give how many tokens follow each one, level by level, for instance tree=(3, 2, 1)"
         )
     branches = Branches(tuple(map(int, widths)))
+    _check_states("cache", cache, branches)
     if cache.max_block < branches.size:
         cures = [f"Cache.init(max_block={branches.size})"] if branches.size <= cache.capacity else []
         what, less = f"num_draft is {num_draft}", f"num_draft={cache.max_block - 1}"
@@ -38,6 +39,24 @@ def checked_branches(num_draft: Any, tree: Any, cache: Cache) -> Branches:
             f"{', or '.join(cures or ['a cache of more capacity'])}"
         )
     return branches
+
+
+def _check_states(name: str, cache: Cache, branches: Branches) -> None:
+    """Raises ValueError unless recurrent layers of a cache, if it has any, can go back by a draft."""
+    back = branches.size - 1
+    if not cache.recurrent:
+        return
+    if not branches.is_chain:
+        raise ValueError(
+            f"tree is {branches.widths}, and the {name} has layers of {cache.recurrent[0].reach}: a state is that of "
+            "one text, not of several branches; give num_draft and no tree"
+        )
+    if cache.slack < back:
+        raise ValueError(
+            f"a draft of which nothing is taken is {back} tokens, and the {name} keeps a state of "
+            f"{cache.recurrent[0].reach} after each of the last {cache.slack}: give Cache.init(slack={back}), or a "
+            "smaller draft"
+        )
 
 
 def _is_count(width: Any) -> bool:
@@ -87,6 +106,7 @@ def checked_drafter(draft: Any, call: Call, branches: Branches, ngrams: tuple[An
             f"the draft model reads blocks of {drafter.block} tokens, and its cache takes {small.max_block}; give "
             f"Cache.init(max_block={drafter.block})"
         )
+    _check_states("draft's cache", small, branches)
     goes_back = max(small.max_block, small.slack)
     if goes_back < back and any(group.wraps for group in small.groups):
         raise ValueError(

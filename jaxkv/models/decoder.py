@@ -72,6 +72,8 @@ class DecoderConfig:
       attention_scale: factor of the scores; None means head_dim ** -0.5.
       temperature: None, or what queries are multiplied by, position by position. A pattern if layers differ.
       attention_softcap: None, or the bound c of c * tanh(scores / c).
+      gated_attention: whether what a head reads is multiplied by the sigmoid of a gate, which the projection of queries
+        gives too, behind each head's query (Qwen3-Next).
       sink_logits: whether one learned score per query head joins the softmax and brings no value (gpt-oss).
       embed_scale: factor of the embeddings, rounded to the dtype of the computation (Gemma: width ** 0.5).
       layer_input_dim: None, or the size of a vector that each layer reads of each token besides, out of a table and a
@@ -122,6 +124,7 @@ class DecoderConfig:
     attention_scale: float | None = None
     temperature: QueryTemperature | tuple[QueryTemperature | None, ...] | None = None
     attention_softcap: float | None = None
+    gated_attention: bool = False
     sink_logits: bool = False
     embed_scale: float | None = None
     layer_input_dim: int | None = None
@@ -318,6 +321,7 @@ def _attention(config: DecoderConfig, index: int, *, rngs: nnx.Rngs) -> Any:
         scale=config.attention_scale,
         temperature=config.layer_temperature(index),
         softcap=config.attention_softcap,
+        gated=config.gated_attention,
         sink_logits=config.sink_logits,
         use_bias=config.biases - {"mlp"},
         dtype=config.dtype,

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxkv.nn.recurrent_nnx import ShortConv
+from jaxkv.nn.recurrent_nnx import GatedDelta, ShortConv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,31 @@ class ShortConvConfig:
 
     def make(self, width: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> ShortConv:
         """Returns the module for a stream of this width."""
-        return ShortConv(
-            width, self.kernel_size, use_bias=self.use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        return ShortConv(width, **dataclasses.asdict(self), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
-MixerConfig = ShortConvConfig
+@dataclasses.dataclass(frozen=True)
+class GatedDeltaConfig:
+    """A gated delta layer, see `jaxkv.nnx.GatedDelta` (Qwen3-Next).
+
+    Args:
+      num_key_heads: heads of queries and keys.
+      num_value_heads: heads of values, a multiple of num_key_heads.
+      key_dim, value_dim: sizes of a head.
+      kernel_size: how many tokens the convolution sees.
+      norm_epsilon: added to the mean square of what a head reads.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel_size: int = 4
+    norm_epsilon: float = 1e-6
+
+    def make(self, width: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> GatedDelta:
+        """Returns the module for a stream of this width."""
+        return GatedDelta(width, **dataclasses.asdict(self), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+
+MixerConfig = ShortConvConfig | GatedDeltaConfig

@@ -20,6 +20,9 @@ from jaxkv.nn.heads import PROJECTIONS, Heads, QueryTemperature, biased, qk_scal
 from jaxkv.nn.latent_linen import LatentAttention as LatentAttention
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
+from jaxkv.nn.recurrent_linen import GatedDelta as GatedDelta
+from jaxkv.nn.recurrent_linen import Mamba2 as Mamba2
+from jaxkv.nn.recurrent_linen import Scale
 from jaxkv.nn.recurrent_linen import ShortConv as ShortConv
 
 
@@ -69,6 +72,7 @@ class Attention(AttentionModule, nn.Module):
     softcap: float | None = None
     scale: float | None = None
     temperature: QueryTemperature | None = None
+    gated: bool = False
     sink_logits: bool = False
     use_bias: bool | Collection[str] = True
     dropout_rate: float = 0.0
@@ -161,6 +165,7 @@ class Attention(AttentionModule, nn.Module):
         if self.shares is None:
             k, v = linear["key"](name="key")(x), None if self.tied_values else linear["value"](name="value")(x)
             k, v = self._keys_and_values(k, v, _scale(self, heads, heads.num_kv_heads, "key_norm"))
+        q, gate = self._ungated(q)
         q = self._normed(q, _scale(self, heads, heads.num_heads, "query_norm"))
         sinks = None
         if self.sink_logits:
@@ -168,7 +173,7 @@ class Attention(AttentionModule, nn.Module):
         key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, dropout_rng))
         rest = {"kv": kv, "positions": positions, "spans": spans, "sink_logits": sinks, "dropout_key": key}
         y, kept = heads.attend(q, k, v, layer, step, **rest)
-        y = linear["out"](name="out")(y)
+        y = linear["out"](name="out")(y if gate is None else y * gate)
         if hidden is not None and cache is not None:
             hidden.value = cache.with_layers([kept])
             return y
@@ -314,7 +319,9 @@ class CrossAttention(CrossAttentionModule, nn.Module):
 def _projection(module: Any, heads: Heads, out_features: int, which: str, **name: Any) -> Any:
     """Returns one of the projections of an attention module, as its attributes say."""
     kernel_init, bias_init = module.kernel_init, module.bias_init
-    features: Any = (heads.num_heads if which == "query" else heads.num_kv_heads, heads.head_dim)
+    features: Any = (heads.num_kv_heads, heads.head_dim)
+    if which == "query":
+        features = heads.num_heads, heads.head_dim * (1 + module.gated)
     if which == "out":
         features = out_features
         kernel_init = kernel_init if module.out_kernel_init is None else module.out_kernel_init
@@ -376,18 +383,6 @@ def _scale(module: Any, heads: Heads, count: int, name: str | None = None) -> An
     """Returns the module of the scale of q or k, with `count` heads; None if there is none to learn."""
     shape = qk_scale(module.qk_norm, count, heads.head_dim)
     return None if shape is None else Scale(shape, module.param_dtype, name=name)
-
-
-class Scale(nn.Module):
-    """The learned scale of a norm. Parameter: `scale`, ones of a shape."""
-
-    shape: tuple[int, ...]
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self) -> Any:
-        """Returns the scale."""
-        return self.param("scale", nn.initializers.ones_init(), self.shape, self.param_dtype)
 
 
 @dataclasses.dataclass(frozen=True)

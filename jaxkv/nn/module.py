@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxkv.cache.spec import LayerSpec
 from jaxkv.nn.arguments import check_cross_call, check_encoded
 from jaxkv.nn.heads import Heads, qk_normed
@@ -30,6 +33,8 @@ OPTIONS = """head_dim: size H of a head, instead of qkv_features.
       softcap: None, or the bound c of c * tanh(scores / c).
       scale: factor of the scores; None means head_dim ** -0.5.
       temperature: None, or `jaxkv.QueryTemperature(...)`, which lets queries grow with their positions.
+      gated: whether what a head reads is multiplied by the sigmoid of a gate, number by number; the projection of
+        queries gives the gate too, behind each head's query (Qwen3-Next).
       sink_logits: whether one learned score per query head joins the softmax and brings no value (gpt-oss).
       use_bias: True, False, or the names of the projections that have a bias, out of "query", "key", "value", "out".
       dropout_rate: share of the attention weights left out in training, at least 0, below 1. With a cache there is no
@@ -72,6 +77,7 @@ class AttentionModule:
     key: Any
     value: Any
     out: Any
+    gated = False  # of CrossAttention
     query_norm: Any
     key_norm: Any
 
@@ -109,6 +115,13 @@ class AttentionModule:
         if not self.value_norm:
             return k, v
         return k, k if both and self.qk_norm == "plain" else qk_normed("plain", v, None, self.qk_norm_epsilon)
+
+    def _ungated(self, q: Any) -> tuple[Any, Any]:
+        """Returns queries as projected without their gates, and what the gates let through, None for all."""
+        if not self.gated:
+            return q, None
+        q, gate = jnp.split(q, 2, -1)
+        return q, jax.nn.sigmoid(gate)
 
     def _dropout_key(self, layer: Any, deterministic: bool | None, draw: Callable[[], Any]) -> Any:
         """Returns a key for the call's dropout, from `draw`, or None for no dropout."""

@@ -22,6 +22,9 @@ from jaxkv.nn.heads import Heads, QueryTemperature, biased, qk_scale
 from jaxkv.nn.latent_nnx import LatentAttention as LatentAttention
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
+from jaxkv.nn.recurrent_nnx import GatedDelta as GatedDelta
+from jaxkv.nn.recurrent_nnx import Mamba2 as Mamba2
+from jaxkv.nn.recurrent_nnx import Scale
 from jaxkv.nn.recurrent_nnx import ShortConv as ShortConv
 
 
@@ -73,6 +76,7 @@ class Attention(AttentionModule, nnx.Module):
         softcap: float | None = None,
         scale: float | None = None,
         temperature: QueryTemperature | None = None,
+        gated: bool = False,
         sink_logits: bool = False,
         use_bias: bool | Collection[str] = True,
         dropout_rate: float = 0.0,
@@ -107,6 +111,7 @@ class Attention(AttentionModule, nnx.Module):
         )
         self.in_features = in_features
         self.out_features = in_features if out_features is None else out_features
+        self.gated = gated
         _fill(
             self,
             (in_features, in_features, self.out_features),
@@ -167,6 +172,7 @@ class Attention(AttentionModule, nnx.Module):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
         q, k, v = self._projected(x)
+        q, gate = self._ungated(q)
         q = self._normed(q, self.query_norm)
         if k is not None:
             k, v = self._keys_and_values(k, v, self.key_norm)
@@ -174,7 +180,7 @@ class Attention(AttentionModule, nnx.Module):
         key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, rngs))
         rest = {"kv": kv, "positions": positions, "spans": spans, "sink_logits": sinks, "dropout_key": key}
         y, kept = self.heads.attend(q, k, v, layer, step, **rest)
-        y = self.out(y)
+        y = self.out(y if gate is None else y * gate)
         return y if layer is None and not return_kv else (y, kept)
 
     def _projected(self, x: Any) -> tuple[Any, Any, Any]:
@@ -408,7 +414,8 @@ def _fill(
         return nnx.LinearGeneral(features, shape, dot_general=dot_general, **options, **kind)
 
     queries, keys = ((count, heads.head_dim) for count in (heads.num_heads, heads.num_kv_heads))
-    module.query = linear(features[0], queries, "query", inner_inits)
+    with_gate = heads.num_heads, heads.head_dim * (1 + module.gated)
+    module.query = linear(features[0], with_gate, "query", inner_inits)
     own = heads.shares is None
     module.key = linear(features[1], keys, "key", inner_inits) if own else nnx.data(None)
     module.value = linear(features[1], keys, "value", inner_inits) if own and not tied_values else nnx.data(None)
@@ -431,17 +438,6 @@ def _draw(module: Any, rngs: Any) -> Any:
             "call one: attn(x, rngs=nnx.Rngs(dropout=0))"
         )
     return rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
-
-
-class Scale(nnx.Module):
-    """The learned scale of a norm. Parameter: `scale`, ones of a shape."""
-
-    def __init__(self, shape: tuple[int, ...], *, param_dtype: Any = jnp.float32) -> None:
-        self.scale = nnx.Param(jnp.ones(shape, param_dtype))
-
-    def __call__(self) -> Any:
-        """Returns the scale."""
-        return self.scale[...]
 
 
 @dataclasses.dataclass(frozen=True)

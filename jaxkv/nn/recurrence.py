@@ -25,6 +25,22 @@ from jaxkv.meshes import automatic, like, spec_of
 Rule = Callable[[Any, Any, Any, Any, Any, Any], tuple[Any, Any, Any]]
 
 
+# The docstring of a module's call.
+CALL = """Returns what the tokens mix, reading what came before them out of a layer, or of x itself without one.
+
+        Args:
+          x: [B, T, D], floating.
+          layer: None, or this module's layer of a cache, made from `layer_spec()`.
+          step: None, or the step of this forward pass from `cache.begin`.
+          positions: without a layer: int [B, T], negative for padding, the tokens in order; None: no padding.
+
+        Returns:
+          y [B, T, D], or with a layer (y, the layer with the call's states).
+
+        Raises:
+          ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module."""
+
+
 class RecurrentModule:
     """A module that keeps a state, of which `_reach` says the shapes."""
 
@@ -115,15 +131,20 @@ def recur(
     return automatic(run, places)(inputs, weights, layer, step, positions)
 
 
+def decay_init(key: Any, shape: Any, dtype: Any) -> Any:
+    """Returns logarithms of decays drawn from 1 to 16, as Mamba-2's and gated delta's makers begin with."""
+    return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
+
+
 def causal_conv(x: Any, tail: Any, kernel: Any, bias: Any, counts: Any) -> tuple[Any, Any]:
-    """Returns a convolution along each channel, [B, T, C], and the tails after `counts` of the tokens, [B, M, C, W - 1].
+    """Returns a convolution along each channel, [B, T, C], and the tails after some tokens, [B, M, C, W - 1].
 
     Args:
       x: [B, T, C], packed.
       tail: [B, C, W - 1], the inputs before.
       kernel: [W, 1, C], the last of W for the token itself.
       bias: [C] or None.
-      counts: int32 [B, M], or None for no tails.
+      counts: int32 [B, M], after how many of the tokens; None for no tails.
     """
     width, length = kernel.shape[0], x.shape[1]
     whole = jnp.concatenate([tail.swapaxes(1, 2).astype(x.dtype), x], 1)  # [B, W - 1 + T, C]

@@ -21,19 +21,6 @@ ARGUMENTS = """in_features: size D of input and output.
       param_dtype: of the parameters.
       precision: of the projections, see `jax.lax.Precision`.
       kernel_init, bias_init: initializers, called as Flax calls them."""
-CALL = """Returns what the tokens mix, reading what came before them out of a layer, or of x itself without one.
-
-        Args:
-          x: [B, T, D], floating.
-          layer: None, or this module's layer of a cache, made from `layer_spec()`.
-          step: None, or the step of this forward pass from `cache.begin`.
-          positions: without a layer: int [B, T], negative for padding, the tokens in order; None: no padding.
-
-        Returns:
-          y [B, T, D], or with a layer (y, the layer with the call's states).
-
-        Raises:
-          ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module."""
 
 
 class ShortConvModule(RecurrentModule):
@@ -56,5 +43,6 @@ class ShortConvModule(RecurrentModule):
 
 def _rule(x: Any, weights: Any, tail: Any, state: Any, real: Any, counts: Any) -> tuple[Any, Any, Any]:
     b, c, x = jnp.split(x, 3, -1)
-    y, tails = causal_conv(b * x, tail, *weights, counts)
+    kernel, bias = weights
+    y, tails = causal_conv(b * x, tail, kernel, bias, counts)
     return c * y, tails, None

@@ -257,7 +257,8 @@ def forward(
     ks, vs, seen = list(ks), list(vs), []
     layers: list[Any] = []
     wheres = [None] * len(ks) if wheres is None else list(wheres)
-    for layer in cache.layers:
+    old: tuple[Any, ...] = cache.layers
+    for layer in old:
         stacked = layer.num_stacked is not None
         for i in range(layer.num_stacked or 1):
             k, v, where = ks.pop(0), vs.pop(0), wheres.pop(0)
@@ -589,20 +590,20 @@ class Machine:
         self, i: int, reach: Recurrent, last: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray, want: Any
     ) -> None:
         for b, row in enumerate(want.rows):
-            text = self.oracle.texts[row] if 0 <= row < self.oracle.num_rows else []
-            inputs = [[self._written[token][side][i] for token in text] for side in (1, 2)]
-            if text or 0 <= row < self.oracle.num_rows:
-                for slot in np.flatnonzero(last[b] >= 0):
-                    length = int(last[b, slot]) + 1
-                    state, tail, _ = states.expected(reach, *(x[:length] for x in inputs))
-                    for kind, got, wanted in (("state", k[b, slot], state), ("tail", v[b, slot], tail)):
-                        if getattr(reach, kind) is not None and not np.allclose(
-                            got.ravel(), wanted.ravel(), rtol=1e-4, atol=1e-4
-                        ):
-                            self._fail(
-                                f"layer {i} {reach}: the {kind} of row {row} after {length} tokens is {got.ravel()}, "
-                                f"expected {wanted.ravel()}"
-                            )
+            known = 0 <= row < self.oracle.num_rows
+            text = self.oracle.texts[row] if known else []
+            inputs = [[ks[i] for _, ks, _, _ in map(self._written.__getitem__, text)]]
+            inputs.append([vs[i] for _, _, vs, _ in map(self._written.__getitem__, text)])
+            for slot in np.flatnonzero(last[b] >= 0) if known else ():
+                length = int(last[b, slot]) + 1
+                state, tail, _ = states.expected(reach, *(x[:length] for x in inputs))
+                for kind, got, wanted in (("state", k[b, slot], state), ("tail", v[b, slot], tail)):
+                    same = np.allclose(got.ravel(), wanted.ravel(), rtol=1e-4, atol=1e-4)
+                    if getattr(reach, kind) is not None and not same:
+                        self._fail(
+                            f"layer {i} {reach}: the {kind} of row {row} after {length} tokens is {got.ravel()}, "
+                            f"expected {wanted.ravel()}"
+                        )
             for t, p in enumerate(want.positions[b]):
                 read = np.zeros(out.shape[2:])
                 if p != EMPTY:
@@ -641,7 +642,9 @@ class Machine:
     def _held(self) -> list[dict[Any, list[int]]]:
         """Returns the positions that the cache holds of each row and reach."""
         rows: list[dict[Any, list[int]]] = [{} for _ in range(self.cache.num_rows)]
-        for group in (*self.cache.groups, *self.cache.recurrent):
+        for group in self.cache.bookkeeping:
+            if group is self.cache.encoded:
+                continue
             for row, held in zip(rows, np.asarray(group.held), strict=True):
                 row[group.reach] = held[held != EMPTY].tolist()
         return rows

@@ -71,7 +71,8 @@ def assert_shared(cache: Cache, n: Any = None, *, rows: Any = None, atol: float 
 
 def _layers(cache: Cache) -> Iterator[tuple[str, Any]]:
     """Yields every layer with keys and values, by name; those of stacks one by one."""
-    for i, layer in enumerate(cache.layers):
+    layers: tuple[Any, ...] = cache.layers
+    for i, layer in enumerate(layers):
         if not isinstance(layer, Layer):
             continue
         if layer.num_stacked is None:

@@ -144,6 +144,21 @@ GEMMA4 = {
 }
 
 # The committed folders: name -> (model_type, config).
+QWEN3_NEXT = {
+    **SIZES,
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_conv_kernel_dim": 3,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "mlp_only_layers": [0],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 12,
+}
 LFM2 = {
     **SIZES,
     "layer_types": ["conv", "full_attention", "conv"],
@@ -277,6 +292,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("ernie4_5", {**TWO, "head_dim": 8, "use_bias": True}),
     "seed_oss": ("seed_oss", {**TWO, "head_dim": 8, "attention_out_bias": True}),
     "lfm2": ("lfm2", LFM2),
+    "qwen3_next": ("qwen3_next", QWEN3_NEXT),
 }
 CASES["gemma3"][1]["layer_types"] = ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"]
 
@@ -408,6 +424,18 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
             "conv_L_cache": 2,
             "block_auto_adjust_ff_dim": False,
             "tie_word_embeddings": False,
+        },
+    ),
+    "qwen3_next, layers by default, half of a head turned, biases, tied": (
+        "qwen3_next",
+        {
+            **{name: value for name, value in QWEN3_NEXT.items() if name not in ("layer_types", "mlp_only_layers")},
+            "num_hidden_layers": 4,
+            "linear_num_key_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "norm_topk_prob": False,
         },
     ),
     "granite with biases, untied": ("granite", {**GRANITE, "attention_bias": True}),

@@ -16,6 +16,7 @@ from jaxkv.models.families.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
 from jaxkv.models.families.llama4 import LLAMA4, LLAMA4_TEXT
 from jaxkv.models.families.mixtures import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from jaxkv.models.families.olmo import OLMO2, OLMO3
+from jaxkv.models.families.qwen3_next import QWEN3_NEXT
 from jaxkv.models.families.seed_oss import SEED_OSS
 from jaxkv.models.families.smollm3 import SMOLLM3
 from jaxkv.models.families.whisper import WHISPER
@@ -30,6 +31,7 @@ FAMILIES = {
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
+    "qwen3_next": QWEN3_NEXT,
     "phi3": PHI3,
     "gemma": GEMMA,
     "gemma2": GEMMA2,

@@ -78,8 +78,8 @@ def _mixtral(fields: Fields) -> DecoderConfig:
     )
 
 
-def _sparse(fields: Fields, **rest: Any) -> tuple[ExpertsConfig | None, ...] | None:
-    """Returns which layers of a Qwen have experts."""
+def sparse(fields: Fields, **rest: Any) -> tuple[ExpertsConfig | None, ...] | None:
+    """Returns which layers of a Qwen have experts; `rest` as for ExpertsConfig."""
     if not fields["num_experts"]:
         return None
     experts = ExpertsConfig(
@@ -101,7 +101,7 @@ def _qwen2_moe(fields: Fields) -> DecoderConfig:
         activation=fields["hidden_act"],
         reaches=reaches(fields, (slides and fields["sliding_window"]) or None, pattern),
         use_bias=("query", "key", "value") if fields["qkv_bias"] else (),
-        experts=_sparse(fields, shared_dim=fields["shared_expert_intermediate_size"], shared_gate=True),
+        experts=sparse(fields, shared_dim=fields["shared_expert_intermediate_size"], shared_gate=True),
     )
 
 
@@ -115,7 +115,7 @@ def _qwen3_moe(fields: Fields) -> DecoderConfig:
         reaches=(Full() if window is None else Window(window),),
         use_bias=llama.biases(fields["attention_bias"]),
         qk_norm=True,
-        experts=_sparse(fields),
+        experts=sparse(fields),
     )
 
 
@@ -164,7 +164,7 @@ MIXTRAL = Family(
     ignored=llama.IGNORED,
 )
 
-_OF_QWENS = {
+OF_QWENS = {
     **llama.FIELDS,
     "max_position_embeddings": Field(LENGTH, 32_768),
     "use_sliding_window": Field(FLAG, False),
@@ -180,7 +180,7 @@ NUM_EXPERTS = Field(
 QWEN2_MOE = Family(
     _qwen2_moe,
     {
-        **_OF_QWENS,
+        **OF_QWENS,
         "num_key_value_heads": Field(HEADS, 16, null=None),
         # transformers writes 0 where windows are switched off
         "sliding_window": Field(Number(0, MAX_LENGTH, whole=True), 4096, null=None),
@@ -208,7 +208,7 @@ QWEN2_MOE = Family(
 QWEN3_MOE = Family(
     _qwen3_moe,
     {
-        **_OF_QWENS,
+        **OF_QWENS,
         "num_key_value_heads": Field(HEADS, 4, null=None),
         "attention_bias": Field(FLAG, False),
         "num_experts": NUM_EXPERTS,

@@ -1,0 +1,108 @@
+"""A memory of keys by values that fades: what gated delta and Mamba-2 have in common.
+
+    S_t = exp(g_t) S_(t-1) + k_t w_t^T,    o_t = S_t^T q_t
+
+What a token writes, w_t, is its value; or, by the delta rule, how much its value differs from what its key finds. Many
+tokens are computed in chunks, one after the other, within which all are computed at once: Dao & Gu 2024,
+https://arxiv.org/abs/2405.21060, and for the delta rule by the WY form of Yang et al. 2024,
+https://arxiv.org/abs/2406.06484.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+CHUNK = 64  # tokens that are computed at once
+
+
+def fading_memory(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, counts: Any = None) -> tuple[Any, Any]:
+    """Returns what the tokens read, [B, T, H, V], and the states after `counts` of them, [B, M, H, K, V].
+
+    A single token takes one step.
+
+    Args:
+      q, k: [B, T, H, K], float32.
+      v: [B, T, H, V], float32; without beta 0 for a token that is none.
+      g: [B, T, H], the logarithm of how much of the state stays, 0 for a token that is none.
+      beta: [B, T, H], for the delta rule, how much of the difference is written, 0 for a token that is none; None: the
+        value is written.
+      state: [B, H, K, V] before.
+      counts: int32 [B, M], where M = 1 all tokens but those that are none; None for no states.
+    """
+    length = q.shape[1]
+    if length == 1:
+        q, k, v, g = (x[:, 0] for x in (q, k, v, g))
+        state = state * jnp.exp(g)[:, :, None, None]
+        if beta is not None:
+            v = (v - jnp.einsum("bhkv,bhk->bhv", state, k)) * beta[:, 0, :, None]
+        state = state + k[:, :, :, None] * v[:, :, None]
+        return jnp.einsum("bhkv,bhk->bhv", state, q)[:, None], None if counts is None else state[:, None]
+
+    chunk = min(CHUNK, length)
+    pad = -length % chunk
+
+    def chunks(x: Any) -> Any:  # [N, B, H, Q, ...]
+        x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
+        x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
+        return jnp.moveaxis(jnp.moveaxis(x, 3, 2), 1, 0)
+
+    q, k, v, g = map(chunks, (q, k, v, g))
+    g = jnp.cumsum(g, -1)
+    below = jnp.tri(chunk, dtype=bool)
+    fade = jnp.exp(jnp.where(below, g[..., :, None] - g[..., None, :], -jnp.inf))  # from one token to a later one
+    erased = None
+    if beta is not None:
+        v, erased = _corrected(k, v, g, chunks(beta), fade)
+    seen = jnp.einsum("nbhqk,nbhsk->nbhqs", q, k) * fade
+
+    def one(state: Any, x: Any) -> Any:
+        q, k, v, g, erased, seen = x
+        new = v if erased is None else v - erased @ state
+        y = (q * jnp.exp(g)[..., None]) @ state + seen @ new
+        kept = k * jnp.exp(g[..., -1:] - g)[..., None]
+        after = state * jnp.exp(g[..., -1])[..., None, None] + jnp.einsum("bhqk,bhqv->bhkv", kept, new)
+        return after, (y, state, new)
+
+    last, (y, before, new) = lax.scan(one, state, (q, k, v, g, erased, seen))
+    y = jnp.moveaxis(jnp.moveaxis(y, 0, 1), 2, 3).reshape(y.shape[1], -1, *y.shape[2::2])[:, :length]
+    if counts is None or counts.shape[1] == 1:
+        return y, None if counts is None else last[:, None]
+
+    def after_some(count: Any, k: Any, g: Any, before: Any, new: Any) -> Any:
+        number = jnp.minimum(count // chunk, k.shape[0] - 1)
+        k, g, before, new = (x[number] for x in (k, g, before, new))  # of one row: [H, Q, ...]
+        inside = jnp.arange(chunk, dtype=jnp.int32) < count - number * chunk
+        faded = jnp.where(inside, g, 0).min(-1)  # g falls
+        kept = k * jnp.where(inside, jnp.exp(jnp.where(inside, faded[:, None] - g, 0)), 0)[..., None]
+        return before * jnp.exp(faded)[:, None, None] + jnp.einsum("hqk,hqv->hkv", kept, new)
+
+    some = jax.vmap(after_some, (0, None, None, None, None))  # over counts
+    return y, jax.vmap(some, (0, 1, 1, 1, 1))(counts, k, g, before, new)
+
+
+def _corrected(k: Any, v: Any, g: Any, beta: Any, fade: Any) -> tuple[Any, Any]:
+    """Returns what each token of a chunk writes by the delta rule, as x - y S of the state S before the chunk.
+
+    Token i writes beta_i (v_i - what its key finds), of which a part was written by the tokens before it in the chunk:
+    a triangular system.
+
+    Args:
+      k: [..., Q, K].
+      v: [..., Q, V].
+      g: [..., Q], summed up from the chunk's beginning.
+      beta: [..., Q].
+      fade: [..., Q, Q], from one token to a later one.
+
+    Returns:
+      x [..., Q, V] and y [..., Q, K].
+    """
+    before = jnp.tri(k.shape[-2], k=-1, dtype=bool)
+    found = jnp.where(before, jnp.einsum("nbhqk,nbhsk->nbhqs", k * beta[..., None], k) * fade, 0)
+    wanted = jnp.concatenate([v * beta[..., None], k * (beta * jnp.exp(g))[..., None]], -1)
+    solved = lax.linalg.triangular_solve(found, wanted, left_side=True, lower=True, unit_diagonal=True)
+    x, y = jnp.split(solved, [v.shape[-1]], -1)
+    return x, y
