@@ -61,10 +61,10 @@ def load(
     check_here(cache, "load")
     file = path if isinstance(path, Snapshot) else Snapshot(path)
     if fingerprint is not None and fingerprint != file.fingerprint:
-        of = (
-            "without a fingerprint" if file.fingerprint is None else f"of a model with fingerprint {file.fingerprint!r}"
+        has = "no fingerprint" if file.fingerprint is None else f"the fingerprint {file.fingerprint!r}"
+        raise ValueError(
+            f"{file.path} has {has}, this model {fingerprint!r}: what other weights made of a text can't go on here"
         )
-        raise ValueError(f"{file.path} was saved {of}, and this one has {fingerprint!r}; its rows can't go on here")
     taken = checked_rows("load: saved", saved, file.num_rows)
     if rows is None and len(taken) > cache.num_rows:
         raise ValueError(
@@ -271,7 +271,7 @@ class _Form:
             target = _together((which[here] - begin) * move.unit + move.slots[here] % move.unit)
             pieces = []
             for array in arrays:
-                if target == slice(0, size * move.unit):
+                if isinstance(target, slice) and target == slice(0, size * move.unit):
                     pieces.append(array[:, source])
                 else:
                     pieces.append(np.zeros((array.shape[0], size * move.unit, array.shape[2]), array.dtype))
