@@ -141,7 +141,9 @@ class File(Mapping[str, np.ndarray]):
         for name in names:
             _, _, begin, end = self._entries[name]
             if _checksum(np.asarray(self._bytes[begin:end])) != expected[name]:
-                raise ValueError(f"{self.path} is damaged: the numbers of {name} are not those written; take a copy of it")
+                raise ValueError(
+                    f"{self.path} is damaged: the numbers of {name} are not those written; take a copy of it"
+                )
 
     def offset(self, name: str) -> int:
         """Returns where in the file the bytes of a tensor begin."""
@@ -167,7 +169,8 @@ def write(
 
     Args:
       path: the file, replaced if it is there; "~" is the home directory, and links are followed.
-      tensors: arrays by name, fetched from their device one by one; or what NumPy makes arrays of, with shape and dtype.
+      tensors: arrays by name, fetched from their device one by one; or what NumPy makes arrays of, with a shape and a
+        dtype.
       dtype: floating arrays are cast to it; None keeps their own.
       exact: names of arrays that keep their own nevertheless.
       metadata: strings by name, put into the header.

@@ -13,6 +13,7 @@ import functools
 import itertools
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -932,6 +933,23 @@ def copies_go_on_independently(case: Case) -> None:
         _, _, _, seen = feed(case, other, block([8, 0, 0, 0], [4, 0, 0, 0]))
         for (*_, out), x in zip(seen, whole(case), strict=True):
             assert_close(out[0], x[0, 8:12])
+
+
+@law
+def saved_rows_go_on_in_another_cache(case: Case) -> None:
+    cache = prefilled(case, 14)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/rows"
+        cache.save(path, rows=[2, 0])
+        other = prefilled(case).load(path, rows=[1, 3])
+    np.testing.assert_array_equal(other.lengths, [8, 14, 8, 14])
+    was, now = (jax.tree.map(lambda x: x[rows], held(case, c)) for c, rows in ((cache, [2, 0]), (other, [1, 3])))
+    assert_equal(now, was)
+    _, _, _, want = feed(case, cache, block(14))
+    _, got, ok, seen = feed(case, other, block([8, 14, 8, 14]), who=[0, 2, 2, 0])
+    assert ok.all() and (got != EMPTY).all()
+    for (*_, out), (*_, x) in zip(seen, want, strict=True):
+        assert_equal(out[[1, 3]], x[[2, 0]])
 
 
 @law

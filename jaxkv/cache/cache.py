@@ -40,8 +40,8 @@ class Cache:
     """Keys and values of the past tokens of several sequences, for all layers of a model. Immutable.
 
     Every method is pure and returns a new cache; all but `check`, `describe`, `init`, `load` and `save` run under `jit`
-    with traced arguments. Donate the cache (`jax.jit(..., donate_argnames="cache")`) or carry it in a loop, and it is changed in
-    place; the old value is then gone.
+    with traced arguments. Donate the cache (`jax.jit(..., donate_argnames="cache")`) or carry it in a loop, and it is
+    changed in place; the old value is then gone.
 
     Attributes:
       layers: one Layer per layer of the model; with `stacked=True` one stack per distinct LayerSpec, in order of first

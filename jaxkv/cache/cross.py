@@ -28,6 +28,7 @@ class Encoded:
     pages: Any  # where the slots lie: None on rows; a Pool on pages
     reach: Cross = dataclasses.field(metadata={"static": True})
     num_slots: int = dataclasses.field(metadata={"static": True})
+    by_row, by_slot = ("lengths",), ()  # what a file has of it
 
     __repr__ = show
 
@@ -74,6 +75,16 @@ class Encoded:
             pages=pages,
             slot_is_position=False,  # a query's position says nothing about the slots that it sees
         )
+
+    def settle(
+        self, by_row: dict[str, np.ndarray], by_slot: dict[str, np.ndarray], length: int
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Returns what `Group.settle` does: all of an encoder's output, where it was."""
+        keys = int(by_row["lengths"])
+        if not EMPTY <= keys <= self.reach.size:
+            raise ValueError("an encoder's output of a length that none can have")
+        slots = np.arange(max(keys, 0))
+        return slots, slots, by_row
 
     def reset(self, mask: Any) -> Encoded:
         """Returns this without the rows where mask [R] is True."""

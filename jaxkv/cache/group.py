@@ -34,6 +34,7 @@ class Group:
     reach: Reach = dataclasses.field(metadata={"static": True})
     ring: int = dataclasses.field(metadata={"static": True})
     wraps: bool = dataclasses.field(metadata={"static": True})
+    by_row, by_slot = ("lost",), ("positions",)  # what a file has of it
 
     __repr__ = show
 
@@ -129,6 +130,36 @@ class Group:
         gone = jnp.where(fit, highest + 1 - self.ring, 0)  # the ring has overwritten positions below
         wider = jnp.stack([jnp.minimum(lost[:, 0], self.reach.sinks), jnp.maximum(lost[:, 1], gone)], 1)
         return jnp.where((gone > self.reach.sinks)[:, None], wider, lost)
+
+    def settle(
+        self, by_row: dict[str, np.ndarray], by_slot: dict[str, np.ndarray], length: int
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Returns which tokens of a saved row there is room for, and where: NumPy, for one row of one file.
+
+        Args:
+          by_row: the arrays of that name of the row: `lost` int32 [2].
+          by_slot: those of its slots in use, in the order of their positions: `positions` int32 [n].
+          length: of the row.
+
+        Returns:
+          Which of the slots are taken, int [k]; which of the slots here they take, int [k]; the arrays `by_row` then.
+
+        Raises:
+          ValueError: for arrays that no row has.
+        """
+        positions, lost = by_slot["positions"], by_row["lost"]
+        if not (np.diff(positions, prepend=EMPTY) > 0).all() or (positions >= length).any():
+            raise ValueError("positions that are not in order, or beyond the length")
+        if not ((lost >= 0) & (lost <= FAR)).all():
+            raise ValueError("lost positions that there can't be")
+        sinks = self.reach.sinks
+        gone = int(positions[-1]) + 1 - self.ring if positions.size else 0  # later ones take the slots of those below
+        kept = np.arange(positions.size)
+        if gone > sinks:
+            kept = np.flatnonzero((positions < sinks) | (positions >= gone))
+            low = min(lost[0], sinks) if lost[0] < lost[1] else sinks
+            lost = np.array([low, max(lost[1], gone)], np.int32)
+        return kept, self.slot(positions[kept]), {"lost": lost}
 
     def truncate(self, lengths: Any) -> Group:
         """Returns the group without positions from lengths [R] on."""

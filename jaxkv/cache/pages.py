@@ -160,6 +160,10 @@ class Pages:
         table[rows[row], column] = free[: row.size]
         return Pool.of(jnp.asarray(table), num_pages)
 
+    def unit(self, num_slots: int) -> int:
+        """Returns how many slots lie together, from each multiple of it on, that are one row's."""
+        return self.page_size
+
     def table(self, pages: Pool) -> np.ndarray:
         """Returns what `places` needs of the bookkeeping."""
         return np.asarray(pages.table)

@@ -21,9 +21,9 @@ Kind = TypeVar("Kind", bound=type)
 def exportable(kind: Kind) -> Kind:
     """Declares a frozen dataclass as a part of LayerSpecs that files can hold: a rotary or a storage of your own.
 
-    `jax.export` writes all that LayerSpecs hold, `Cache.save` the storages. Its fields are numbers, texts, None, dtypes,
-    tuples of these, or exportable themselves. The process that reads the file declares it too, by importing the module
-    that does.
+    `jax.export` writes all that LayerSpecs hold, `Cache.save` the storages. Its fields are numbers, texts, None,
+    dtypes, tuples of these, or exportable themselves. The process that reads the file declares it too, by importing the
+    module that does.
 
     Raises:
       ValueError: if it is not a frozen dataclass.
@@ -62,8 +62,8 @@ def plain(x: Any) -> Any:
     kind: Any = type(x)
     if kind not in _kinds.values():
         raise ValueError(
-            f"{x!r}, which this cache's layers have, can't be written to a file: declare its class, a frozen dataclass, "
-            "with @jaxkv.exportable"
+            f"{x!r}, which this cache's layers have, can't be written to a file: declare its class, a frozen "
+            "dataclass, with @jaxkv.exportable"
         )
     fields = {f.name: plain(getattr(x, f.name)) for f in dataclasses.fields(kind) if f.init}
     return {_KIND: _name(kind), **fields}

@@ -14,15 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from jaxkv.cache.arguments import FAR
-from jaxkv.cache.group import Group
 from jaxkv.cache.snapshot import (
     Part,
     Snapshot,
     check_here,
     checked_rows,
     described,
+    layout_of,
     leaves,
     one_by_one,
     padded,
@@ -43,8 +43,11 @@ class _Move:
     row: int  # of the file
     count: int  # how many tokens that row has
     tokens: np.ndarray  # int [n], which of them, in the order of their positions
-    lead: np.ndarray  # int [n], where they go: rows or pages
-    slots: np.ndarray  # int [n]
+    slots: np.ndarray  # int [n], the row's slots that they go to
+    unit: int  # slots that lie together are written together
+    units: np.ndarray  # int [m], those that tokens go to, each `unit` slots
+    lead: np.ndarray  # int [m], where these lie: rows or pages
+    start: np.ndarray  # int [m], the first slot there
 
 
 def load(
@@ -58,17 +61,19 @@ def load(
     check_here(cache, "load")
     file = path if isinstance(path, Snapshot) else Snapshot(path)
     if fingerprint is not None and fingerprint != file.fingerprint:
-        of = "without a fingerprint" if file.fingerprint is None else f"of a model with fingerprint {file.fingerprint!r}"
-        raise ValueError(f"{file.path} was saved {of}, and this one has {fingerprint!r}; its rows can't go on here")
+        has = "no fingerprint" if file.fingerprint is None else f"the fingerprint {file.fingerprint!r}"
+        raise ValueError(
+            f"{file.path} has {has}, this model {fingerprint!r}: what other weights made of a text can't go on here"
+        )
     taken = checked_rows("load: saved", saved, file.num_rows)
     if rows is None and len(taken) > cache.num_rows:
         raise ValueError(
-            f"{file.path} has {len(taken)} rows, this cache {cache.num_rows}; name those to be taken by saved=, or make "
-            "a cache of more rows"
+            f"{file.path} has {len(taken)} rows, this cache {cache.num_rows}; name those to be taken by saved=, or "
+            "make a cache of more rows"
         )
-    rows = np.arange(len(taken)) if rows is None else checked_rows("load: rows", rows, cache.num_rows)
-    if len(rows) != len(taken):
-        raise ValueError(f"load: {len(taken)} saved rows for the {len(rows)} rows {rows.tolist()}; give as many")
+    into = np.arange(len(taken)) if rows is None else checked_rows("load: rows", rows, cache.num_rows)
+    if len(into) != len(taken):
+        raise ValueError(f"load: {len(taken)} saved rows for the {len(into)} rows {into.tolist()}; give as many")
     sources = _sources(file, cache)
     need = int(file.lengths[taken].max())
     if need > cache.capacity:
@@ -77,7 +82,9 @@ def load(
             f"Make one of at least {need}"
         )
 
-    changes, moves = _bookkeeping(file, cache, rows, taken)
+    books, moves = _bookkeeping(file, cache, into, taken)
+    lengths, ok = np.array(cache.lengths), np.array(cache.ok)
+    lengths[into], ok[into] = file.lengths[taken], file.array("ok", bool, (file.num_rows,))[taken]
     where = list(zip(sources, one_by_one(cache), strict=True))
     names = []
     for number, (entry, _) in where:
@@ -94,12 +101,19 @@ def load(
             form = _Form.of(file, number, name, part)
             buffers = part.stored
             for move in moves[layers[entry].group]:
-                for block in form.blocks(file, move, buffers):
+                for block in form.blocks(file, move):
                     at = None if index is None else np.int32(index)
                     buffers = _write(buffers, at, *block, source=form.storage, target=part.storage, size=part.size)
             stored[name] = jax.tree.map(_placed, buffers, part.stored)
         layers[entry] = with_parts(layers[entry], stored)
-    return dataclasses.replace(cache, layers=tuple(layers), **changes)
+    return dataclasses.replace(
+        cache,
+        layers=tuple(layers),
+        groups=tuple(books[: len(cache.groups)]),
+        encoded=None if cache.encoded is None else books[-1],
+        lengths=_like(lengths, cache.lengths),
+        ok=_like(ok, cache.ok),
+    )
 
 
 def _sources(file: Snapshot, cache: Any) -> list[int]:
@@ -152,69 +166,50 @@ def _check_alike(file: Snapshot, number: int, spec: dict[str, str], saved: dict[
             )
 
 
-def _bookkeeping(file: Snapshot, cache: Any, rows: Any, taken: Any) -> tuple[dict[str, Any], list[list[_Move]]]:
-    """Returns what changes of the cache beside its layers, by field; and per book the moves of its layers' tokens."""
+def _bookkeeping(file: Snapshot, cache: Any, rows: Any, taken: Any) -> tuple[Any, list[list[_Move]]]:
+    """Returns the books with what the rows have of the file's; and per book the moves of its layers' tokens."""
+    books: list[Any] = []
     moves: list[list[_Move]] = []
-
-    def moved(group: Any, tokens: list[tuple[int, Any, Any]]) -> Any:
-        """Returns the book of pages with these tokens of the rows: (how many there are, which are taken, slots)."""
-        held = np.zeros((len(rows), group.num_slots), bool)
-        for i, (_, _, slots) in enumerate(tokens):
+    for book in cache.bookkeeping:
+        if repr(book.reach) not in file.groups:
+            raise file.foreign(f"it has no group of {book.reach}")
+        prefix = f"groups.{file.groups.index(repr(book.reach))}"
+        by_row, by_slot = (
+            {name: np.array(getattr(book, name)) for name in names} for names in (book.by_row, book.by_slot)
+        )
+        saved = {
+            name: file.array(f"{prefix}.{name}", x.dtype, (file.num_rows, *x.shape[1:])) for name, x in by_row.items()
+        }
+        held, settled = np.zeros((len(rows), book.num_slots), bool), []
+        for i, (row, r) in enumerate(zip(rows, taken, strict=True)):
+            there, count = {}, None
+            for name, x in by_slot.items():
+                there[name] = file.array(f"rows.{r}.{prefix}.{name}", x.dtype, (count,))
+                count = there[name].size
+            try:
+                kept, slots, of_row = book.settle({n: x[r] for n, x in saved.items()}, there, int(file.lengths[r]))
+            except ValueError as error:
+                raise file.foreign(f"row {r} has {error}") from error
+            for name, x in by_row.items():
+                x[row] = of_row[name]
+            for name, x in by_slot.items():
+                x[row] = EMPTY
+                x[row, slots] = there[name][kept]
             held[i, slots] = True
-        pages = cache.layout.refill(group.pages, rows, held)
-        table = cache.layout.table(pages)
-        places = [cache.layout.places(table, np.full(t[2].shape, row), t[2]) for row, t in zip(rows, tokens, strict=True)]
-        moves.append([_Move(int(r), t[0], t[1], *at) for r, t, at in zip(taken, tokens, places, strict=True)])
-        return jax.tree.map(_like, pages, group.pages)
-
-    groups = []
-    for group in cache.groups:
-        if repr(group.reach) not in file.groups:
-            raise file.foreign(f"it has no group of {group.reach}")
-        source = file.groups.index(repr(group.reach))
-        positions, lost = np.array(group.positions), np.array(group.lost)
-        saved = file.array(f"groups.{source}.lost", np.int32, (file.num_rows, 2))
-        tokens = []
-        for row, r in zip(rows, taken, strict=True):
-            there = file.array(f"rows.{r}.groups.{source}.positions", np.int32, (None,))
-            if not (np.diff(there, prepend=EMPTY) > 0).all() or (there >= file.lengths[r]).any():
-                raise file.foreign(f"row {r} has positions that are not in order, or beyond its length")
-            if not ((saved[r] >= 0) & (saved[r] <= FAR)).all():
-                raise file.foreign(f"row {r} has lost positions that there can't be")
-            kept, lost[row] = _room(group, there, saved[r])
-            slots = group.slot(there[kept])
-            positions[row] = EMPTY
-            positions[row, slots] = there[kept]
-            tokens.append((there.size, kept, slots))
-        pages = moved(group, tokens)
-        places = _like(positions, group.positions), _like(lost, group.lost)
-        groups.append(dataclasses.replace(group, positions=places[0], lost=places[1], pages=pages))
-    lengths, ok = np.array(cache.lengths), np.array(cache.ok)
-    lengths[rows], ok[rows] = file.lengths[taken], file.array("ok", bool, (file.num_rows,))[taken]
-    changes = {"groups": tuple(groups), "lengths": _like(lengths, cache.lengths), "ok": _like(ok, cache.ok)}
-    if cache.encoded is not None:
-        encoded = np.array(cache.encoded.lengths)
-        saved = file.array("encoded", np.int32, (file.num_rows,))[taken]
-        if not ((saved >= EMPTY) & (saved <= cache.encoded.reach.size)).all():
-            raise file.foreign("an encoder's output has a length that none can have")
-        encoded[rows] = saved
-        slots = [np.arange(max(n, 0)) for n in saved]
-        pages = moved(cache.encoded, [(x.size, x, x) for x in slots])
-        at = _like(encoded, cache.encoded.lengths)
-        changes["encoded"] = dataclasses.replace(cache.encoded, lengths=at, pages=pages)
-    return changes, moves
-
-
-def _room(group: Group, positions: Any, lost: Any) -> tuple[Any, Any]:
-    """Returns which of a row's positions int32 [n], in order, a group has slots for: int [k]; and what it then lost."""
-    sinks = group.reach.sinks
-    gone = int(positions[-1]) + 1 - group.ring if positions.size else 0  # later ones lie in the slots of those below
-    if gone <= sinks:
-        return np.arange(positions.size), lost
-    kept = np.flatnonzero((positions < sinks) | (positions >= gone))
-    if lost[0] >= lost[1]:
-        return kept, np.array([sinks, gone], np.int32)
-    return kept, np.array([min(lost[0], sinks), max(lost[1], gone)], np.int32)
+            settled.append((int(r), slots.size if count is None else count, kept, slots))
+        layout = layout_of(cache, book)
+        pages = layout.refill(book.pages, rows, held)
+        table, unit = layout.table(pages), layout.unit(book.num_slots)
+        moves.append([])
+        for row, (r, count, kept, slots) in zip(rows, settled, strict=True):
+            units = np.unique(slots // unit)
+            at = layout.places(table, np.full(units.shape, row), units * unit)
+            moves[-1].append(_Move(r, count, kept, slots, unit, units, *at))
+        changed = {name: _like(x, getattr(book, name)) for name, x in (by_row | by_slot).items()}
+        if pages is not None:
+            changed["pages"] = jax.tree.map(_like, pages, book.pages)
+        books.append(dataclasses.replace(book, **changed))
+    return books, moves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,45 +251,63 @@ class _Form:
             file.expect(name, one.dtype, (one.shape[0], move.count, one.shape[2]))
         return list(names)
 
-    def blocks(self, file: Snapshot, move: _Move, buffers: Any) -> Iterator[tuple[Any, Any, Any]]:
-        """Yields where some tokens go and what they are, block by block: lead int32 [n], slots int32 [n], pieces.
+    def blocks(self, file: Snapshot, move: _Move) -> Iterator[tuple[Any, Any, Any, Any]]:
+        """Yields where some units of slots go, and what lies in them, until all are told.
 
-        n is one of few numbers; what is added to make it so goes nowhere, a place past the end.
+        Where no token lies in a unit there are zeros: the row has nothing else there.
+
+        Yields:
+          lead int32 [m], start int32 [m], how many of the m units there are, pieces [K, m * unit, h].
         """
-        nowhere = jax.tree.leaves(buffers)[0].shape[-4]
         arrays = [file.numbers(name, one.dtype) for name, one in self.names(move.row).items()]
-        for begin in range(0, len(move.tokens), _BLOCK):
-            tokens = move.tokens[begin : begin + _BLOCK]
-            n = padded(len(tokens))
-            lead, slots = nowhere + np.arange(n, dtype=np.int32), np.zeros(n, np.int32)
-            lead[: len(tokens)] = move.lead[begin : begin + _BLOCK]
-            slots[: len(tokens)] = move.slots[begin : begin + _BLOCK]
-            together = int(tokens[-1]) - int(tokens[0]) + 1 == len(tokens)
-            which = slice(int(tokens[0]), int(tokens[-1]) + 1) if together else tokens
+        which, most = np.searchsorted(move.units, move.slots // move.unit), max(_BLOCK // move.unit, 1)
+        for begin in range(0, len(move.units), most):
+            count = min(most, len(move.units) - begin)
+            size = padded(count)
+            lead, start = (np.zeros(size, np.int32) for _ in range(2))
+            lead[:count], start[:count] = (x[begin : begin + count] for x in (move.lead, move.start))
+            here = np.flatnonzero((which >= begin) & (which < begin + count))
+            source = _together(move.tokens[here])
+            target = _together((which[here] - begin) * move.unit + move.slots[here] % move.unit)
             pieces = []
             for array in arrays:
-                piece = array[:, which]
-                if n > len(tokens):
-                    piece = np.concatenate([piece, np.zeros((len(piece), n - len(tokens), piece.shape[2]), piece.dtype)], 1)
-                pieces.append(piece)
-            yield lead, slots, jax.tree.unflatten(jax.tree.structure(self.tree), pieces)
+                if isinstance(target, slice) and target == slice(0, size * move.unit):
+                    pieces.append(array[:, source])
+                else:
+                    pieces.append(np.zeros((array.shape[0], size * move.unit, array.shape[2]), array.dtype))
+                    pieces[-1][:, target] = array[:, source]
+            yield lead, start, np.int32(count), jax.tree.unflatten(jax.tree.structure(self.tree), pieces)
+
+
+def _together(numbers: np.ndarray) -> Any:
+    """Returns numbers as a slice if they are consecutive: int [n]."""
+    if len(numbers) and (np.diff(numbers) == 1).all():
+        return slice(int(numbers[0]), int(numbers[-1]) + 1)
+    return numbers
 
 
 @functools.partial(jax.jit, static_argnames=("source", "target", "size"), donate_argnums=0)
 def _write(
-    buffers: Any, index: Any, lead: Any, slots: Any, pieces: Any, *, source: Any, target: Any, size: int
+    buffers: Any, index: Any, lead: Any, start: Any, count: Any, pieces: Any, *, source: Any, target: Any, size: int
 ) -> Any:
-    """Returns the buffers with pieces [K, n, h] of n tokens at (lead, slots); nowhere where `lead` is past the end."""
+    """Returns the buffers with units of slots, of pieces [K, m * unit, h], at (lead, start) [m]: the first `count`."""
 
-    def write(buffers: Any, index: Any, lead: Any, slots: Any, pieces: Any) -> Any:
+    def write(buffers: Any, index: Any, lead: Any, start: Any, count: Any, pieces: Any) -> Any:
         if source != target:
             pieces = _converted(pieces, source=source, target=target, size=size)
-        at = (lead, slice(None), slots) if index is None else (index, lead, slice(None), slots)
-        return jax.tree.map(
-            lambda buffer, x: buffer.at[at].set(x.swapaxes(0, 1), mode="drop", unique_indices=True), buffers, pieces
-        )
+        zero, more = jnp.int32(0), () if index is None else (index,)
 
-    return automatic(write, like(buffers))(buffers, index, lead, slots, pieces)
+        def one(i: Any, buffers: Any) -> Any:
+            def put(buffer: Any, x: Any) -> Any:
+                unit = x.shape[1] // lead.shape[0]
+                x = lax.dynamic_slice_in_dim(x, i * unit, unit, 1).reshape(*[1] * len(more), 1, -1, unit, x.shape[2])
+                return lax.dynamic_update_slice(buffer, x, (*more, lead[i], zero, start[i], zero))
+
+            return jax.tree.map(put, buffers, pieces)
+
+        return lax.fori_loop(0, count, one, buffers)
+
+    return automatic(write, like(buffers))(buffers, index, lead, start, count, pieces)
 
 
 def _converted(pieces: Any, *, source: Any, target: Any, size: int) -> Any:

@@ -64,6 +64,10 @@ class Rows:
     def refill(self, pages: None, rows: Any, held: Any) -> None:
         """Returns the bookkeeping when these rows hold something in the slots `held`, and nothing else."""
 
+    def unit(self, num_slots: int) -> int:
+        """Returns how many slots lie together, from each multiple of it on, that are one row's."""
+        return num_slots if num_slots <= _MOVE_BLOCK else math.gcd(num_slots, 1024)
+
     def table(self, pages: None) -> None:
         """Returns what `places` needs of the bookkeeping."""
 

@@ -4,8 +4,9 @@ Of each row the tokens lie in the order of their positions, whatever the slots a
 any cache of the same layers takes them. The file is safetensors with checksums. Its metadata "jaxkv" says in JSON what
 the layers are; the arrays are
 
-- `lengths` int32 [N], `ok` bool [N], of each saved row; `encoded` int32 [N], the length of its encoder's output;
-- `groups.G.lost` int32 [N, 2] and, for each row, `rows.R.groups.G.positions` int32 [n], of each reach;
+- `lengths` int32 [N] and `ok` bool [N], of each saved row;
+- `groups.G.lost` int32 [N, 2] and, for each row, `rows.R.groups.G.positions` int32 [n], of each reach; for Cross
+  `groups.G.lengths` int32 [N]: what the bookkeeping says of rows and of slots;
 - `rows.R.layers.L.k` [K, n, H], `.v`, and what else a layer keeps of its tokens, as it is stored;
 - `logits` [N, V], if they were given.
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -23,16 +26,17 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxkv import __version__, safetensors
+from jaxkv import safetensors
 from jaxkv.cache.arguments import FAR
-from jaxkv.cache.cross import Encoded
 from jaxkv.cache.layer import Layer
 from jaxkv.cache.plain import made_of, plain
+from jaxkv.cache.rows import Rows
 from jaxkv.errors import NotSupportedError
 from jaxkv.kinds import kind_of
 from jaxkv.meshes import automatic
 
 FORMAT = 1
+_VERSION = importlib.import_module("jaxkv").__version__  # type checkers would take an import for a circle
 _HEADER = "jaxkv"
 _STORAGE = "_storage"  # how the fields of a LayerSpec end that say how numbers are kept
 
@@ -48,18 +52,19 @@ class Part:
 
 
 def parts(layer: Layer) -> dict[str, Part]:
-    """Returns what a layer, or a stack, keeps of each token, by name."""
+    """Returns what a layer, or a stack, keeps of each token, by name: all arrays of it that go to a file."""
     spec = layer.spec
-    found = {  # those of the spec's fields k_storage and v_storage, and others
+    found = {  # of the names of the spec's fields k_storage and v_storage, and others
         "k": Part(layer.k, spec.num_kv_heads, spec.head_dim, spec.k_storage),
         "v": Part(layer.v, spec.num_kv_heads, spec.value_dim, spec.v_storage),
     }
-    return found | {name: Part(layer.sides[name], *side) for name, side in spec.sides.items()}
+    found |= {name: Part(stored, *spec.sides[name]) for name, stored in layer.sides.items()}
+    return {name: part for name, part in found.items() if part.stored is not None}
 
 
 def with_parts(layer: Layer, stored: Mapping[str, Any]) -> Layer:
     """Returns the layer with other arrays of all its `parts`."""
-    return layer.with_buffers((stored["k"], stored["v"], {name: stored[name] for name in layer.spec.sides}))
+    return layer.with_buffers((stored.get("k"), stored.get("v"), {name: stored[name] for name in layer.sides}))
 
 
 def leaves(name: str, stored: Any) -> dict[str, Any]:
@@ -72,6 +77,11 @@ def one_by_one(cache: Any) -> list[tuple[int, int | None]]:
     """Returns the layers of a cache, those of a stack after one another: their entry of `layers`, and which of it."""
     counts = [layer.num_stacked for layer in cache.layers]
     return [(i, j) for i, n in enumerate(counts) for j in (range(n) if n is not None else (None,))]
+
+
+def layout_of(cache: Any, book: Any) -> Any:
+    """Returns where the slots of the layers of one book lie."""
+    return Rows() if book.pages is None else cache.layout
 
 
 def described(spec: Any) -> dict[str, str]:
@@ -90,36 +100,37 @@ def save(
 ) -> None:
     """Does what `Cache.save` says."""
     check_here(cache, "save")
-    rows = checked_rows("save: rows", rows, cache.num_rows)
+    chosen = checked_rows("save: rows", rows, cache.num_rows)
     if fingerprint is not None and not isinstance(fingerprint, str):
         raise ValueError(f"save: fingerprint is {kind_of(fingerprint)}; give a text that tells your model from others")
     tensors: dict[str, Any] = {
-        "lengths": np.asarray(cache.lengths)[rows],
-        "ok": np.asarray(cache.ok)[rows],
+        "lengths": np.asarray(cache.lengths)[chosen],
+        "ok": np.asarray(cache.ok)[chosen],
     }
-    if cache.encoded is not None:
-        tensors["encoded"] = np.asarray(cache.encoded.lengths)[rows]
     if logits is not None:
-        if logits.ndim != 2 or logits.shape[0] != len(rows):
-            raise ValueError(f"save: logits has shape {logits.shape}; give [N, V] = [{len(rows)}, V], of the saved rows")
+        if logits.ndim != 2 or logits.shape[0] != len(chosen):
+            raise ValueError(
+                f"save: logits has shape {logits.shape}; give [N, V] = [{len(chosen)}, V], of the saved rows"
+            )
         tensors["logits"] = logits
     places: list[list[Any]] = []  # per book and saved row: where in a buffer its tokens lie
     for number, book in enumerate(cache.bookkeeping):
-        held, table = np.asarray(book.held)[rows], cache.layout.table(book.pages)
-        if not isinstance(book, Encoded):
-            tensors[f"groups.{number}.lost"] = np.asarray(book.lost)[rows]
+        held, layout = np.asarray(book.held), layout_of(cache, book)
+        for name in book.by_row:
+            tensors[f"groups.{number}.{name}"] = np.asarray(getattr(book, name))[chosen]
+        by_slot = {name: np.asarray(getattr(book, name)) for name in book.by_slot}
         places.append([])
-        for i, row in enumerate(rows):
-            order = np.argsort(held[i], kind="stable")
-            slots = order[np.searchsorted(held[i], 0, sorter=order) :]
-            if not isinstance(book, Encoded):
-                tensors[f"rows.{i}.groups.{number}.positions"] = held[i, slots]
-            places[-1].append(cache.layout.places(table, np.full(slots.shape, row), slots))
+        for i, row in enumerate(chosen):
+            order = np.argsort(held[row], kind="stable")
+            slots = order[np.searchsorted(held[row], 0, sorter=order) :]
+            for name, x in by_slot.items():
+                tensors[f"rows.{i}.groups.{number}.{name}"] = x[row, slots]
+            places[-1].append(layout.places(layout.table(book.pages), np.full(slots.shape, row), slots))
     for number, (entry, index) in enumerate(one_by_one(cache)):
         layer = cache.layers[entry]
         for name, part in parts(layer).items():
             for leaf, buffer in leaves(name, part.stored).items():
-                for i in range(len(rows)):
+                for i in range(len(chosen)):
                     tensors[f"rows.{i}.layers.{number}.{leaf}"] = _Taken(buffer, index, *places[layer.group][i])
     text = json.dumps(_header(cache, fingerprint, metadata), separators=(",", ":"))
     safetensors.write(path, tensors, metadata={_HEADER: text}, checked=True)
@@ -139,10 +150,10 @@ def _header(cache: Any, fingerprint: str | None, metadata: Any) -> dict[str, Any
         layers.append({"entry": entry, "spec": texts, **storages})
     return {
         "format": FORMAT,
-        "jaxkv": __version__,
+        "jaxkv": _VERSION,
         "fingerprint": fingerprint,
         "stacked": any(layer.num_stacked is not None for layer in cache.layers),
-        "groups": [repr(group.reach) for group in cache.groups],
+        "groups": [repr(book.reach) for book in cache.bookkeeping],
         "layers": layers,
         "metadata": safetensors.texts(metadata or {}),
     }
@@ -171,9 +182,13 @@ class _Taken:
             return self._fetched()
         x = np.asarray(self.buffer)  # the memory itself
         x = x if self.index is None else x[self.index]
-        if len(self.slots) and (np.diff(self.slots) == 1).all() and (self.lead == self.lead[0]).all():
-            return x[self.lead[0], :, self.slots[0] : self.slots[-1] + 1]
-        return x[self.lead, :, self.slots].swapaxes(0, 1)
+        apart = np.flatnonzero((np.diff(self.slots) != 1) | (np.diff(self.lead) != 0)) + 1
+        out = np.empty(self.shape, x.dtype)
+        for begin, end in itertools.pairwise([0, *apart.tolist(), len(self.slots)]):
+            if begin < end:
+                start = self.slots[begin]
+                out[:, begin:end] = x[self.lead[begin], :, start : start + end - begin]
+        return out
 
     def _fetched(self) -> np.ndarray:
         """Returns it from another device, where only these tokens are gathered."""
@@ -193,8 +208,8 @@ def _gather(buffer: Any, index: Any, lead: Any, slots: Any) -> Any:
 
 
 def padded(count: int) -> int:
-    """Returns a number of tokens of which there are few, so that few programs are compiled."""
-    return max(64, 1 << (count - 1).bit_length()) if count else 64
+    """Returns a number from `count` on of which there are few, so that few programs are compiled: a power of two."""
+    return 1 << max(count - 1, 0).bit_length()
 
 
 class Snapshot:
@@ -239,7 +254,7 @@ class Snapshot:
         match header:
             case {"format": int(number), "jaxkv": str(version)} if number != FORMAT:
                 raise ValueError(
-                    f"{self.path} was written by jaxkv {version} in format {number}; jaxkv {__version__} reads "
+                    f"{self.path} was written by jaxkv {version} in format {number}; jaxkv {_VERSION} reads "
                     f"format {FORMAT}; update jaxkv"
                 )
             case {
@@ -294,7 +309,9 @@ class Snapshot:
         found = self._file.shape(name)
         alike = len(found) == len(shape) and all(want in (None, n) for n, want in zip(found, shape, strict=True))
         if not alike or not _same_bits(self._file.kind(name), np.dtype(dtype)):
-            raise self.foreign(f"{name} is {self._file.kind(name)}{list(found)}, must be {np.dtype(dtype)}{list(shape)}")
+            raise self.foreign(
+                f"{name} is {self._file.kind(name)}{list(found)}, must be {np.dtype(dtype)}{list(shape)}"
+            )
 
     def numbers(self, name: str, dtype: Any) -> np.ndarray:
         """Returns an array that was expected and checked, of a dtype with the same bits."""

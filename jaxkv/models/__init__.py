@@ -17,6 +17,7 @@ from .encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
 from .experts import ExpertsConfig as ExpertsConfig
 from .families import FAMILIES as FAMILIES
 from .files import Files as Files
+from .files import fingerprint as fingerprint
 from .generation import GenerationConfig as GenerationConfig
 from .latent import LatentConfig as LatentConfig
 from .model import Model as Model
