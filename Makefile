@@ -22,7 +22,7 @@ demo: $(VENV)/.run ## let the bundled model continue a sentence: make demo PROMP
 chat: $(VENV)/.run ## talk with it; what was said stays in the cache
 	@$(BIN)/python -m jaxkv chat
 
-# Tests that don't speak of XLA's optimizations run without them: compiling takes a third of the time. `make test-full` has them.
+# JAXKV_QUICK: without XLA's optimizations, which is a third of the time. The tests whose claims need them are `optimized`.
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test: $(VENV)/.dev ## run all tests, the doctests and the code in README.md and docs/
@@ -33,14 +33,15 @@ else
 	$(PYTEST) -m optimized
 endif
 
-# The cache, attention, the compiled loops, and the database of the memo: where another JAX or Python shows first.
-JAX_TESTS := $(addprefix tests/test_,$(addsuffix .py,attend beams best_of cache combinations cross devices disk export generate \
-  imports pages plan setup shared spec speculate storage trees))
+# The cache, attention, the compiled loop, and the database of the memo: where another JAX or Python shows first.
+JAX_TESTS := $(addprefix tests/test_,$(addsuffix .py,attend cache cross devices disk export generate imports pages plan setup \
+  spec trees))
 
-test-jax: $(VENV)/.dev ## run the tests that meet JAX most, for another Python
-	$(PYTEST) $(JAX_TESTS)
+test-jax: $(VENV)/.dev ## run the tests that meet JAX most, and those of the compiled programs, for another Python
+	JAXKV_QUICK=1 $(PYTEST) -m "not optimized" $(JAX_TESTS)
+	$(PYTEST) -m optimized tests
 
-test-full: $(VENV)/.dev ## run them with more random programs, every flipped bit and a million rows: half an hour
+test-full: $(VENV)/.dev ## run them with more random programs, every flipped bit and a million rows, all with XLA's optimizations: an hour
 	JAXKV_FULL=1 $(PYTEST)
 
 test-all: ## run the tests on every supported Python that is here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -111,7 +112,8 @@ def resized(x: Any, axis: int, size: int) -> PartitionSpec:
 def automatic(function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
     """Returns the function run as on Auto axes, where XLA chooses the shardings in between.
 
-    Where no argument lies on a mesh with Explicit axes the function runs as it is.
+    Where no argument lies on a mesh with Explicit axes the function runs as it is; outside of `jit` as one compiled
+    program, if it is one that a later call can find again: a function of a module, or a `partial` of one.
 
     Args:
       function: of arrays and pytrees of arrays.
@@ -120,17 +122,30 @@ def automatic(function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         mesh = explicit_mesh(args)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
         if mesh is None:
-            return function(*args)
+            return (function if traced else _compiled(function))(*args)
         places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         axes = tuple(
             name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
         )
         run = jax.sharding.auto_axes(function, axes=axes, out_sharding=places)
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
         return run(*args) if traced else jax.jit(run)(*args)
 
     return call
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function as a program that is compiled once, or as it is where it was made for this call alone."""
+    part = function if isinstance(function, functools.partial) else functools.partial(function)
+    if part.args or part.func.__closure__ is not None:
+        return function
+    return _program(part.func, tuple(part.keywords.items()))
+
+
+@functools.cache
+def _program(function: Callable[..., Any], keywords: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    return jax.jit(functools.partial(function, **dict(keywords)))
 
 
 def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, *, out_sharding: Any = None, **options: Any) -> Any:
