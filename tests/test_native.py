@@ -48,7 +48,7 @@ def filled(dtype, layout=ROWS_LAYOUT, stacked=False):
     positions = np.stack([at, np.where((at < 600) & (at % 7 != 3), at, EMPTY), np.full(1200, EMPTY)])
 
     @jax.jit
-    def fill(cache, k, v):
+    def fill(cache, positions, k, v):
         cache, step = cache.begin(positions)
         put = lambda layer: layer.put(step, k, v)  # noqa: E731
         if stacked:
@@ -63,7 +63,12 @@ def filled(dtype, layout=ROWS_LAYOUT, stacked=False):
             layers[4] = layers[4].put(cross, k[:, :70], v[:, :70])
         return cache.with_layers(layers)
 
-    return fill(cache, normal(1, ROWS, 1200, K, H).astype(dtype), normal(2, ROWS, 1200, K, HV).astype(dtype))
+    return fill(
+        cache,
+        positions.astype(np.int32),
+        normal(1, ROWS, 1200, K, H).astype(dtype),
+        normal(2, ROWS, 1200, K, HV).astype(dtype),
+    )
 
 
 def in_numpy(q, layer, step, softcap):
@@ -125,14 +130,16 @@ def test_a_row_alone_equals_the_row_in_a_batch_bit_for_bit_and_nan_of_others_doe
             np.testing.assert_array_equal(one[row], all_of_them[row])
 
 
-def test_the_numbers_of_query_heads_and_sizes_that_vectors_do_not_divide_equal_xlas_form():
-    for heads, size in ((1, 3), (2, 16), (4, 65), (5, 40), (16, 8)):
+def test_sizes_that_vectors_do_not_divide_and_any_number_of_query_heads_equal_the_reference():
+    @functools.partial(jax.jit, static_argnums=(3, 4))
+    def run(q, k, v, size, form):
         cache = Cache.init([LayerSpec(Full(), 1, size)], 1, 64)
         cache, step = cache.begin(jnp.arange(13)[None])
-        layer = cache.layers[0].put(step, normal(1, 1, 13, 1, size), normal(2, 1, 13, 1, size))
-        q = normal(3, 1, 13, heads, size)
-        one, other = (attend(q, layer, step, implementation=form) for form in ("native", "blockwise"))
-        np.testing.assert_allclose(one, other, atol=1e-6)
+        return attend(q, cache.layers[0].put(step, k, v), step, implementation=form)
+
+    for heads, size in ((5, 3), (6, 40)):  # four at a time, and one or two
+        args = normal(3, 1, 13, heads, size), normal(1, 1, 13, 1, size), normal(2, 1, 13, 1, size), size
+        np.testing.assert_allclose(run(*args, "native"), run(*args, "reference"), atol=1e-6)
 
 
 def test_a_traced_layer_of_a_stack_is_read_where_it_lies():
@@ -146,9 +153,10 @@ def test_a_traced_layer_of_a_stack_is_read_where_it_lies():
             layer = stack.at(i).put(step, q[:, :, :K], q[:, :, :K, :HV])
             return layer.at(None), attend(q, layer, step, implementation=form)
 
-        return jax.lax.scan(body, cache.layers[0], jnp.arange(3, dtype=jnp.int32))[1]
+        stack, outs = jax.lax.scan(body, cache.layers[0], jnp.arange(3, dtype=jnp.int32))
+        return cache.with_layers([stack]), outs
 
-    np.testing.assert_allclose(scan(cache, q, "native"), scan(cache, q, "blockwise"), atol=1e-6)
+    np.testing.assert_allclose(scan(cache, q, "native")[1], scan(cache, q, "reference")[1], atol=1e-6)
     compiled = jax.jit(scan.__wrapped__, static_argnums=2, donate_argnums=0).lower(cache, q, "native").compile()
     assert compiled.memory_analysis().temp_size_in_bytes < cache.layers[0].k.nbytes / 2
 
@@ -164,7 +172,7 @@ def small():
     return normal(3, ROWS, 8, N, H), layer, step
 
 
-def test_gradients_and_vmap_equal_those_of_xlas_form():
+def test_gradients_and_vmap_equal_those_of_the_reference():
     q, layer, step = small()
 
     def gradients(form):
@@ -173,11 +181,11 @@ def test_gradients_and_vmap_equal_those_of_xlas_form():
         )
         return run(q, layer.k, layer.v)
 
-    for one, other in zip(jax.tree.leaves(gradients("native")), jax.tree.leaves(gradients("blockwise")), strict=True):
+    for one, other in zip(jax.tree.leaves(gradients("native")), jax.tree.leaves(gradients("reference")), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
     many = jnp.stack([q, 2 * q])
     got = jax.jit(jax.vmap(lambda q: attend(q, layer, step, implementation="native")))(many)
-    np.testing.assert_allclose(got[1], attend(2 * q, layer, step, implementation="blockwise"), atol=1e-6)
+    np.testing.assert_allclose(got[1], attend(2 * q, layer, step, implementation="reference"), atol=1e-6)
 
 
 def test_auto_calls_it_where_one_device_runs_the_program_and_nowhere_else():
@@ -202,7 +210,7 @@ def test_auto_calls_it_where_one_device_runs_the_program_and_nowhere_else():
     )
     assert CALL in mapped.lower(q, layer.k, layer.v).as_text()
     np.testing.assert_allclose(
-        mapped(q, layer.k, layer.v), attend(q, layer, step, implementation="blockwise"), atol=1e-6
+        mapped(q, layer.k, layer.v), attend(q, layer, step, implementation="reference"), atol=1e-6
     )
     exported = jax.export.export(jax.jit(lambda q: run(q, layer, step)))(q)
     assert CALL not in exported.mlir_module()  # it may run where there is no kernel

@@ -14,16 +14,17 @@ const T* given(const ffi::AnyBuffer& x) {
   return x.element_count() ? static_cast<const T*>(x.untyped_data()) : nullptr;
 }
 
-bool has_shape(const ffi::AnyBuffer& x, std::initializer_list<int64_t> shape) {
+bool has_shape(const ffi::AnyBuffer& x, std::initializer_list<int64_t> shape, size_t skipped = 0) {
   const auto dims = x.dimensions();
-  return dims.size() == shape.size() && std::equal(shape.begin(), shape.end(), dims.begin());
+  return dims.size() == shape.size() - skipped && std::equal(shape.begin() + skipped, shape.end(), dims.begin());
 }
 
 bool type_of(ffi::DataType type, Type& found) {
   switch (type) {
     case ffi::DataType::F32: found = kFloat; return true;
     case ffi::DataType::F16: found = kHalf; return true;
-    case ffi::DataType::BF16: found = kBfloat; return true;
+    case ffi::DataType::BF16:
+    case ffi::DataType::U16: found = kBfloat; return true;  // where XLA is slow with them, a cache keeps the bits
     case ffi::DataType::S8: found = kInt8; return true;
     default: return false;
   }
@@ -38,10 +39,12 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> log_total, int64_t sinks, float softcap,
                   int64_t in_order) {
   const auto qd = q.dimensions(), kd = k.dimensions(), vd = v.dimensions(), held = kv_positions.dimensions();
-  if (qd.size() != 5 || kd.size() != 5 || vd.size() != 5 || held.size() != 2) return wrong("jaxkv: wrong ranks");
+  const size_t stacked = kd.size() == 5;  // else the buffer of one layer, without its first axis
+  if (qd.size() != 5 || kd.size() != 4 + stacked || vd.size() != kd.size() || held.size() != 2)
+    return wrong("jaxkv: wrong ranks");
   Call call;
   call.B = qd[0], call.K = qd[1], call.G = qd[2], call.T = qd[3], call.H = qd[4];
-  call.L = kd[0], call.A = kd[1], call.S = kd[3], call.Hv = vd[4], call.V = held[1];
+  call.L = stacked ? kd[0] : 1, call.A = kd[stacked], call.S = kd[stacked + 2], call.Hv = vd[stacked + 3], call.V = held[1];
   const int64_t B = call.B, T = call.T, K = call.K, V = call.V;
   for (const ffi::AnyBuffer& x : {q, k_scales, v_scales, sink_logits})
     if (x.element_type() != ffi::DataType::F32) return wrong("jaxkv: not float32");
@@ -49,14 +52,15 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
     if (x.element_type() != ffi::DataType::S32) return wrong("jaxkv: not int32");
   if (!type_of(k.element_type(), call.type) || v.element_type() != k.element_type())
     return wrong("jaxkv: keys and values of a type that is not read");
-  const bool lies = has_shape(k, {call.L, call.A, K, call.S, call.H}) && has_shape(v, {call.L, call.A, K, call.S, call.Hv});
+  const bool lies = has_shape(k, {call.L, call.A, K, call.S, call.H}, !stacked) &&
+                    has_shape(v, {call.L, call.A, K, call.S, call.Hv}, !stacked);
   const bool fits = has_shape(layer, {}) && has_shape(rows, {B}) && has_shape(filled, {B}) &&
                     has_shape(kv_positions, {B, V}) && has_shape(low, {B, T}) && has_shape(positions, {B, T});
   const bool may = (!spans.element_count() || (has_shape(spans, {B, T}) && has_shape(kv_spans, {B, V}) && has_shape(high, {B, T}))) &&
                    (!table.element_count() || has_shape(table, {B, V / std::max<int64_t>(call.S, 1)})) &&
                    (!sink_logits.element_count() || has_shape(sink_logits, {K, call.G})) &&
-                   (!k_scales.element_count() || has_shape(k_scales, {call.L, call.A, K, call.S})) &&
-                   (!v_scales.element_count() || has_shape(v_scales, {call.L, call.A, K, call.S}));
+                   (!k_scales.element_count() || has_shape(k_scales, {call.L, call.A, K, call.S, 1}, !stacked)) &&
+                   (!v_scales.element_count() || has_shape(v_scales, {call.L, call.A, K, call.S, 1}, !stacked));
   const bool gives = has_shape(*out, {B, K, call.G, T, call.Hv}) && has_shape(*log_total, {B, K, call.G, T});
   if (!lies || !fits || !may || !gives) return wrong("jaxkv: shapes that don't fit together");
   if (call.H < 1 || call.Hv < 1 || call.H > kMost || call.Hv > kMost || call.L < 1 || call.A < 1 || call.S < 1)

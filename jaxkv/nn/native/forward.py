@@ -129,7 +129,6 @@ mlir.register_lowering(
 
 def _library_call(plan: Any, q: Any, sinks: Any, layer: Layer, step: Step) -> Any:
     spec, group, reach = layer.spec, step.groups[layer.group], layer.spec.reach
-    stacked = (lambda x: x) if layer.num_stacked is not None else (lambda x: x[None])
     none, no_float = jnp.zeros((0,), jnp.int32), jnp.zeros((0,), jnp.float32)
     held = group.kv_positions
     if spec.drops:
@@ -146,8 +145,8 @@ def _library_call(plan: Any, q: Any, sinks: Any, layer: Layer, step: Step) -> An
     call = jax.ffi.ffi_call(library.TARGET, results, vmap_method="sequential")
     out, log_total = call(
         q,
-        stacked(layer.k),
-        stacked(layer.v),
+        layer.k,  # as it is: a reshape of it, fused with the put before, would copy the whole buffer
+        layer.v,
         no_float,
         no_float,
         jnp.int32(0) if layer.index is None else layer.index,
