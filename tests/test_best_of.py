@@ -168,14 +168,15 @@ def test_samples_that_do_not_fit_into_a_pool_come_last_with_their_tokens():
     assert not np.isnan(result.scores).any()
 
 
-@pytest.mark.parametrize("free", [0, 1])
-def test_a_pool_without_a_page_for_a_copy_ends_the_last_samples_and_the_first_go_on(free):
-    cache = TOY.cache(layout=jaxkv.Pages(2 + free, page_size=8))  # of which the prompt takes two
-    result = best_of([PROMPT], cache, 5, stop_tokens=())
-    ample = best_of([PROMPT], TOY.cache(), 5, stop_tokens=())
-    assert sorted(result.reasons[0]) == sorted(["length"] * (1 + free) + ["full"] * (4 - free))
-    proper = {tokens for tokens, reason in of_rows(result, 0) if reason == "length"}
-    assert proper <= {tokens for tokens, _ in of_rows(ample, 0)}
+def test_a_pool_without_pages_for_all_copies_ends_the_last_samples_and_the_first_go_on():
+    toy, options = Toy((Full(),)), {"n": 5, "max_new_tokens": 5, "key": KEY}
+    for prompt, served in ((PROMPT, 2), ([*PROMPT, *PROMPT[:7]], 1)):  # of three pages two are the prompt's, or all
+        cache = toy.cache(layout=jaxkv.Pages(3, page_size=8))
+        result = jaxkv.best_of(toy, PARAMS, [prompt], cache, **options)
+        assert result.reasons == (("length",) * served + ("full",) * (5 - served),)
+        assert result.lengths.tolist() == [[5] * served + [0] * (5 - served)]
+        ample = jaxkv.best_of(toy, PARAMS, [prompt], toy.cache(), **options)
+        assert {tokens for tokens, _ in of_rows(result, 0)} - {()} <= {tokens for tokens, _ in of_rows(ample, 0)}
 
 
 @pytest.mark.parametrize(

@@ -347,11 +347,19 @@ TINY = {
 
 
 @pytest.mark.parametrize("make", TINY.values(), ids=TINY)
-def test_random_programs_agree_with_the_oracle_on_tiny_pools(make):
+def test_random_programs_with_trees_agree_with_the_oracle_on_tiny_pools(make):
     counts = collections.Counter()
     for seed in range(PROGRAMS):
-        counts += run_program(make(), seed, num_operations=40)
-    assert min(counts[kind] for kind in ("did not fit", "Remove", "CopyPrefix", "Take", "Keep")) > PROGRAMS / 2, counts
+        counts += run_program(make(), seed, num_operations=40, trees=True)
+    kinds = ("did not fit", "Grow", "Remove", "CopyPrefix", "Take", "Keep")
+    assert min(counts[kind] for kind in kinds) > PROGRAMS / 2, counts
+
+
+def test_random_programs_with_trees_agree_with_the_oracle_on_rows():
+    specs = turned(Full()), turned(Window(5, sinks=2), rotary_at="read")
+    for seed in range(PROGRAMS):
+        cache = Cache.init(specs, 4, 24, max_block=4, slack=2)
+        assert run_program(cache, seed, num_operations=30, trees=True)["Grow"] > 3
 
 
 NONE = (-1,) * 4

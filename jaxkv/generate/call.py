@@ -26,9 +26,7 @@ class Call:
       cache: of R rows, in JAX's arrays.
       texts: the prompts that are read, text i into row i, int32 arrays, empty for idle rows.
       held: int [P], how many tokens of each text its row holds.
-      forks: for each row, int32 [R], the row that it goes on from once the texts are read (R: an empty one), the
-        position of the token that it is given next (EMPTY: none), and how many rows before it go on from the same text.
-        None: each row goes on from its own text.
+      forks: arguments of `reading.fork`, if rows go on from the texts of others. None: each goes on from its own.
       prompts: of all rows.
       limits: int32 [R], the most new tokens of each.
       stops: int32 [S, L], see `checks.check_stop_tokens`.
@@ -42,7 +40,7 @@ class Call:
     cache: Cache
     texts: list[np.ndarray]
     held: np.ndarray
-    forks: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    forks: tuple[Any, ...] | None
     prompts: list[np.ndarray]
     limits: np.ndarray
     stops: np.ndarray
@@ -83,8 +81,9 @@ class Call:
             idle, behind = np.array([not prompt.size for prompt in everyone]), own >= len(texts)
             sources = np.where(idle, np.where(behind, own, cache.num_rows), of).astype(np.int32)
             last = np.where(idle, EMPTY, last_positions(everyone)).astype(np.int32)
-            number = np.concatenate([np.arange(n, dtype=np.int32) for n in copies])
-            forks = sources, last, number
+            number = np.where(idle, 0, np.concatenate([np.arange(n, dtype=np.int32) for n in copies]))
+            rank = np.argsort(np.lexsort((own, number, idle))).astype(np.int32)
+            forks = sources, last, rank, np.int32((~idle & (number == 0)).sum())
             others = behind & ~idle
             if (others & ((held > 0) | ~np.asarray(cache.ok))).any():
                 cache = cache.reset(others)

@@ -156,34 +156,36 @@ def take_rows(form: Form, rows: Any, cache: Any) -> tuple[Any]:
     return (form.flatten(form.build(cache).take(rows)),)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def fork(form: Form, sources: Any, last: Any, number: Any, cache: Any) -> tuple[Any]:
-    """Returns leaves of the cache whose rows begin as rows `sources` of it do, as many of them as pages are there for.
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def fork(form: Form, sources: Any, last: Any, rank: Any, least: Any, cache: Any) -> tuple[Any]:
+    """Returns leaves of the cache whose rows begin as rows `sources` of it do, as many of them as there are pages for.
 
     Args:
       form: of the cache.
-      sources: int32 [R].
+      sources: int32 [R]; R for an empty row.
       last: int32 [R], the position of the token that each row is given next; EMPTY: none.
-      number: int32 [R], how many rows before it go on from the same text.
+      rank: int32 [R], in which order they are served; the rows without a token come last.
+      least: int32 scalar, so many are forked in any case: one of each text.
       cache: its leaves.
     """
     cache = form.build(cache).take(sources)
     if isinstance(cache.layout, Rows):
         return (form.flatten(cache),)
 
-    # All who share a page want a copy of it to write to, and where no page is free none of them gets one: then the last
-    # lets go of it, until the first can go on.
-    def stuck(carry: tuple[Cache, Any]) -> Any:
+    # All who share a page want one to write to, and who gets none has the old one still. So the last let go of it until
+    # all others can go on.
+    def crowded(carry: tuple[Cache, Any]) -> Any:
         cache, most = carry
-        after, _ = cache.begin(jnp.where(number < most, last, EMPTY)[:, None])
-        return (most > 1) & ((number == 0) & (last >= 0) & ~after.ok).any()
+        after, _ = cache.begin(jnp.where(rank < most, last, EMPTY)[:, None])
+        return (most > least) & (cache.ok & ~after.ok).any()
 
     def fewer(carry: tuple[Cache, Any]) -> tuple[Cache, Any]:
         cache, most = carry
-        return cache.reset((number == most - 1) & (last >= 0)), most - 1
+        return cache.reset(rank == most - 1), most - 1
 
-    cache, most = jax.lax.while_loop(stuck, fewer, (cache, number.max() + 1))
-    return (form.flatten(dataclasses.replace(cache, ok=cache.ok & ((number < most) | (last < 0)))),)
+    forked = last >= 0
+    cache, most = jax.lax.while_loop(crowded, fewer, (cache, forked.sum(dtype=jnp.int32)))
+    return (form.flatten(dataclasses.replace(cache, ok=cache.ok & ((rank < most) | ~forked))),)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)

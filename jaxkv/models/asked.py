@@ -89,6 +89,19 @@ class Request:
         """Whether each text goes on from where its prompt ends; an answer to messages stands for itself."""
         return [isinstance(prompt, str) or row is prompt for prompt, row in zip(self.given, self.rows, strict=True)]
 
+    def run(self, loop: Any, model: Any, cache: Any, **more: Any) -> Any:
+        """Returns what a loop of `jaxkv.generate` makes of it."""
+        return loop(
+            model.forward,
+            model.params,
+            self.rows,
+            cache,
+            max_new_tokens=self.limits.tolist(),
+            sampler=self.sampler,
+            stop_tokens=self.stop_tokens,
+            **more,
+        )
+
     def capacity(self, context: int | None) -> int:
         """Returns how many tokens a row of a cache for these prompts is to hold, of a model made for `context`."""
         sizes = [len(prompt) for prompt in self.prompts]

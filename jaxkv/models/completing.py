@@ -38,22 +38,10 @@ def start(
     request = understand(model, asked)
     strings = _stop_strings(model, request.tokenizer, stop_strings)
     copies = _copies(num_samples, request)
-    cache: Any = _cache(model, asked.cache, request, sum(copies))
-    if asked.features is not None:
-        cache = hear(model.module, cache, asked.features, asked.feature_lengths)
+    cache = heard(model, asked, _cache(model, asked.cache, request, sum(copies)))
     how, more = _how(speculate, num_draft, cache)
-    steps = how(
-        model.forward,
-        model.params,
-        request.rows,
-        cache,
-        max_new_tokens=request.limits.tolist(),
-        sampler=request.sampler,
-        stop_tokens=request.stop_tokens,
-        key=key_of(seed) if key is None else key,
-        num_samples=copies,
-        **more,
-    )
+    more |= {"key": key_of(seed) if key is None else key, "num_samples": copies}
+    steps = request.run(how, model, cache, **more)
 
     def each(values: Sequence[Any]) -> list[Any]:
         return [value for value, count in zip(values, copies, strict=True) for _ in range(count)]
@@ -145,4 +133,11 @@ def _num_equal(held: Sequence[int], row: Any) -> int:
     return next((i for i, (a, b) in enumerate(zip(held, new, strict=False)) if a != b), min(len(held), len(new)))
 
 
-hear = nnx.jit(EncoderDecoder.encode_into, donate_argnums=1)
+def heard(model: Any, asked: Asked, cache: Any) -> Any:
+    """Returns the cache with what an encoder-decoder is given to hear, if it is."""
+    if asked.features is None:
+        return cache
+    return _hear(model.module, cache, asked.features, asked.feature_lengths)
+
+
+_hear = nnx.jit(EncoderDecoder.encode_into, donate_argnums=1)

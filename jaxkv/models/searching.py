@@ -13,7 +13,7 @@ from jaxkv.cache.pages import Pages
 from jaxkv.generate import Candidates
 from jaxkv.models.asked import Asked, Request, understand
 from jaxkv.models.choices import Choices
-from jaxkv.models.completing import hear
+from jaxkv.models.completing import heard
 
 _PAGE_SIZE = 16
 _MAX_BLOCK = 512  # the most that Cache.init chooses
@@ -31,17 +31,7 @@ def choose(model: Any, asked: Asked, copies: Any, search: Callable[..., Candidat
     request, cache = understand(model, asked), asked.cache
     if cache is None:
         cache = _cache(model, request, copies)
-    if asked.features is not None:
-        cache = hear(model.module, cache, asked.features, asked.feature_lengths)
-    found = search(
-        model.forward,
-        model.params,
-        request.rows,
-        cache,
-        max_new_tokens=request.limits.tolist(),
-        sampler=request.sampler,
-        stop_tokens=request.stop_tokens,
-    )
+    found = request.run(search, model, heard(model, asked, cache))
     fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     texts = None if request.tokenizer is None else tuple(_texts(request, i, row) for i, row in enumerate(found.tokens))
     return Choices(texts=texts, prompts=tuple(tuple(map(int, prompt)) for prompt in request.prompts), **fields)

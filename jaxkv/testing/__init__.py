@@ -9,6 +9,7 @@ from .pages import assert_pages_sound as assert_pages_sound
 from .programs import Begin as Begin
 from .programs import BeginCross as BeginCross
 from .programs import CopyPrefix as CopyPrefix
+from .programs import Grow as Grow
 from .programs import Keep as Keep
 from .programs import Machine as Machine
 from .programs import Remove as Remove

@@ -181,6 +181,7 @@ class Oracle:
         positions: Any,
         rows: Any = None,
         spans: Any = None,
+        parents: Any = None,
         *,
         tokens: Any,
         refused: Iterable[int] = (),
@@ -191,6 +192,8 @@ class Oracle:
           positions: int [B, T], negative for padding.
           rows: int [B], which sequence each batch row continues; None for row b on batch row b.
           spans: int [B, T], tokens of one call with the same id other than 0 see each other both ways.
+          parents: int [B, T], for a tree of tokens, of rows in order: the column of each one's parent, negative for one
+            that follows the row. Then `commit` keeps one branch.
           tokens: int [B, T], what lies at the positions.
           refused: rows that the cache did not serve although they fit here. Only rows with gaps may be, or those
             that get some by this call.
@@ -212,8 +215,10 @@ class Oracle:
                     wanted.setdefault(int(row), []).append((int(p), int(token), int(span)))
                     parts.setdefault(int(row), set()).add(b)
         served = {}
+        trees = {} if parents is None else {row: self._tree(row, positions[row], parents[row]) for row in wanted}
         for row, new in sorted(wanted.items()):
-            fits = self.fits(row, [p for p, _, _ in new]) and not (self.recurrent and len(parts[row]) > 1)
+            one_part = not (self.recurrent and len(parts[row]) > 1)
+            fits = one_part and self.fits(row, [p for p, _, _ in new]) and trees.get(row) != []
             whole = max(p for p, _, _ in new) - min(p for p, _, _ in new) < len(new)
             if fits and row in refused and whole and not self.gaps[row]:
                 raise ValueError(f"row {row} fits and has no gaps, so the cache must not refuse it")
@@ -231,6 +236,9 @@ class Oracle:
                 if q == EMPTY:
                     sees[b].append(None)
                     continue
+                if trees:
+                    sees[b].append(self._sees_branch(int(row), int(q), trees[int(row)]))
+                    continue
                 call, span = served[int(row)], int(spans[b, t])
                 sees[b].append(
                     {
@@ -244,6 +252,42 @@ class Oracle:
                     | ({} if self.cross is None else {self.cross: dict(enumerate(self.encoded[row] or []))})
                 )
         return OracleStep(rows, new_positions, np.array([row in served or row not in wanted for row in rows]), sees)
+
+    def _tree(self, row: int, positions: Any, parents: Any) -> list[dict[int, int]]:
+        """Returns for each token of a tree the position of each of its ancestors and where that stands; none if there
+        is no such tree."""
+        new, base = [int(p) for p in positions if p >= 0], self.lengths[row]
+        if new != list(range(base, base + len(new))) or any(p >= 0 for p in positions[len(new) :]):
+            return []
+        branches: list[dict[int, int]] = []
+        for t, parent in enumerate(int(parent) for parent in parents[: len(new)]):
+            if parent >= t:
+                return []
+            above = branches[parent] if parent >= 0 else {}
+            branches.append(above | {base + t: base + len(above)})
+        return branches
+
+    def _sees_branch(self, row: int, position: int, tree: list[dict[int, int]]) -> dict[Any, dict[int, int]]:
+        """Returns what a token of a tree sees, by reach: what the row held, and its branch."""
+        base = self.lengths[row] - len(tree)
+        branch = tree[position - base]
+        sees = {}
+        for reach in self.reaches:
+            stands = {p: p for p in self.kept[row][reach] if p < base} | branch
+            seen = sorted(p for p, at in stands.items() if _reaches(reach, branch[position], at))
+            sees[reach] = {p: self.kept[row][reach][p] for p in seen}
+        return sees | ({} if self.cross is None else {self.cross: dict(enumerate(self.encoded[row] or []))})
+
+    def commit(self, row: int, base: int, parents: Sequence[int], path: Sequence[int]) -> None:
+        """Keeps one branch of the tree that the row took at position `base`, as far as `path` is one."""
+        branch: list[int] = []
+        for t in path:
+            if not 0 <= t < len(parents) or max(parents[t], -1) != (branch[-1] if branch else -1):
+                break
+            branch.append(t)
+        for held in (self.history[row], *self.kept[row].values()):
+            held.update({base + i: token for i, token in enumerate([held[base + t] for t in branch])})
+        self._truncate(row, self.resume_point(row, base + len(branch)))
 
     def begin_cross(self, lengths: Sequence[int], rows: Any = None, *, tokens: Any) -> np.ndarray:
         """Takes the encoder's output of some rows, in place of what they had.

@@ -42,6 +42,15 @@ class Begin:
 
 
 @dataclasses.dataclass(frozen=True)
+class Grow:
+    """One forward pass of a tree of tokens for each row, and `commit` of a path: see `Cache.begin`."""
+
+    positions: tuple[tuple[int, ...], ...]
+    parents: tuple[tuple[int, ...], ...]
+    path: tuple[tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class BeginCross:
     """`cache.begin_cross(lengths, rows)`, and in every Cross layer put."""
 
@@ -116,10 +125,12 @@ class Checkpoint:
     rows: tuple[int, ...]
 
 
-Operation = Begin | BeginCross | Remove | Rewind | CopyPrefix | Take | Reset | Retry | Keep | Checkpoint
+Operation = Begin | Grow | BeginCross | Remove | Rewind | CopyPrefix | Take | Reset | Retry | Keep | Checkpoint
 
 
-def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: bool = True) -> Operation:
+def random_operation(
+    oracle: Oracle, choose: Choose, *, max_block: int, shift: bool = True, trees: bool = False
+) -> Operation:
     """Returns an operation that makes sense, or nearly, for what the oracle holds.
 
     Mostly tokens in order, a block or a single one per row; also flat batches, blocks of named rows, padding anywhere,
@@ -130,6 +141,7 @@ def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: b
       choose: draws whole numbers; `lambda a, b: data.draw(st.integers(a, b))` makes it a Hypothesis strategy.
       max_block: longest block of one call.
       shift: whether to remove from the middle, which needs keys that can be re-rotated.
+      trees: whether trees of tokens are drawn, too.
     """
     num_rows = oracle.num_rows
 
@@ -155,6 +167,8 @@ def random_operation(oracle: Oracle, choose: Choose, *, max_block: int, shift: b
         return BeginCross(tuple(choose(-1, size + 1 if chance(10) else size) for _ in range(count)), rows)
     if oracle.recurrent and chance(8):
         return Checkpoint(tuple(choose(-1 if chance(10) else 0, num_rows - 1) for _ in range(2)))
+    if trees and chance(25):
+        return _random_tree(oracle, choose, chance, min(max_block, 4))
     if kind < 10:
         if kind < 4:
             shape, rows = (num_rows, max_block), None
@@ -221,6 +235,26 @@ def _random_begin(oracle: Oracle, choose: Choose, chance: Any, shape: tuple[int,
     return Begin(tuple(tuple(int(p) for p in row) for row in positions), rows, spans)
 
 
+def _random_tree(oracle: Oracle, choose: Choose, chance: Any, most: int) -> Grow:
+    positions, parents, path = (np.full((oracle.num_rows, most), EMPTY) for _ in range(3))
+    for row, length in enumerate(oracle.lengths):
+        size = choose(0, most)
+        positions[row, :size] = length + np.arange(size)
+        parents[row, :size] = [choose(-1, t - 1) for t in range(size)]
+        branch = [choose(0, size - 1)] if size else []
+        while branch and parents[row, branch[0]] >= 0:
+            branch.insert(0, int(parents[row, branch[0]]))
+        branch = branch[: choose(0, most)]
+        path[row, : len(branch)] = branch
+        if size and chance(8):
+            parents[row, choose(0, size - 1)] = choose(0, most)  # may point forward
+        if chance(8):
+            path[row, choose(0, most - 1)] = choose(-1, most)  # may be no branch
+        if size and chance(4):
+            positions[row, 0] += choose(-1, 1)  # may not go on from the length
+    return Grow(*(tuple(tuple(int(x) for x in row) for row in array) for array in (positions, parents, path)))
+
+
 # ---------------------------------------------------------------- running
 
 
@@ -237,7 +271,17 @@ def input_sizes(spec: Any) -> tuple[int, int, int]:
 
 @functools.partial(jax.jit, static_argnames="num_heads")
 def forward(
-    cache: Cache, positions: Any, rows: Any, spans: Any, ks: Any, vs: Any, wheres: Any = None, *, num_heads: int
+    cache: Cache,
+    positions: Any,
+    rows: Any,
+    spans: Any,
+    ks: Any,
+    vs: Any,
+    wheres: Any = None,
+    parents: Any = None,
+    path: Any = None,
+    *,
+    num_heads: int,
 ) -> Any:
     """Returns what one forward pass through all layers gives: the way a model uses a cache, without a model.
 
@@ -247,13 +291,14 @@ def forward(
       ks, vs: for each layer, stacked ones too, keys [B, T, K, H] and values [B, T, K, Hv]; Cross layers and those
         that share don't put them.
       wheres: for each layer, stacked ones too, what `put` takes as `where`; None for none.
+      parents, path: of a tree of tokens, as `Cache.begin` and `Cache.commit` take them; None: no tree.
       num_heads: query heads per kv head; the keys themselves are the queries, head h of them times h + 1.
 
     Returns:
       The cache, the step's positions, the step's ok, and per layer (slot positions, k, v, mask, attended). Of a
       recurrent layer (positions of the last tokens, states, tails, no mask, read), see `jaxkv.testing.states`.
     """
-    cache, step = cache.begin(positions, rows, spans)
+    cache, step = cache.begin(positions, rows, spans, parents)
     ks, vs, seen = list(ks), list(vs), []
     layers: list[Any] = []
     wheres = [None] * len(ks) if wheres is None else list(wheres)
@@ -279,7 +324,8 @@ def forward(
             q = q.reshape(*k.shape[:2], -1, k.shape[3])  # [B, T, K * num_heads, H]
             seen.append((step.groups[layer.group].kv_positions, *read.get(step), attend(q, read, step)))
         layers.append(layer.at(None) if stacked else layer)
-    return cache.with_layers(layers), step.positions, step.ok, seen
+    cache = cache.with_layers(layers)
+    return cache if path is None else cache.commit(step, path), step.positions, step.ok, seen
 
 
 def side_copies(spec: LayerSpec, v: Any) -> dict[str, Any]:
@@ -402,7 +448,7 @@ class Machine:
         self.counts[type(operation).__name__] += 1
         before = self.cache
         match operation:
-            case Begin():
+            case Begin() | Grow():
                 self._begin(operation)
             case BeginCross():
                 self._begin_cross(operation)
@@ -465,20 +511,31 @@ class Machine:
 
     # ------------------------------------------------------------ forward passes
 
-    def _begin(self, operation: Begin) -> None:
+    def _begin(self, operation: Begin | Grow) -> None:
         positions = np.array(operation.positions, np.int32)
-        rows = None if operation.rows is None else np.array(operation.rows, np.int32)
-        # One compiled form with and without spans: all 0 is causal.
-        spans = np.zeros_like(positions) if operation.spans is None else np.array(operation.spans, np.int32)
-        tokens, ks, vs, wheres = self._new_tokens(positions)
+        rows: Any = None
+        spans: Any = None
+        tree: tuple[Any, ...] = ()
+        given: tuple[Any, ...]
+        stands = positions
+        if isinstance(operation, Grow):
+            tree = tuple(np.array(x, np.int32) for x in (operation.parents, operation.path))
+            stands, given = self._stands(positions, tree[0]), (None, None, tree[0])
+        else:
+            rows = None if operation.rows is None else np.array(operation.rows, np.int32)
+            # One compiled form with and without spans: all 0 is causal.
+            spans = np.zeros_like(positions) if operation.spans is None else np.array(operation.spans, np.int32)
+            given = operation.rows, operation.spans
+        bases = list(self.oracle.lengths)
+        tokens, ks, vs, wheres = self._new_tokens(stands)
         cache, got_positions, ok, seen = forward(
-            self.cache, positions, rows, spans, ks, vs, wheres, num_heads=self.HEADS
+            self.cache, positions, rows, spans, ks, vs, wheres, *tree, num_heads=self.HEADS
         )
         ok, names = np.asarray(ok), range(len(positions)) if rows is None else rows.tolist()
         wanted = [row for b, row in enumerate(names) if (positions[b] >= 0).any()]
         refused = {row for b, row in enumerate(names) if not ok[b] and row in wanted}
         try:
-            want = self.oracle.begin(positions, operation.rows, operation.spans, tokens=tokens, refused=refused)
+            want = self.oracle.begin(positions, *given, tokens=tokens, refused=refused)
         except ValueError as error:
             self._fail(f"step.ok is {ok}: {error}")
         self.counts["did not fit"] += len(refused)
@@ -488,7 +545,22 @@ class Machine:
         self._same("step.positions", np.asarray(got_positions), want.positions)
         self.cache = cache
         for i, (spec, arrays) in enumerate(zip(self.layers, seen, strict=True)):
-            self._compare_layer(i, spec, [np.asarray(x) for x in arrays], want, ks[i])
+            self._compare_layer(i, spec, [np.asarray(x) for x in arrays], want, ks[i], int(tokens[0, 0]))
+        for row in range(len(positions)) if tree else ():
+            if want.ok[row] and (size := int((positions[row] >= 0).sum())):
+                parents, path = (x[row].tolist() for x in tree)
+                self.oracle.commit(row, bases[row], parents[:size], path)
+
+    def _stands(self, positions: np.ndarray, parents: np.ndarray) -> np.ndarray:
+        """Returns where the tokens of trees stand in their branches, which is what their keys go by."""
+        stands = positions.copy()
+        for row, (at, above) in enumerate(zip(positions, parents, strict=True)):
+            for t, parent in enumerate(above):
+                sound = at[t] >= 0 and parent < t
+                stands[row, t] = (
+                    stands[row, parent] + 1 if sound and parent >= 0 else min(at[t], self.oracle.lengths[row])
+                )
+        return stands
 
     def _begin_cross(self, operation: BeginCross) -> None:
         lengths = np.array(operation.lengths, np.int32)
@@ -537,7 +609,10 @@ class Machine:
         self._rounded[storage] = max(self._rounded.get(storage, 0.0), float(np.abs(kept - x).max(initial=0)))
         return kept
 
-    def _compare_layer(self, i: int, spec: Any, arrays: list[np.ndarray], want: Any, queries: np.ndarray) -> None:
+    def _compare_layer(
+        self, i: int, spec: Any, arrays: list[np.ndarray], want: Any, queries: np.ndarray, first: int
+    ) -> None:
+        """Compares what a call saw of one layer; `first` is the first token of the call."""
         slots, k, v, mask, out = arrays
         source = i if spec.shares is None else spec.shares
         name = f"layer {i} {spec.reach}"
@@ -569,7 +644,9 @@ class Machine:
                 picture(want.positions[b], expected[b], seen[b]),
             )
         used = tokens >= 0
-        want_k, want_v = self._expected(source, spec, slots[used], tokens[used])
+        written = np.array([self._written[n][0] for n in tokens[used]], int)
+        at = np.where(tokens[used] >= first, written, slots[used])  # in a tree a token stands where its branch puts it
+        want_k, want_v = self._expected(source, spec, at, tokens[used])
         eps_k, eps_v = (_rounding(storage.dtype) for storage in (spec.k_storage, spec.v_storage))
         self._close(f"layer {i} {spec.reach}: v", v[used].astype(np.float64), want_v, 8 * eps_v, slots, used)
         most = 8 * (max(eps_k, eps_v) if spec.v_in_k else eps_k) * (1 + self._turns)
@@ -656,6 +733,8 @@ class Machine:
         try:
             assert_pages_sound(self.cache)
             match operation:
+                case Grow(positions):
+                    assert_only_written(before, self.cache, positions)
                 case Begin(positions, rows):
                     assert_only_written(before, self.cache, positions, rows)
                 case BeginCross(_, rows):
@@ -708,7 +787,7 @@ class Machine:
 
 
 def run_program(
-    cache: Cache, source: int | Iterable[Operation] | Choose, *, num_operations: int = 40
+    cache: Cache, source: int | Iterable[Operation] | Choose, *, num_operations: int = 40, trees: bool = False
 ) -> collections.Counter[str]:
     """Runs a random or a given program on a cache and on the oracle, and compares them after every operation.
 
@@ -720,6 +799,7 @@ def run_program(
         function that draws a whole number between two others, such as
         `lambda least, most: data.draw(st.integers(least, most))` with Hypothesis.
       num_operations: how many operations to draw.
+      trees: whether to draw trees of tokens, too: a program more to compile.
 
     Returns:
       How often each kind of operation was run.
@@ -747,7 +827,8 @@ def run_program(
     try:
         for _ in range(num_operations):
             block = machine.cache.max_block
-            machine.run(random_operation(machine.oracle, choose, max_block=block, shift=machine.can_shift))
+            kinds = {"shift": machine.can_shift, "trees": trees}
+            machine.run(random_operation(machine.oracle, choose, max_block=block, **kinds))
             row = choose(0, machine.oracle.num_rows - 1)
             machine.compare_resume_points(row, choose(0, machine.oracle.lengths[row] + 1))
     except AssertionError as error:
