@@ -127,7 +127,8 @@ class Picture:
         width, height = max(widest, x), y + _SIDE + 4
         return (
             f'<svg class="jaxkv" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-            f'height="{height}" role="img" style="max-width:100%;height:auto"><style>{_STYLE}</style>{"".join(parts)}</svg>'
+            f'height="{height}" role="img" style="max-width:100%;height:auto"><style>{_STYLE}</style>'
+            f"{''.join(parts)}</svg>"
         )
 
     def _repr_html_(self) -> str:
@@ -196,7 +197,7 @@ def _rules(*rules: str) -> str:
 
 
 _LIGHT = (
-    "text{font-family:system-ui,sans-serif;fill:#222;font-size:11px}",
+    "text{font-family:system-ui,sans-serif;fill:currentColor;font-size:11px}",  # in a page, that of its text
     ".t{font-weight:600;font-size:12px}",
     "rect{stroke:#9a9a9a;stroke-width:.7}",
     ".n{fill:#fff!important;font-size:9px;text-anchor:middle}",
@@ -204,12 +205,15 @@ _LIGHT = (
     *(f".{kind}{{fill:{light}}}" for kind, (_, light, _, _, _) in KINDS.items()),
 )
 _DARK = (
-    "text{fill:#ddd}",
     ".free{stroke:#666}",
     ".hidden{stroke:#666}",
     *(f".{kind}{{fill:{dark}}}" for kind, (_, _, dark, _, _) in KINDS.items()),
 )
-_STYLE = f"{_rules(*_LIGHT)}@media (prefers-color-scheme:dark){{{_rules(*_DARK)}}}"
+_FILE = ":root.jaxkv{{color:{}}}"  # a file by itself, which has no page around it
+_STYLE = (
+    f"{_FILE.format('#222')}{_rules(*_LIGHT)}"
+    f"@media (prefers-color-scheme:dark){{{_FILE.format('#ddd')}{_rules(*_DARK)}}}"
+)
 
 
 def _cell_svg(cell: Cell, x: float, y: float) -> str:

@@ -133,7 +133,9 @@ def test_the_style_of_a_picture_is_for_nothing_else_in_its_page():
     picture = Picture((Panel("p", (Strip("s", (Cell("held", "3"),)),)),))
     style = re.search(r"<style>(.*)</style>", picture.svg).group(1)
     rules = re.sub(r"@media [^{]*", "", style)
-    assert all(rule.lstrip("{").startswith(".jaxkv ") for rule in re.findall(r"[^{}]+(?={[^{}]*})", rules))
+    assert all(
+        rule.lstrip("{").startswith((".jaxkv ", ":root.jaxkv")) for rule in re.findall(r"[^{}]+(?={[^{}]*})", rules)
+    )
     assert 'class="jaxkv"' in picture.svg
 
 
