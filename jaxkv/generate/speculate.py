@@ -38,7 +38,7 @@ from jaxkv.meshes import beside
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Speculation(Generation):
-    """A Generation, and what the drafts were good for.
+    """A Generation, with the drafts that were accepted.
 
     Attributes:
       drafted: int32 [B], tokens that were drafted for each row.

@@ -28,7 +28,7 @@ NORMS = ("rms", "layer")
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """What a decoder is made of. Frozen and hashable; what is left out as None is filled in.
+    """The architecture of a decoder. Frozen and hashable; fields that are None get their defaults.
 
     Args:
       vocab_size: tokens the model knows, V.
@@ -162,7 +162,7 @@ class DecoderConfig:
         return frozenset(self.use_bias)
 
     def reach(self, layer: int) -> Reach:
-        """Returns what a layer sees."""
+        """Returns the reach of a layer."""
         return self.reaches[layer % len(self.reaches)]
 
     def layer_rotary(self, layer: int) -> Rotary | None:
@@ -324,7 +324,7 @@ class Decoder(nnx.Module):
         return logits if cache is None else (logits, cache.with_layers(put))
 
     def specs(self, k_storage: Any = None, v_storage: Any = None) -> list[LayerSpec]:
-        """Returns what a cache for this model must keep, layer by layer.
+        """Returns the `LayerSpec` of each attention layer, for `Cache.init`.
 
         Args:
           k_storage, v_storage: how keys and values are kept; None means Dense of the dtype of the computation.

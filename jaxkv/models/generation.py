@@ -37,7 +37,7 @@ class GenerationConfig:
 
     Attributes:
       stop_tokens: a text ends after one of these.
-      stop_strings: a text ends where one of these stands in it.
+      stop_strings: a text ends where one of these occurs.
       max_new_tokens: most tokens of a text.
       max_length: the same, with the prompt counted.
       greedy: whether the most likely token is taken each time; else one is drawn.
@@ -46,7 +46,7 @@ class GenerationConfig:
         begin_suppress_tokens, min_length, min_new_tokens: what changes logits before, see `jaxkv.sampling.sampler`.
       start_tokens: how the text of an encoder-decoder begins (Whisper: language and task); None stands for a token that
         is up to the user.
-      ignored: what the file asks for and is not obeyed, such as "num_beams 4".
+      ignored: settings of the file that jaxkv ignores, such as "num_beams 4".
 
     >>> config = GenerationConfig(stop_tokens=(2,), greedy=False, temperature=0.6, top_p=0.9)
     >>> config.sampler()
@@ -88,7 +88,7 @@ class GenerationConfig:
         return told
 
     def sampler(self, **given: Any) -> Chain:
-        """Returns the sampler that its makers want, with what is given in place of what they say.
+        """Returns the checkpoint's sampler; arguments replace its settings.
 
         Args:
           **given: arguments of `jaxkv.sampling.sampler`; None leaves out what they say. One of temperature, top_k,
@@ -121,7 +121,7 @@ class GenerationConfig:
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> GenerationConfig:
-        """Returns what a checkpoint directory says.
+        """Returns the settings of a checkpoint directory.
 
         Greedy unless generation_config.json has `"do_sample": true`, as in transformers. (Which draws from the 50 most
         likely tokens where the file has no `top_k`; here no number is limit.) What is not obeyed is in `ignored`, and
