@@ -8,8 +8,8 @@ class CacheError(Exception):
 
 
 class CacheFullError(CacheError):
-    """A sequence did not fit: its tokens were not taken, and what it held before is intact."""
+    """A sequence did not fit: it took no tokens, and its earlier ones are intact."""
 
 
 class NotSupportedError(CacheError):
-    """The operation is not possible with the given layers, or a checkpoint wants what is not computed here."""
+    """The operation is not possible with the given layers, or a checkpoint needs a feature that jaxkv does not have."""

@@ -10,7 +10,6 @@ import html
 import itertools
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +126,9 @@ class Picture:
             x += _SIDE + 24 + 7 * len(KINDS[kind][0])
         width, height = max(widest, x), y + _SIDE + 4
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            f'role="img" style="max-width:100%;height:auto"><style>{_STYLE}</style>{"".join(parts)}</svg>'
+            f'<svg class="jaxkv" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}" role="img" style="max-width:100%;height:auto"><style>{_STYLE}</style>'
+            f"{''.join(parts)}</svg>"
         )
 
     def _repr_html_(self) -> str:
@@ -191,19 +191,28 @@ class Picture:
         return [kind for kind in KINDS if kind in used]
 
 
-def _light_and_dark() -> Iterator[str]:
-    for kind, (_, light, _, _, _) in KINDS.items():
-        yield f".{kind}{{fill:{light}}}"
-    yield "@media (prefers-color-scheme:dark){text{fill:#ddd}.free,.hidden{stroke:#666}"
-    for kind, (_, _, dark, _, _) in KINDS.items():
-        yield f".{kind}{{fill:{dark}}}"
-    yield "}"
+def _rules(*rules: str) -> str:
+    """Returns CSS rules for this picture alone: the style of an SVG in a page is one of the whole page."""
+    return "".join(f".jaxkv {rule}" for rule in rules)
 
 
+_LIGHT = (
+    "text{font-family:system-ui,sans-serif;fill:currentColor;font-size:11px}",  # in a page, that of its text
+    ".t{font-weight:600;font-size:12px}",
+    "rect{stroke:#9a9a9a;stroke-width:.7}",
+    ".n{fill:#fff!important;font-size:9px;text-anchor:middle}",
+    ".e{font-size:9px;text-anchor:middle}",
+    *(f".{kind}{{fill:{light}}}" for kind, (_, light, _, _, _) in KINDS.items()),
+)
+_DARK = (
+    ".free{stroke:#666}",
+    ".hidden{stroke:#666}",
+    *(f".{kind}{{fill:{dark}}}" for kind, (_, _, dark, _, _) in KINDS.items()),
+)
+_FILE = ":root.jaxkv{{color:{}}}"  # a file by itself, which has no page around it
 _STYLE = (
-    "text{font-family:system-ui,sans-serif;fill:#222;font-size:11px}.t{font-weight:600;font-size:12px}"
-    "rect{stroke:#9a9a9a;stroke-width:.7}.n{fill:#fff!important;font-size:9px;text-anchor:middle}"
-    ".e{font-size:9px;text-anchor:middle}" + "".join(_light_and_dark())
+    f"{_FILE.format('#222')}{_rules(*_LIGHT)}"
+    f"@media (prefers-color-scheme:dark){{{_FILE.format('#ddd')}{_rules(*_DARK)}}}"
 )
 
 

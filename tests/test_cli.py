@@ -783,7 +783,7 @@ def test_too_little_memory_is_said_and_other_failures_of_jax_are_not_hidden(smal
 
     fail("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.")
     assert main(["generate", "x"]) == 1
-    assert "error: there is not enough memory; jaxkv info DIR says" in capsys.readouterr().err
+    assert "error: there is not enough memory; jaxkv info DIR shows" in capsys.readouterr().err
     fail("INTERNAL: something else")
     with pytest.raises(jax.errors.JaxRuntimeError):
         main(["generate", "x"])

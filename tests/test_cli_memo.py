@@ -232,7 +232,7 @@ def test_prune_that_is_killed_at_any_step_loses_nothing(directory):
         (["ls", "nowhere"], "'nowhere': No such file or directory; give the disk= directory of a memo"),
         (
             ["stat", "features/memo-v1-000001.db"],
-            ".db': Not a directory; give the directory that was named",
+            ".db': Not a directory; give the disk= directory of a memo",
         ),
         (["verify", "empty"], "'empty': it holds no store of a memo; give the disk= directory of a memo"),
         (["ls", "."], ". holds other files, such as 'empty'; give"),

@@ -129,6 +129,16 @@ def test_colors_are_for_terminals_only(capsys):
     assert re.sub(r"\x1b\[[\d;]*m", "", picture.text(color=True)).split() == ["p", "s", "3", ".", "held", ".", "empty"]
 
 
+def test_the_style_of_a_picture_is_for_nothing_else_in_its_page():
+    picture = Picture((Panel("p", (Strip("s", (Cell("held", "3"),)),)),))
+    style = re.search(r"<style>(.*)</style>", picture.svg).group(1)
+    rules = re.sub(r"@media [^{]*", "", style)
+    assert all(
+        rule.lstrip("{").startswith((".jaxkv ", ":root.jaxkv")) for rule in re.findall(r"[^{}]+(?={[^{}]*})", rules)
+    )
+    assert 'class="jaxkv"' in picture.svg
+
+
 def test_files_are_written_by_their_suffix(tmp_path):
     cache, _ = filled(cache_of(Full()))
     picture = jaxkv.show(cache)

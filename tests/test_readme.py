@@ -18,11 +18,7 @@ from jaxkv.models import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-WRITTEN = [
-    *DOCS.glob("*.md"),
-    *DOCS.glob("guides/*.md"),
-    *DOCS.glob("notebooks/*.md"),
-]  # not what is built in docs/_build
+WRITTEN = [*DOCS.glob("*.md"), *DOCS.glob("guides/*.md"), *DOCS.glob("notebooks/*.md")]  # not what docs/_build holds
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(WRITTEN)]
 
 spec = importlib.util.spec_from_file_location("cells", DOCS / "cells.py")

@@ -76,9 +76,8 @@ def without_gradient(x: Any, kept: str) -> Any:
     @same.defjvp
     def refuse(primals: Any, tangents: Any) -> Any:
         raise NotSupportedError(
-            f"keys and values kept as {kept} lie in the cache as bits, through which no gradient flows; "
-            "differentiate with Dense('float32') or Dense('float16'), or stop the gradient of what is put: "
-            "jax.lax.stop_gradient(k)"
+            f"keys and values kept as {kept} are stored as bits, which have no gradient; differentiate with "
+            "Dense('float32') or Dense('float16'), or stop the gradient before put: jax.lax.stop_gradient(k)"
         )
 
     return same(x)

@@ -620,7 +620,7 @@ class Cache:
         return restore.load(self, path, rows, saved, fingerprint)
 
     def check(self) -> None:
-        """Raises CacheFullError on the host if a sequence did not fit; names it, what it holds and the cure."""
+        """Raises CacheFullError on the host if a sequence did not fit; names it, its tokens and the cure."""
         self._check_alive()
         full = np.flatnonzero(~np.asarray(self.ok))
         if full.size:

@@ -62,13 +62,13 @@ def show(cache: Any, rows: Sequence[int] | None = None) -> Picture:
 
 
 def show_mask(step: Any, layer: Any, row: int = 0, tokens: Sequence[str] | None = None) -> Picture:
-    """Draws what the queries of one batch row see: a line for each query, a column for each token that lies there.
+    """Draws the mask of one batch row: a line for each query, a column for each token that the layer holds.
 
     Args:
       step: from `Cache.begin`, outside of jit.
       layer: a layer of the cache; its reach decides.
       row: which batch row.
-      tokens: the texts of the row's tokens by position, to be written beside the positions.
+      tokens: the texts of the row's tokens by position, drawn beside the positions.
 
     Returns:
       A `Picture`, see `show`.

@@ -29,7 +29,7 @@ class Int8:
     """Keeps numbers as integers of 8 bits, with one float32 scale per token and head: 0.27 of float32's bytes.
 
     Symmetric: the largest number of a vector becomes 127 or -127. What was put is read back with an error of about
-    0.6 % of the vector's length. Gradients don't flow through what is stored.
+    0.6 % of the vector's length. Gradients don't flow through stored numbers.
 
     Args:
       rotate: whether vectors are rotated (Hadamard) before they are rounded and back after they are read, which costs
@@ -55,7 +55,7 @@ class Int8:
         """Every size of a vector fits."""
 
     def zeros(self, lead: tuple[int, ...], size: int) -> Any:
-        """Returns what is allocated: {"codes": int8 [*lead, size], "scales": float32 [*lead, 1]}."""
+        """Returns the empty storage: {"codes": int8 [*lead, size], "scales": float32 [*lead, 1]}."""
         return {"codes": jnp.zeros((*lead, size), jnp.int8), "scales": jnp.ones((*lead, 1), jnp.float32)}
 
     def encode(self, x: Any) -> Any:
@@ -69,7 +69,7 @@ class Int8:
         return _taken(self, stored)
 
     def pieces(self, stored: Any) -> tuple[tuple[Any, Any], ...]:
-        """Returns what is stored in the form that products want it in: see `Dense.pieces`."""
+        """Returns the stored vectors in the form that matrix products need: see `Dense.pieces`."""
         return ((stored["codes"], stored["scales"]),)
 
     def basis(self, x: Any) -> Any:
@@ -84,7 +84,7 @@ class Int4:
 
     A vector has one scale, and each group of its numbers a byte: by how many scales (1 to 16) its integers are apart,
     and which of them (0 to 15) is 0. What was put is read back with an error of about 5.5 % of the vector's length.
-    Gradients don't flow through what is stored.
+    Gradients don't flow through stored numbers.
 
     Args:
       group: neighboring numbers that share such a byte; a divisor of half of head_dim. Groups of 32 take 0.14 of the
@@ -125,7 +125,7 @@ class Int4:
             )
 
     def zeros(self, lead: tuple[int, ...], size: int) -> Any:
-        """Returns what is allocated: {"codes": uint8 [*lead, H / 2], "groups": uint8 [*lead, H / group], "scales":
+        """Returns the empty storage: {"codes": uint8 [*lead, H / 2], "groups": uint8 [*lead, H / group], "scales":
         bfloat16 [*lead, 1], or its bits}."""
         return {
             "codes": jnp.zeros((*lead, size // 2), jnp.uint8),
@@ -168,7 +168,7 @@ class Int4:
         return _taken(self, stored)
 
     def pieces(self, stored: Any) -> tuple[tuple[Any, Any], ...]:
-        """Returns what is stored in the form that products want it in, in two halves: see `Dense.pieces`."""
+        """Returns the stored vectors in the form that matrix products need, in two halves: see `Dense.pieces`."""
         codes, scales = stored["codes"], unpack(stored["scales"], jnp.bfloat16).astype(jnp.float32)
 
         def half(codes: Any, groups: Any) -> Any:
@@ -191,7 +191,7 @@ class Float8:
 
     The largest number of a vector becomes the largest that the format has, so that nothing overflows. What was put is
     read back with an error of about 2.6 % (e4m3) or 5 % (e5m2) of each number, and numbers far below the largest of
-    their vector keep that precision. Gradients don't flow through what is stored.
+    their vector keep that precision. Gradients don't flow through stored numbers.
 
     Args:
       format: "e4m3", with 3 bits of mantissa, or "e5m2", with 2 and a wider range.
@@ -219,7 +219,7 @@ class Float8:
         """Every size of a vector fits."""
 
     def zeros(self, lead: tuple[int, ...], size: int) -> Any:
-        """Returns what is allocated: {"codes": uint8 [*lead, size], "scales": float32 [*lead, 1]}."""
+        """Returns the empty storage: {"codes": uint8 [*lead, size], "scales": float32 [*lead, 1]}."""
         return {"codes": jnp.zeros((*lead, size), jnp.uint8), "scales": jnp.ones((*lead, 1), jnp.float32)}
 
     def encode(self, x: Any) -> Any:
@@ -235,7 +235,7 @@ class Float8:
         return _taken(self, stored)
 
     def pieces(self, stored: Any) -> tuple[tuple[Any, Any], ...]:
-        """Returns what is stored in the form that products want it in: see `Dense.pieces`.
+        """Returns the stored vectors in the form that matrix products need: see `Dense.pieces`.
 
         As float16, whose bits are those of the code moved to the left: a CPU has no conversion from 8 bits.
         """

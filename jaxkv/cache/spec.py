@@ -81,7 +81,7 @@ class Window(Reach):
     `Window(W + 1)` here. Sinks are those of StreamingLLM (Xiao et al. 2023).
 
     Args:
-      size: keys a query sees besides sinks, in tokens, at least 1.
+      size: number of keys that a query sees, not counting sinks, in tokens, at least 1.
       sinks: how many first tokens of the sequence stay visible, at least 0.
 
     >>> [int(s) for s in range(8) if Window(3, sinks=1).visible(6, s)]

@@ -55,7 +55,7 @@ class Dense:
         """Raises ValueError unless vectors of `size` numbers can be stored: every size can."""
 
     def zeros(self, lead: tuple[int, ...], size: int) -> Any:
-        """Returns what is allocated for vectors of `size` numbers: a pytree of arrays, here one [*lead, items]."""
+        """Returns the empty storage for vectors of `size` numbers: a pytree of arrays, here one [*lead, items]."""
         return jnp.zeros((*lead, -(-size // per_item(self.dtype))), carrier(self.dtype))
 
     def encode(self, x: Any) -> Any:
@@ -71,7 +71,7 @@ class Dense:
         return unpack(stored, self.dtype)
 
     def pieces(self, stored: Any) -> tuple[tuple[Any, Any], ...]:
-        """Returns what is stored in the form that products want it in: pieces of the vectors, one after another.
+        """Returns the stored vectors in the form that matrix products need: in pieces, one after another.
 
         A piece is (numbers [..., h], factor [..., 1] or None): it stands for numbers * factor. With a factor, what is
         not finite is so in the factor alone.

@@ -82,7 +82,7 @@ examples:
   jaxkv chat --model Qwen3-0.6B
 
 Compiled programs are kept in $JAXKV_CACHE_DIR (or $JAX_COMPILATION_CACHE_DIR; by default in the folder
-jaxkv under $XDG_CACHE_HOME or ~/.cache), so that the second start is quick. You may delete it at any time.""",
+jaxkv under $XDG_CACHE_HOME or ~/.cache), so that the second start is quick. You may delete them.""",
     )
     top.add_argument("--version", action=_Version, nargs=0, help="print the versions of jaxkv, JAX, Flax and Python")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
@@ -110,9 +110,9 @@ examples:
   echo "An iterator" | jaxkv generate -q                prompt from standard input, no report
   jaxkv generate "A list is" --compare                  what the cache saves
   jaxkv generate "A list is" --beams 4                  the most probable text that four beams find
-  jaxkv generate "A list is" --best-of 8 --samples 2    the best two of eight, with one prefill of the prompt
+  jaxkv generate "A list is" --best-of 8 --samples 2    the best two of eight, with one prefill
   jaxkv generate -q --speculate lookup < old.py         fewer steps for texts that repeat themselves
-  jaxkv generate --prompts prompts.txt --json > out.jsonl   one prompt per line, one JSON object per text
+  jaxkv generate --prompts prompts.txt --json > out.jsonl   one prompt per line, one JSON per text
   jaxkv generate --model Qwen3-0.6B "Once"              with a checkpoint and its sampling settings""",
     )
     command.set_defaults(command="generate")

@@ -22,7 +22,7 @@ class History:
       length: int32 scalar, how many there are.
       prompt_length: int32 scalar, how many of them are the prompt.
       limit: int32 scalar, how many there may be at the end.
-      in_prompt: bool [V], which tokens stand in the prompt.
+      in_prompt: bool [V], which tokens are in the prompt.
       counts: int32 [V], how often each token was generated.
 
     >>> history = History.of([3, 1, 3, 3], vocab_size=4, prompt_length=2)

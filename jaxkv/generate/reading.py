@@ -21,13 +21,13 @@ _SMALLEST_BLOCK = 32  # every block reads all weights of the model, so a smaller
 
 
 def prefill(forward: Callable[..., Any], params: Any, prompts: Sequence[Any], cache: Cache) -> tuple[jax.Array, Cache]:
-    """Reads prompts, and returns what the model says comes next.
+    """Prefills prompts, and returns the logits of the next token of each.
 
     In the blocks of `generate`, the last token of each row by itself: the logits are those that `generate` chooses its
     first token from, to the bit. To go on with `generate`, give the prompt and at least one token more.
 
     Args:
-      forward, params, prompts: as for `jaxkv.generate`; what the cache holds of a prompt is not read again.
+      forward, params, prompts: as for `jaxkv.generate`; tokens that the cache holds are not computed again.
       cache: as for `jaxkv.generate`. It is donated.
 
     Returns:
@@ -65,7 +65,7 @@ def score(forward: Callable[..., Any], params: Any, prompts: Sequence[Any], cach
 
     Args:
       forward, params, prompts: as for `jaxkv.generate`.
-      cache: as for `jaxkv.generate`. It is donated. What it holds is not read again.
+      cache: as for `jaxkv.generate`. It is donated. Tokens that it holds are not computed again.
 
     Returns:
       log_probs, float32 [B, N], N the length of the longest text: log_probs[b, i] is that of prompts[b][i] after

@@ -57,8 +57,8 @@ class Stream:
     Made by `stream`. One made by `stream_speculation` gives what each step brings, int32 [B, N]: a row's tokens stand
     in front, EMPTY behind them.
 
-    Nothing is computed before the first `next`. It may be left at any time, by `break` or Ctrl-C: `result` is what
-    there is so far, and iterating can go on later. One thread at a time.
+    Nothing is computed before the first `next`. It may be left at any time, by `break` or Ctrl-C: `result` has the
+    tokens so far, and you may continue iterating later. One thread at a time.
     """
 
     def __init__(self, program: Any) -> None:
@@ -330,7 +330,7 @@ def generate(
       forward: the model, `forward(params, tokens, positions, cache) -> (logits, cache)`. tokens and positions are
         int32 [B, T], EMPTY positions are padding; logits are [B, T, V] of any float dtype; it calls
         `cache.begin(positions)` and returns the cache it got, `with_layers`. Hashable: a plain function, or what
-        `jaxkv.nnx.functional` returns. Give the same object each time: a new lambda is compiled anew.
+        `jaxkv.nnx.functional` returns. Give the same object each time: a new lambda compiles again.
       params: pytree of arrays, handed to forward.
       prompts: one per row of the cache, each the whole history of that row: a sequence of token numbers. The first
         `cache.lengths[row]` of them are taken as read. What you put there yourself need not be tokens (the embeddings

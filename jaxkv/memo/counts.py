@@ -17,7 +17,7 @@ MANY = 100_000  # items of which some should have come twice, where nobody says 
 
 @dataclasses.dataclass(frozen=True)
 class MemoStats:
-    """What a memo was asked for and did, since it was made or in one epoch.
+    """Counts of a memo, since it was made or in one epoch.
 
     Attributes:
       calls: of all functions.

@@ -50,7 +50,7 @@ class Function:
       groups: names under which `bind` puts several arguments: those of `**kwargs`, and of linen's apply itself.
 
     Raises:
-      ValueError: for what can't be memoized, saying why.
+      ValueError: for functions that can't be memoized, saying why.
     """
 
     def __init__(self, target: Any, params: tuple[Any, ...], shared: Collection[str] = ()) -> None:

@@ -25,7 +25,7 @@ _DISK_BUDGET = f"{SHARE:.0%}"
 class Memo:
     """Keeps the outputs of frozen functions per item of a batch, in memory and on disk, and finds them by content.
 
-    Only items that were never seen are computed. What the key holds: the program of the function, its parameters, the
+    Only new items are computed. The key contains the program of the function, its parameters, the
     names and values of its scalar arguments, and every byte of the item; so another checkpoint, another mode or one
     other pixel is another entry. A record on disk that is damaged or gone is computed again; a lookup never raises
     because of the disk.
@@ -36,10 +36,10 @@ class Memo:
       disk_budget: bytes to keep there, 64 KiB or more, or a share such as "50%" of what is free when the directory is
         opened and what lies in it already; None means no bound.
       policy: what happens when memory is full: "keep" takes nothing more (best for epochs that visit everything in
-        random order), "lru" drops what was used longest ago, "mru" what was used last, "fifo" what came first.
+        random order), "lru" drops the least recently used, "mru" the most recently used, "fifo" the oldest.
       disk_policy: the same for the disk; None means policy.
       hash: of items and parameters: "xxh3_128"; "blake3" or "blake2b" where others may put items into the store whom
-        you don't trust; "device" reads arrays where they lie, on an accelerator.
+        you don't trust; "device" hashes arrays on the accelerator.
       compress: None, or "zstd" for records on disk.
       once: whether calls of several threads for one item wait for the first of them instead of each computing it.
 
@@ -120,7 +120,7 @@ class Memo:
             further size once more in a batch of a size before, to see that they don't depend on that.
 
         Raises:
-          ValueError: for what can't be memoized, saying why.
+          ValueError: for functions that can't be memoized, saying why.
         """
         self._tiers.check_open()
         if isinstance(function, Features):
@@ -131,11 +131,11 @@ class Memo:
         return Features(self._tiers, self._hash, self._staging, function, params, shared, settings)
 
     def stats(self) -> MemoStats:
-        """Returns what was asked for and done so far."""
+        """Returns the counts so far: items found and computed, bytes, times."""
         return self._tiers.counts.stats()
 
     def end_epoch(self) -> MemoStats:
-        """Returns what was asked for and done since the last epoch ended, or since this memo was made.
+        """Returns the counts since the last epoch ended, or since this memo was made.
 
         An epoch is what lies between two calls of this. Of a function that found nothing in an epoch that is not its
         first, the log says so, once: its items are never the same, because something changes them before they come.
@@ -157,7 +157,7 @@ class Memo:
         self._tiers.clear()
 
     def flush(self) -> None:
-        """Returns when what was computed is safe from a loss of power; from a killed process it always is."""
+        """Returns when all outputs are safe from a power failure; they are always safe from a killed process."""
         if self._tiers.disk is not None:
             self._tiers.disk.flush()
 

@@ -12,7 +12,7 @@ class ByteTokenizer:
     """Bytes as tokens, for models that read UTF-8; it has the methods of `Tokenizer`.
 
     Args:
-      special: tokens that stand for no text, such as a byte 0 between documents.
+      special: tokens without a text, such as a byte 0 between documents.
 
     >>> tokenizer = ByteTokenizer()
     >>> tokenizer.encode("é!")
@@ -32,7 +32,7 @@ class ByteTokenizer:
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """The tokens that end a text: those that stand for none."""
+        """The tokens that end a text: those without a text of their own."""
         return tuple(sorted(self._special))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -40,7 +40,7 @@ class ByteTokenizer:
         return list(text.encode())
 
     def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
-        """Returns the text of tokens, with a replacement character for what is not UTF-8.
+        """Returns the text of tokens, with a replacement character for bytes that are not UTF-8.
 
         Args:
           tokens: ints or an integer array [T]; anything outside [0, 256) is left out, as EMPTY after a text's end.

@@ -15,7 +15,7 @@ class Choices:
     """Several texts for each of P prompts, the best first.
 
     Attributes:
-      texts: what was generated, n texts per prompt, without stop tokens; None if the model has no tokenizer.
+      texts: the generated texts, n per prompt, without stop tokens; None if the model has no tokenizer.
       tokens, lengths, log_probs, scores, reasons, cache: see `jaxkv.Candidates`.
       prompts: the tokens of each prompt; none for an idle row.
     """

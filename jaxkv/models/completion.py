@@ -16,11 +16,11 @@ from jaxkv.generate import Stream
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Completion:
-    """What a model wrote, one entry per prompt, for one prompt too.
+    """Generated texts, one entry per prompt, also for a single prompt.
 
     Attributes:
-      texts: what was generated, without the prompts, and without stop tokens and stop strings; None if the model has no
-        tokenizer.
+      texts: the generated texts, without the prompts, and without stop tokens and stop strings; None if the model has
+        no tokenizer.
       tokens: int32 [B, N], EMPTY (-1) after a row's end. A stop token, and those of a stop string, are among them.
       lengths: int32 [B], how many tokens each row has.
       log_probs: float32 [B, N], of the tokens under the model's own distribution.
@@ -67,7 +67,7 @@ class TextStream:
 
     An iterator over pieces of text: strings for one prompt, tuples of strings, one per row, for a list of them. A
     character waits for its last byte, and what may be the beginning of a stop string for its end. It may be left at any
-    time; `result` is what there is so far.
+    time; `result` has the text so far.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ def read_config(
     """Returns (family, config, parsed config.json), and reads no weights.
 
     Args:
-      source: a checkpoint directory, a path of config.json, or what was parsed from it.
+      source: a checkpoint directory, the path of a config.json, or its parsed contents.
       context: as for `load`.
 
     Raises:

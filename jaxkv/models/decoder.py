@@ -31,7 +31,7 @@ from jaxkv.nn.spread import spread
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """What a decoder is made of. Frozen and hashable; what is left out as None is filled in.
+    """The architecture of a decoder. Frozen and hashable; fields that are None get their defaults.
 
     Args:
       vocab_size: tokens the model knows, V.
@@ -211,7 +211,7 @@ class DecoderConfig:
         return self.layer_heads(layer)[1] if self.latent is None else self.latent.rotary_dim
 
     def reach(self, layer: int) -> Reach:
-        """Returns what a layer sees."""
+        """Returns the reach of a layer."""
         return self.reaches[layer % len(self.reaches)]
 
     def layer_mixer(self, layer: int) -> MixerConfig | None:
@@ -408,7 +408,7 @@ class Decoder(nnx.Module):
         return logits if cache is None else (logits, cache.with_layers(layers))
 
     def specs(self, k_storage: Any = None, v_storage: Any = None) -> list[LayerSpec]:
-        """Returns what a cache for this model must keep, layer by layer.
+        """Returns the `LayerSpec` of each attention layer, for `Cache.init`.
 
         Args:
           k_storage, v_storage: how keys and values are kept; None means Dense of the dtype of the computation.

@@ -313,7 +313,7 @@ class EncoderDecoder(nnx.Module):
         return cache.with_layers(layers)
 
     def encode_into(self, cache: Cache, features: Any, lengths: Any = None, rows: Any = None) -> Cache:
-        """Returns the cache with the encoder's output for some sequences, in place of what they had: `encode`, `write`.
+        """Returns the cache with a new encoder's output for some sequences: `encode`, then `write`.
 
         Several sequences at a time or one by one, before their first token or in between. Compiled and in place it is
         `nnx.jit(EncoderDecoder.encode_into, donate_argnums=1)`, called with the model before the cache.
@@ -328,7 +328,7 @@ class EncoderDecoder(nnx.Module):
         return self.write(encoded, cache, encoded_lengths(self._frames(features, lengths)), rows)
 
     def specs(self, k_storage: Any = None, v_storage: Any = None) -> list[LayerSpec]:
-        """Returns what a cache for this model must keep: for each layer that of its past, then that of the encoder.
+        """Returns the `LayerSpec`s for `Cache.init`: for each layer its past, then the encoder's output.
 
         Args:
           k_storage, v_storage: how keys and values are kept; None means Dense of the dtype of the computation.

@@ -17,7 +17,7 @@ _MOST_ROWS = 64  # tokens that an expert takes at once, see benchmarks/experts.p
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
-    """What the experts of a layer are, and how tokens find them. Frozen and hashable.
+    """The experts of a layer, and how tokens are routed to them. Frozen and hashable.
 
     Args:
       num_experts: how many there are, E.
@@ -27,11 +27,11 @@ class ExpertsConfig:
       normalized: whether the scores of a token's experts are divided by their sum.
       scale: factor of the scores then.
       choice_bias: whether a learned number per expert is added to its score for the choice alone (DeepSeek).
-      num_groups: in how many groups of equal size the experts lie, and
+      num_groups: number of groups of equal size that the experts form, and
       groups_per_token: of how many groups a token's experts are taken: those whose best make the largest sum.
       best_of_group: how many of a group's best are summed for that (DeepSeek-V3: 2, V2: 1).
-      weighs_input: whether scores multiply what an expert reads instead of what it gives (Llama 4).
-      shared_dim: None, or the inner size of an MLP that all tokens run through besides.
+      weighs_input: whether scores multiply an expert's input instead of its output (Llama 4).
+      shared_dim: None, or the inner size of an MLP that all tokens run through as well.
       shared_gate: whether what that gives is multiplied by the sigmoid of a learned projection to one number.
       beside_mlp: whether they are computed beside the layer's MLP, not in its place, see `ExpertsBeside` (Gemma 4).
       expert_scales: whether a learned number per expert multiplies its scores.

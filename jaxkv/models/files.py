@@ -128,7 +128,7 @@ class Files(Mapping[str, np.ndarray]):
       directory: with model.safetensors, or model.safetensors.index.json and what it names.
 
     Attributes:
-      notes: what lies there and is not read, a line each.
+      notes: files and tensors that are not read, a line each.
 
     Raises:
       OSError: if there is neither, or a file that the index names is missing.

@@ -37,7 +37,7 @@ class GenerationConfig:
 
     Attributes:
       stop_tokens: a text ends after one of these.
-      stop_strings: a text ends where one of these stands in it.
+      stop_strings: a text ends where one of these occurs.
       max_new_tokens: most tokens of a text.
       max_length: the same, with the prompt counted.
       greedy: whether the most likely token is taken each time; else one is drawn.
@@ -48,7 +48,7 @@ class GenerationConfig:
         is up to the user.
       language_tokens, task_tokens: what stands for each language and task in how it begins, (name, token) each.
       untimed_token: ends how it begins, where no timestamps are wanted.
-      ignored: what the file asks for and is not obeyed, such as "num_beams 4".
+      ignored: settings of the file that jaxkv ignores, such as "num_beams 4".
 
     >>> config = GenerationConfig(stop_tokens=(2,), greedy=False, temperature=0.6, top_p=0.9)
     >>> config.sampler()
@@ -93,7 +93,7 @@ class GenerationConfig:
         return told
 
     def sampler(self, **given: Any) -> Chain:
-        """Returns the sampler that its makers want, with what is given in place of what they say.
+        """Returns the checkpoint's sampler; arguments replace its settings.
 
         Args:
           **given: arguments of `jaxkv.sampling.sampler`; None leaves out what they say. One of temperature, top_k,
@@ -152,7 +152,7 @@ class GenerationConfig:
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> GenerationConfig:
-        """Returns what a checkpoint directory says.
+        """Returns the settings of a checkpoint directory.
 
         Greedy unless generation_config.json has `"do_sample": true`, as in transformers. (Which draws from the 50 most
         likely tokens where the file has no `top_k`; here no number is limit.) What is not obeyed is in `ignored`, and

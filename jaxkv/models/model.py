@@ -49,7 +49,7 @@ class Model:
       context: tokens of the longest sequence it was made for; None if nobody says.
       generation: stop tokens, and how its makers want it to be sampled.
       source: the parsed config.json of its checkpoint, empty if there is none.
-      notes: what was decided in loading where its files don't agree, a line each.
+      notes: decisions of the loader where the files don't agree, a line each.
     """
 
     forward: Forward
@@ -95,11 +95,11 @@ class Model:
 
         Args:
           num_rows: sequences that it holds.
-          capacity: tokens that a sequence can hold; None: as many as the model was made for.
+          capacity: tokens that a sequence can hold; None: the model's context length.
           **options: of `jaxkv.Cache.init`, such as `storage=jaxkv.Int8()` or `sharding`.
 
         Raises:
-          ValueError: for sizes that make no sense, or no capacity where the model does not say what it was made for.
+          ValueError: for invalid sizes, or without a capacity if the model's context length is unknown.
 
         >>> from jaxkv.models import tiny
         >>> tiny.load().init_cache(num_rows=2).capacity

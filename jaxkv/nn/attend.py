@@ -23,7 +23,7 @@ def attend(
     select: Any = None,
     implementation: str = "auto",
 ) -> Any:
-    """Returns attention of the call's queries over what the layer holds of their sequences.
+    """Returns attention of the call's queries over the tokens that the layer holds of their sequences.
 
     A query sees the stored positions at or before its own that the layer's reach allows (and those of its span); one
     that sees nothing gets zeros. Scores and softmax are float32 whatever is stored. Reverse-mode differentiable in q,
@@ -33,7 +33,7 @@ def attend(
       q: queries [B, T, N, H] of any floating dtype, already rotated if the keys are. N is a multiple of the layer's kv
         heads; query heads [i * N/K, (i + 1) * N/K) read kv head i.
       layer: a layer of the cache, after its `put`.
-      step: from the `Cache.begin` of this forward pass; says where the queries stand.
+      step: from the `Cache.begin` of this forward pass; has the positions of the queries.
       scale: factor of the scores; None means head_dim ** -0.5.
       softcap: None, or the bound c > 0 of c * tanh(scores / c) (Gemma 2).
       sink_logits: None, or learned float [N], one score per query head that joins the softmax and brings no value

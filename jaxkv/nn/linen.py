@@ -27,7 +27,7 @@ from jaxkv.nn.recurrent_linen import ShortConv as ShortConv
 
 
 class Attention(AttentionModule, nn.Module):
-    __doc__ = f"""Causal self-attention that reads its past out of a cache layer, or, without one, out of its own input.
+    __doc__ = f"""Causal self-attention over a cache layer, or, without one, over its own input.
 
     With the default arguments the parameters are those of `flax.linen.MultiHeadDotProductAttention`, so its checkpoints
     load unchanged and give the numbers that it gives under a causal mask. Dropout draws from the stream "dropout".
@@ -211,7 +211,7 @@ class Attention(AttentionModule, nn.Module):
 
 
 class CrossAttention(CrossAttentionModule, nn.Module):
-    __doc__ = f"""Attention over an encoder's output that lies in a cache layer, or, without one, is given to the call.
+    __doc__ = f"""Attention over an encoder's output, in a cache layer or, without one, as an argument of the call.
 
     Every query sees all of its row's output, whatever its position. With a cache the output goes in once, by `write`;
     afterwards `attn(x, layer, step)` reads it in every forward pass. With the default arguments the parameters, and the

@@ -29,7 +29,7 @@ from jaxkv.nn.recurrent_nnx import ShortConv as ShortConv
 
 
 class Attention(AttentionModule, nnx.Module):
-    __doc__ = f"""Causal self-attention that reads its past out of a cache layer, or, without one, out of its own input.
+    __doc__ = f"""Causal self-attention over a cache layer, or, without one, over its own input.
 
     With the default arguments the parameters are those of `flax.nnx.MultiHeadAttention`, so its checkpoints load
     unchanged and give the numbers that it gives under a causal mask.
@@ -208,7 +208,7 @@ class Attention(AttentionModule, nnx.Module):
         v_storage: Any = None,
         **options: Any,
     ) -> None:
-        """Gives this module an empty cache of its own, which `decode` reads and writes: one `nnx.Cache` variable.
+        """Gives this module its own empty cache, which `decode` reads and writes: one `nnx.Cache` variable.
 
         For quick use of a single module. A model does better with one cache for all its layers, given to the call:
         then one `begin` serves them all, and the cache can be handled apart from the parameters.
@@ -264,7 +264,7 @@ class Attention(AttentionModule, nnx.Module):
 
 
 class CrossAttention(CrossAttentionModule, nnx.Module):
-    __doc__ = f"""Attention over an encoder's output that lies in a cache layer, or, without one, is given to the call.
+    __doc__ = f"""Attention over an encoder's output, in a cache layer or, without one, as an argument of the call.
 
     Every query sees all of its row's output, whatever its position. With a cache the output goes in once, by `write`;
     afterwards `attn(x, layer, step)` reads it in every forward pass. With the default arguments the parameters, and the

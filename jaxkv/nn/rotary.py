@@ -175,7 +175,7 @@ class Llama3Scaling:
 @exportable
 @dataclasses.dataclass(frozen=True)
 class LongRopeScaling:
-    """LongRoPE: every frequency is divided by a factor of its own, found by search, and q and k grow a little.
+    """LongRoPE: every frequency is divided by its own factor, found by search, and q and k grow a little.
 
     Ding et al. 2024, https://arxiv.org/abs/2402.13753. Checkpoints such as Phi-3's bring two lists of factors, for
     sequences that stay within the length of training and for longer ones. A key that was rotated with one list does not

@@ -24,7 +24,7 @@ _MAKE_LINEN = 'variables |= jax.jit(lambda: {"transient_buffers": model.init(key
 
 
 def state_dict(module: Any, *, rngs: bool = False) -> dict[str, Any]:
-    """Returns what a module holds, by name.
+    """Returns the arrays of a module by name.
 
     Names are paths joined by dots, "layers.0.mlp.up.kernel"; those of linen variables begin with the collection,
     "params.Dense_0.kernel". PRNG keys come as their key data.
@@ -207,7 +207,7 @@ def load_state(
 
     Args:
       path: the file; "~" is the home directory.
-      module: as for `load_state_dict`; None returns what the file holds.
+      module: as for `load_state_dict`; None returns the arrays of the file.
       strict, mismatched: as for `load_state_dict`.
 
     Returns:

@@ -27,7 +27,7 @@ Row = dict[str, Packed]  # never changed: a batch that changes gets a new one
 
 
 class Offload:
-    """Batches of named values that lie off the accelerator, and come back as they were.
+    """Batches of named values, kept off the accelerator and brought back unchanged.
 
     A batch is a dict from names to any pytree. Containers, dtypes, shardings and committedness come back as they were,
     typed PRNG keys too. NumPy arrays are copied when they go in and when they come out; arrays of JAX are stored once
@@ -39,7 +39,7 @@ class Offload:
         pathlib.Path, in which a directory of its own is made and removed again; any Sharding, where all arrays of JAX
         go; None keeps them where they are, without a copy. With a kind of memory, a Sharding and None, NumPy arrays
         are kept by NumPy.
-      budget: most bytes that may lie in `to`, such as "8GiB"; None sets no bound.
+      budget: most bytes to keep in `to`, such as "8GiB"; None sets no bound.
       spill: where the rest goes: "numpy" or a directory.
 
     Raises:

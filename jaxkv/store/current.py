@@ -55,7 +55,7 @@ def set_store(store: Store) -> None:
 
 @contextlib.contextmanager
 def use_store(store: Store | None = None) -> Iterator[None]:
-    """A scope with a store of its own; leaving it, by whichever way, restores what was in effect before.
+    """A scope with its own store; leaving it in any way restores the store before.
 
     Inside a jitted function the scope is opened in that function: the store comes in as an argument and goes out as a
     result.

@@ -17,7 +17,7 @@ from jaxkv.store.stacked import check_fits, taken
 class Ring:
     """A queue of up to `capacity` values of one structure. Size and place are traced: for scan, while loops and vmap.
 
-    What doesn't fit can't raise inside a compiled loop: pushing to a full ring and popping from an empty one change
+    A compiled loop can't raise errors: pushing to a full ring and popping from an empty one change
     nothing and say `ok` False. Written in place when the ring is donated or the carry of a loop.
 
     >>> ring = jaxkv.Ring.init(2, like=jnp.zeros(3))

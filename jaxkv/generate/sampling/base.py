@@ -44,7 +44,7 @@ class Sampler:
 
     @property
     def needs_history(self) -> bool:
-        """Whether `adjust` reads what the row holds."""
+        """Whether `adjust` reads the row's tokens."""
         return False
 
     def adjust(self, logits: Any, history: Any) -> Any:
@@ -83,7 +83,7 @@ class Sampler:
 class Chain(Sampler):
     """Several samplers after one another: `Chain((a, b, c)) == a | b | c`.
 
-    Each part adjusts what the one before it left. If one of them is greedy, the most likely of what is left is taken.
+    Each part adjusts the logits of the one before it. If one of them is greedy, the most likely token is taken.
 
     Attributes:
       parts: the samplers, applied from first to last; chains among them are unfolded.

@@ -32,7 +32,7 @@ def sampler(
     min_new_tokens: int | None = None,
     stop_tokens: Sequence[int] = (),
 ) -> Chain:
-    """Returns the sampler that these numbers stand for; None leaves one out.
+    """Returns the sampler with these settings; None leaves a setting out.
 
     They work in the order of transformers: logit_bias, repetition_penalty (then frequency_ and presence_penalty, which
     it does not have), no_repeat_ngram_size, bad_words_ids, min_length, min_new_tokens, forced_tokens, suppress_tokens,
@@ -45,7 +45,7 @@ def sampler(
         `PresencePenalty`.
       no_repeat_ngram_size: see `NoRepeat`.
       logit_bias: see `LogitBias`.
-      bad_words_ids: token sequences that never stand in what is generated; a stop token alone is not one.
+      bad_words_ids: token sequences that are never generated; a stop token alone is not one.
       allowed_tokens: see `Allow`.
       forced_tokens: see `Force`.
       suppress_tokens, begin_suppress_tokens: never, and never as the first token generated; see `Suppress`.

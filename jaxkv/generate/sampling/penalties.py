@@ -18,7 +18,7 @@ class _OfHistory(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class RepetitionPenalty(_OfHistory):
-    """Makes tokens that stand in the prompt or were generated less likely: logits l > 0 become l / r, others l * r.
+    """Makes tokens of the prompt and of the generated text less likely: logits l > 0 become l / r, others l * r.
 
     From Keskar et al. 2019, "CTRL: A Conditional Transformer Language Model", with the sign rule of Hugging Face
     transformers. It goes first in a chain: it acts on the model's own logits.
@@ -82,7 +82,7 @@ class PresencePenalty(_OfHistory):
 
 @dataclasses.dataclass(frozen=True)
 class NoRepeat(_OfHistory):
-    """No `n` tokens in a row stand twice in a text, prompt included: `no_repeat_ngram_size` of transformers.
+    """No sequence of `n` tokens occurs twice in a text, prompt included: `no_repeat_ngram_size` of transformers.
 
     Attributes:
       n: 1 and above.

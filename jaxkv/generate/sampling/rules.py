@@ -69,7 +69,7 @@ class LogitBias(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class Suppress(Sampler):
-    """Rules tokens out: always, or only at the beginning of what is generated.
+    """Rules tokens out: always, or only at the beginning of the generated text.
 
     `Suppress(tokens)` is `suppress_tokens` of transformers, with `new=1` its `begin_suppress_tokens`; with the stop
     tokens, `new=n` is `min_new_tokens` and `length=n` is `min_length`.
