@@ -1,8 +1,7 @@
 """The bookkeeping of recurrent layers: after which tokens of each row a state is kept, and in which slot it lies.
 
 A row has a few slots, each with one state: the one it stands at, those of the last `slack` tokens, and beside these the
-newest `keep` checkpoints. A
-state that is to stay is not copied: the next one is written elsewhere. So forgetting moves integers only, and a decode
+newest `keep` checkpoints. A state that is to stay is not copied: the next one is written elsewhere. So forgetting moves integers only, and a decode
 step that keeps nothing writes its state where it read it.
 """
 
@@ -14,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.show import show
@@ -51,6 +51,7 @@ class States:
     reach: Recurrent = dataclasses.field(metadata={"static": True})
     slack: int = dataclasses.field(metadata={"static": True})
     pages = None  # states belong to rows, in every layout
+    by_row, by_slot = (), ("positions", "kept")  # what a file has of it
 
     __repr__ = show
 
@@ -121,6 +122,18 @@ class States:
         stays = (positions >= end - self.slack) | (older & (newer < self.reach.keep))
         states = dataclasses.replace(self, positions=jnp.where(stays, positions, EMPTY), kept=kept)
         return states, self._slot(before), slots, jnp.where(written, new - begin, 0)
+
+    def settle(
+        self, by_row: dict[str, np.ndarray], by_slot: dict[str, np.ndarray], length: int
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Returns what `Group.settle` does: the state the row stands at, those of `slack`, and the newest checkpoints."""
+        positions, kept = by_slot["positions"], by_slot["kept"]
+        if not (np.diff(positions, prepend=0) > 0).all() or positions[-1:].tolist() != [length][: min(length, 1)]:
+            raise ValueError("states that are not in order, or none after its last token")
+        recent = positions >= length - self.slack
+        older = np.flatnonzero(~recent & (kept != _PASSING))
+        taken = np.append(older[max(older.size - self.reach.keep, 0) :], np.flatnonzero(recent))
+        return taken, np.arange(taken.size), by_row
 
     def _slot(self, lengths: Any) -> Any:
         """Returns the slot of the state that each row stands at: int32 [R], num_slots for an empty row."""

@@ -106,10 +106,12 @@ def load(
                     buffers = _write(buffers, at, *block, source=form.storage, target=part.storage, size=part.size)
             stored[name] = jax.tree.map(_placed, buffers, part.stored)
         layers[entry] = with_parts(layers[entry], stored)
+    num_groups, num_books = len(cache.groups), len(cache.groups) + len(cache.recurrent)
     return dataclasses.replace(
         cache,
         layers=tuple(layers),
-        groups=tuple(books[: len(cache.groups)]),
+        groups=tuple(books[:num_groups]),
+        recurrent=tuple(books[num_groups:num_books]),
         encoded=None if cache.encoded is None else books[-1],
         lengths=_like(lengths, cache.lengths),
         ok=_like(ok, cache.ok),

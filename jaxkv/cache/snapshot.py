@@ -31,6 +31,8 @@ from jaxkv.cache.arguments import FAR
 from jaxkv.cache.layer import Layer
 from jaxkv.cache.plain import made_of, plain
 from jaxkv.cache.rows import Rows
+from jaxkv.cache.state_layer import StateLayer
+from jaxkv.cache.storage import Dense
 from jaxkv.errors import NotSupportedError
 from jaxkv.kinds import kind_of
 from jaxkv.meshes import automatic
@@ -51,19 +53,24 @@ class Part:
     storage: Any
 
 
-def parts(layer: Layer) -> dict[str, Part]:
-    """Returns what a layer, or a stack, keeps of each token, by name: all arrays of it that go to a file."""
+def parts(layer: Layer | StateLayer) -> dict[str, Part]:
+    """Returns what a layer, or a stack, keeps in each slot, by name: all arrays of it that go to a file."""
+    if isinstance(layer, StateLayer):
+        buffers = {"tail": layer.tail, "state": layer.state}
+        return {n: Part(x, x.shape[-3], x.shape[-1], Dense()) for n, x in buffers.items() if x is not None}
     spec = layer.spec
     found = {  # of the names of the spec's fields k_storage and v_storage, and others
-        "k": Part(layer.k, spec.num_kv_heads, spec.head_dim, spec.k_storage),
+        "k": Part(layer.k, spec.num_kv_heads, spec.k_dim, spec.k_storage),
         "v": Part(layer.v, spec.num_kv_heads, spec.value_dim, spec.v_storage),
     }
     found |= {name: Part(stored, *spec.sides[name]) for name, stored in layer.sides.items()}
     return {name: part for name, part in found.items() if part.stored is not None}
 
 
-def with_parts(layer: Layer, stored: Mapping[str, Any]) -> Layer:
+def with_parts(layer: Layer | StateLayer, stored: Mapping[str, Any]) -> Any:
     """Returns the layer with other arrays of all its `parts`."""
+    if isinstance(layer, StateLayer):
+        return layer.with_buffers((stored.get("tail"), stored.get("state")))
     return layer.with_buffers((stored.get("k"), stored.get("v"), {name: stored[name] for name in layer.sides}))
 
 
