@@ -437,6 +437,7 @@ ODD = [
     "glm4_moe in one group, two shared experts, scores as they are",
     "seed_oss without biases, tied",
     "lfm2, inner width as it is, no biases, untied",
+    "granite4 without experts, turned, one group, biases, tied",
     "qwen3_next, layers by default, half of a head turned, biases, tied",
     "ernie4_5 without biases, untied",
 ]

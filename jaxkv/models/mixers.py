@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxkv.nn.recurrent_nnx import GatedDelta, ShortConv
+from jaxkv.nn.recurrent_nnx import GatedDelta, Mamba2, ShortConv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,4 +51,33 @@ class GatedDeltaConfig:
         return GatedDelta(width, **dataclasses.asdict(self), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
-MixerConfig = ShortConvConfig | GatedDeltaConfig
+@dataclasses.dataclass(frozen=True)
+class Mamba2Config:
+    """A Mamba-2 layer, see `jaxkv.nnx.Mamba2` (Granite 4, Bamba).
+
+    Args:
+      num_heads: heads of values.
+      head_dim: size of a head's values.
+      state_dim: size of the keys.
+      num_groups: how many keys there are.
+      kernel_size: how many tokens the convolution sees.
+      norm_epsilon: added to the mean square of what is read.
+      use_bias: whether the projections have a bias.
+      conv_bias: whether the convolution has one.
+    """
+
+    num_heads: int
+    head_dim: int
+    state_dim: int
+    num_groups: int = 1
+    kernel_size: int = 4
+    norm_epsilon: float = 1e-6
+    use_bias: bool = False
+    conv_bias: bool = True
+
+    def make(self, width: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> Mamba2:
+        """Returns the module for a stream of this width."""
+        return Mamba2(width, **dataclasses.asdict(self), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+
+MixerConfig = ShortConvConfig | GatedDeltaConfig | Mamba2Config

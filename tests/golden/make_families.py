@@ -143,7 +143,19 @@ GEMMA4 = {
     },
 }
 
-# The committed folders: name -> (model_type, config).
+GRANITE_HYBRID = {
+    **GRANITE,
+    **EXPERTS,
+    "num_hidden_layers": 3,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "num_local_experts": 3,
+    "shared_intermediate_size": 16,
+    "mamba_n_heads": 6,
+    "mamba_d_head": 8,
+    "mamba_d_state": 10,
+    "mamba_n_groups": 2,
+    "mamba_d_conv": 3,
+}
 QWEN3_NEXT = {
     **SIZES,
     "head_dim": 8,
@@ -166,6 +178,7 @@ LFM2 = {
     "conv_L_cache": 4,
     "block_multiple_of": 8,
 }
+# The committed folders: name -> (model_type, config).
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama", {**SIZES, "num_key_value_heads": 4}),
     "llama3": ("llama", {**SIZES, "head_dim": 8, "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -292,6 +305,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("ernie4_5", {**TWO, "head_dim": 8, "use_bias": True}),
     "seed_oss": ("seed_oss", {**TWO, "head_dim": 8, "attention_out_bias": True}),
     "lfm2": ("lfm2", LFM2),
+    "granite4": ("granitemoehybrid", GRANITE_HYBRID),
     "qwen3_next": ("qwen3_next", QWEN3_NEXT),
 }
 CASES["gemma3"][1]["layer_types"] = ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"]
@@ -436,6 +450,20 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
             "tie_word_embeddings": True,
             "norm_topk_prob": False,
+        },
+    ),
+    "granite4 without experts, turned, one group, biases, tied": (
+        "granitemoehybrid",
+        {
+            **GRANITE_HYBRID,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "position_embedding_type": "rope",
+            "mamba_n_groups": 1,
+            "mamba_proj_bias": True,
+            "mamba_conv_bias": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
         },
     ),
     "granite with biases, untied": ("granite", {**GRANITE, "attention_bias": True}),

@@ -11,6 +11,7 @@ from jaxkv.models.families.glm import GLM4, GLM4_MOE
 from jaxkv.models.families.gpt2 import GPT2
 from jaxkv.models.families.gpt_oss import GPT_OSS
 from jaxkv.models.families.granite import GRANITE, GRANITEMOE
+from jaxkv.models.families.granite_hybrid import GRANITE_HYBRID
 from jaxkv.models.families.lfm2 import LFM2
 from jaxkv.models.families.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
 from jaxkv.models.families.llama4 import LLAMA4, LLAMA4_TEXT
@@ -47,6 +48,7 @@ FAMILIES = {
     "cohere2": COHERE2,
     "granite": GRANITE,
     "granitemoe": GRANITEMOE,
+    "granitemoehybrid": GRANITE_HYBRID,
     "glm4": GLM4,
     "glm4_moe": GLM4_MOE,
     "deepseek_v2": DEEPSEEK_V2,

@@ -40,14 +40,14 @@ def _granitemoe(fields: Fields) -> DecoderConfig:
     )
 
 
-_FIELDS = {
-    **llama.FIELDS,
+FACTORS = {
     "attention_bias": Field(FLAG, False),
     "embedding_multiplier": Field(POSITIVE, 1.0),
     "attention_multiplier": Field(POSITIVE, 1.0),  # of the scores, in the place of head_dim ** -0.5
     "residual_multiplier": Field(POSITIVE, 1.0),
     "logits_scaling": Field(POSITIVE, 1.0),
 }
+_FIELDS = {**llama.FIELDS, **FACTORS}
 GRANITE = Family(_granite, {**_FIELDS, "mlp_bias": Field(FLAG, False)}, llama.TENSORS, ignored=llama.IGNORED)
 GRANITEMOE = Family(
     _granitemoe,
