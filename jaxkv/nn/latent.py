@@ -103,7 +103,7 @@ class LatentHeads:
         q, q_rotary = q[..., : self.head_dim], self._rotate(q[..., self.head_dim :], there)
         to_keys, to_values = expand[..., : self.head_dim], expand[..., self.head_dim :]
         scale = (self.head_dim + self.rotary_dim) ** -0.5 if self.scale is None else self.scale
-        rest = {"scale": scale, "implementation": self.implementation}
+        rest: dict[str, Any] = {"scale": scale, "implementation": self.implementation}
         if layer is None:
             shared = jnp.broadcast_to(self._rotate(rotary_key, there), (*q.shape[:3], self.rotary_dim))
             k, v = (jnp.einsum("btr,rnh->btnh", latent[:, :, 0], kernel) for kernel in (to_keys, to_values))
