@@ -69,8 +69,10 @@ def assert_shared(cache: Cache, n: Any = None, *, rows: Any = None, atol: float 
 
 
 def _layers(cache: Cache) -> Iterator[tuple[str, Any]]:
-    """Yields every layer with its name, those of stacks one by one."""
+    """Yields every layer that keeps something with its name, those of stacks one by one."""
     for i, layer in enumerate(cache.layers):
+        if not layer.num_kept:
+            continue
         if layer.num_stacked is None:
             yield f"layer {i}", layer
         else:
