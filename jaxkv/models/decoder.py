@@ -77,7 +77,7 @@ class DecoderConfig:
       sink_logits: whether one learned score per query head joins the softmax and brings no value (gpt-oss).
       embed_scale: factor of the embeddings, rounded to the dtype of the computation (Gemma: width ** 0.5).
       layer_input_dim: None, or the size of a vector that each layer reads of each token besides, out of a table and a
-        projection of the embedding, see `jaxkv.models.LayerInputs` (Gemma 4).
+        projection of the embedding: per-layer embeddings (Gemma 4).
       layer_input_vocab: tokens of that table; None means vocab_size.
       layer_scales: whether what a layer gives is multiplied by one learned number (Gemma 4).
       residual_scale: factor of what attention and MLP give, before it is added (Granite).

@@ -33,7 +33,8 @@ class ExpertsConfig:
       weighs_input: whether scores multiply an expert's input instead of its output (Llama 4).
       shared_dim: None, or the inner size of an MLP that all tokens run through as well.
       shared_gate: whether what that gives is multiplied by the sigmoid of a learned projection to one number.
-      beside_mlp: whether they are computed beside the layer's MLP, not in its place, see `ExpertsBeside` (Gemma 4).
+      beside_mlp: whether they are computed beside the layer's MLP, not in its place, both with norms of their own
+        (Gemma 4).
       expert_scales: whether a learned number per expert multiplies its scores.
       use_bias: whether router and experts have biases.
       clamped: whether an expert is (up + 1) * gate * sigmoid(1.702 gate), clamped at 7 (gpt-oss), instead of

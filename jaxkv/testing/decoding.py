@@ -214,7 +214,7 @@ class _Feeder:
                 "what begin() returned, `cache, step = cache.begin(positions)`"
             )
         for i, layer in enumerate(self.cache.layers):
-            if not any(np.asarray(leaf).any() for leaf in jax.tree.leaves((layer.k, layer.v))):
+            if layer.num_kept and not any(np.asarray(leaf).any() for leaf in jax.tree.leaves((layer.k, layer.v))):
                 raise AssertionError(
                     f"nothing was ever put into layer {i} of the cache that forward returned: each layer must go on "
                     "with what put() returned, `layer = cache.layers[i].put(step, k, v)`, and the pass end with "

@@ -70,10 +70,10 @@ def assert_shared(cache: Cache, n: Any = None, *, rows: Any = None, atol: float 
 
 
 def _layers(cache: Cache) -> Iterator[tuple[str, Any]]:
-    """Yields every layer with keys and values, by name; those of stacks one by one."""
+    """Yields every layer that keeps keys and values, by name; those of stacks one by one."""
     layers: tuple[Any, ...] = cache.layers
     for i, layer in enumerate(layers):
-        if not isinstance(layer, Layer):
+        if not isinstance(layer, Layer) or not layer.num_kept:
             continue
         if layer.num_stacked is None:
             yield f"layer {i}", layer
