@@ -241,6 +241,10 @@ class Snapshot:
     (1, [0], 'my model')
     """
 
+    version: str
+    fingerprint: str | None
+    metadata: dict[str, str]
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = safetensors.File(path)
         self.path = self._file.path
@@ -266,7 +270,8 @@ class Snapshot:
                 "layers": [_, *_] as layers,
                 "metadata": {**metadata},
             } if all(isinstance(x, str) for x in (*groups, *metadata.values())) and all(map(_is_layer, layers)):
-                self.version, self.fingerprint, self.metadata = version, header["fingerprint"], metadata
+                self.version, self.fingerprint = version, header["fingerprint"]
+                self.metadata = dict(header["metadata"])
                 self.layers, self.stacked, self.groups = layers, header["stacked"], groups
             case _:
                 raise self.foreign("its header says other things than Cache.save does")

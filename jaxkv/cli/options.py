@@ -25,8 +25,8 @@ COMMANDS = (
     ("/help", "show these commands"),
     ("/undo", "forget the last exchange"),
     ("/reset", "forget everything but the system message"),
-    ("/save FILE", "write the conversation to a file, as JSON"),
-    ("/load FILE", "go on with a conversation from a file"),
+    ("/save FILE", "write the conversation, and its cache, to a file"),
+    ("/load FILE", "go on with a conversation from such a file"),
     ("/quit", "end; so do Ctrl-D, and Ctrl-C twice"),
 )
 
@@ -173,6 +173,11 @@ at the model's turn:
     _add_decoding(
         command, "1,024 with a chat template and 120 without", f"4,096 with a chat template, else {MIN_CAPACITY:,}"
     )
+    session_help = (
+        "go on with the conversation in this file, if it is there, and keep it there after each turn: its messages and "
+        "its cache, so that nothing is read again"
+    )
+    command.add_argument("--session", metavar="FILE", help=session_help)
     command.add_argument("--system", metavar="TEXT", help="what the model is told first, by a system message")
     command.add_argument("-q", "--quiet", action="store_true", help="no notes on standard error")
 
