@@ -680,8 +680,11 @@ def test_what_transformers_wrote_is_continued_and_answered_as_by_transformers(ki
 
 
 def test_info_says_what_a_checkpoint_is(checkpoint, capsys):
-    assert main(["info", checkpoint("mistral", TEMPLATE, eos_token_id=2), "--memory", "1GB"]) == 0
+    directory = checkpoint("mistral", TEMPLATE, eos_token_id=2)
+    assert main(["info", "--model", directory, "--memory", "1GB"]) == 0
     out, err = capsys.readouterr()
+    assert main(["info", directory, "--memory", "1GB"]) == 0
+    assert capsys.readouterr().out == out
     assert err == ""
     for line in (
         "parameters   20,328, 39.7 KiB of bfloat16",
@@ -708,7 +711,7 @@ def test_info_says_how_long_a_text_fits(capsys):
 
 
 def test_info_plans_for_rows_and_capacity(capsys):
-    assert main(["info", "--rows", "3", "--capacity", "100", "--memory", "7.5MB"]) == 0
+    assert main(["info", "--rows", "3", "--capacity", "0.1k", "--memory", "7.5MB"]) == 0
     out = capsys.readouterr().out
     specs = [
         dataclasses.replace(spec, k_storage=jaxkv.Dense("float32"), v_storage=jaxkv.Dense("float32"))

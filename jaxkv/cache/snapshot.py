@@ -29,8 +29,10 @@ from jax.sharding import PartitionSpec
 from jaxkv import safetensors
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.layer import Layer
-from jaxkv.cache.plain import made_of, plain
+from jaxkv.cache.plain import exportable, made_of, plain
+from jaxkv.cache.quantized import Float8, Int4, Int8
 from jaxkv.cache.rows import Rows
+from jaxkv.cache.storage import Dense
 from jaxkv.errors import NotSupportedError
 from jaxkv.kinds import kind_of
 from jaxkv.meshes import automatic
@@ -39,6 +41,9 @@ FORMAT = 1
 _VERSION = importlib.import_module("jaxkv").__version__  # type checkers would take an import for a circle
 _HEADER = "jaxkv"
 _STORAGE = "_storage"  # how the fields of a LayerSpec end that say how numbers are kept
+
+for _storage in (Dense, Int8, Int4, Float8):
+    exportable(_storage)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import math
 import os
@@ -192,11 +193,12 @@ def _add_info(commands: Any) -> None:
 examples:
   jaxkv info                                         the model that comes with jaxkv
   jaxkv info Qwen3-0.6B --memory 8GB                 on another machine
-  jaxkv info Qwen3-0.6B --rows 16 --capacity 4096    16 texts at once, of up to 4,096 tokens
+  jaxkv info Qwen3-0.6B --rows 8 --capacity 32k      8 texts at once, of up to 32,000 tokens
   jaxkv info Qwen3-0.6B --storage int8               a cache of 8 bits per number""",
     )
     command.set_defaults(command="info")
-    command.add_argument("model", nargs="?", metavar="DIR", help="directory of a checkpoint")
+    command.add_argument("directory", nargs="?", metavar="DIR", help="directory of a checkpoint")
+    command.add_argument("-m", "--model", metavar="DIR", help="the same, as the other commands take it")
     memory_help = "how much there is for parameters and cache (default: what is free here)"
     command.add_argument("--memory", type=_size, metavar="SIZE", help=memory_help)
     rows_help = "how many texts the cache is to hold at once (default: 1)"
@@ -340,8 +342,15 @@ def _between(least: int, most: int | None, what: str) -> Callable[[str], int]:
     return read
 
 
+def _tokens(text: str) -> int:
+    """Returns a number of tokens, such as 4096, 128k (128,000) or 128Ki (131,072)."""
+    with contextlib.suppress(ValueError):
+        text = str(parse_bytes(text)) if text.lower().endswith(("k", "ki")) else text
+    return _number_of_tokens(text)
+
+
 _count = _between(1, None, "a count")
-_tokens = _between(1, _MOST_TOKENS, "a number of tokens")
+_number_of_tokens = _between(1, _MOST_TOKENS, "a number of tokens")
 _seed = _between(0, _MOST_SEED, "a seed")
 
 # What makes a sampler: the argument of jaxkv.sampling.sampler and so the name of the option, its kind, and its help.
