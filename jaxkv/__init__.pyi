@@ -9,6 +9,7 @@ from .cache.look import show_mask as show_mask
 from .cache.pages import Pages as Pages
 from .cache.plain import exportable as exportable
 from .cache.plan import MemoryPlan as MemoryPlan
+from .cache.plan import max_capacity as max_capacity
 from .cache.plan import plan_memory as plan_memory
 from .cache.quantized import Float8 as Float8
 from .cache.quantized import Int4 as Int4

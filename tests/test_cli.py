@@ -317,7 +317,7 @@ def test_undo_forgets_the_last_exchange_in_text_and_cache(small_model, capsys, t
 
 
 def test_a_saved_conversation_is_gone_on_with(checkpoint, capsys, type_in, tmp_path):
-    directory, path = checkpoint("mistral", TEMPLATE), tmp_path / "a talk.json"
+    directory, path = checkpoint("mistral", TEMPLATE), tmp_path / "a talk"
     words = ["chat", "-m", directory, "-n", "12", "--system", "t9"]
     type_in(f"t1 t2\n/save {path}\nt3\n/undo\nt3\n/save {path}\n/save\n/save {tmp_path / 'no' / 'where'}\n")
     assert main(words) == 0
@@ -325,39 +325,90 @@ def test_a_saved_conversation_is_gone_on_with(checkpoint, capsys, type_in, tmp_p
     answers = out.splitlines()
     assert answers[1] == answers[2] and re.findall(r"reused (\d+)", err)[1:] == ["19", "20"]
     assert "/save needs a file name: /save FILE" in err
-    assert err.endswith(f"error: {tmp_path / 'no' / 'where'}: no such file or directory\n")
+    assert err.endswith(f"error: {tmp_path / 'no'}: there is no such folder to save into; make it first\n")
     said = [("system", "t9"), ("user", "t1 t2"), ("assistant", answers[0]), ("user", "t3"), ("assistant", answers[1])]
-    assert [(message["role"], message["content"]) for message in json.loads(path.read_text())] == said
+    messages = json.loads(jaxkv.Snapshot(path).metadata["messages"])
+    assert [(message["role"], message["content"]) for message in messages] == said
     type_in(f"t4\n/save {path}\n/load {path}\n/undo\nt3\n")
     assert main(words) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[1] == answers[1] and f"error: {path} exists; give another name" in err
 
 
+def test_a_session_goes_on_tomorrow_where_it_ended(checkpoint, capsys, type_in, tmp_path):
+    directory, path = checkpoint("mistral", TEMPLATE), tmp_path / "talk"
+    words = ["chat", "-m", directory, "-n", "12", "--greedy"]
+    type_in("t1 t2\nt3\n")
+    assert main(words) == 0
+    whole, err = capsys.readouterr()
+    reused = re.findall(r"reused (\d+) tokens?, read (\d+)", err)
+    for line in ("t1 t2\n", "t3\n"):
+        type_in(line)
+        assert main([*words, "--session", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert out == whole
+    assert re.findall(r"reused (\d+) tokens?, read (\d+)", err) == reused
+    assert f"2 messages read from {path}, {reused[1][0]} tokens in the cache" in err
+    # Another model, or a smaller cache, has the messages alone.
+    other = checkpoint("llama3", TEMPLATE)
+    for command, why in (
+        (["chat", "-m", other, "-n", "4"], "another model wrote it"),
+        ([*words, "-n", "4", "--capacity", "16"], "it has 33 tokens, and the cache holds 16"),
+    ):
+        type_in("")
+        assert main([*command, "--session", str(path)]) == 0
+        assert f"4 messages read from {path}; their tokens are read again: {why}" in capsys.readouterr().err
+    assert main([*words, "--session", str(path), "--system", "t9"]) == 2
+    assert "goes on with what its model was told first; leave out --system" in capsys.readouterr().err
+    type_in("/reset\n")
+    assert main([*words, "--session", str(path)]) == 0
+    assert not path.exists()
+    assert main([*words, "--session", str(tmp_path / "no" / "talk")]) == 2
+    path.write_text("[]")
+    assert main([*words, "--session", str(path)]) == 1
+    assert "is not a safetensors file" in capsys.readouterr().err
+    assert path.read_text() == "[]"
+
+
+def test_a_text_in_turns_is_gone_on_with(small_model, capsys, type_in, tmp_path):
+    path = tmp_path / "text"
+    type_in(f"hello\n/save {path}\nwhat\n")
+    assert main(["chat", "-n", "8", "--greedy"]) == 0
+    out, err = capsys.readouterr()
+    type_in(f"else\n/load {path}\nwhat\n/undo\nwhat\n/undo\n/undo\n/undo\n")
+    assert main(["chat", "-n", "8", "--greedy"]) == 0
+    again, err_again = capsys.readouterr()
+    assert again.splitlines()[1:3] == [out.splitlines()[1]] * 2
+    assert re.findall(r"reused (\d+)", err_again)[1:] == re.findall(r"reused (\d+)", err)[1:] * 2
+    assert re.findall(r"forgotten: (\w+)", err_again) == ["what", "what", "hello"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "does not exist"),
-        ("\xff", "is not JSON in UTF-8"),
-        ("[" * 100_000, "is not JSON in UTF-8"),
-        ("{}", "is not a list of messages; give a file that /save wrote"),
-        ("[]", "is not a list of messages"),
+        ("[" * 100_000, "has messages that are not JSON"),
+        ("{}", "has no list of messages; give a file that /save wrote"),
+        ("[]", "has no list of messages"),
         ("[1]", 'message 1 is not {"role": ..., "content": ...}'),
         ('[{"role": "tool", "content": "x"}]', 'message 1: "role" must be one of system, user, assistant'),
         ('[{"role": "user", "content": 3}]', 'and "content" a text'),
         ('[{"role": "assistant", "content": "x"}]', "message 1 is from assistant; here it must be from user"),
         ('[{"role": "user", "content": "x"}]', "ends with a user message, without an answer"),
-        ('[{"role": "system", "content": "x"}]', "has no chat template, so it takes no system message"),
+        ('[{"role": "system", "content": "x"}]', "has other tokens than its messages"),
+        ('[{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]', "has other tokens than"),
     ],
 )
 def test_what_is_no_conversation_is_not_loaded(text, message, tmp_path):
-    path = tmp_path / "file"
-    if text is not None:
-        path.write_bytes(text.encode("latin-1"))
-    source = types.SimpleNamespace(name="it", tokenizer=ByteTokenizer(), known=list)
+    path, config = tmp_path / "file", types.SimpleNamespace(vocab_size=256)
+    source = types.SimpleNamespace(name="it", tokenizer=ByteTokenizer(), known=list, fingerprint="it", config=config)
     cache = jaxkv.Cache.init([jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=1)], 1, 8)
     writing = Writing(source, cache, 2, lambda *_: None, lambda _: None)
+    metadata = {"messages": text, "history": "[1, 2, 256]", "begins": "[]"}
+    cache.save(path, fingerprint="it", metadata=metadata)
     with pytest.raises(Failure, match=re.escape(message)):
+        writing.load(path)
+    cache.save(path, metadata=metadata | {"history": "3"})
+    with pytest.raises(Failure):
         writing.load(path)
     assert (writing.messages, writing.history) == ([], [])
 
@@ -641,8 +692,11 @@ def test_what_transformers_wrote_is_continued_and_answered_as_by_transformers(ki
 
 
 def test_info_says_what_a_checkpoint_is(checkpoint, capsys):
-    assert main(["info", checkpoint("mistral", TEMPLATE, eos_token_id=2), "--memory", "1GB"]) == 0
+    directory = checkpoint("mistral", TEMPLATE, eos_token_id=2)
+    assert main(["info", "--model", directory, "--memory", "1GB"]) == 0
     out, err = capsys.readouterr()
+    assert main(["info", directory, "--memory", "1GB"]) == 0
+    assert capsys.readouterr().out == out
     assert err == ""
     for line in (
         "parameters   20,328, 39.7 KiB of bfloat16",
@@ -669,7 +723,7 @@ def test_info_says_how_long_a_text_fits(capsys):
 
 
 def test_info_plans_for_rows_and_capacity(capsys):
-    assert main(["info", "--rows", "3", "--capacity", "100", "--memory", "7.5MB"]) == 0
+    assert main(["info", "--rows", "3", "--capacity", "0.1k", "--memory", "7.5MB"]) == 0
     out = capsys.readouterr().out
     specs = [
         dataclasses.replace(spec, k_storage=jaxkv.Dense("float32"), v_storage=jaxkv.Dense("float32"))

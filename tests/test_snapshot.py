@@ -165,7 +165,7 @@ def test_another_storage_gets_what_the_first_one_has(path):
                 got = [after[name] for name in sorted(after) if name == prefix or name.startswith(prefix + ".")]
                 for x, y in zip(got, want, strict=True):
                     np.testing.assert_array_equal(x, y)
-    with pytest.raises(ValueError, match="k of layer 0 was kept by Int8.*float32 numbers would be cut to int8"):
+    with pytest.raises(ValueError, match=r"k of layer 0 was kept by Int8.*float32 numbers would be cut to int8"):
         Cache.init(SPECS, 1, CAPACITY, storage=Dense("int8")).load(path, saved=[0])
 
 
@@ -306,7 +306,7 @@ def test_a_full_disk_leaves_the_old_file(path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("jaxkv.whole.os.fsync", full)
-    with pytest.raises(OSError, match="No space left on device.*rows.safetensors"):
+    with pytest.raises(OSError, match=r"No space left on device.*rows\.safetensors"):
         source().save(path, rows=[1])
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 

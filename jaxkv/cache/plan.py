@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 
-from jaxkv.cache.build import shardings
+from jaxkv.cache.arguments import FAR, checked_size
+from jaxkv.cache.build import checked_specs, shardings
 from jaxkv.cache.cache import Cache
+from jaxkv.cache.rows import Rows
 from jaxkv.cache.spec import LayerSpec
-from jaxkv.sizes import format_bytes
+from jaxkv.sizes import format_bytes, parse_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,57 @@ def plan_memory(
     # A buffer [R or P, K, V or page_size, X], of a stack [L, ...], has so many slots.
     per_token = sum(_nbytes(x) // (x.shape[-4] * x.shape[-2]) for x in jax.tree.leaves([y.buffers for y in growing]))
     return MemoryPlan(cache.nbytes, _nbytes(cache, places), per_token, tuple(groups))
+
+
+def max_capacity(
+    specs: Sequence[LayerSpec],
+    nbytes: int | str,
+    num_rows: int = 1,
+    *,
+    most: int = FAR,
+    layout: Any = Rows(),
+    **options: Any,
+) -> int:
+    """Returns the largest capacity whose cache fits into so many bytes per device: `plan_memory` the other way round.
+
+    Args:
+      specs: one LayerSpec per layer.
+      nbytes: of one device, or a text such as "16GiB".
+      num_rows: sequences.
+      most: no larger one is looked for. A cache of windows alone takes as many bytes at any capacity.
+      layout: as for `Cache.init`; the pages of a pool stay as many as they are.
+      **options: storage, max_block, slack, stacked, sharding, as for `plan_memory`.
+
+    Returns:
+      Tokens per sequence, at most `most`; 0 if no capacity fits.
+
+    Raises:
+      ValueError: as `Cache.init`, and for anything that is no size.
+
+    >>> from jaxkv import Full, Int8, LayerSpec, max_capacity
+    >>> specs = [LayerSpec(Full(), num_kv_heads=8, head_dim=128)] * 32
+    >>> max_capacity(specs, "16GiB", num_rows=8), max_capacity(specs, "16GiB", num_rows=8, storage=Int8())
+    (8128, 31744)
+    """
+    nbytes, most = parse_bytes(nbytes), checked_size("max_capacity", "most", most, 1)
+    # Smaller ones than these aren't caches: all is sinks, or less than a page.
+    least = max(layout.page_size, *(spec.reach.sinks + 1 for spec in checked_specs(specs)))
+
+    def fits(capacity: int) -> bool:
+        return plan_memory(specs, num_rows, capacity, layout=layout, **options).nbytes_per_device <= nbytes
+
+    if most < least or not fits(least):
+        return 0
+    if fits(most):
+        return most
+    low, high = least, 2 * least  # low fits
+    while high < most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most)  # and high doesn't
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _nbytes(tree: Any, places: Any = None) -> int:

@@ -16,14 +16,12 @@ from jax import lax
 
 from jaxkv.cache.arguments import checked_size
 from jaxkv.cache.bits import pack, unpack, without_gradient
-from jaxkv.cache.plain import exportable
 from jaxkv.cache.rotation import rotate
 from jaxkv.cache.storage import whole
 
 _FORMATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 
 
-@exportable
 @dataclasses.dataclass(frozen=True)
 class Int8:
     """Keeps numbers as integers of 8 bits, with one float32 scale per token and head: 0.27 of float32's bytes.
@@ -77,7 +75,6 @@ class Int8:
         return rotate(x) if self.rotate else x
 
 
-@exportable
 @dataclasses.dataclass(frozen=True)
 class Int4:
     """Keeps numbers as integers of 4 bits, two per byte, in small groups: 0.16 of float32's bytes.
@@ -184,7 +181,6 @@ class Int4:
         return rotate(x) if self.rotate else x
 
 
-@exportable
 @dataclasses.dataclass(frozen=True)
 class Float8:
     """Keeps numbers as floats of 8 bits, with one float32 scale per token and head: 0.27 of float32's bytes.

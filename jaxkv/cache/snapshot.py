@@ -29,7 +29,8 @@ from jax.sharding import PartitionSpec
 from jaxkv import safetensors
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.layer import Layer
-from jaxkv.cache.plain import made_of, plain
+from jaxkv.cache.plain import exportable, made_of, plain
+from jaxkv.cache.quantized import Float8, Int4, Int8
 from jaxkv.cache.rows import Rows
 from jaxkv.cache.state_layer import StateLayer
 from jaxkv.cache.storage import Dense
@@ -41,6 +42,9 @@ FORMAT = 1
 _VERSION = importlib.import_module("jaxkv").__version__  # type checkers would take an import for a circle
 _HEADER = "jaxkv"
 _STORAGE = "_storage"  # how the fields of a LayerSpec end that say how numbers are kept
+
+for _storage in (Dense, Int8, Int4, Float8):
+    exportable(_storage)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +252,10 @@ class Snapshot:
     (1, [0], 'my model')
     """
 
+    version: str
+    fingerprint: str | None
+    metadata: dict[str, str]
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = safetensors.File(path)
         self.path = self._file.path
@@ -273,7 +281,8 @@ class Snapshot:
                 "layers": [_, *_] as layers,
                 "metadata": {**metadata},
             } if all(isinstance(x, str) for x in (*groups, *metadata.values())) and all(map(_is_layer, layers)):
-                self.version, self.fingerprint, self.metadata = version, header["fingerprint"], metadata
+                self.version, self.fingerprint = version, header["fingerprint"]
+                self.metadata = dict(header["metadata"])
                 self.layers, self.stacked, self.groups = layers, header["stacked"], groups
             case _:
                 raise self.foreign("its header says other things than Cache.save does")

@@ -10,10 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.cache.bits import carrier, pack, per_item, unpack, width
-from jaxkv.cache.plain import exportable
 
 
-@exportable
 @dataclasses.dataclass(frozen=True)
 class Dense:
     """Keeps numbers as they are, in one dtype.

@@ -12,13 +12,14 @@ from typing import Any
 import jax
 
 from jaxkv.cache.cache import Cache
+from jaxkv.cache.snapshot import Snapshot
 from jaxkv.cache.spec import Recurrent
-from jaxkv.cli.conversation import Conversation, Writing
+from jaxkv.cli.conversation import Conversation, Writing, read_messages
 from jaxkv.cli.devices import describe_devices, mesh_of, place_of
 from jaxkv.cli.options import COMMANDS, MIN_CAPACITY, Failure, UsageError, describe_commands
 from jaxkv.cli.run import Run, check_capacity, choose_sampling, describe_size
 from jaxkv.cli.source import find, told
-from jaxkv.cli.terminal import ask, clean, complain, note, said_of, write
+from jaxkv.cli.terminal import ask, clean, complain, counted, note, said_of, write
 
 _SLACK = 512  # as long as the blocks of a cache, so that it costs nothing
 
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
             f"argument --max-new-tokens: answers of {longest:,} tokens leave too little room in a cache for "
             f"{capacity:,}; give {capacity // 2:,} or less" + _larger(4 * longest, source.context)
         )
+    session = None if args.session is None else _session(args.session, args.system)
     model = source.load(args.dtype, capacity, storage=args.storage, quiet=args.quiet, mesh=mesh_of(args.devices))
     interrupts = Interrupts()
 
@@ -68,17 +70,19 @@ def run(args: argparse.Namespace) -> int:
     chat = (Conversation if taught else Writing)(source, cache, longest, decode, say)
     if args.system is not None:
         chat.messages = [{"role": "system", "content": clean(args.system)}]
+    if session is not None and session.exists():
+        chat.load(session)
     say(f"sampling: {chosen.text}")
     if where := describe_devices(model):
         say(where)
     say(describe_size(model.specs, 1, capacity))
     say(f"write a line, and the model {'answers' if taught else 'continues it'}; /help shows more, /quit ends")
-    talk(chat, interrupts)
+    talk(chat, interrupts, session)
     return 0
 
 
-def talk(chat: Conversation, interrupts: Interrupts) -> None:
-    """Obeys line after line, until the input ends."""
+def talk(chat: Conversation, interrupts: Interrupts, session: Path | None = None) -> None:
+    """Obeys line after line, until the input ends; what has been said stays in the file of a session after each."""
     files: set[Path] = set()  # that this conversation may overwrite
     interrupted = False
     while True:
@@ -99,6 +103,8 @@ def talk(chat: Conversation, interrupts: Interrupts) -> None:
                     _obey(chat, line, files)
                 elif line.strip():
                     chat.turn(clean(line))
+                if session is not None:
+                    _keep(chat, session)
         except (Failure, OSError) as error:
             complain(" ".join(said_of(error).split()))
 
@@ -135,7 +141,36 @@ def _save(chat: Conversation, path: Path, files: set[Path]) -> None:
     if path.exists() and path.resolve() not in files:
         raise Failure(f"{path} exists; give another name, or remove it first")
     chat.save(path)
+    chat.say(f"{counted(len(chat.messages), 'message')} written to {path}")
     files.add(path.resolve())
+
+
+def _keep(chat: Conversation, session: Path) -> None:
+    """Makes the file of a session what has been said; there is none of a conversation that is forgotten."""
+    if chat.said:
+        chat.save(session)
+    else:
+        session.unlink(missing_ok=True)
+
+
+def _session(given: str, system: str | None) -> Path:
+    """Returns the file of a session.
+
+    Raises:
+      UsageError: if it can't be gone on with.
+      Failure: if it is damaged, or something else.
+    """
+    path = Path(given).expanduser()
+    if not path.exists():
+        if not path.parent.is_dir():
+            raise UsageError(f"argument --session: {path.parent} is not a directory; make it first")
+        return path
+    with told():
+        messages = read_messages(Snapshot(path))
+    told_first = messages[0]["content"] if messages[0]["role"] == "system" else None
+    if system is not None and clean(system) != told_first:
+        raise UsageError(f"{path} goes on with what its model was told first; leave out --system")
+    return path
 
 
 def _within(context: int | None, capacity: int) -> int:

@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.cache.cache import Cache
+from jaxkv.cache.snapshot import Snapshot
 from jaxkv.cli.options import Failure
 from jaxkv.cli.run import Run
 from jaxkv.cli.source import Source, told
 from jaxkv.cli.terminal import Text, counted
 from jaxkv.errors import NotSupportedError
-from jaxkv.whole import written
 
 BETWEEN_TURNS = "\n\n"
-_MOST_BYTES = 1 << 24  # of a saved conversation
 _ROLES = ("system", "user", "assistant")
 
 Message = dict[str, str]
@@ -37,6 +36,8 @@ class Conversation:
       say: shows a note.
     """
 
+    in_turns = False  # whether `begins` says where each exchange began
+
     def __init__(
         self,
         source: Source,
@@ -49,6 +50,12 @@ class Conversation:
         self.decode, self.say = decode, say
         self.messages: list[Message] = []
         self.history: list[int] = []
+        self.begins: list[int] = []  # of a text in turns: how much history there was before each exchange
+
+    @property
+    def said(self) -> bool:
+        """Whether there is an exchange that can be saved."""
+        return _last_of_user(self.messages) is not None
 
     def reset(self) -> None:
         """Forgets all but the system message."""
@@ -69,29 +76,49 @@ class Conversation:
         self.say(f"forgot: {said[:40]}{'...' if len(said) > 40 else ''}")
 
     def save(self, path: Path) -> None:
-        """Writes the messages as a JSON list, as chat templates take them.
+        """Writes the messages and what the cache holds, by `Cache.save`.
 
         Raises:
           Failure: if nothing was said.
           OSError: if the file can't be written.
         """
-        if _last_of_user(self.messages) is None:
+        if not self.said:
             raise Failure("the conversation is empty")
-        with written(path) as file:
-            file.write(json.dumps(self.messages, ensure_ascii=False, indent=1).encode() + b"\n")
-        self.say(f"{counted(len(self.messages), 'message')} written to {path}")
+        said = {"messages": self.messages, "history": self.history, "begins": self.begins}
+        with told():
+            self.cache.save(
+                path,
+                fingerprint=self.source.fingerprint,
+                metadata={name: json.dumps(value, ensure_ascii=False) for name, value in said.items()},
+            )
 
     def load(self, path: Path) -> None:
-        """Goes on with what `save` wrote.
+        """Goes on with what `save` wrote; where another model wrote it, or a larger cache, with its messages alone.
 
         Raises:
-          Failure: if the file holds anything else, or what this model can't go on with.
+          Failure: if the file holds anything else, or what this model can't go on with; nothing has changed then.
           OSError: if it can't be read.
         """
-        messages = read_messages(path)
         with told():
+            saved = Snapshot(path)
+            messages = read_messages(saved)
+            history, begins = (_numbers(saved, name) for name in ("history", "begins"))
+            held = int(saved.lengths[0])
+            if saved.fingerprint != self.source.fingerprint:
+                why = "another model wrote it"
+            elif saved.capacity > self.cache.capacity:
+                why = f"it has {saved.capacity:,} tokens, and the cache holds {self.cache.capacity:,}"
+            else:
+                said = [message["role"] for message in messages].count("user")
+                alike = held <= len(history) and all(0 <= token < self.source.config.vocab_size for token in history)
+                if not alike or len(begins) != (said if self.in_turns else 0):
+                    raise ValueError(f"{path} has other tokens than its messages; give a file that /save wrote")
+                self.cache = self.cache.load(saved, [0], saved=[0])
+                self.messages, self.history, self.begins = messages, history, begins
+                self.say(f"{counted(len(messages), 'message')} read from {path}, {counted(held, 'token')} in the cache")
+                return
             self._adopt(messages)
-        self.say(f"{counted(len(messages), 'message')} read from {path}")
+        self.say(f"{counted(len(messages), 'message')} read from {path}; prefilled again: {why}")
 
     def turn(self, line: str) -> None:
         """Lets the model answer a line.
@@ -179,9 +206,7 @@ class Conversation:
 class Writing(Conversation):
     """A text that both write in turns: of models without a chat template."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.begins: list[int] = []  # how much history there was before each exchange
+    in_turns = True
 
     def _adopt(self, messages: list[Message]) -> None:
         if any(message["role"] == "system" for message in messages):
@@ -233,41 +258,46 @@ class Writing(Conversation):
         self.say(f"the cache was full: forgot {num_dropped:,} tokens, kept {len(self.history):,}")
 
 
-def read_messages(path: Path) -> list[Message]:
+def read_messages(saved: Snapshot) -> list[Message]:
     """Returns what a file says, if it is a conversation that can go on: an answer to each message of the user.
 
     Raises:
-      Failure: if it isn't.
-      OSError: if it can't be read.
+      ValueError: if it isn't.
     """
-    if not path.is_file():
-        raise Failure(f"{path} is not a file" if path.exists() else f"{path} does not exist")
-    with path.open("rb") as file:
-        data = file.read(_MOST_BYTES + 1)
-    if len(data) > _MOST_BYTES:
-        raise Failure(f"{path} has more than {_MOST_BYTES:,} bytes: too many for a conversation")
+    path = saved.path
     try:
-        messages = json.loads(data.decode())
+        messages = json.loads(saved.metadata.get("messages", "null"))
     except (ValueError, RecursionError) as error:
-        raise Failure(f"{path} is not JSON in UTF-8: {error}; give a file that /save wrote") from error
+        raise ValueError(f"{path} has messages that are not JSON: {error}; give a file that /save wrote") from error
     if not isinstance(messages, list) or not messages:
-        raise Failure(f"{path} is not a list of messages; give a file that /save wrote")
+        raise ValueError(f"{path} has no list of messages; give a file that /save wrote")
     expected = "user"
     for number, message in enumerate(messages, 1):
         where = f"{path}, message {number}"
         if not isinstance(message, dict) or {"role", "content"} != message.keys():
-            raise Failure(f'{where} is not {{"role": ..., "content": ...}}')
+            raise ValueError(f'{where} is not {{"role": ..., "content": ...}}')
         role, content = message["role"], message["content"]
         if role not in _ROLES or not isinstance(content, str):
-            raise Failure(f'{where}: "role" must be one of {", ".join(_ROLES)}, and "content" a text')
+            raise ValueError(f'{where}: "role" must be one of {", ".join(_ROLES)}, and "content" a text')
         if role == "system" and number == 1:
             continue
         if role != expected:
-            raise Failure(f"{where} is from {role}; here it must be from {expected}")
+            raise ValueError(f"{where} is from {role}; here it must be from {expected}")
         expected = "assistant" if role == "user" else "user"
     if expected == "assistant":
-        raise Failure(f"{path} ends with a user message, without an answer")
+        raise ValueError(f"{path} ends with a user message, without an answer")
     return messages
+
+
+def _numbers(saved: Snapshot, name: str) -> list[int]:
+    """Returns whole numbers that a file has beside its messages."""
+    try:
+        numbers = json.loads(saved.metadata[name])
+    except (KeyError, ValueError, RecursionError):
+        numbers = None
+    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+        raise ValueError(f"{saved.path} has no {name} that are numbers; give a file that /save wrote")
+    return numbers
 
 
 def _last_of_user(messages: Sequence[Message]) -> int | None:

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxkv.cache.arguments import FAR
 from jaxkv.cache.build import stored_as
-from jaxkv.cache.plan import plan_memory
+from jaxkv.cache.plan import max_capacity, plan_memory
 from jaxkv.cache.storage import Dense
 from jaxkv.cli.options import DTYPES
 from jaxkv.cli.run import check_capacity
@@ -24,12 +25,11 @@ from jaxkv.models import Files, Tokenizer, tiny
 from jaxkv.safetensors import File
 from jaxkv.sizes import format_bytes
 
-_MOST = 1 << 30  # positions are int32
 _EXAMPLE = 4096  # tokens, if nobody says how many
 
 
 def run(args: argparse.Namespace) -> int:
-    source = find(args.model, text=False)
+    source = find(args.model or args.directory, text=False)
     check_capacity(args.capacity, source.context)
     with told():
         counts = _counts(source)
@@ -120,7 +120,8 @@ def _table(
         cached = specs if storage else stored_as(specs, Dense(dtype))
         with told():
             plan = plan_memory(cached, rows, capacity)
-        longest = _longest(cached, rows, memory - nbytes, source.context or _MOST)
+        left, most = memory - nbytes, source.context or FAR
+        longest = max_capacity(cached, left, rows, most=most) if left > 0 else 0
         if memory < nbytes:
             said = "too large"
         else:
@@ -130,18 +131,6 @@ def _table(
     return "".join(
         "   ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + "\n" for line in lines
     )
-
-
-def _longest(specs: Sequence[Any], rows: int, memory: int, most: int) -> int:
-    """Returns the largest capacity whose cache fits, 0 if none does."""
-    low, high = most if plan_memory(specs, rows, most).nbytes <= memory else 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if plan_memory(specs, rows, middle).nbytes <= memory:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def free_memory() -> tuple[int, str]:

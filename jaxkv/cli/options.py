@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import math
 import os
@@ -25,8 +26,8 @@ COMMANDS = (
     ("/help", "show these commands"),
     ("/undo", "forget the last exchange"),
     ("/reset", "forget everything but the system message"),
-    ("/save FILE", "write the conversation to a file, as JSON"),
-    ("/load FILE", "go on with a conversation from a file"),
+    ("/save FILE", "write the conversation, and its cache, to a file"),
+    ("/load FILE", "go on with a conversation from such a file"),
     ("/quit", "end; so do Ctrl-D, and Ctrl-C twice"),
 )
 
@@ -173,6 +174,11 @@ at the model's turn:
     _add_decoding(
         command, "1,024 with a chat template and 120 without", f"4,096 with a chat template, else {MIN_CAPACITY:,}"
     )
+    session_help = (
+        "continue the conversation in this file, if it exists, and keep it there after each turn: its messages and its "
+        "cache, so that nothing is prefilled again"
+    )
+    command.add_argument("--session", metavar="FILE", help=session_help)
     command.add_argument("--system", metavar="TEXT", help="a system message: instructions to the model")
     command.add_argument("-q", "--quiet", action="store_true", help="no notes on standard error")
 
@@ -197,13 +203,13 @@ def _add_info(commands: Any) -> None:
 examples:
   jaxkv info                                         the bundled model
   jaxkv info Qwen3-0.6B --memory 8GB                 on another machine
-  jaxkv info Qwen3-0.6B --rows 16 --capacity 4096    16 texts at once, of up to 4,096 tokens
+  jaxkv info Qwen3-0.6B --rows 8 --capacity 32k      8 texts at once, of up to 32,000 tokens
   jaxkv info Qwen3-0.6B --storage int8               a cache of 8 bits per number""",
     )
     command.set_defaults(command="info")
-    command.add_argument(
-        "model", nargs="?", metavar="DIR", help="directory of a checkpoint (default: the bundled model)"
-    )
+    directory_help = "directory of a checkpoint (default: the bundled model)"
+    command.add_argument("directory", nargs="?", metavar="DIR", help=directory_help)
+    command.add_argument("-m", "--model", metavar="DIR", help="the same, as the other commands take it")
     memory_help = "memory for parameters and cache (default: the free memory of this machine)"
     command.add_argument("--memory", type=_size, metavar="SIZE", help=memory_help)
     rows_help = "number of texts in the cache at once (default: 1)"
@@ -349,8 +355,15 @@ def _between(least: int, most: int | None, what: str) -> Callable[[str], int]:
     return read
 
 
+def _tokens(text: str) -> int:
+    """Returns a number of tokens, such as 4096, 128k (128,000) or 128Ki (131,072)."""
+    with contextlib.suppress(ValueError):
+        text = str(parse_bytes(text)) if text.lower().endswith(("k", "ki")) else text
+    return _number_of_tokens(text)
+
+
 _count = _between(1, None, "a count")
-_tokens = _between(1, _MOST_TOKENS, "a number of tokens")
+_number_of_tokens = _between(1, _MOST_TOKENS, "a number of tokens")
 _seed = _between(0, _MOST_SEED, "a seed")
 
 # What makes a sampler: the argument of jaxkv.sampling.sampler and so the name of the option, its kind, and its help.

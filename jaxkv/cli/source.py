@@ -28,6 +28,7 @@ from jaxkv.models import (
     GenerationConfig,
     Model,
     Tokenizer,
+    fingerprint,
     load,
     read_config,
     tensor_parallel,
@@ -113,6 +114,11 @@ class Source:
     def num_params(self) -> int:
         """How many parameters it has."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(self.module)))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells it from other models, see `jaxkv.models.fingerprint`."""
+        return fingerprint(self.directory or tiny.PATH.parent)
 
     def specs(self) -> list[Any]:
         """Returns what a cache must keep, layer by layer."""
