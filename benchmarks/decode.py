@@ -4,11 +4,13 @@
     python benchmarks/decode.py --out docs/data/decode.json     # the same, kept, with docs/figures/decode.png
     python benchmarks/decode.py --plot docs/data/decode.json    # only draws the figure again
     python benchmarks/decode.py --quick                         # tiny sizes: does it run?
+    python benchmarks/decode.py --shape 12 4 64 --dtype bfloat16 --only jaxkv "jaxkv, native"
 
-Float32, 32 query and 8 kv heads of 128. JAX's contestants run in a compiled loop that carries its cache, as generation
-does; torch runs eagerly, as it is used. Flax's caches know no grouped heads: theirs have 8 query heads, a fourth of the
-work, and projections of next to no size. "plain read" is the sum of the filled keys and values, the fastest of 20: no
-attention can be faster. Contestants take turns; medians and ratios are of one run.
+Float32, 32 query and 8 kv heads of 128. "jaxkv" is what `attend` takes by itself; "jaxkv, native" is the kernel in C++,
+on a CPU with a compiler. JAX's contestants run in a compiled loop that carries its cache, as generation does; torch runs
+eagerly, as it is used. Flax's caches know no grouped heads: theirs have 8 query heads, a fourth of the work, and
+projections of next to no size. "plain read" is the sum of the filled keys and values, the fastest of 20: no attention
+can be faster. Contestants take turns; medians and ratios are of one run.
 
 A second table is beam search's reordering of rows: `Cache.take` in a donated loop, transformers' `reorder_cache`, and a
 plain copy of what is held.
@@ -31,6 +33,7 @@ import numpy as np
 from common import ROOT, about, count_cores, interleave, medians, say
 
 import jaxkv
+from jaxkv.nn.native import library
 
 READ = "plain read"
 
@@ -43,6 +46,7 @@ class Setting:
     batches: tuple[int, ...] = (1, 8)
     capacities: tuple[int, ...] = (4096, 16384)
     fills: tuple[int, ...] = (64, 256, 1024, 4096)
+    dtype: str = "float32"  # in which jaxkv keeps keys and values
 
 
 QUICK = Setting(4, 2, 16, (1, 2), (128, 256), (8, 128))
@@ -59,8 +63,11 @@ def random(seed: int, *shape: int) -> Any:
 class Jaxkv:
     """Cache.begin, put, attend."""
 
+    form = "auto"
+
     def __init__(self, s: Setting, batch: int, capacity: int):
-        spec = jaxkv.LayerSpec(jaxkv.Full(), s.num_kv_heads, s.head_dim)
+        storage = jaxkv.Dense(s.dtype)
+        spec = jaxkv.LayerSpec(jaxkv.Full(), s.num_kv_heads, s.head_dim, None, storage, storage)
         cache = self.empty(spec, batch, capacity)
         block = min(cache.max_block, capacity)
 
@@ -84,13 +91,13 @@ class Jaxkv:
         return jaxkv.Cache.init([spec], batch, capacity)
 
     @staticmethod
-    @functools.partial(jax.jit, donate_argnums=0)
-    def loop(cache, q, k, position, steps):
+    @functools.partial(jax.jit, donate_argnums=0, static_argnames="form")
+    def loop(cache, q, k, position, steps, form="auto"):
         def body(_, carry):
             cache, x = carry
             cache, step = cache.begin(jnp.full((q.shape[0], 1), position))
             layer = cache.layers[0].put(step, k, k)
-            return cache.with_layers([layer]), q + jaxkv.attend(x, layer, step)
+            return cache.with_layers([layer]), q + jaxkv.attend(x, layer, step, implementation=form)
 
         return jax.lax.fori_loop(0, steps, body, (cache, q))
 
@@ -99,11 +106,17 @@ class Jaxkv:
             groups, lengths = jax.tree.map(jnp.copy, self.books[fill])  # the loop is given them to keep
             cache = dataclasses.replace(self.cache, groups=groups, lengths=lengths)
             begin = time.perf_counter()
-            self.cache, out = self.loop(cache, self.q, self.k, jnp.int32(fill - 1), jnp.int32(steps))
+            self.cache, out = self.loop(cache, self.q, self.k, jnp.int32(fill - 1), jnp.int32(steps), form=self.form)
             out.block_until_ready()
             return time.perf_counter() - begin
 
         return run
+
+
+class Native(Jaxkv):
+    """The same with the kernel in C++."""
+
+    form = "native"
 
 
 class Static:
@@ -359,6 +372,7 @@ def reordering_table(data: dict[str, Any]) -> str:
 
 CONTESTANTS = {
     "jaxkv": Jaxkv,
+    "jaxkv, native": Native,
     "jax.nn.dot_product_attention": Static,
     "flax.linen (8 heads)": Linen,
     "flax.nnx (8 heads)": Nnx,
@@ -380,8 +394,10 @@ def measure(s: Setting, names: list[str], *, rounds: int, seconds: float) -> dic
             made[capacity] = {}
             for name in names:
                 try:
-                    if name == "torch SDPA" and jax.default_backend() != "cpu":
+                    if name in ("torch SDPA", "jaxkv, native") and jax.default_backend() != "cpu":
                         left_out[name] = "it is compared on the CPU only"
+                    elif name == "jaxkv, native" and library.problem():
+                        left_out[name] = str(library.problem())
                     else:
                         made[capacity][name] = CONTESTANTS[name](s, batch, capacity)
                 except ModuleNotFoundError as error:
@@ -423,6 +439,7 @@ def table(data: dict[str, Any]) -> str:
 
 COLORS = {
     "jaxkv": "C3",
+    "jaxkv, native": "C5",
     "jax.nn.dot_product_attention": "C0",
     "flax.linen (8 heads)": "C1",
     "flax.nnx (8 heads)": "C2",
@@ -489,11 +506,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes")
     parser.add_argument("--capacity", type=int, nargs="+")
     parser.add_argument("--fill", type=int, nargs="+")
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "K", "H"), help="query heads, kv heads, head_dim")
+    parser.add_argument("--dtype", help="in which jaxkv keeps keys and values")
     args = parser.parse_args(argv)
     if args.plot:
         plot(json.loads(args.plot.read_text()), args.figure)
         return 0
     setting = QUICK if args.quick else Setting()
+    if args.shape:
+        setting = dataclasses.replace(
+            setting, **dict(zip(("num_heads", "num_kv_heads", "head_dim"), args.shape, strict=True))
+        )
+    if args.dtype:
+        setting = dataclasses.replace(setting, dtype=args.dtype)
     for field, values in (("batches", args.batch), ("capacities", args.capacity), ("fills", args.fill)):
         if values:
             setting = dataclasses.replace(setting, **{field: tuple(values)})

@@ -357,7 +357,7 @@ def test_a_session_goes_on_tomorrow_where_it_ended(checkpoint, capsys, type_in, 
     ):
         type_in("")
         assert main([*command, "--session", str(path)]) == 0
-        assert f"4 messages read from {path}; their tokens are read again: {why}" in capsys.readouterr().err
+        assert f"4 messages read from {path}; prefilled again: {why}" in capsys.readouterr().err
     assert main([*words, "--session", str(path), "--system", "t9"]) == 2
     assert "goes on with what its model was told first; leave out --system" in capsys.readouterr().err
     type_in("/reset\n")

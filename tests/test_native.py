@@ -25,7 +25,8 @@ CALL = "custom_call @jaxkv_attention"
 
 
 @pytest.fixture(autouse=True)
-def _kernel():
+def _kernel(monkeypatch):
+    monkeypatch.setenv("JAXKV_NATIVE", "1")
     if library.problem():
         pytest.skip(library.problem())
 
@@ -34,13 +35,13 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-ROWS_LAYOUT = Rows()
+ROWS_LAYOUT, FLOAT32 = Rows(), Dense()
 SINKS = normal(5, N)
 
 
-def filled(dtype, layout=ROWS_LAYOUT, stacked=False):
+def filled(storage=FLOAT32, layout=ROWS_LAYOUT, stacked=False):
     """A cache whose rows hold 1,200, 600 (with gaps) and 0 tokens, and encoder outputs of 70, 5 and 0 places."""
-    specs = [LayerSpec(reach, K, H, HV, Dense(dtype), Dense(dtype)) for reach in REACHES]
+    specs = [LayerSpec(reach, K, H, HV, storage, storage) for reach in REACHES]
     cache = Cache.init(
         specs[:1] * 3 if stacked else specs, ROWS, CAPACITY, max_block=1200, layout=layout, stacked=stacked
     )
@@ -66,8 +67,8 @@ def filled(dtype, layout=ROWS_LAYOUT, stacked=False):
     return fill(
         cache,
         positions.astype(np.int32),
-        normal(1, ROWS, 1200, K, H).astype(dtype),
-        normal(2, ROWS, 1200, K, HV).astype(dtype),
+        normal(1, ROWS, 1200, K, H),
+        normal(2, ROWS, 1200, K, HV),
     )
 
 
@@ -86,17 +87,17 @@ def in_numpy(q, layer, step, softcap):
 def decode(cache, positions, q, rows=None, spans=None, form="native"):
     """Attention of a call over all layers; k and v of its own tokens are made of q."""
     cache, step = cache.begin(positions, rows=rows, spans=spans)
-    k, v = (x.astype(cache.layers[0].k.dtype) for x in (q[:, :, :K], q[:, :, :K, :HV]))
+    k, v = q[:, :, :K], q[:, :, :K, :HV]
     layers = [layer if isinstance(layer.spec.reach, Cross) else layer.put(step, k, v) for layer in cache.layers]
     outs = [attend(q, layer, step, softcap=2.0, sink_logits=SINKS, implementation=form) for layer in layers]
     return outs, layers, step
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_decoding_equals_numpy_with_every_reach_gaps_and_a_row_that_holds_nothing(dtype):
+@pytest.mark.parametrize("storage", [*map(Dense, ("float32", "float16", "bfloat16")), jaxkv.Int8()], ids=str)
+def test_decoding_equals_numpy_with_every_reach_gaps_and_a_row_that_holds_nothing(storage):
     positions = np.array([[1200], [600], [EMPTY]], np.int32)
     q = normal(3, ROWS, 1, N, H)
-    outs, layers, step = decode(filled(dtype), positions, q)
+    outs, layers, step = decode(filled(storage), positions, q)
     for out, layer in zip(outs, layers, strict=True):
         np.testing.assert_allclose(out, in_numpy(q, layer, step, 2.0), atol=1e-6)
     assert (np.asarray(outs[0][2]) == 0).all()
@@ -104,7 +105,7 @@ def test_decoding_equals_numpy_with_every_reach_gaps_and_a_row_that_holds_nothin
 
 @pytest.mark.parametrize("layout", [Rows(), Pages(400, 16)], ids=["rows", "pages"])
 def test_a_block_of_some_rows_in_another_order_equals_numpy_with_padding_and_spans(layout):
-    cache = filled("float32", layout)
+    cache = filled(layout=layout)
     positions = np.array([[600, EMPTY, 602, 604, 601], [1200, 1201, 1202, 1204, 1206]], np.int32)
     spans = np.array([[0, 0, 5, 0, 5], [0, 1, 1, 0, 0]], np.int32)
     q = normal(4, 2, 5, N, H)
@@ -114,7 +115,7 @@ def test_a_block_of_some_rows_in_another_order_equals_numpy_with_padding_and_spa
 
 
 def test_a_row_alone_equals_the_row_in_a_batch_bit_for_bit_and_nan_of_others_does_not_reach_it():
-    cache, q = filled("float32"), normal(3, ROWS, 1, N, H)
+    cache, q = filled(), normal(3, ROWS, 1, N, H)
     together = decode(cache, np.array([[1200], [600], [0]], np.int32), q)[0]  # enough work for several threads
     for other in (np.array([[1200], [EMPTY], [EMPTY]]), np.array([[EMPTY], [600], [EMPTY]])):
         held = (other[:, 0] != EMPTY)[:, None, None, None]
@@ -143,7 +144,7 @@ def test_sizes_that_vectors_do_not_divide_and_any_number_of_query_heads_equal_th
 
 
 def test_a_traced_layer_of_a_stack_is_read_where_it_lies():
-    cache, q = filled("float32", stacked=True), normal(3, ROWS, 1, N, H)
+    cache, q = filled(stacked=True), normal(3, ROWS, 1, N, H)
 
     @functools.partial(jax.jit, static_argnums=2)
     def scan(cache, q, form):
@@ -285,6 +286,10 @@ def test_without_a_compiler_or_a_directory_or_when_switched_off_attention_runs_a
     q, layer, step = small()
     want = attend(q, layer, step, implementation="blockwise")
     (tmp_path / "file").write_text("")
+    monkeypatch.delenv("JAXKV_NATIVE")
+    assert jaxkv.explain_attend(q, layer, step).startswith("blockwise: JAXKV_NATIVE=1")
+    assert CALL not in jax.jit(lambda q: attend(q, layer, step)).lower(q).as_text()
+    monkeypatch.setenv("JAXKV_NATIVE", "1")
     cases = (
         ({"PATH": "", "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}, "no C\\+\\+ compiler"),
         ({"CXX": "false", "XDG_CACHE_HOME": str(tmp_path)}, "false failed"),

@@ -187,8 +187,8 @@ def _add_doctor(commands: Any) -> None:
     command = commands.add_parser(
         "doctor",
         help="say what runs here, and what is wrong with it",
-        description="Prints versions, devices, the form of attention, whether the native kernel for CPUs is there and why "
-        "not, and whether this jaxlib computes a known sum wrong. Builds the native kernel if it is not there.",
+        description="Prints versions, devices, the form of attention, whether the native kernel for CPUs is there and "
+        "why not, and whether this jaxlib computes a known sum wrong. Builds the native kernel if it is not there.",
     )
     command.set_defaults(command="doctor")
 

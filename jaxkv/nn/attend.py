@@ -42,14 +42,16 @@ def attend(
         `Cache.sharing` promised. A number of tokens, whole pages where the layer has pages, or int32 scalar. Where rows
         differ in spite of it, they get one another's keys.
       select: None, or int [B, T, n]: the slots that each query reads, all different, of those that it may see; others,
-        and numbers out of range, are passed over. `lax.top_k` over scores of all slots gives them (DeepSeek-V3.2), with
+        and numbers out of range, are skipped. `lax.top_k` over scores of all slots gives them (DeepSeek-V3.2), with
         `Layer.read_side` to compute those. Nothing else is read.
-      implementation: "auto", "reference" (plain, builds [T, S]) or "blockwise" (reads only filled blocks).
+      implementation: "auto", "reference" (plain, builds [T, S]), "blockwise" (reads only filled blocks) or "native": the
+        kernel in C++ for CPUs, see docs/native.md. "auto" takes it if `JAXKV_NATIVE=1` is in the environment.
 
     Returns:
       [B, T, N, value_dim] in q's dtype, on a mesh with Explicit axes sharded as q is.
 
     Raises:
+      NotSupportedError: while tracing, if "native" can't be had, with the reason.
       ValueError: while tracing, for shapes or dtypes that don't fit the layer and the step, a softcap of 0 or below, or
         an unknown implementation, or a `shared` that is below 0, longer than the layer, or not a whole number of pages;
         for a `select` of another shape, or together with `shared` or an implementation.

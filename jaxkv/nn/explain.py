@@ -17,6 +17,8 @@ from jaxkv.nn.native import forward, library
 def explain_attend(q: Any, layer: Layer, step: Step) -> str:
     """Returns which form `attend(q, layer, step)` takes, and why: "native: ..." or "blockwise: ...".
 
+    `implementation="native"` takes the native kernel wherever it can be had.
+
     Args:
       q: the queries [B, T, N, H], or a `jax.ShapeDtypeStruct` of them.
       layer: a layer of a cache.
@@ -30,6 +32,8 @@ def explain_attend(q: Any, layer: Layer, step: Step) -> str:
     >>> explain_attend(jnp.ones((1, 1, 1, 8)), cache.layers[0], step).partition(":")[0]
     'blockwise'
     """
+    if not library.by_itself():
+        return "blockwise: JAXKV_NATIVE=1 in the environment lets it take the native kernel for CPUs"
     length = q.shape[1]
     if length > forward.MOST_QUERIES:
         return f"blockwise: of {length} tokens per row XLA's matrix products are faster than the native kernel"

@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -32,7 +33,6 @@ namespace jaxkv {
 
 constexpr int kStretch = 512;      // slots of a task
 constexpr int kBlock = 64;         // keys between two looks at the maximum
-constexpr int kAhead = 20;         // keys that are fetched ahead
 constexpr int kMost = 1024;        // largest head_dim and value_dim
 constexpr int kMostPadded = kMost + 16;
 constexpr int64_t kAlone = 1 << 19;  // bytes, or as much arithmetic, below which another thread costs more than it brings
@@ -404,7 +404,8 @@ void attend(Attention& attention, int64_t helpers, const Schedule& schedule) {
   helpers = std::min(helpers, shared->tasks - 1);
   for (int64_t i = 0; i < helpers; ++i) schedule([shared] { shared->work(); });
   shared->work();
-  while (shared->done.load(std::memory_order_acquire) < shared->tasks) {
+  for (int spins = 0; shared->done.load(std::memory_order_acquire) < shared->tasks; ++spins) {
+    if (spins > 1000) std::this_thread::yield();  // one of them may wait for this very core
 #if defined(__x86_64__)
     _mm_pause();
 #endif

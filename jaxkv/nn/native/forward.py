@@ -37,10 +37,11 @@ def obstacle(layer: Any, step: Step, dtype: Any, *, dropout: bool) -> str | None
     if not isinstance(layer, Layer) or not isinstance(layer.layout, Rows | Pages):
         return "it reads the layers of a cache"
     spec, group = layer.spec, step.groups[layer.group]
-    storages = spec.k_storage, spec.v_storage
-    if not all(isinstance(x, Dense) and x.dtype.name in _DTYPES for x in storages) or storages[0] != storages[1]:
+    kinds = {_kind(storage) for storage in (spec.k_storage, spec.v_storage)}
+    if len(kinds) > 1 or not kinds <= {*_DTYPES, "Int8"}:
         return (
-            f"it reads keys and values of one of the dtypes {', '.join(_DTYPES)}, not {storages[0]} and {storages[1]}"
+            f"it reads keys and values of one kind, Dense of {', '.join(_DTYPES)} or Int8, "
+            f"not {spec.k_storage} and {spec.v_storage}"
         )
     if max(spec.head_dim, spec.value_dim) > _MOST_SIZE:
         return f"it reads vectors of up to {_MOST_SIZE} numbers"
@@ -55,6 +56,11 @@ def obstacle(layer: Any, step: Step, dtype: Any, *, dropout: bool) -> str | None
     if group.pages is not None and group.kv_positions.shape[1] % group.page_size:
         return "its pages are not whole"
     return None
+
+
+def _kind(storage: Any) -> str:
+    """Returns the name of what the kernel knows a storage by, or one that it does not know."""
+    return storage.dtype.name if isinstance(storage, Dense) else type(storage).__name__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +136,8 @@ mlir.register_lowering(
 def _library_call(plan: Any, q: Any, sinks: Any, layer: Layer, step: Step) -> Any:
     spec, group, reach = layer.spec, step.groups[layer.group], layer.spec.reach
     none, no_float = jnp.zeros((0,), jnp.int32), jnp.zeros((0,), jnp.float32)
+    pairs = [(x["codes"], x["scales"]) if isinstance(x, dict) else (x, no_float) for x in (layer.k, layer.v)]
+    (k, k_scales), (v, v_scales) = pairs
     held = group.kv_positions
     if spec.drops:
         held = jnp.where(layer.stored(step, 0, layer.num_slots), held, EMPTY)
@@ -145,10 +153,10 @@ def _library_call(plan: Any, q: Any, sinks: Any, layer: Layer, step: Step) -> An
     call = jax.ffi.ffi_call(library.TARGET, results, vmap_method="sequential")
     out, log_total = call(
         q,
-        layer.k,  # as it is: a reshape of it, fused with the put before, would copy the whole buffer
-        layer.v,
-        no_float,
-        no_float,
+        k,  # as they are: a reshape, fused with the put before, would copy the whole buffer
+        v,
+        k_scales,
+        v_scales,
         jnp.int32(0) if layer.index is None else layer.index,
         step.rows,
         group.filled,

@@ -88,18 +88,23 @@ INLINE vf sums4(const vf* a) { return fours(pairs(a[0], a[1]), pairs(a[2], a[3])
 INLINE vf sums(const vf* a) { return eights(eights(sums4(a), sums4(a + 4)), eights(sums4(a + 8), sums4(a + 12))); }
 #endif
 
+// Has the vector of `size` numbers come closer. While keys are multiplied, the values of the same block come from memory,
+// and while values are, the keys of the next block.
+template <class E> INLINE void fetch(const void* buffer, int64_t at, int size) {
+  const char* p = reinterpret_cast<const char*>(static_cast<const E*>(buffer) + at * size);
+  for (size_t i = 0; i < size * sizeof(E); i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 // Scores of keys [begin, begin + N) of the list for Q queries, in rows of kBlock.
 template <class E, int Q, int N>
-static void score_keys(const Task& task, const float* q, int64_t stride, int begin, float* scores) {
+static void score_keys(const Task& task, const float* q, int64_t stride, int begin, bool first, float* scores) {
   constexpr int kRegisters = ((Q * N + W - 1) / W) * W;
   const int size = task.call->H, whole = size / W;
   const E* key[N];
-  const char* ahead[N];
   for (int j = 0; j < N; ++j) {
     const int last = task.count - 1, here = begin + j < last ? begin + j : last;  // again, rather than past the end
-    const int next = begin + j + kAhead < last ? begin + j + kAhead : last;
     key[j] = static_cast<const E*>(task.k) + task.at[here] * size;
-    ahead[j] = reinterpret_cast<const char*>(static_cast<const E*>(task.k) + task.at[next] * size);
+    if (first) fetch<E>(task.v, task.at[here], task.call->Hv);
   }
   vf sum[kRegisters];
 #pragma GCC unroll 16
@@ -107,10 +112,7 @@ static void score_keys(const Task& task, const float* q, int64_t stride, int beg
   for (int h = 0; h < whole; ++h) {
     vf x[N];
 #pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) {
-      if (h * W * sizeof(E) % 64 == 0) __builtin_prefetch(ahead[j] + h * W * sizeof(E));
-      x[j] = load(key[j] + h * W);
-    }
+    for (int j = 0; j < N; ++j) x[j] = load(key[j] + h * W);
 #pragma GCC unroll 4
     for (int i = 0; i < Q; ++i) {
       vf y = load(q + i * stride + h * W);
@@ -137,7 +139,8 @@ static void score_keys(const Task& task, const float* q, int64_t stride, int beg
 
 // out[i] * keep[i] + the sum over keys of weights[i][j] * v[j], of C vectors from number h on, for Q queries.
 template <class E, int Q, int C>
-static void mix_columns(const Task& task, const float* weights, const float* keep, int count, int h, int some, float* out) {
+static void mix_columns(const Task& task, const float* weights, const float* keep, int count, int h, int some, bool ahead,
+                        float* out) {
   const int size = task.call->Hv;
   const E* values = static_cast<const E*>(task.v) + h;
   vf sum[Q * C];
@@ -148,13 +151,11 @@ static void mix_columns(const Task& task, const float* weights, const float* kee
       sum[i * C + c] = (some ? load_some(out + i * size + h, some) : load(out + i * size + h + c * W)) * keep[i];
   for (int j = 0; j < count; ++j) {
     const E* value = values + task.at[task.block + j] * size;
-    int next = task.block + j + kAhead;
-    next = next < task.count ? next : task.count - 1;
-    const char* ahead = reinterpret_cast<const char*>(values + task.at[next] * size);
+    const int next = task.block + kBlock + j;
+    if (ahead && next < task.count) fetch<E>(task.k, task.at[next], task.call->H);
     vf x[C];
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
-      if (c * W * sizeof(E) % 64 == 0) __builtin_prefetch(ahead + c * W * sizeof(E));
       x[c] = some ? load_some(value, some) : load(value + c * W);
     }
 #pragma GCC unroll 16
@@ -176,12 +177,12 @@ static void mix_columns(const Task& task, const float* weights, const float* kee
 }
 
 template <class E, int Q>
-INLINE void mix(const Task& task, const float* weights, const float* keep, int count, float* out) {
+INLINE void mix(const Task& task, const float* weights, const float* keep, int count, bool first, float* out) {
   constexpr int kWide = Q <= 2 ? 4 : ACCUMULATORS / 4;
   const int size = task.call->Hv;
   int h = 0;
-  for (; h + kWide * W <= size; h += kWide * W) mix_columns<E, Q, kWide>(task, weights, keep, count, h, 0, out);
-  for (; h < size; h += W) mix_columns<E, Q, 1>(task, weights, keep, count, h, h + W <= size ? 0 : size - h, out);
+  for (; h + kWide * W <= size; h += kWide * W) mix_columns<E, Q, kWide>(task, weights, keep, count, h, 0, first && h == 0, out);
+  for (; h < size; h += W) mix_columns<E, Q, 1>(task, weights, keep, count, h, h + W <= size ? 0 : size - h, first && h == 0, out);
 }
 
 // One block of the list for queries [first, first + Q) of the kv head.
@@ -201,7 +202,7 @@ void attend_block(const Task& task, int first, int count) {
     }
     q = padded;
   }
-  for (int j = 0; j < count; j += kKeys) score_keys<E, Q, kKeys>(task, q, stride, task.block + j, scores);
+  for (int j = 0; j < count; j += kKeys) score_keys<E, Q, kKeys>(task, q, stride, task.block + j, first == 0, scores);
 
   float keep[Q];
   float* out = task.mixed + first * call.Hv;
@@ -244,12 +245,13 @@ void attend_block(const Task& task, int first, int count) {
     if (task.v_scales)
       for (int s = 0; s < count; ++s) score[s] *= task.v_scales[task.at[task.block + s]];
   }
-  mix<E, Q>(task, scores, keep, count, out);
+  mix<E, Q>(task, scores, keep, count, first == 0, out);
 }
 
 template <class E>
 void attend_list(Task& task) {
   const int queries = task.call->G * task.call->T;
+  for (int j = 0; j < task.count && j < kBlock; ++j) fetch<E>(task.k, task.at[j], task.call->H);
   for (task.block = 0; task.block < task.count; task.block += kBlock) {
     const int count = task.count - task.block < kBlock ? task.count - task.block : kBlock;
     int first = 0;

@@ -36,8 +36,12 @@ _FLAGS = (  # and those of _target
     "-ffp-contract=fast",
     "-w",
 )
-_SETS = {"plain": set(), "AVX2": {"avx2", "fma", "f16c"}}  # what /proc/cpuinfo calls the instructions of each
+_SETS: dict[str, set[str]] = {
+    "plain": set(),
+    "AVX2": {"avx2", "fma", "f16c"},
+}  # what /proc/cpuinfo calls the instructions of each
 _SETS["AVX-512"] = {*_SETS["AVX2"], "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+_OFF = ("0", "false", "off", "no")
 _MAGIC = b"jaxkv-library-1:"  # at the end of a library that was built here, and behind it the SHA-256 of all before
 _MACHINES = {"x86_64": 62, "amd64": 62, "aarch64": 183, "arm64": 183}  # e_machine of an ELF file
 
@@ -53,7 +57,7 @@ def problem() -> str | None:
     `JAXKV_NATIVE` in the environment: 0 switches it off, plain, AVX2 or AVX-512 builds it with these instructions.
     """
     try:
-        if os.environ.get("JAXKV_NATIVE", "1").lower() in ("0", "false", "off", "no"):
+        if _asked() in _OFF:
             raise Unusable("JAXKV_NATIVE=0 switches it off")
         if platform.system() != "Linux" or platform.machine().lower() not in _MACHINES:
             raise Unusable(f"it is not built for {platform.system()} on {platform.machine()}")
@@ -66,6 +70,15 @@ def problem() -> str | None:
         (log.debug if switched else log.info)("attention runs as XLA compiles it, without the native kernel: %s", error)
         return str(error)
     return None
+
+
+def by_itself() -> bool:
+    """Returns whether implementation="auto" may take the kernel: if `JAXKV_NATIVE` says so."""
+    return _asked() not in ("", *_OFF)
+
+
+def _asked() -> str:
+    return os.environ.get("JAXKV_NATIVE", "").lower()
 
 
 def instruction_set() -> str:
@@ -149,16 +162,14 @@ def _compile(compiler: str, to: Path) -> None:
 
 
 def _target() -> tuple[str, ...]:
-    """Returns the flags that name the instruction set to compile: one takes a third of the time of all."""
+    """Returns the flag that names the instruction set to compile: one takes a third of the time of all."""
+    here: set[str] = set()
     with contextlib.suppress(OSError):
         flags = re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         here = set(flags.group(1).split()) if flags else set()
-        asked = os.environ.get("JAXKV_NATIVE", "").lower()
-        sets = [
-            n for n, (name, wanted) in enumerate(_SETS.items()) if wanted <= here and asked in ("", "1", name.lower())
-        ]
-        return (f"-DJAXKV_SETS={1 << sets[-1]}",) if sets else ("-DJAXKV_SETS=1",)
-    return ()
+    usable = [n for n, wanted in enumerate(_SETS.values()) if wanted <= here]
+    asked = [n for n in usable if list(_SETS)[n].lower() == _asked()]
+    return (f"-DJAXKV_SETS={1 << (asked or usable)[-1]}",)
 
 
 def _compiler() -> str | None:
