@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import sys
 from pathlib import Path
@@ -60,6 +61,18 @@ def _as_restructured_text(app, what, name, obj, options, lines):
     lines[:] = "\n".join(lines).split("\n")
 
 
+def _in_jax(app, env, node, content):
+    """Links names of JAX to its documentation, which has a page for each. An inventory of it would need a network."""
+    target = node.get("reftarget", "")
+    try:
+        known = target.startswith("jax.") and callable(pkgutil.resolve_name(target))
+    except (ImportError, AttributeError):
+        known = False
+    if not known:
+        return None
+    return nodes.reference("", "", content, refuri=f"https://docs.jax.dev/en/latest/_autosummary/{target}.html")
+
+
 class CodeCell(SphinxDirective):
     """A cell of a notebook, with what it shows."""
 
@@ -73,11 +86,12 @@ class CodeCell(SphinxDirective):
         if text:
             shown.append(nodes.literal_block(text, text, language="none", classes=["output"]))
         if markup:
-            shown.append(nodes.raw("", f'<div class="output" style="overflow-x: auto">{markup}</div>', format="html"))
+            shown.append(nodes.raw("", f'<div class="output" style="overflow-x: auto; margin-bottom: 1em">{markup}</div>', format="html"))
         return shown
 
 
 def setup(app):
     app.add_directive("code-cell", CodeCell)
     api_pages.write(HERE / "api")
+    app.connect("missing-reference", _in_jax)
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=100)  # before napoleon

@@ -525,7 +525,7 @@ def test_a_call_that_does_not_fit_the_function_is_a_type_error(memo):
         ({"memory": None}, "neither memory nor disk keeps nothing"),
         ({"memory": "lots"}, "'lots' is not a size"),
         ({"policy": "random"}, "policy is 'random', must be one of keep, lru, mru, fifo"),
-        ({"disk_budget": "1GiB"}, "said about a disk; give disk=DIR as well"),
+        ({"disk_budget": "1GiB"}, "are settings of a disk; give disk=DIR, too"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(arguments, message):
