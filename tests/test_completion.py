@@ -397,5 +397,6 @@ def test_samples_of_a_prompt_are_those_of_as_many_rows_and_it_is_read_once():
 def test_what_a_search_found_is_gone_on_from_by_its_best():
     found = model().beam_search(RETURN, num_beams=2, max_new_tokens=4)
     turn = [*found.best.history[0], 65]
-    want = model().generate(turn, cache=found.best, **GREEDY)
-    assert model().generate(turn, cache=found, **GREEDY).text == want.text
+    assert model().generate(turn, cache=found, **GREEDY).text == model().generate(turn, **GREEDY).text
+    with pytest.raises(CacheError, match="donated"):
+        model().generate(turn, cache=found, **GREEDY)

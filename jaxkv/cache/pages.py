@@ -35,6 +35,10 @@ class PageStep:
 
     __repr__ = show
 
+    def copied(self) -> PageStep:
+        """Returns this without the copies, which were made."""
+        return PageStep(self.table, None)
+
     def of_row(self, one: Callable[[Any], Any]) -> PageStep:
         """Returns this for one batch row, to be read; `one` cuts it out of an array [B, ...]."""
         return PageStep(one(self.table), None)
@@ -184,11 +188,15 @@ class Pages:
         """Returns what the layers must know of the bookkeeping in one call of rows [B], None for all in order."""
         return PageStep(pages.table if rows is None else pages.table[rows], copies)
 
+    def own(self, buffer: Any, index: Any, step: Any, group: int) -> Any:
+        """Returns the buffer with the pages copied that a row writes to and another has too."""
+        copies = step.groups[group].pages.copies
+        return buffer if copies is None else _copy_pages(buffer, index, copies)
+
     def write(self, buffer: Any, index: Any, step: Any, group: int, x: Any) -> Any:
         """Returns the buffer with x [B, T, K, H] at the slots of the step's tokens; slots past the end are dropped."""
         slots, pages = step.groups[group].slots[:, : x.shape[1]], step.groups[group].pages
-        if pages.copies is not None:
-            buffer = _copy_pages(buffer, index, pages.copies)
+        buffer = self.own(buffer, index, step, group)
         num_pages, batch = buffer.shape[-4], jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
         nowhere = num_pages + jnp.arange(slots.size, dtype=jnp.int32).reshape(slots.shape)  # all different
         page = pages.table.at[batch, slots // self.page_size].get(mode="fill", fill_value=num_pages)

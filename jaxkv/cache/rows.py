@@ -78,6 +78,10 @@ class Rows:
     def step(self, pages: None, rows: Any, copies: Any = None) -> None:
         """Returns what the layers must know of the bookkeeping in one call."""
 
+    def own(self, buffer: Any, index: Any, step: Any, group: int) -> Any:
+        """Returns the buffer with what a row writes to being its own: it always is."""
+        return buffer
+
     def write(self, buffer: Any, index: Any, step: Any, group: int, x: Any) -> Any:
         """Returns the buffer with x [B, T, K, H] at the slots of the step's tokens; slots past the end are dropped.
 

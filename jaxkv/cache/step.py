@@ -33,6 +33,10 @@ class GroupStep:
         """How many slots lie together, wherever the others are: stretches of whole pages are read fastest."""
         return 1 if self.pages is None else self.kv_positions.shape[-1] // self.pages.table.shape[-1]
 
+    def copied(self) -> GroupStep:
+        """Returns this for writes after the pages that several rows have were copied."""
+        return self if self.pages is None else dataclasses.replace(self, pages=self.pages.copied())
+
     def of_row(self, one: Callable[[Any], Any]) -> GroupStep:
         """Returns this for one batch row; `one` cuts it out of an array [B, ...] or None."""
         return dataclasses.replace(

@@ -142,15 +142,14 @@ def commit(cache: Any, tree: Tree, rows: Any, known: Any, took: Any, path: Any, 
     fits = fit[at] | ~moves.any(1)
     length, moves = jnp.where(fits, length, 0), moves & fits[:, None]
     only = None if whole else at
-    sources, steps, before, groups = [], [], [], []
+    sources, steps, groups = [], [], []
     for group, (pages, copies), to in zip(cache.groups, claimed, wanted, strict=True):
         sources.append(group.slot(base + jnp.maximum(path, 0)))
-        slots, in_order = jnp.where(moves, to, group.num_slots), not group.wraps
-        steps.append(GroupStep(slots, None, None, None, cache.layout.step(pages, only, copies), in_order))
-        before.append(GroupStep(slots, None, None, None, cache.layout.step(group.pages, only), in_order))
+        slots, place = jnp.where(moves, to, group.num_slots), cache.layout.step(pages, only, copies)
+        steps.append(GroupStep(slots, None, None, None, place, not group.wraps))
         groups.append(dataclasses.replace(group, pages=pages))
     step = Step(positions=path, rows=rows, ok=took, spans=None, groups=tuple(steps), whole=whole)
-    old = dataclasses.replace(step, groups=tuple(before))  # where a page is copied, it is still there
+    owned = dataclasses.replace(step, groups=tuple(part.copied() for part in steps))
 
     def moved(layer: Layer) -> Layer:
         if isinstance(layer.spec.reach, Cross):
@@ -158,8 +157,9 @@ def commit(cache: Any, tree: Tree, rows: Any, known: Any, took: Any, path: Any, 
 
         def move(index: Any, buffer: Any) -> Any:
             # Keys are rotated by depth already, and the branch is as deep as its tokens then lie.
-            x = layer.layout.gather(buffer, index, old, layer.group, sources[layer.group])
-            return layer.layout.write(buffer, index, step, layer.group, lax.optimization_barrier(x))
+            buffer = layer.layout.own(buffer, index, step, layer.group)
+            x = layer.layout.gather(buffer, index, step, layer.group, sources[layer.group])
+            return layer.layout.write(buffer, index, owned, layer.group, lax.optimization_barrier(x))
 
         def one(buffer: Any) -> Any:
             if layer.num_stacked is None:

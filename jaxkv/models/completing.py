@@ -74,6 +74,8 @@ def _how(speculate: Any, num_draft: Any, cache: Any) -> tuple[Any, dict[str, Any
     if not hasattr(speculate, "init_cache"):
         what = repr(speculate) if isinstance(speculate, str) else kind_of(speculate)
         raise ValueError(f'speculate is {what}; give "lookup", or a small Model with the same tokenizer, which drafts')
+    if not isinstance(cache, Cache):
+        return stream, {}  # which says what is wrong with it
     small = speculate.init_cache(cache.num_rows, cache.capacity, slack=num_draft)
     return stream_speculation, {"num_draft": num_draft, "draft": (speculate.forward, speculate.params, small)}
 

@@ -148,10 +148,12 @@ class TextStream:
         there = np.arange(made.tokens.shape[1]) < lengths[:, None]
         fields: dict[str, Any] = {"tokens": np.where(there, made.tokens, EMPTY), "lengths": lengths}
         fields["log_probs"] = np.where(there, made.log_probs, 0)
+        cut = lengths < made.lengths
+        fields["reasons"] = tuple("stop" if c else reason for c, reason in zip(cut, made.reasons, strict=True))
         if made.cache is not None:
             kept = np.array([len(prompt) for prompt in self._prompts], np.int32) + lengths - 1
-            kept = np.where(lengths < made.lengths, kept, np.iinfo(np.int32).max)
-            fields["cache"] = rewound(made.cache, kept.astype(np.int32))
+            kept = np.where(cut, kept, np.iinfo(np.int32).max).astype(np.int32)
+            fields["cache"] = dataclasses.replace(rewound(made.cache, kept), ok=made.cache.ok)
         return fields
 
 
