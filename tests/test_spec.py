@@ -70,7 +70,10 @@ def test_a_span_sees_both_ways_but_not_beyond_the_reach():
         (lambda: Chunk(0), "Chunk(size=0)"),
         (lambda: Dense("float33"), "not a dtype; give for example 'float32'"),
         (lambda: Dense(bool), "give a floating or an integer dtype"),
-        (lambda: LayerSpec(Full, 1, 2), "give Full(), Window(size), Chunk(size), Cross(size) or Recurrent(state, tail)"),
+        (
+            lambda: LayerSpec(Full, 1, 2),
+            "give Full(), Window(size), Chunk(size), Cross(size) or Recurrent(state, tail)",
+        ),
         (lambda: LayerSpec(Full(), 0, 2), "LayerSpec(num_kv_heads=0)"),
         (lambda: LayerSpec(Full(), 1, 2, value_dim=0), "LayerSpec(value_dim=0)"),
         (lambda: LayerSpec(Full(), 1, 2, k_storage="float32"), "give a storage such as Dense('float32')"),

@@ -1,8 +1,8 @@
 """The bookkeeping of recurrent layers: after which tokens of each row a state is kept, and in which slot it lies.
 
 A row has a few slots, each with one state: the one it stands at, those of the last `slack` tokens, and beside these the
-newest `keep` checkpoints. A state that is to stay is not copied: the next one is written elsewhere. So forgetting moves integers only, and a decode
-step that keeps nothing writes its state where it read it.
+newest `keep` checkpoints. A state that is to stay is not copied: the next one is written elsewhere. So forgetting moves
+integers only, and a decode step that keeps nothing writes its state where it read it.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class States:
     def settle(
         self, by_row: dict[str, np.ndarray], by_slot: dict[str, np.ndarray], length: int
     ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Returns what `Group.settle` does: the state the row stands at, those of `slack`, and the newest checkpoints."""
+        """Returns what `Group.settle` does: the state a row stands at, those of `slack`, and the newest checkpoints."""
         positions, kept = by_slot["positions"], by_slot["kept"]
         if not (np.diff(positions, prepend=0) > 0).all() or positions[-1:].tolist() != [length][: min(length, 1)]:
             raise ValueError("states that are not in order, or none after its last token")
