@@ -550,6 +550,9 @@ OTHER = Toy((Full(),))
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 or more"),
         ({"max_new_tokens": [1, 0, 2]}, "max_new_tokens is [1, 0, 2]; it must be 1 or more"),
         ({"max_new_tokens": [1, 2]}, "max_new_tokens has 2 numbers for 3 prompts; give one, or one per prompt"),
+        ({"num_samples": 0}, "num_samples is 0; give a whole number, 1 or more, or one per prompt"),
+        ({"num_samples": [2, 1]}, "num_samples has 2 numbers for 3 prompts; give one, or one per prompt"),
+        ({"num_samples": 2}, "num_samples asks for 6 rows, and the cache has 3; make it with num_rows=6"),
         ({"stop_tokens": [1, [2, V]]}, f"stop_tokens has token {V}, outside the model's vocabulary"),
         (
             {"stop_tokens": [1, []]},
