@@ -15,9 +15,9 @@ carries: bits per byte, and the Kullback-Leibler divergence of its predictions f
 its five layers see 128 bytes, so this says little about long contexts.
 
 Times are of one layer in a compiled loop that carries its cache, as generation does: a token is put, and attends to all
-that is held. Files are saved and loaded beside the same bytes written and read. transformers' quantized cache (optimum-
-quanto) runs eagerly, as it is used: `update` with one token, which brings back all of the cache, and torch's attention
-over it.
+that is held. Files are saved and loaded beside the same bytes written and read. transformers' quantized cache
+(optimum-quanto) runs eagerly, as it is used: `update` with one token, which brings back all of the cache, and torch's
+attention over it.
 """
 
 from __future__ import annotations
