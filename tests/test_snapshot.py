@@ -278,6 +278,7 @@ def test_files_that_lie_are_refused_and_change_nothing(path):
     lie("its header says other things", layers=[])
     lie("its header says other things", groups=[3])
     lie("it has no group of Full", groups=["Window(size=5, sinks=1)"] * 3)
+    lie("it has no rows", {"lengths": np.zeros(0, np.int32)})
     lie("a length that none can have", {"lengths": np.array([-1, 2**31 - 1, 3], np.int32)})
     order = np.array(file["rows.0.groups.0.positions"])[::-1]
     lie("row 0 has positions that are not in order", {"rows.0.groups.0.positions": order})
