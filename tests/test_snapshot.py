@@ -89,8 +89,8 @@ def assert_same(one, other):
         np.testing.assert_array_equal(x, other[name], name)
 
 
-def heads_apart():
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("heads",))
+def heads_apart(kind=jax.sharding.AxisType.Auto):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("heads",), axis_types=(kind,))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "heads"))
 
 
@@ -102,7 +102,7 @@ def heads_apart():
         {"layout": Pages(20, 5)},
         {"layout": Pages(40, 2), "stacked": True},
         {"sharding": heads_apart()},
-        {"stacked": True, "sharding": heads_apart()},
+        {"stacked": True, "sharding": heads_apart(jax.sharding.AxisType.Explicit)},
     ],
     ids=str,
 )
