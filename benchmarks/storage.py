@@ -15,8 +15,9 @@ carries: bits per byte, and the Kullback-Leibler divergence of its predictions f
 its five layers see 128 bytes, so this says little about long contexts.
 
 Times are of one layer in a compiled loop that carries its cache, as generation does: a token is put, and attends to all
-that is held. transformers' quantized cache (optimum-quanto) runs eagerly, as it is used: `update` with one token, which
-brings back all of the cache, and torch's attention over it.
+that is held. Files are saved and loaded beside the same bytes written and read. transformers' quantized cache
+(optimum-quanto) runs eagerly, as it is used: `update` with one token, which brings back all of the cache, and torch's
+attention over it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import json
 import pathlib
 import pydoc_data.topics
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -37,7 +39,7 @@ import numpy as np
 from common import about, count_cores, interleave, medians, say, warn_if_busy
 
 import jaxkv
-from jaxkv import Dense, Float8, Full, Int4, Int8, LayerSpec
+from jaxkv import Dense, Float8, Full, Int4, Int8, LayerSpec, whole
 
 STORAGES: dict[str, tuple[Any, Any]] = {
     "float32": (Dense("float32"),) * 2,
@@ -232,6 +234,45 @@ def measure_times(s: Setting, *, rounds: int, seconds: float) -> list[dict[str, 
     return cells
 
 
+def measure_files(s: Setting, *, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Seconds to write and read the bytes of a saved row, and to save and load it, in turn: the file is in memory."""
+    rows, spec = [], LayerSpec(Full(), 8, 128)
+    with tempfile.TemporaryDirectory() as folder:
+        path, plain = f"{folder}/rows", f"{folder}/plain"
+        for name in ("float32", "k int8, v int4"):
+            held = s.held // 4
+            make = functools.partial(jaxkv.Cache.init, [spec] * 4, 1, held, max_block=held, storage=STORAGES[name])
+            cache, _ = make().begin(jnp.arange(held, dtype=jnp.int32)[None])
+            cache.save(path)
+            content = np.fromfile(path, np.uint8)
+
+            def write(content: Any = content) -> None:
+                with whole.written(plain) as file:
+                    file.write(content.data)
+
+            def load(make: Any = make) -> float:
+                empty = jax.block_until_ready(make())
+                begin = time.perf_counter()
+                jax.block_until_ready(empty.load(path))
+                return time.perf_counter() - begin
+
+            def timed(run: Any) -> float:
+                begin = time.perf_counter()
+                run()
+                return time.perf_counter() - begin
+
+            runs = {
+                "write": functools.partial(timed, write),
+                "save": functools.partial(timed, functools.partial(cache.save, path)),
+                "read": functools.partial(timed, lambda: np.fromfile(path, np.uint8)),
+                "load": load,
+            }
+            turns = {key: (lambda steps, run=run: sum(run() for _ in range(steps))) for key, run in runs.items()}
+            ms = medians(interleave(turns, rounds=rounds, seconds=seconds))
+            rows.append({"storage": name, "nbytes": content.size, "ms": ms})
+    return rows
+
+
 def table(found: dict[str, Any]) -> str:
     lines = []
     if "bytes" in found:
@@ -259,6 +300,12 @@ def table(found: dict[str, Any]) -> str:
             f"{least[name] / least['float32']:6.2f}x"
             for name, value in ms.items()
         ]
+    for row in found.get("files", ()):
+        ms = row["ms"]
+        lines.append(
+            f"a row of {row['nbytes'] / 1e6:,.0f} MB, {row['storage']}: save at {ms['write'] / ms['save']:.2f} of the "
+            f"speed of writing its bytes, load at {ms['read'] / ms['load']:.2f} of reading them"
+        )
     return "\n".join(lines)
 
 
@@ -266,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, help="where the numbers go (json)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds: does it run?")
-    parser.add_argument("--only", nargs="+", choices=("bytes", "errors", "model", "times"))
+    parser.add_argument("--only", nargs="+", choices=("bytes", "errors", "model", "times", "files"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=0.1, help="about how long one turn lasts")
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes")
@@ -286,11 +333,12 @@ def main(argv: list[str] | None = None) -> int:
         "errors": lambda: measure_errors(s),
         "model": lambda: measure_model(s),
         "times": lambda: measure_times(s, rounds=rounds, seconds=seconds),
+        "files": lambda: measure_files(s, rounds=rounds, seconds=seconds),
     }
     found = about(("jax", "jaxlib", "numpy", "torch", "transformers", "optimum-quanto"))
     found |= {name: measure() for name, measure in measures.items() if not args.only or name in args.only}
     print(table(found))
-    if "times" in found:
+    if "times" in found or "files" in found:
         warn_if_busy(found)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ not contiguous.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import math
 import os
@@ -131,19 +132,23 @@ class File(Mapping[str, np.ndarray]):
         Raises:
           ValueError: naming what is damaged; or if the file has no checksums.
         """
-        sums = self._checksums
-        if sums is None:
-            raise ValueError(f"{self.path} has no checksums; it was written by something else")
-        order = sorted(self._entries)
-        if len(sums) != 8 * (1 + len(order)) or _header_sum(self._header, sums) != sums[:8]:
-            raise ValueError(f"{self.path} is damaged: its header is not what was written; take a copy of it")
-        expected = {name: sums[8 * i : 8 * i + 8] for i, name in enumerate(order, 1)}
+        expected = self._expected
         for name in names:
             _, _, begin, end = self._entries[name]
             if _checksum(np.asarray(self._bytes[begin:end])) != expected[name]:
                 raise ValueError(
-                    f"{self.path} is damaged: the numbers of {name} are not those written; take a copy of it"
+                    f"{self.path} is damaged: the numbers of {name} are not those that were written; take a copy of it"
                 )
+
+    @functools.cached_property
+    def _expected(self) -> dict[str, str]:
+        """The checksum of each tensor, by a header that is what was written."""
+        sums, names = self._checksums, sorted(self._entries)
+        if sums is None:
+            raise ValueError(f"{self.path} has no checksums; it was written by something else")
+        if len(sums) != 8 * (1 + len(names)) or _header_sum(self._header, sums) != sums[:8]:
+            raise ValueError(f"{self.path} is damaged: its header is not what was written; take a copy of it")
+        return {name: sums[8 * i : 8 * i + 8] for i, name in enumerate(names, 1)}
 
     def offset(self, name: str) -> int:
         """Returns where in the file the bytes of a tensor begin."""

@@ -90,7 +90,13 @@ def test_the_storage_benchmark_runs(tmp_path, monkeypatch):
     storage = importlib.import_module("storage")
     monkeypatch.setattr(storage, "STORAGES", {name: storage.STORAGES[name] for name in ("float32", "k int8, v int4")})
     monkeypatch.setattr(storage, "TIMED", tuple(storage.STORAGES))
-    assert storage.main(["--quick", "--only", "bytes", "errors", "times", "--out", str(tmp_path / "storage.json")]) == 0
+    assert (
+        storage.main(
+            ["--quick", "--only", "bytes", "errors", "times", "files", "--out", str(tmp_path / "storage.json")]
+        )
+        == 0
+    )
     data = json.loads((tmp_path / "storage.json").read_text())
     assert {"float32", "k int8, v int4"} <= set(data["times"][0]["ms"])
+    assert set(data["files"][1]["ms"]) == {"write", "save", "read", "load"}
     assert 0.01 < data["errors"][1]["error"]["normal"] < 0.08

@@ -277,3 +277,28 @@ def test_a_folder_that_is_not_there_or_is_given_as_the_file_is_named(path):
         safetensors.write(path.parent / "gone" / "w.safetensors", {"w": np.ones(2)})
     with pytest.raises(IsADirectoryError, match=f"this is a folder; give the name of a file: '{path.parent}'"):
         safetensors.write(path.parent, {"w": np.ones(2)})
+
+
+def test_checksums_notice_any_byte_that_changed(path):
+    tensors = {"a": np.arange(9000, dtype=np.float32), "b": np.arange(5, dtype=np.uint8), "none": np.zeros((0, 3))}
+    safetensors.write(path, tensors, metadata={"said": "0" * 40}, checked=True)
+    file = safetensors.File(path)
+    assert file.metadata == {"said": "0" * 40}
+    file.check(file)
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for at in [*range(header), *range(header, len(content), 997), *range(len(content) - 6, len(content))]:
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(ValueError, match=r"model\.safetensors"):
+            (file := safetensors.File(path)).check(file)
+    swapped = bytearray(content)  # blocks of a disk in another order
+    swapped[-5 - 36000 : -5 - 36000 + 16384], swapped[-5 - 36000 + 16384 : -5 - 36000 + 32768] = (
+        content[-5 - 36000 + 16384 : -5 - 36000 + 32768],
+        content[-5 - 36000 : -5 - 36000 + 16384],
+    )
+    path.write_bytes(swapped)
+    with pytest.raises(ValueError, match="the numbers of a are not those"):
+        safetensors.File(path).check(["a"])
+    safetensors.write(path, tensors)
+    with pytest.raises(ValueError, match="has no checksums"):
+        safetensors.File(path).check()

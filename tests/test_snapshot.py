@@ -89,8 +89,8 @@ def assert_same(one, other):
         np.testing.assert_array_equal(x, other[name], name)
 
 
-def heads_apart():
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("heads",))
+def heads_apart(kind=jax.sharding.AxisType.Auto):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("heads",), axis_types=(kind,))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "heads"))
 
 
@@ -102,7 +102,7 @@ def heads_apart():
         {"layout": Pages(20, 5)},
         {"layout": Pages(40, 2), "stacked": True},
         {"sharding": heads_apart()},
-        {"stacked": True, "sharding": heads_apart()},
+        {"stacked": True, "sharding": heads_apart(jax.sharding.AxisType.Explicit)},
     ],
     ids=str,
 )
@@ -278,6 +278,7 @@ def test_files_that_lie_are_refused_and_change_nothing(path):
     lie("its header says other things", layers=[])
     lie("its header says other things", groups=[3])
     lie("it has no group of Full", groups=["Window(size=5, sinks=1)"] * 3)
+    lie("it has no rows", {"lengths": np.zeros(0, np.int32)})
     lie("a length that none can have", {"lengths": np.array([-1, 2**31 - 1, 3], np.int32)})
     order = np.array(file["rows.0.groups.0.positions"])[::-1]
     lie("row 0 has positions that are not in order", {"rows.0.groups.0.positions": order})

@@ -288,8 +288,8 @@ class Snapshot:
                 raise self.foreign("its header says other things than Cache.save does")
         self.lengths = self.array("lengths", np.int32, (None,))
         self.num_rows = len(self.lengths)
-        if not ((self.lengths >= 0) & (self.lengths <= FAR)).all():
-            raise self.foreign("a row has a length that none can have")
+        if not self.num_rows or not ((self.lengths >= 0) & (self.lengths <= FAR)).all():
+            raise self.foreign("it has no rows, or one of a length that none can have")
 
     @property
     def capacity(self) -> int:
@@ -350,7 +350,7 @@ class Snapshot:
             if not hasattr(storage, "zeros"):
                 raise ValueError(f"{storage!r} is no storage")
             storage.check(part.size)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise self.foreign(f"{name} of layer {layer}: {error}") from error
         return storage
 

@@ -97,13 +97,14 @@ def talk(chat: Conversation, interrupts: Interrupts, session: Path | None = None
         interrupted = False
         if line is None or line.strip() == "/quit":
             return
+        before = list(chat.messages)
         try:
             with interrupts.holding():
                 if line.startswith("/"):
                     _obey(chat, line, files)
                 elif line.strip():
                     chat.turn(clean(line))
-                if session is not None:
+                if session is not None and chat.messages != before:
                     _keep(chat, session)
         except (Failure, OSError) as error:
             complain(" ".join(said_of(error).split()))
