@@ -2,8 +2,8 @@
 
     S_t = exp(g_t) S_(t-1) + k_t (beta_t (v_t - exp(g_t) S_(t-1)^T k_t))^T,    o_t = S_t^T q_t
 
-Yang, Kautz & Hatamizadeh 2024, https://arxiv.org/abs/2412.06464. As in Qwen3-Next, queries and keys are normalized to length 1, and queries divided by
-the root of their size.
+Yang, Kautz & Hatamizadeh 2024, https://arxiv.org/abs/2412.06464. As in Qwen3-Next, queries and keys are normalized to
+length 1, and queries divided by the root of their size.
 """
 
 from __future__ import annotations
