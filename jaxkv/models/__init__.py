@@ -18,6 +18,9 @@ from .experts import ExpertsConfig as ExpertsConfig
 from .families import FAMILIES as FAMILIES
 from .files import Files as Files
 from .generation import GenerationConfig as GenerationConfig
+from .mixers import GatedDeltaConfig as GatedDeltaConfig
+from .mixers import Mamba2Config as Mamba2Config
+from .mixers import ShortConvConfig as ShortConvConfig
 from .model import Model as Model
 from .template import TemplateLimit as TemplateLimit
 from .tokenizer import Tokenizer as Tokenizer
