@@ -186,7 +186,7 @@ def make_model(mixers):
 
 
 def test_speculation_gives_the_text_of_generate_and_needs_slack_for_its_draft():
-    from jaxkv.models.mixers import ShortConvConfig
+    from jaxkv.models import ShortConvConfig
 
     forward, params, specs = make_model((ShortConvConfig(), None))
     prompts = [[1, 2, 3, 1, 2, 3, 1, 2], [5, 6, 5, 6, 5]]

@@ -9,12 +9,14 @@ import pytest
 from flax import nnx
 
 import jaxkv
+from jaxkv.nn import fading
 
 ROWS, LENGTH, FEATURES = 2, 12, 8
 
 
-def make_short_conv(**options):
-    return jaxkv.nnx.ShortConv(FEATURES, kernel_size=4, use_bias=True, rngs=nnx.Rngs(0), **options)
+CONV = {"kernel_size": 4, "use_bias": True}
+DELTA = {"num_key_heads": 2, "num_value_heads": 4, "key_dim": 3, "value_dim": 5, "kernel_size": 3}
+MAMBA = {"num_heads": 4, "head_dim": 3, "state_dim": 5, "num_groups": 2, "kernel_size": 3, "use_bias": True}
 
 
 def plain_short_conv(p, x):
@@ -29,11 +31,6 @@ def plain_short_conv(p, x):
             if (s := t - (len(kernel) - 1) + i) >= 0:
                 y[:, t] += kernel[i] * u[:, s]
     return (c * (y + p["conv.bias"])) @ p["out_proj.kernel"] + p["out_proj.bias"]
-
-
-def make_gated_delta(**options):
-    sizes = {"num_key_heads": 2, "num_value_heads": 4, "key_dim": 3, "value_dim": 5, "kernel_size": 3}
-    return jaxkv.nnx.GatedDelta(FEATURES, **sizes, rngs=nnx.Rngs(0), **options)
 
 
 def plain_gated_delta(p, x):
@@ -60,11 +57,6 @@ def plain_gated_delta(p, x):
     return np.einsum("bthv,hvd->btd", y, p["out.kernel"])
 
 
-def make_mamba2(**options):
-    sizes = {"num_heads": 4, "head_dim": 3, "state_dim": 5, "num_groups": 2, "kernel_size": 3}
-    return jaxkv.nnx.Mamba2(FEATURES, **sizes, use_bias=True, rngs=nnx.Rngs(0), **options)
-
-
 def plain_mamba2(p, x):
     gate, mixed, dt = np.split(x @ p["in_proj.kernel"] + p["in_proj.bias"], [12, 44], -1)
     padded = np.pad(mixed, ((0, 0), (2, 0), (0, 0)))
@@ -83,16 +75,16 @@ def plain_mamba2(p, x):
 
 
 KINDS = {
-    "short_conv": (make_short_conv, plain_short_conv),
-    "gated_delta": (make_gated_delta, plain_gated_delta),
-    "mamba2": (make_mamba2, plain_mamba2),
+    "ShortConv": (CONV, plain_short_conv),
+    "GatedDelta": (DELTA, plain_gated_delta),
+    "Mamba2": (MAMBA, plain_mamba2),
 }
 
 
 @functools.cache
 def module(kind):
     """A module with parameters of no special value, and what the plain form gives."""
-    made = KINDS[kind][0]()
+    made = getattr(jaxkv.nnx, kind)(FEATURES, **KINDS[kind][0], rngs=nnx.Rngs(0))
     random = np.random.default_rng(0)
     state = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape) * 0.5, x.dtype), nnx.state(made))
     nnx.update(made, state)
@@ -187,24 +179,25 @@ def test_gradients_through_a_cache_are_those_without(kind):
     assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(want))
 
 
-def test_linen_and_nnx_share_names_and_numbers():
-    made, x, want = module("short_conv")
-    twin = jaxkv.linen.ShortConv(FEATURES, kernel_size=4, use_bias=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_linen_and_nnx_share_names_and_numbers(kind):
+    made, x, want = module(kind)
+    twin = getattr(jaxkv.linen, kind)(FEATURES, **KINDS[kind][0])
+    apply = jax.jit(lambda params, *args: twin.apply({"params": params}, *args))
     params = nnx.to_pure_dict(nnx.state(made))
     shapes = jax.tree.map(jnp.shape, jax.eval_shape(twin.init, jax.random.key(0), x)["params"])
     assert shapes == jax.tree.map(jnp.shape, params)
     assert twin.layer_spec() == made.layer_spec()
-    assert_close(twin.apply({"params": params}, x), want)
     cache = new_cache(made)
-    for begin, end in ((0, 5), (5, 12)):
-        cache, step = cache.begin(jnp.tile(jnp.arange(begin, end), (ROWS, 1)))
-        y, layer = twin.apply({"params": params}, x[:, begin:end], cache.layers[0], step)
+    for begin in (0, 6):
+        cache, step = cache.begin(begin + jnp.tile(jnp.arange(6), (ROWS, 1)))
+        y, layer = apply(params, x[:, begin : begin + 6], cache.layers[0], step)
         cache = cache.with_layers([layer])
-        assert_close(y, want[:, begin:end])
+        assert_close(y, want[:, begin : begin + 6])
 
 
 def test_what_does_not_belong_to_a_module_is_refused():
-    made, x, _ = module("short_conv")
+    made, x, _ = module("ShortConv")
     cache = new_cache(made)
     cache, step = cache.begin(jnp.tile(jnp.arange(LENGTH), (ROWS, 1)))
     other = jaxkv.nnx.ShortConv(FEATURES, rngs=nnx.Rngs(0))
@@ -218,3 +211,28 @@ def test_what_does_not_belong_to_a_module_is_refused():
         jaxkv.nnx.ShortConv(FEATURES, kernel_size=1, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="no keys and values"):
         jaxkv.attend(jnp.ones((ROWS, LENGTH, 1, 8)), cache.layers[0], step)
+
+
+@pytest.mark.parametrize("beta", [True, False], ids=["delta rule", "plain"])
+def test_several_chunks_are_the_plain_scan_and_give_the_state_after_any_token(beta):
+    random = np.random.default_rng(0)
+    heads, length, size = 2, 2 * fading.CHUNK + 9, 4
+    q, k, v = (random.normal(size=(ROWS, length, heads, size)) for _ in range(3))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    g, b = -random.exponential(size=(ROWS, length, heads)), random.uniform(size=(ROWS, length, heads))
+    g[1, 70:] = b[1, 70:] = v[1, 70:] = 0  # row 1 has 70 tokens
+    states, read = [random.normal(size=(ROWS, heads, size, size))], []
+    for t in range(length):
+        state = states[-1] * np.exp(g[:, t])[:, :, None, None]
+        new = v[:, t]
+        if beta:
+            new = (new - np.einsum("bhkv,bhk->bhv", state, k[:, t])) * b[:, t, :, None]
+        states.append(state + k[:, t, :, :, None] * new[:, :, None])
+        read.append(np.einsum("bhkv,bhk->bhv", states[-1], q[:, t]))
+    counts = np.array([[length, 64, 1, 65, 0], [70, 64, 63, 69, 0]], np.int32)
+    args = [jnp.asarray(x, jnp.float32) for x in (q, k, v, g, b, states[0])]
+    y, after = jax.jit(fading.fading_memory)(*args[:4], args[4] if beta else None, args[5], counts)
+    assert_close(y[0], np.stack(read, 1)[0])
+    assert_close(y[1, :70], np.stack(read, 1)[1, :70])
+    wanted = [[states[n][row] for n in counts[row]] for row in range(ROWS)]
+    assert_close(after, np.array(wanted))

@@ -20,6 +20,9 @@ from .files import Files as Files
 from .files import fingerprint as fingerprint
 from .generation import GenerationConfig as GenerationConfig
 from .latent import LatentConfig as LatentConfig
+from .mixers import GatedDeltaConfig as GatedDeltaConfig
+from .mixers import Mamba2Config as Mamba2Config
+from .mixers import ShortConvConfig as ShortConvConfig
 from .model import Model as Model
 from .template import TemplateLimit as TemplateLimit
 from .tokenizer import Tokenizer as Tokenizer
