@@ -60,7 +60,9 @@ def _of_module(module: Any) -> dict[str, Any]:
             continue
         home = getattr(value, "__module__", module.__name__)
         written_here = home == module.__name__ or (is_package and home.startswith("jaxkv"))
-        if (written_here or name in ("LatentAttention", "fuse", "attention_params")) and (callable(value) or is_package):
+        if (written_here or name in ("LatentAttention", "fuse", "attention_params")) and (
+            callable(value) or is_package
+        ):
             own[f"{public}.{name}"] = value
     if public == "jaxkv.models":
         own["jaxkv.models.tiny.load"] = module.tiny.load
