@@ -293,6 +293,22 @@ def test_a_stack_is_the_carry_of_a_scan_over_layers():
     assert jax.tree.structure(after) == jax.tree.structure(stacked)
 
 
+def test_an_operation_outside_of_jit_is_one_program_that_later_calls_find_again(caplog):
+    cache = Cache.init([LayerSpec(Full(), 1, 2), LayerSpec(Window(3), 1, 2)], 3, 11, max_block=5)
+    positions, rows = jnp.tile(jnp.arange(5), (3, 1)), jnp.array([2, 1, 0])
+
+    def compiled():
+        caplog.clear()
+        with jax.log_compiles():
+            after, step = cache.begin(positions)
+            layers = [layer.put(step, jnp.ones((3, 5, 1, 2)), jnp.ones((3, 5, 1, 2))) for layer in after.layers]
+            after.with_layers(layers).take(rows).rewind(rows)
+        return [record for record in caplog.records if record.getMessage().startswith("Compiling")]
+
+    assert len(compiled()) < 20  # op by op they are over a hundred
+    assert not compiled()
+
+
 @pytest.mark.optimized
 def test_a_sharded_cache_keeps_its_sharding_and_its_bookkeeping_is_replicated():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "heads"))
