@@ -40,8 +40,8 @@ def attend(
       shared: how many first tokens all rows of the call have in common: those are read once for all of them. None: what
         `Cache.sharing` promised. A number of tokens, whole pages where the layer has pages, or int32 scalar. Where rows
         differ in spite of it, they get one another's keys.
-      implementation: "auto", "reference" (plain, builds [T, S]), "blockwise" (reads only filled blocks) or "native": the
-        kernel in C++ for CPUs, see docs/native.md. "auto" takes it if `JAXKV_NATIVE=1` is in the environment.
+      implementation: "auto", "reference" (plain, builds [T, S]), "blockwise" (reads only filled blocks), or
+        "native" (the kernel in C++ for CPUs). "auto" takes the latter if `JAXKV_NATIVE=1` is in the environment.
 
     Returns:
       [B, T, N, value_dim] in q's dtype, on a mesh with Explicit axes sharded as q is.
