@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import shutil
 import subprocess
 
 import jax
@@ -274,10 +275,13 @@ def test_a_library_for_another_machine_another_jaxlib_or_with_wrong_sums_is_not_
         patch.setattr("jaxkv.nn.native.library._api_version", lambda: 2)
         with pytest.raises(library.Unusable, match=r"for another jaxlib, with version 3.*here it is 2"):
             library.load(library.built())
-    source = tmp_path / "wrong.c"
+    source = tmp_path / "wrong.cc"
     version = library.load(library.built()).jaxkv_api_version()
-    source.write_text(f"int jaxkv_api_version() {{ return {version}; }} int jaxkv_self_test() {{ return 30; }}")
-    subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(other)], check=True)
+    source.write_text(
+        f'extern "C" {{ int jaxkv_api_version() {{ return {version}; }} int jaxkv_self_test() {{ return 30; }} }}'
+    )
+    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))))
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(other)], check=True)
     with pytest.raises(library.Unusable, match="wrong sums"):
         library.load(other)
 

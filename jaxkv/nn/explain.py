@@ -51,7 +51,8 @@ def wrong_sum() -> float | None:
     but a model's may be.
     """
     x = np.random.default_rng(0).normal(size=(4, 64, 64)).astype(np.float32)
-    program = jax.jit(lambda x, c: (jnp.matmul(x, jnp.broadcast_to(c, x.shape)) * x).sum(-1), backend="cpu")
+    program = jax.jit(lambda x, c: (jnp.matmul(x, jnp.broadcast_to(c, x.shape)) * x).sum(-1))
+    args = jax.device_put((x, np.float32(0.5)), jax.local_devices(backend="cpu")[0])
     want = (np.matmul(x.astype(np.float64), np.full(x.shape, 0.5)) * x).sum(-1)
-    error = np.abs(np.asarray(program(x, np.float32(0.5))) - want).max() / np.abs(want).max()
+    error = np.abs(np.asarray(program(*args)) - want).max() / np.abs(want).max()
     return None if error < 1e-3 else float(error)  # NaN is wrong too

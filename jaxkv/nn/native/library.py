@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import os
 import platform
 import re
@@ -18,6 +17,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -36,14 +36,13 @@ _FLAGS = (  # and those of _target
     "-ffp-contract=fast",
     "-w",
 )
-_SETS: dict[str, set[str]] = {
-    "plain": set(),
-    "AVX2": {"avx2", "fma", "f16c"},
-}  # what /proc/cpuinfo calls the instructions of each
+# What /proc/cpuinfo calls the instructions of each set.
+_SETS: dict[str, set[str]] = {"plain": set(), "AVX2": {"avx2", "fma", "f16c"}}
 _SETS["AVX-512"] = {*_SETS["AVX2"], "avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _OFF = ("0", "false", "off", "no")
 _MAGIC = b"jaxkv-library-1:"  # at the end of a library that was built here, and behind it the SHA-256 of all before
 _MACHINES = {"x86_64": 62, "amd64": 62, "aarch64": 183, "arm64": 183}  # e_machine of an ELF file
+_LOCK, _LIBRARIES = threading.Lock(), list[ctypes.CDLL]()  # the one that XLA knows
 
 
 class Unusable(Exception):
@@ -61,10 +60,11 @@ def problem() -> str | None:
             raise Unusable("JAXKV_NATIVE=0 switches it off")
         if platform.system() != "Linux" or platform.machine().lower() not in _MACHINES:
             raise Unusable(f"it is not built for {platform.system()} on {platform.machine()}")
-        library = load(_installed() or built())
-        if not _LIBRARIES:  # once in a process
-            jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jaxkv_attention), platform="cpu")
-            _LIBRARIES.append(library)
+        library = load(built())
+        with _LOCK:
+            if not _LIBRARIES:  # once in a process
+                jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jaxkv_attention), platform="cpu")
+                _LIBRARIES.append(library)
     except (Unusable, OSError, AttributeError, RuntimeError) as error:
         switched = "JAXKV_NATIVE" in str(error)
         (log.debug if switched else log.info)("attention runs as XLA compiles it, without the native kernel: %s", error)
@@ -83,21 +83,12 @@ def _asked() -> str:
 
 def instruction_set() -> str:
     """Returns the name of the instructions that the kernel uses on this machine; `problem()` must be None."""
-    return list(_SETS)[_used().jaxkv_isa() - 1]
+    return list(_SETS)[_LIBRARIES[0].jaxkv_isa() - 1]
 
 
 def where() -> Path:
     """Returns the file of the library, be it there or not."""
-    return _installed() or _cache() / f"attention-{_key(_compiler())}.so"
-
-
-def _installed() -> Path | None:
-    """Returns the library that the package jaxkv-cpu brought, if it is installed."""
-    spec = importlib.util.find_spec("jaxkv_cpu")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for path in Path(folder).glob("*attention*.so"):
-            return path
-    return None
+    return _cache() / f"attention-{_key(_compiler())}.so"
 
 
 def built() -> Path:
@@ -113,7 +104,7 @@ def built() -> Path:
     if _is_sound(path):
         return path
     if compiler is None:
-        raise Unusable("there is no C++ compiler (g++ or clang++), and jaxkv-cpu is not installed")
+        raise Unusable("there is no C++ compiler (g++ or clang++)")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
@@ -237,10 +228,3 @@ def load(path: Path) -> ctypes.CDLL:
     if wrong:
         raise Unusable(f"{path} gives wrong sums here (case {wrong})")
     return library
-
-
-_LIBRARIES: list[ctypes.CDLL] = []
-
-
-def _used() -> ctypes.CDLL:
-    return _LIBRARIES[0]
