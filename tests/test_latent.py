@@ -128,6 +128,7 @@ def test_without_a_cache_it_is_the_plain_form(kind, flavor):
     want = _plain(kind, X)
     if flavor == "nnx":
         got = _module(kind)(X)
+        np.testing.assert_allclose(jaxkv.nnx.fuse(_module(kind))(X), got, rtol=1e-5, atol=1e-5)
     else:
         attn = jaxkv.linen.LatentAttention(HEADS, WIDTH, **SIZES, **KINDS[kind])
         made = jax.eval_shape(attn.init, jax.random.key(0), X)["params"]
