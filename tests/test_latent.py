@@ -307,3 +307,15 @@ def test_a_layer_made_for_another_attention_is_refused():
     cache, step = _cache(LayerSpec(Full(), 1, 12, 8, rotary=KINDS["plain"]["rotary"])).begin(np.zeros((BATCH, 1), int))
     with pytest.raises(ValueError, match="v_in_k=False, this module has v_in_k=True"):
         _module("plain")(X[:, :1], cache.layers[0], step)
+
+
+def test_keys_that_are_rotated_when_they_are_read_are_float32_at_least():
+    """Of 16 bits the rotation would round once more."""
+    specs = [
+        LayerSpec(Full(), 1, 4, k_storage=Dense("float16"), v_storage=Dense("float16"), rotary=Rotary(), **rest)
+        for rest in ({"rotary_at": "read"}, {"rotary_at": "read", "v_in_k": True})
+    ]
+    cache, step = Cache.init(specs, 1, 8).begin(jnp.zeros((1, 1), jnp.int32))
+    for layer in cache.layers:
+        k, v, _ = layer.get(step)
+        assert (k.dtype, v.dtype) == ("float32", "float16")

@@ -261,7 +261,7 @@ def _read(layer: Layer, step: Step, start: Any, *, size: int) -> tuple[Any, Any]
 
 def _rotated(layer: Layer, step: Step, k: Any, start: Any) -> Any:
     """Returns keys [B, K, size, H] of slots from `start` on rotated to their positions: float32 or wider."""
-    k if k.dtype.itemsize > 4 else k.astype(jnp.float32)
+    k = k if k.dtype.itemsize > 4 else k.astype(jnp.float32)
     there = lax.dynamic_slice_in_dim(step.groups[layer.group].kv_positions, start, k.shape[2], 1)
     if step.tree is not None:
         there = step.tree.kv_depths(there)
