@@ -83,7 +83,7 @@ def sizes(s: Setting) -> list[dict[str, Any]]:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def prompt(graphdef: Any, params: Any, x: Any, cache: Any) -> Any:
-    cache, step = cache.begin(cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32))
+    cache, step = cache.begin(cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None])
     y, put = nnx.merge(graphdef, params)(x, cache.layers[0], step)
     return y, cache.with_layers([put])
 

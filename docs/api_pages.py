@@ -28,6 +28,9 @@ PAGES = (
     ("errors", "jaxkv: errors", "What jaxkv raises.", "jaxkv.errors"),
 )
 
+# What the modules of nnx and linen import by name, and is public there.
+_KEPT_APART = ("LatentAttention", "fuse", "attention_params")
+
 # Public names that have no docstring of their own.
 DATA = {
     "jaxkv.EMPTY": "int, -1: the position that marks padding, and slots in which nothing lies.",
@@ -60,9 +63,7 @@ def _of_module(module: Any) -> dict[str, Any]:
             continue
         home = getattr(value, "__module__", module.__name__)
         written_here = home == module.__name__ or (is_package and home.startswith("jaxkv"))
-        if (written_here or name in ("LatentAttention", "fuse", "attention_params")) and (
-            callable(value) or is_package
-        ):
+        if (written_here or name in _KEPT_APART) and (callable(value) or is_package):
             own[f"{public}.{name}"] = value
     if public == "jaxkv.models":
         own["jaxkv.models.tiny.load"] = module.tiny.load

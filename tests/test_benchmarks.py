@@ -100,3 +100,17 @@ def test_the_storage_benchmark_runs(tmp_path, monkeypatch):
     assert {"float32", "k int8, v int4"} <= set(data["times"][0]["ms"])
     assert set(data["files"][1]["ms"]) == {"write", "save", "read", "load"}
     assert 0.01 < data["errors"][1]["error"]["normal"] < 0.08
+
+
+def test_the_benchmark_of_latents_runs(tmp_path, capsys, monkeypatch):
+    latent = importlib.import_module("latent")
+    monkeypatch.setattr(latent, "STORAGES", {"float32": latent.STORAGES["float32"]})
+
+    def not_there(*args):
+        raise ImportError("transformers takes longer than all else")
+
+    monkeypatch.setattr(latent, "theirs", not_there)
+    numbers = tmp_path / "data" / "latent.json"
+    assert latent.main(["--quick", "--out", str(numbers)]) == 0
+    assert "of all heads" in capsys.readouterr().out
+    assert set(json.loads(numbers.read_text())["ms"]) == {"float32"}

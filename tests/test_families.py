@@ -28,8 +28,8 @@ CAPACITY = 96
 # Keys turned by short factors don't fit queries turned by long ones, so a short text of this one is a case of its own.
 LONG = {"phi3_long"}
 # One for each way that attention looks back: full, windows between full layers with soft caps, learned positions, sinks
-# and experts, chunks, layers without rotary embeddings, layers that share.
-THOROUGH = ("llama3", "gemma2", "gemma4", "gpt2", "gpt_oss", "llama4", "cohere2")
+# and experts, chunks, layers without rotary embeddings, layers that share, latents.
+THOROUGH = ("llama3", "gemma2", "gemma4", "gpt2", "gpt_oss", "llama4", "cohere2", "deepseek_v3")
 
 
 @functools.cache
@@ -370,13 +370,14 @@ def test_experts_that_are_missing_or_too_many_are_named(tmp_path):
     ]
 
 
-def test_layers_that_predict_further_tokens_are_not_read(tmp_path):
-    tensors = copy_of("glm4_moe", tmp_path)
-    tensors["model.layers.46.eh_proj.weight"] = np.zeros((2, 2), np.float32)
+@pytest.mark.parametrize(("name", "layer"), [("glm4_moe", 46), ("deepseek_v3", 61)])
+def test_layers_that_predict_further_tokens_are_not_read(name, layer, tmp_path):
+    tensors = copy_of(name, tmp_path)
+    tensors[f"model.layers.{layer}.eh_proj.weight"] = np.zeros((2, 2), np.float32)
     safetensors.write(tmp_path / "model.safetensors", tensors)
     model = jaxkv.models.load(tmp_path, dtype="float32")
-    jax.tree.map(np.testing.assert_array_equal, model.params, model_of("glm4_moe").params)
-    assert model.notes == ("model.layers.46.eh_proj.weight: not read, it predicts further tokens",)
+    jax.tree.map(np.testing.assert_array_equal, model.params, model_of(name).params)
+    assert model.notes == (f"model.layers.{layer}.eh_proj.weight: not read, it predicts further tokens",)
 
 
 def test_gpt2_as_it_was_first_published(tmp_path):

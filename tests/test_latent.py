@@ -73,7 +73,7 @@ def _plain(kind, x):
     scores = np.einsum("bqnh,bsnh->bnqs", q, k) * options.get("scale", (HEAD + ROTARY) ** -0.5)
     at = np.arange(x.shape[1])
     reach = options.get("reach", Full())
-    see = (at[None] <= at[:, None]) & (at[None] > at[:, None] - (reach.size or LENGTH))
+    see = (at[None] <= at[:, None]) & (at[None] > at[:, None] - (reach.size or x.shape[1]))
     weights = np.exp(np.where(see, scores, -np.inf))
     weights /= weights.sum(-1, keepdims=True)
     read = np.einsum("bnqs,bsnh->bqnh", weights, made[..., HEAD:])
@@ -128,6 +128,7 @@ def test_without_a_cache_it_is_the_plain_form(kind, flavor):
     want = _plain(kind, X)
     if flavor == "nnx":
         got = _module(kind)(X)
+        np.testing.assert_allclose(jaxkv.nnx.fuse(_module(kind))(X), got, rtol=1e-5, atol=1e-5)
     else:
         attn = jaxkv.linen.LatentAttention(HEADS, WIDTH, **SIZES, **KINDS[kind])
         made = jax.eval_shape(attn.init, jax.random.key(0), X)["params"]
@@ -175,6 +176,40 @@ def test_gradients_through_a_cache_are_those_without_one():
     assert all(np.asarray(x).any() for x in jax.tree.leaves(want))
     for x, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("storage", [Dense("float32"), Int8()], ids=repr)
+def test_a_long_block_gives_what_the_plain_form_gives_and_the_same_gradients(storage):
+    """So long that it is cheaper to expand what it reads to all heads."""
+    attn = _module("plain")
+    assert attn.heads._expands(20) and not attn.heads._expands(4)
+    x = np.random.default_rng(2).normal(size=(BATCH, 24, WIDTH)).astype(np.float32)
+    graphdef, params = nnx.split(attn)
+    spec = LayerSpec.latent(RANK, ROTARY, storage=storage, rotary=KINDS["plain"]["rotary"])
+
+    @jax.jit
+    def through(params, x):
+        cache, outs = Cache.init([spec], BATCH, 32, max_block=20), []
+        for begin, end in ((0, 4), (4, 24)):
+            positions = jnp.tile(jnp.arange(begin, end, dtype=jnp.int32), (BATCH, 1))
+            cache, step = cache.begin(positions.at[0, end - begin - 3 :].set(-1))  # a row is shorter
+            y, layer = nnx.merge(graphdef, params)(x[:, begin:end], cache.layers[0], step)
+            cache = cache.with_layers([layer])
+            outs.append(y)
+        return jnp.concatenate(outs, 1)
+
+    want = np.array(_plain("plain", x))
+    got = np.asarray(through(params, x))
+    if isinstance(storage, Int8):
+        assert np.linalg.norm(got[1] - want[1]) / np.linalg.norm(want[1]) < 0.02
+        return
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(got[0, -3:], np.zeros((3, WIDTH), np.float32))  # padding sees nothing
+    loss = lambda f: lambda *args: jnp.sin(f(*args)[1]).sum()  # noqa: E731
+    got = jax.jit(jax.grad(loss(through), argnums=(0, 1)))(params, x)
+    want = jax.jit(jax.grad(loss(lambda params, x: nnx.merge(graphdef, params)(x)), argnums=(0, 1)))(params, x)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("at", ["put", "read"])
@@ -272,3 +307,15 @@ def test_a_layer_made_for_another_attention_is_refused():
     cache, step = _cache(LayerSpec(Full(), 1, 12, 8, rotary=KINDS["plain"]["rotary"])).begin(np.zeros((BATCH, 1), int))
     with pytest.raises(ValueError, match="v_in_k=False, this module has v_in_k=True"):
         _module("plain")(X[:, :1], cache.layers[0], step)
+
+
+def test_keys_that_are_rotated_when_they_are_read_are_float32_at_least():
+    """Of 16 bits the rotation would round once more."""
+    specs = [
+        LayerSpec(Full(), 1, 4, k_storage=Dense("float16"), v_storage=Dense("float16"), rotary=Rotary(), **rest)
+        for rest in ({"rotary_at": "read"}, {"rotary_at": "read", "v_in_k": True})
+    ]
+    cache, step = Cache.init(specs, 1, 8).begin(jnp.zeros((1, 1), jnp.int32))
+    for layer in cache.layers:
+        k, v, _ = layer.get(step)
+        assert (k.dtype, v.dtype) == ("float32", "float16")

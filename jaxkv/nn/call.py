@@ -34,8 +34,11 @@ def run(
     implementation: str,
     chance: dropout.Chance = dropout.NONE,
     select: Any = None,
+    most: int | None = None,
 ) -> Any:
     """Returns attention [B, T, N, Hv] of q [B, T, N, H] over a layer, or over what is read like one.
+
+    Blocks are read once for up to `most` queries, if that is more than would be taken at a time otherwise.
 
     Raises:
       ValueError: while tracing, for what does not fit together.
@@ -44,7 +47,7 @@ def run(
     if not q.size or not layer.num_slots:
         return jnp.zeros((*q.shape[:3], layer.spec.value_dim), q.dtype)
     shares = step.shared is not None
-    plan = Plan.choose(layer.spec, step.groups[layer.group], q.shape, softcap, chance.rate, shares=shares)
+    plan = Plan.choose(layer.spec, step.groups[layer.group], q.shape, softcap, chance.rate, shares=shares, most=most)
     if implementation in ("auto", "native"):
         plan = dataclasses.replace(plan, native=_native(q, layer, step, implementation, dropout=bool(chance.rate)))
     key = chance.key if chance.rate else None

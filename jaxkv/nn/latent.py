@@ -1,8 +1,9 @@
 """Multi-head latent attention apart from its parameters; `jaxkv.nnx` and `jaxkv.linen` have the module.
 
 DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1. The cache keeps one latent and one rotary key per token. The
-keys and values that each head would make of a latent are never made with a cache: the projection of the keys goes to
-the queries instead, that of the values to what was read (section 2.1.2, "absorbed").
+keys and values that each head would make of a latent are not made to decode: the projection of the keys goes to the
+queries instead, that of the values to what was read (section 2.1.2, "absorbed"). Many queries at once read a block of
+latents faster when it is first expanded to the keys and values of all heads; no more than that block is ever expanded.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxkv.cache.spec import LayerSpec, Reach
 from jaxkv.cache.storage import Dense
 from jaxkv.nn.arguments import check_call
 from jaxkv.nn.attend import attend
+from jaxkv.nn.call import run
 from jaxkv.nn.uncached import self_attend
 
+_MOST_QUERIES = 512  # that read one expanded block
 BIASES = ("query_down", "latent", "out")
 OPTIONS = """num_heads: query heads N.
       in_features: size D of the input.
@@ -112,11 +116,62 @@ class LatentHeads:
         if layer.spec.rotary_at == "put":
             rotary_key = self._rotate(rotary_key, there)
         layer = layer.put(step, jnp.concatenate([latent, rotary_key], -1))
+        if self._expands(q.shape[1]):
+            expanded = Expanded(layer, expand, self)
+            q = jnp.concatenate([q, q_rotary], -1)
+            return run(q, expanded, step, scale, None, None, self.implementation, most=_MOST_QUERIES), layer
         q = jnp.concatenate([jnp.einsum("btnh,rnh->btnr", q, to_keys), q_rotary], -1)
         return jnp.einsum("btnr,rnh->btnh", attend(q, layer, step, **rest), to_values), layer
 
+    def _expands(self, length: int) -> bool:
+        """Returns whether so many queries multiply less numbers if what they read is first expanded to all heads."""
+        made, queries = self.head_dim + self.value_dim, min(length, _MOST_QUERIES)
+        return queries * (2 * self.rank - made) > self.rank * made
+
     def _rotate(self, x: Any, positions: Any) -> Any:
         return x if self.rotary is None else self.rotary.rotate(x, positions)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Expanded:
+    """A layer of latents, read as the keys and values that heads make of them: a block at a time, for many queries."""
+
+    layer: Any
+    expand: Any  # [rank, N, head_dim + value_dim]
+    heads: LatentHeads = dataclasses.field(metadata={"static": True})
+
+    @property
+    def spec(self) -> LayerSpec:
+        """What the layer would be if it kept keys and values of heads."""
+        heads, kept = self.heads, self.layer.spec
+        size = heads.head_dim + heads.rotary_dim
+        return LayerSpec(kept.reach, heads.num_heads, size, heads.value_dim, drops=kept.drops)
+
+    @property
+    def group(self) -> int:
+        return self.layer.group
+
+    @property
+    def num_slots(self) -> int:
+        return self.layer.num_slots
+
+    def pieces(self, step: Any, start: Any, size: int) -> tuple[Any, Any]:
+        """Returns what `Layer.pieces` does."""
+        k, v = self.read(step, start, size)
+        return ((k, None),), ((v, None),)
+
+    def read(self, step: Any, start: Any, size: int) -> tuple[Any, Any]:
+        """Returns what `Layer.read` does: k [B, N, size, H], v [B, N, size, Hv]."""
+        k, latent = self.layer.read(step, start, size)
+        shared, latent = (x.astype(self.expand.dtype) for x in (self.layer.spec.split(k)[1], latent))
+        made = jnp.einsum("bsr,rnh->bnsh", latent[:, 0], self.expand)
+        shared = jnp.broadcast_to(shared, (*made.shape[:3], shared.shape[3]))
+        return jnp.concatenate([made[..., : self.heads.head_dim], shared], -1), made[..., self.heads.head_dim :]
+
+    def stored(self, step: Any, start: Any, size: int) -> Any:
+        """Returns what `Layer.stored` does."""
+        return self.layer.stored(step, start, size)
 
 
 class LatentModule:

@@ -20,8 +20,8 @@ _EXPAND_INIT = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
 class LatentAttention(LatentModule, nnx.Module):
     __doc__ = f"""Multi-head latent attention (DeepSeek): the cache keeps one latent and one rotary key per token.
 
-    With a cache, keys and values of heads are never made: queries are projected to the latents, and what was read of
-    those to the heads' values. Without one they are made, which is faster where all tokens are queries.
+    Decoding with a cache makes no keys and values of heads: queries are projected to the latents, and what was read of
+    those to the heads' values. Many queries at once, and those without a cache, read what heads make of the latents.
 
     Args:
       {OPTIONS}

@@ -38,6 +38,7 @@ class Plan:
         dropout_rate: float = 0.0,
         *,
         shares: bool = False,
+        most: int | None = None,
     ) -> Plan:
         """Returns the sizes that were fastest on a CPU of two cores (benchmarks/decode.py).
 
@@ -47,6 +48,7 @@ class Plan:
           q_shape: [B, T, N, H] of the queries, none of them 0.
           softcap, dropout_rate: of the call.
           shares: whether the rows have their first slots in common.
+          most: None, or how many queries are taken at a time where that is more: for blocks that cost much to read.
         """
         batch, length, num_heads, size = q_shape
         num_slots = group.kv_positions.shape[1]
@@ -60,7 +62,10 @@ class Plan:
             if listed and spec.reach.size is not None:  # a window begins and ends within a block
                 block = min(block, _power(spec.reach.size // 8, 64, 1024))
         else:  # the scores of one tile against one block do
-            tile = block = _power(math.isqrt(3 * 2**18 // (heads * (num_heads // spec.num_kv_heads))), 64, 256)
+            scores = 3 * 2**18 // (heads * (num_heads // spec.num_kv_heads))
+            tile = block = _power(math.isqrt(scores), 64, 256)
+            if most is not None and min(most, length) > tile:
+                tile, block = min(most, length), _power(scores // min(most, length), 64, 256)
 
         def whole(size: int) -> int:  # pages, at least one
             return max(size // group.page_size, 1) * group.page_size
@@ -74,7 +79,7 @@ class Plan:
         softcap = None if softcap is None else float(softcap)
         common = None
         if shares and batch > 1:  # then the queries of all rows are those of one
-            common = cls.choose(spec, group, (1, length, batch * num_heads, size), softcap)
+            common = cls.choose(spec, group, (1, length, batch * num_heads, size), softcap, most=most)
         return cls(spec.reach, softcap, float(dropout_rate), tile, block, tails, listed, by_row, common)
 
     def cap(self, scores: Any) -> Any:

@@ -102,6 +102,8 @@ def sigmoid_routed(fields: Fields) -> tuple[ExpertsConfig | None, ...]:
 
 def _decoder(fields: Fields, experts: Any, *, mlp_bias: bool = False, interleaved: bool = True) -> DecoderConfig:
     heads, dim = fields["num_attention_heads"], fields["qk_rope_head_dim"]
+    if dim % 2:
+        raise fields.unsupported("qk_rope_head_dim", "dimensions are rotated in pairs")
     rotary = rope.rotary(fields, dim, interleaved=interleaved)
     return DecoderConfig(
         vocab_size=fields["vocab_size"],
