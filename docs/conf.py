@@ -86,13 +86,8 @@ class CodeCell(SphinxDirective):
         if text:
             shown.append(nodes.literal_block(text, text, language="none", classes=["output"]))
         if markup:
-            shown.append(
-                nodes.raw(
-                    "",
-                    f'<div class="output" style="overflow-x: auto; margin-bottom: 1em">{markup}</div>',
-                    format="html",
-                )
-            )
+            style = "overflow-x: auto; margin-bottom: 1em"
+            shown.append(nodes.raw("", f'<div class="output" style="{style}">{markup}</div>', format="html"))
         return shown
 
 
