@@ -273,7 +273,7 @@ def test_a_library_for_another_machine_another_jaxlib_or_with_wrong_sums_is_not_
             library.load(other)
     with monkeypatch.context() as patch:
         patch.setattr("jaxkv.nn.native.library._api_version", lambda: 2)
-        with pytest.raises(library.Unusable, match=r"for another jaxlib, with version 3.*here it is 2"):
+        with pytest.raises(library.Unusable, match=r"for another jaxlib, with version [35].*here it is 2"):
             library.load(library.built())
     source = tmp_path / "wrong.cc"
     version = library.load(library.built()).jaxkv_api_version()
