@@ -70,7 +70,7 @@ def _native(q: Any, layer: Any, step: Step, implementation: str, *, dropout: boo
         return "never" if reason else "alone"
     if reason:
         raise NotSupportedError(
-            f"implementation='native' can't be had for this call: {reason}; 'auto' takes it wherever it can be had"
+            f"implementation='native' can't be had for this call: {reason}; 'auto' reads it in another form"
         )
     return "always"
 
