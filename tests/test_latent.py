@@ -232,6 +232,7 @@ def test_a_token_takes_rank_and_rotary_dim_numbers_and_nothing_more():
     assert "v in k" in cache.describe()
 
 
+@pytest.mark.optimized
 def test_a_decode_step_makes_no_keys_or_values_of_heads():
     heads, capacity = 16, 4096
     attn = nnx.eval_shape(

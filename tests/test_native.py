@@ -144,6 +144,7 @@ def test_sizes_that_vectors_do_not_divide_and_any_number_of_query_heads_equal_th
         np.testing.assert_allclose(run(*args, "native"), run(*args, "reference"), atol=1e-6)
 
 
+@pytest.mark.optimized
 def test_a_traced_layer_of_a_stack_is_read_where_it_lies():
     cache, q = filled(stacked=True), normal(3, ROWS, 1, N, H)
 
@@ -190,6 +191,7 @@ def test_gradients_and_vmap_equal_those_of_the_reference():
     np.testing.assert_allclose(got[1], attend(2 * q, layer, step, implementation="reference"), atol=1e-6)
 
 
+@pytest.mark.optimized
 def test_auto_calls_it_where_one_device_runs_the_program_and_nowhere_else():
     q, layer, step = small()
     run = lambda q, layer, step: attend(q, layer, step)  # noqa: E731
@@ -286,6 +288,7 @@ def test_a_library_for_another_machine_another_jaxlib_or_with_wrong_sums_is_not_
         library.load(other)
 
 
+@pytest.mark.optimized
 def test_without_a_compiler_or_a_directory_or_when_switched_off_attention_runs_all_the_same(tmp_path, monkeypatch):
     q, layer, step = small()
     want = attend(q, layer, step, implementation="blockwise")

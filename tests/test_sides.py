@@ -171,6 +171,7 @@ def test_padding_and_rows_that_did_not_fit_get_zeros_and_dropped_tokens_are_pass
     assert not out[1].any()
 
 
+@pytest.mark.optimized
 def test_nothing_but_the_chosen_slots_is_read():
     spec = LayerSpec(Full(), 8, 64, k_storage=Int8(), v_storage=Int8())
     cache = jax.eval_shape(lambda: Cache.init([spec], num_rows=2, capacity=2**16))
