@@ -66,7 +66,7 @@ def _in_jax(app, env, node, content):
     target = node.get("reftarget", "")
     try:
         known = target.startswith("jax.") and callable(pkgutil.resolve_name(target))
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, ValueError):  # it may be any code
         known = False
     if not known:
         return None

@@ -23,6 +23,7 @@ from jaxkv.models.config import check_layers, context_of
 from jaxkv.models.decoder import Block
 from jaxkv.models.experts import ExpertsConfig
 from jaxkv.models.families.fields import ByLayer, Choice, Flag, List, Number, Object
+from jaxkv.models.families.granite_hybrid import AutoOr, NoLimit
 from jaxkv.models.model import abstract
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -289,8 +290,8 @@ def test_old_and_new_ways_to_write_rotary_mean_the_same():
 
 
 REFUSED = {
-    "unknown family": ("Llama-2-7b", {"model_type": "mamba"}, '"model_type": .mamba.*known are llama, llama4'),
-    "no family": ("Llama-2-7b", {"model_type": ["llama"]}, '"model_type": .*known are llama, llama4'),
+    "unknown family": ("Llama-2-7b", {"model_type": "mamba"}, '"model_type": .mamba.*it knows llama, llama4'),
+    "no family": ("Llama-2-7b", {"model_type": ["llama"]}, '"model_type": .*it knows llama, llama4'),
     "activation": ("Llama-2-7b", {"hidden_act": "xielu"}, '"hidden_act" is "xielu".*known are silu'),
     "rotary": (
         "Llama-2-7b",
@@ -655,4 +656,4 @@ def test_no_value_of_any_field_gives_anything_but_an_error_that_names_it(model):
 
 def test_every_declared_kind_says_what_is_possible():
     kinds = {type(field.kind) for family in FAMILIES.values() for field in family.fields.values()}
-    assert kinds == {Number, Flag, Choice, List, Object, ByLayer}
+    assert kinds == {Number, Flag, Choice, List, Object, ByLayer, AutoOr, NoLimit}

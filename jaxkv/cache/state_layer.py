@@ -23,7 +23,7 @@ from jaxkv.meshes import automatic, like, spec_of
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class StateLayer:
-    """The states of one recurrent layer, or of a stack of equal layers, which is used as a stack of `Layer`s is.
+    """The states of one recurrent layer, or of a stack of equal layers, used like a stack of `Layer`.
 
     >>> spec = jaxkv.LayerSpec(jaxkv.Recurrent(state=(2, 3)))  # here: a sum of all inputs
     >>> cache = jaxkv.Cache.init([spec], num_rows=1, capacity=8)

@@ -593,6 +593,9 @@ class Machine:
         kept_vs = [self._kept(spec.v_storage, v) for spec, v in zip(self.layers, vs, strict=True)]
         kept_ks = []
         for spec, k, v in zip(self.layers, ks, kept_vs, strict=True):
+            if isinstance(spec.reach, Recurrent):
+                kept_ks.append(k)
+                continue
             own = self._kept(spec.k_storage, spec.split(k)[1]) if spec.k_dim else k[..., :0]
             kept_ks.append(np.concatenate([v, own], -1) if spec.v_in_k else own)
         tokens = first + np.arange(positions.size).reshape(positions.shape)

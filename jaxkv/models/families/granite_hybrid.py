@@ -31,7 +31,7 @@ _MAMBA = "mamba"
 
 
 @dataclasses.dataclass(frozen=True)
-class _NoLimit:
+class NoLimit:
     """The limits of a time step, where there are none: 0 and infinity, as JSON or as transformers writes it."""
 
     def read(self, name: str, value: Any, problems: Problems) -> Any:
@@ -40,7 +40,7 @@ class _NoLimit:
 
 
 @dataclasses.dataclass(frozen=True)
-class _AutoOr:
+class AutoOr:
     """A size, or "auto" for what others make of it."""
 
     def read(self, name: str, value: Any, problems: Problems) -> Any:
@@ -71,12 +71,12 @@ MAMBA_FIELDS = {
     "mamba_n_heads": Field(HEADS, 128),
     "mamba_n_groups": Field(HEADS, 1),
     "mamba_d_state": Field(HEADS, 256),
-    "mamba_d_head": Field(_AutoOr(), "auto"),
+    "mamba_d_head": Field(AutoOr(), "auto"),
     "mamba_d_conv": Field(Number(2, 1024, whole=True), 4),
     "mamba_expand": Field(HEADS, 2),
     "mamba_conv_bias": Field(FLAG, True),
     "mamba_proj_bias": Field(FLAG, False),
-    "time_step_limit": Field(_NoLimit(), None),
+    "time_step_limit": Field(NoLimit(), None),
 }
 
 
@@ -103,6 +103,8 @@ def _granite_hybrid(fields: Fields) -> DecoderConfig:
     experts = None
     if fields["num_local_experts"]:
         count, each = chosen(fields, "num_local_experts")
+        if not each:
+            raise fields.wrong("num_experts_per_tok", 'it must be at least 1 where "num_local_experts" is')
         experts = ExpertsConfig(count, each, shared["mlp_dim"], shared_dim=inner)
     mamba = mamba2(fields, shared["width"], shared["norm_eps"])
     turns = fields["position_embedding_type"] == "rope"
