@@ -608,8 +608,9 @@ def test_a_donated_cache_says_what_to_use_instead():
     for use in (
         lambda: cache.begin(P),
         cache.check,
+        cache.describe,
         lambda: cache.rewind(jnp.array([0, 0])),
         lambda: cache.take(jnp.array([0])),
     ):
-        with pytest.raises(jaxkv.CacheError, match="go on with the cache that the function returned"):
+        with pytest.raises(jaxkv.CacheError, match="continue with the cache that the function returned"):
             use()

@@ -229,14 +229,18 @@ def test_what_it_can_not_read_is_said_by_name_and_auto_reads_it_otherwise():
     specs = [
         LayerSpec(Full(), 1, 4, rotary=jaxkv.Rotary(), rotary_at="read"),
         LayerSpec(Full(), 1, 4, 4, jaxkv.Int4(2)),
+        LayerSpec.latent(3, 1),
+        LayerSpec.latent(4, 0),
     ]
+    reasons = ("rotate keys when it reads", "Int4", "v_in_k", "v_in_k")
     cache = Cache.init(specs, 1, 64)
     cache, step = cache.begin(jnp.array([[0]]))
     x = jnp.ones((1, 1, 1, 4))
-    for layer, reason in zip(cache.layers, ("rotate keys when it reads", "Int4"), strict=True):
+    for layer, reason in zip(cache.layers, reasons, strict=True):
+        layer = layer.put(step, x, None if layer.spec.v_in_k else x)
         with pytest.raises(NotSupportedError, match=f"implementation='native'.*{reason}"):
-            attend(x, layer.put(step, x, x), step, implementation="native")
-        np.testing.assert_allclose(attend(x, layer.put(step, x, x), step), x, atol=0.1)
+            attend(x, layer, step, implementation="native")
+        np.testing.assert_allclose(attend(x, layer, step), x[..., : layer.spec.value_dim], atol=0.1)
     with pytest.raises(NotSupportedError, match="layers of a cache"):
         jaxkv.self_attend(x, x, x, implementation="native")
 

@@ -641,6 +641,7 @@ class Cache:
     def describe(self) -> str:
         """Returns a readable account: per group its layers, reach, storage, slots and why there are as many, how many
         pages are used, shared and free, bytes, and the positions each row holds."""
+        self._check_alive()
         return describe(self)
 
     def __repr__(self) -> str:

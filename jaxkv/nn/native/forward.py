@@ -45,6 +45,8 @@ def obstacle(layer: Any, step: Step, dtype: Any, *, dropout: bool) -> str | None
         )
     if max(spec.head_dim, spec.value_dim) > _MOST_SIZE:
         return f"it reads vectors of up to {_MOST_SIZE} numbers"
+    if spec.v_in_k:
+        return "it does not read values that are in keys (v_in_k)"
     if spec.rotary_at == "read":
         return "it does not rotate keys when it reads them"
     if step.tree is not None and not isinstance(spec.reach, Cross):
