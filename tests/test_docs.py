@@ -8,6 +8,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+import support
+
 import jaxkv
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -92,3 +94,7 @@ def test_the_page_of_errors_shows_messages_that_the_library_has():
 
     assert not [message for message in shown if not is_known(message)]
     assert not is_known(shown[2].replace("did not fit into", "does not fit"))
+
+
+def test_the_page_of_what_works_with_what_is_that_of_the_contract_table():
+    assert (DOCS / "support.md").read_text("utf-8") == support.page(), "run: PYTHONPATH=tests python tests/support.py"
