@@ -180,6 +180,9 @@ def test_speculation_gives_the_same_text_and_says_what_was_accepted(small_model,
     out, err = capsys.readouterr()
     assert out == plain
     assert "drafts: 10 of 10 tokens accepted; 12 tokens in 2 steps of the model" in err
+    hybrid = checkpoint("lfm2")
+    assert main(["generate", "-m", hybrid, *words, "--speculate", "lookup"]) == 0
+    assert "drafts: " in capsys.readouterr().err
     assert main(["generate", "x", "-n", "3", "--samples", "2", "--speculate", "lookup"]) == 0
     assert re.search(r"accepted; \d\.\d tokens of a text per step of the model\n", capsys.readouterr().err)
     for options, message in (
