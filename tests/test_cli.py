@@ -196,7 +196,12 @@ def test_speculation_gives_the_same_text_and_says_what_was_accepted(small_model,
 
 
 def test_a_model_over_several_devices_writes_the_same(small_model, checkpoint, capsys):
-    for words in (["a list", "-n", "8", "--greedy"], ["-m", checkpoint(), "t5 t7", "-n", "8", "--best-of", "2"]):
+    hybrid = checkpoint("lfm2")
+    for words in (
+        ["a list", "-n", "8", "--greedy"],
+        ["-m", checkpoint(), "t5 t7", "-n", "8", "--best-of", "2"],
+        ["-m", hybrid, "t5 t7", "-n", "4", "--greedy"],
+    ):
         assert main(["generate", *words]) == 0
         alone = capsys.readouterr().out
         assert main(["generate", *words, "--devices", "2"]) == 0
