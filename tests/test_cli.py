@@ -180,6 +180,9 @@ def test_speculation_gives_the_same_text_and_says_what_was_accepted(small_model,
     out, err = capsys.readouterr()
     assert out == plain
     assert "drafts: 10 of 10 tokens accepted; 12 tokens in 2 steps of the model" in err
+    hybrid = checkpoint("lfm2")
+    assert main(["generate", "-m", hybrid, *words, "--speculate", "lookup"]) == 0
+    assert "drafts: " in capsys.readouterr().err
     assert main(["generate", "x", "-n", "3", "--samples", "2", "--speculate", "lookup"]) == 0
     assert re.search(r"accepted; \d\.\d tokens of a text per step of the model\n", capsys.readouterr().err)
     for options, message in (
@@ -193,7 +196,12 @@ def test_speculation_gives_the_same_text_and_says_what_was_accepted(small_model,
 
 
 def test_a_model_over_several_devices_writes_the_same(small_model, checkpoint, capsys):
-    for words in (["a list", "-n", "8", "--greedy"], ["-m", checkpoint(), "t5 t7", "-n", "8", "--best-of", "2"]):
+    hybrid = checkpoint("lfm2")
+    for words in (
+        ["a list", "-n", "8", "--greedy"],
+        ["-m", checkpoint(), "t5 t7", "-n", "8", "--best-of", "2"],
+        ["-m", hybrid, "t5 t7", "-n", "4", "--greedy"],
+    ):
         assert main(["generate", *words]) == 0
         alone = capsys.readouterr().out
         assert main(["generate", *words, "--devices", "2"]) == 0

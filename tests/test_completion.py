@@ -16,7 +16,7 @@ from flax import nnx
 import jaxkv
 from jaxkv import EMPTY, safetensors, sampling
 from jaxkv.errors import CacheError
-from jaxkv.models import Completion, Decoder, DecoderConfig, GenerationConfig, Model, tiny
+from jaxkv.models import Completion, Decoder, DecoderConfig, GenerationConfig, Model, load, tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 WHISPER = GOLDEN / "families" / "whisper"
@@ -362,6 +362,17 @@ def test_speculation_streams_the_same_text_in_fewer_steps():
     assert model().generate("ababab", **GREEDY, speculate="lookup").text == want.texts[0]
     with pytest.raises(ValueError, match=r"speculate is 'draft'; give \"lookup\", or a small Model"):
         model().generate(RETURN, speculate="draft")
+
+
+def test_a_model_with_recurrent_layers_gets_a_cache_from_which_drafts_are_taken_back():
+    hybrid = load(GOLDEN / "families" / "lfm2", dtype="float32")
+    options = {"max_new_tokens": 8, "temperature": 0}
+    want = hybrid.generate([[5, 6, 5, 6, 5]], **options)
+    got = hybrid.generate([[5, 6, 5, 6, 5]], **options, speculate="lookup", num_draft=2)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    assert got.cache.slack == 2 and want.cache.slack == 0
+    with pytest.raises(ValueError, match="num_draft"):
+        hybrid.generate([[5, 6]], speculate="lookup", num_draft=0)
 
 
 def test_a_stop_string_within_a_step_of_speculation_cuts_tokens_text_and_cache():

@@ -137,6 +137,20 @@ def test_without_a_cache_it_is_the_plain_form(kind, flavor):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("flavor", ["nnx", "linen"])
+def test_it_computes_in_bfloat16_with_norms_in_float32(flavor):
+    sizes = {**SIZES, **KINDS["query-rank"], "dtype": jnp.bfloat16}
+    if flavor == "nnx":
+        attn = jaxkv.nnx.LatentAttention(HEADS, WIDTH, **sizes, rngs=nnx.Rngs(0))
+        nnx.update(attn, nnx.state(_module("query-rank")))
+        got = attn(X)
+    else:
+        got = jaxkv.linen.LatentAttention(HEADS, WIDTH, **sizes).apply({"params": _params("query-rank")}, X)
+    assert got.dtype == jnp.bfloat16
+    want = _plain("query-rank", X)
+    np.testing.assert_allclose(got.astype(np.float32), want, atol=0.03 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("at", ["put", "read"])
 def test_with_a_cache_it_is_the_plain_form_in_any_blocks(kind, at):

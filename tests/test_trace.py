@@ -38,6 +38,15 @@ def test_numbers_of_any_storage_are_drawn_alike():
     assert "row 0   0 1 . ." in str(trace.picture)
 
 
+def test_layers_that_share_and_recurrent_ones_have_nothing_to_draw():
+    full = LayerSpec(Full(), 2, 4)
+    shares = LayerSpec(Full(), 2, 4, shares=1)
+    cache = Cache.init([LayerSpec(jaxkv.Recurrent(tail=(4, 2))), full, shares], num_rows=1, capacity=8, max_block=4)
+    trace = traces.Trace(cache, [[5, 6]], [["a", "b"]])
+    trace.step(["c"])
+    assert "row 0   0 1 . ." in str(trace.picture)
+
+
 def data_of(page):
     return json.loads(re.search(r'application/json">(.*?)</script>', page, re.DOTALL).group(1))
 

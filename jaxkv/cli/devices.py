@@ -61,4 +61,5 @@ def describe_devices(model: Model) -> str:
 
 
 def _divides(mesh: Any, specs: tuple[LayerSpec, ...]) -> bool:
-    return all(spec.num_kv_heads % mesh.shape[_AXIS] == 0 for spec in specs)
+    heads = [spec.num_kv_heads for spec in specs if spec.num_kv_heads is not None]  # states are divided or not, each
+    return all(count % mesh.shape[_AXIS] == 0 for count in heads)

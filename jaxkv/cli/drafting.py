@@ -53,6 +53,11 @@ class Drafting:
         model = self.source.load(dtype, num_tokens, storage=None, quiet=quiet, mesh=mesh)
         return dataclasses.replace(self, model=model)
 
+    @staticmethod
+    def slack(capacity: int) -> int:
+        """Returns the slack of a cache from which any draft can be taken back."""
+        return min(_NUM_DRAFT, capacity)
+
     def options(self, cache: Cache) -> dict[str, Any]:
         """Returns the arguments of `speculate` for a run with this cache."""
         num_draft = max(1, min(_NUM_DRAFT, cache.max_block - 1))

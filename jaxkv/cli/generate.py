@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     texts = [(number, prompt) for number, prompt in enumerate(prompts) for _ in range(args.samples)]
     num_rows = min(args.rows or (_ROWS if args.prompts else args.samples), len(texts))
     layout = layout_of(args, prompts, num_rows, 1, capacity)
+    slack = 0 if drafting is None else drafting.slack(capacity)
     live = len(texts) == 1 and not args.json  # shown as it comes
     runs: list[Run] = []
     reasons: set[str] = set()
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         padding = [None] * (num_rows - len(batch))  # so that the last batch runs the same program
         copies = [numbers.count(number) for number in begun]
         key = jax.random.fold_in(jax.random.key(args.seed), begin) if begin else jax.random.key(args.seed)
-        cache = Cache.init(model.specs, num_rows, capacity, layout=layout, sharding=place_of(model))
+        cache = Cache.init(model.specs, num_rows, capacity, layout=layout, slack=slack, sharding=place_of(model))
         view = View.of(args, cache, batch[0], source.tokenizer)
         if live:
             (write if view is None else view.begin)(printable(batch[0].text))
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         note(f"sampling: {chosen.text}")
         if where := describe_devices(model):
             note(where)
-        note(describe_size(model.specs, num_rows, capacity, layout))
+        note(describe_size(model.specs, num_rows, capacity, layout, slack))
     return 130 if runs[-1].stop else 0
 
 

@@ -101,8 +101,8 @@ def check_capacity(capacity: int | None, context: int | None) -> None:
         )
 
 
-def describe_size(specs: Sequence[Any], num_rows: int, capacity: int, layout: Any = Rows()) -> str:
-    plan = plan_memory(specs, num_rows, capacity, layout=layout)
+def describe_size(specs: Sequence[Any], num_rows: int, capacity: int, layout: Any = Rows(), slack: int = 0) -> str:
+    plan = plan_memory(specs, num_rows, capacity, layout=layout, slack=slack)
     texts = "1 text" if num_rows == 1 else f"{num_rows} texts"
     per_token, in_all = format_bytes(plan.bytes_per_token), format_bytes(plan.nbytes)
     pool = "" if layout == Rows() else f", in {layout.num_pages:,} pages of {layout.page_size}"

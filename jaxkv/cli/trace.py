@@ -41,7 +41,7 @@ class Trace:
         specs = [
             dataclasses.replace(spec, **small, rotary=None, rotary_at="put")
             for spec in cache.specs
-            if not isinstance(spec.reach, Cross | Recurrent)
+            if not isinstance(spec.reach, Cross | Recurrent) and spec.shares is None
         ]
         options = {"max_block": cache.max_block, "slack": cache.slack, "layout": cache.layout}
         self._cache = Cache.init(specs, cache.num_rows, cache.capacity, **options)

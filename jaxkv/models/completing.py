@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxkv.cache.arguments import checked_size
 from jaxkv.cache.cache import Cache
 from jaxkv.generate import stream, stream_speculation
 from jaxkv.generate.checks import check_alive
@@ -38,7 +39,9 @@ def start(
     request = understand(model, asked)
     strings = _stop_strings(model, request.tokenizer, stop_strings)
     copies = _copies(num_samples, request)
-    cache = heard(model, asked, _cache(model, asked.cache, request, sum(copies)))
+    # A draft that is not taken is taken back; a recurrent layer has the state before it only within slack.
+    slack = 0 if speculate is None else checked_size("generate", "num_draft", num_draft, 1)
+    cache = heard(model, asked, _cache(model, asked.cache, request, sum(copies), slack))
     how, more = _how(speculate, num_draft, cache)
     more |= {"key": key_of(seed) if key is None else key, "num_samples": copies}
     steps = request.run(how, model, cache, **more)
@@ -97,11 +100,11 @@ def _stop_strings(model: Any, tokenizer: Any, given: Any) -> tuple[str, ...]:
     return strings
 
 
-def _cache(model: Any, given: Any, request: Request, num_rows: int) -> Any:
+def _cache(model: Any, given: Any, request: Request, num_rows: int, slack: int) -> Any:
     """Returns the cache to decode with, which holds what it can of the rows."""
     rows = request.rows
     if given is None:
-        return model.init_cache(num_rows, request.capacity(model.context))
+        return model.init_cache(num_rows, request.capacity(model.context), slack=slack)
     if isinstance(given, Completion):
         if given.cache is None:
             raise ValueError(

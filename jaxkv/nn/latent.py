@@ -19,6 +19,7 @@ from jaxkv.cache.storage import Dense
 from jaxkv.nn.arguments import check_call
 from jaxkv.nn.attend import attend
 from jaxkv.nn.call import run
+from jaxkv.nn.heads import rms_norm
 from jaxkv.nn.uncached import self_attend
 
 _MOST_QUERIES = 512  # that read one expanded block
@@ -186,6 +187,7 @@ class LatentModule:
     query_up: Any
     latent: Any
     latent_norm: Any
+    norm_epsilon: float
     out: Any
 
     def layer_spec(self, *, k_storage: Any = None, v_storage: Any = None) -> LayerSpec:
@@ -210,9 +212,12 @@ class LatentModule:
         check_call(heads, x, layer, step, positions, spans)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
-        q = self.query_up(self.query_norm(self.query_down(x))) if self.query is None else self.query(x)
+        if self.query is None:
+            q = self.query_up(rms_norm(self.query_down(x), self.query_norm(), self.norm_epsilon))
+        else:
+            q = self.query(x)
         both = self.latent(x)
-        latent = self.latent_norm(both[..., : heads.rank])
+        latent = rms_norm(both[..., : heads.rank], self.latent_norm(), self.norm_epsilon)
         y, layer = heads.attend(
             q,
             latent,

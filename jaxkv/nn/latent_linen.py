@@ -12,6 +12,7 @@ from flax import linen as nn
 from jaxkv.cache.spec import Full, Reach
 from jaxkv.meshes import dot_general
 from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased
+from jaxkv.nn.recurrent_linen import Scale
 
 
 class LatentAttention(LatentModule, nn.Module):
@@ -72,10 +73,10 @@ class LatentAttention(LatentModule, nn.Module):
             self.query = linear(queries, "query")
         else:
             self.query_down = linear(self.query_rank, "query_down")
-            self.query_norm = nn.RMSNorm(epsilon=self.norm_epsilon, **kind)
+            self.query_norm = Scale((self.query_rank,), self.param_dtype)
             self.query_up = linear(queries, "query_up")
         self.latent = linear(self.rank + self.rotary_dim, "latent")
-        self.latent_norm = nn.RMSNorm(epsilon=self.norm_epsilon, **kind)
+        self.latent_norm = Scale((self.rank,), self.param_dtype)
         shape = self.rank, self.num_heads, self.head_dim + heads.value_dim
         self.expand = self.param("expand", self.expand_init, shape, self.param_dtype)
         self.out = linear(self.in_features if self.out_features is None else self.out_features, "out", axis=(-2, -1))

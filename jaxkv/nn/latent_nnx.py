@@ -13,6 +13,7 @@ from jaxkv.cache.spec import Full, Reach
 from jaxkv.meshes import dot_general
 from jaxkv.nn.fuse import Transposed
 from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased
+from jaxkv.nn.recurrent_nnx import Scale
 
 _EXPAND_INIT = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
 
@@ -69,6 +70,7 @@ class LatentAttention(LatentModule, nnx.Module):
     ) -> None:
         heads = LatentHeads(num_heads, rank, rotary_dim, head_dim, reach, value_dim, rotary, scale, implementation)
         self.heads, self.in_features, self.dtype, self.param_dtype = heads, in_features, dtype, param_dtype
+        self.norm_epsilon = norm_epsilon
         kind = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         with_bias = biased(use_bias)
 
@@ -82,10 +84,10 @@ class LatentAttention(LatentModule, nnx.Module):
             self.query = linear(in_features, queries, "query")
         else:
             self.query_down = linear(in_features, query_rank, "query_down")
-            self.query_norm = nnx.RMSNorm(query_rank, epsilon=norm_epsilon, **kind)
+            self.query_norm = Scale((query_rank,), param_dtype=param_dtype)
             self.query_up = linear(query_rank, queries, "query_up")
         self.latent = linear(in_features, rank + rotary_dim, "latent")
-        self.latent_norm = nnx.RMSNorm(rank, epsilon=norm_epsilon, **kind)
+        self.latent_norm = Scale((rank,), param_dtype=param_dtype)
         self.expand = nnx.Param(expand_init(rngs.params(), (rank, num_heads, head_dim + heads.value_dim), param_dtype))
         values = (num_heads, heads.value_dim)
         self.out: Any = linear(values, in_features if out_features is None else out_features, "out", axis=(-2, -1))
