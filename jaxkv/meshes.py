@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -145,7 +146,31 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _program(function: Callable[..., Any], keywords: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    return jax.jit(functools.partial(function, **dict(keywords)))
+    part = functools.partial(function, **dict(keywords))
+
+    @jax.jit
+    def changed(*args: Any) -> _Changed:
+        given = {id(x): i for i, x in enumerate(jax.tree.leaves(args))}
+        leaves, tree = jax.tree.flatten(part(*args))
+        sources = tuple(given.get(id(x)) for x in leaves)
+        return _Changed([x for x, source in zip(leaves, sources, strict=True) if source is None], tree, sources)
+
+    def call(*args: Any) -> Any:
+        result, given = changed(*args), jax.tree.leaves(args)
+        new = iter(result.leaves)
+        return jax.tree.unflatten(result.tree, [next(new) if i is None else given[i] for i in result.sources])
+
+    return call
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Changed:
+    """What a program gives, less the arguments that it passes through: `jit` would copy them, such as a whole cache."""
+
+    leaves: list[Any]
+    tree: Any = dataclasses.field(metadata={"static": True})
+    sources: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})  # which argument; None: a new array
 
 
 def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, *, out_sharding: Any = None, **options: Any) -> Any:

@@ -309,6 +309,17 @@ def test_an_operation_outside_of_jit_is_one_program_that_later_calls_find_again(
     assert not compiled()
 
 
+@pytest.mark.parametrize("layout", [jaxkv.Rows(), jaxkv.Pages(12, 4)], ids=["rows", "pages"])
+def test_an_operation_outside_of_jit_copies_nothing_that_it_leaves_as_it_is(layout):
+    cache = Cache.init([LayerSpec(Full(), 1, 2)], 3, 12, max_block=4, layout=layout)
+    after, _ = cache.begin(jnp.array([[0, 1], [0, -1], [-1, -1]]))
+    moved = [after, after.rewind(jnp.array([1, 1, 1])), after.reset(jnp.array([True, False, False]))]
+    if layout != jaxkv.Rows():
+        moved += [after.take(jnp.array([1, 0, 0])), after.copy_prefix(0, 2, 2)]
+    for other in moved:
+        assert other.layers[0].k is cache.layers[0].k
+
+
 @pytest.mark.optimized
 def test_a_sharded_cache_keeps_its_sharding_and_its_bookkeeping_is_replicated():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "heads"))

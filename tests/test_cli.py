@@ -349,13 +349,13 @@ def test_a_session_goes_on_tomorrow_where_it_ended(checkpoint, capsys, type_in, 
     type_in("t1 t2\nt3\n")
     assert main(words) == 0
     whole, err = capsys.readouterr()
-    reused = re.findall(r"reused (\d+) tokens?, read (\d+)", err)
+    reused = re.findall(r"reused (\d+) tokens?, prefilled (\d+)", err)
     for line in ("t1 t2\n", "t3\n"):
         type_in(line)
         assert main([*words, "--session", str(path)]) == 0
     out, err = capsys.readouterr()
     assert out == whole
-    assert re.findall(r"reused (\d+) tokens?, read (\d+)", err) == reused
+    assert re.findall(r"reused (\d+) tokens?, prefilled (\d+)", err) == reused
     assert f"2 messages read from {path}, {reused[1][0]} tokens in the cache" in err
     # Another model, or a smaller cache, has the messages alone.
     other = checkpoint("llama3", TEMPLATE)
@@ -388,7 +388,7 @@ def test_a_text_in_turns_is_gone_on_with(small_model, capsys, type_in, tmp_path)
     again, err_again = capsys.readouterr()
     assert again.splitlines()[1:3] == [out.splitlines()[1]] * 2
     assert re.findall(r"reused (\d+)", err_again)[1:] == re.findall(r"reused (\d+)", err)[1:] * 2
-    assert re.findall(r"forgotten: (\w+)", err_again) == ["what", "what", "hello"]
+    assert re.findall(r"forgot: (\w+)", err_again) == ["what", "what", "hello"]
 
 
 @pytest.mark.parametrize(
@@ -872,7 +872,7 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from jaxkv.cli import chat, terminal
 try:
-    heard = types.SimpleNamespace(turn=lambda line: terminal.write(f"heard {line}" + chr(10)))
+    heard = types.SimpleNamespace(messages=[], turn=lambda line: terminal.write(f"heard {line}" + chr(10)))
     chat.talk(heard, chat.Interrupts())
 except KeyboardInterrupt:
     terminal.note("left")

@@ -498,7 +498,9 @@ def test_tokens_that_cant_have_their_numbers_are_named(tmp_path):
         edited(tmp_path, added_tokens=[{"id": 999, **token}])
     golden.build("llama2", tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<x>": 999}')
-    with pytest.raises(ValueError, match=r"added_tokens\.json: '<x>' is token 999, but it becomes \d+: added tokens"):
+    with pytest.raises(
+        ValueError, match=r"added_tokens\.json: '<x>' is token 999, but it becomes \d+: the numbers of added tokens"
+    ):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"999": {"content": "<x>"}}}')
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: '<x>' is token 999"):

@@ -142,7 +142,7 @@ def _check_hearing(model: Any, asked: Asked) -> None:
         raise ValueError("features are given, and this model reads text only; leave them out")
     if hears and asked.features is None and asked.cache is None:
         raise ValueError(
-            "this model writes what it hears: give features=, float [B, frames, num_mel_bins="
+            "this model transcribes audio: give features=, float [B, frames, num_mel_bins="
             f"{model.config.num_mel_bins}], log-mel frames of one recording per row, or a cache that was encoded into"
         )
 
