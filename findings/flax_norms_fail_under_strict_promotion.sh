@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # flax 0.12.8 with jax 0.10.2 and jax_numpy_dtype_promotion="strict": nnx.RMSNorm, LayerNorm and GroupNorm with
 # dtype=bfloat16 raise TypePromotionError for a bfloat16 input, whatever param_dtype is: inside they compute in float32, and
-# promote the input to it implicitly. With dtype=float32 they work. nnx.Linear with dtype=bfloat16 works, too.
+# promote to it implicitly. nnx.Linear with dtype=bfloat16 works.
 #
 # Seen:  RMSNorm TypePromotionError   LayerNorm TypePromotionError   GroupNorm TypePromotionError   Linear bfloat16
 # So a bfloat16 model made of Flax's norms can't be run in the strict mode; jaxkv's modules have norms of their own.

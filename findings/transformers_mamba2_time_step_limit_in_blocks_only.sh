@@ -6,8 +6,7 @@
 # Seen:  largest difference of the last logits, whole text against all but the last token and then the last one
 #        limit (0, inf)      2e-07
 #        limit (0.5, 100)    3e-03
-# The mixers of Granite 4 and Bamba have the same two code paths. So a checkpoint with such a limit has no one right answer;
-# jaxkv refuses it.
+# So a checkpoint with such a limit has no one right answer; jaxkv refuses it in a hybrid's config.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
