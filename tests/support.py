@@ -84,8 +84,8 @@ def page() -> str:
     assert all(counts.values()), counts
     return f"""# What works with what
 
-Reach, storage and layout are independent choices, and every operation works for all of them. This page shows which of
-that the tests check. It is made from the table of caches in `tests/contract.py`, which has {len(TABLE)} rows.
+Reach, storage and layout are independent choices, and every operation works for all of them. This page shows which
+combinations the tests check. It is made from the table of caches in `tests/contract.py`, which has {len(TABLE)} rows.
 
 Each law below runs on rows of the kinds where it says "yes". "error" means that the operation is refused, with the
 cure. An empty cell means that no row of the table has this kind for the law, most often because the law is about

@@ -1,5 +1,5 @@
 // The kernel alone: times of calls over [rows, kv heads, slots, head size] beside a plain sum of the same numbers.
-//   g++ -std=c++17 -O2 -ffp-contract=fast -pthread benchmarks/native/bench.cc -o /tmp/bench && /tmp/bench 8 32 8 128 4096 1024
+//   g++ -std=c++17 -O2 -ffp-contract=fast -pthread benchmarks/native/bench.cc -o bench && ./bench 8 32 8 128 4096 1024
 #include <time.h>
 
 #include <cstdio>

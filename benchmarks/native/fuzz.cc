@@ -1,6 +1,6 @@
 // Random calls of the kernel, compared with sums in double precision, in buffers that end where they say.
-//   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -ffp-contract=fast -pthread benchmarks/native/fuzz.cc -o /tmp/fuzz
-//   /tmp/fuzz 2000
+//   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -ffp-contract=fast -pthread benchmarks/native/fuzz.cc -o fuzz
+//   ./fuzz 2000
 // With -fsanitize=thread it looks for races. Lengths, rows, pages and positions are wrong on purpose, now and then: what is
 // read must stay within the buffers all the same.
 #include <cstdio>

@@ -226,7 +226,7 @@ class SideBuffer:
       size: of one vector, at least 1.
       num_heads: vectors of a token, at least 1.
       storage: how they are kept.
-      rotary: None, or what turns them to other positions when `Cache.remove` moves tokens, as for keys.
+      rotary: None, or what re-rotates them when `Cache.remove` moves tokens, as for keys.
 
     Raises:
       ValueError: for sizes below 1, or a size that the storage can't hold.
@@ -389,7 +389,7 @@ class LayerSpec:
           reach: as for LayerSpec.
           storage: how latents are kept.
           rotary_storage: how rotary keys are kept; None means as the latents.
-          rotary: what turns the rotary key, of `rotary_dim` numbers, as for LayerSpec.
+          rotary: what rotates the rotary key, of `rotary_dim` numbers, as for LayerSpec.
           **rest: rotary_at and drops, as for LayerSpec.
 
         Raises:
