@@ -380,11 +380,11 @@ def test_fp8_that_does_not_fit_is_said(changed):
     def spoil(change):
         return changed("fp8", lambda tensors: tensors.update({f"{name}_scale_inv": change(tensors)}))
 
-    with pytest.raises(ValueError, match=r"up_proj.weight_scale_inv is \(6, 2\); .* blocks of \(4, 8\) .* \(6, 3\)"):
+    with pytest.raises(ValueError, match=r"up_proj\.weight_scale_inv is \(6, 2\); .* blocks of \(4, 8\) .* \(6, 3\)"):
         jaxkv.models.load(spoil(lambda tensors: tensors[f"{name}_scale_inv"][:, :2]))
-    with pytest.raises(ValueError, match="up_proj.weight_scale_inv int8; in FP8 they are float8_e4m3fn and float32"):
+    with pytest.raises(ValueError, match=r"up_proj\.weight_scale_inv int8; in FP8 they are float8_e4m3fn and float32"):
         jaxkv.models.load(spoil(lambda tensors: tensors[f"{name}_scale_inv"].astype(np.int8)))
-    with pytest.raises(ValueError, match="up_proj.weight is float8_e4m3fn; quantized weights can't be read"):
+    with pytest.raises(ValueError, match=r"up_proj\.weight is float8_e4m3fn; quantized weights can't be read"):
         jaxkv.models.load(changed("fp8", lambda tensors: tensors.pop(f"{name}_scale_inv")))
     config = json.loads((GOLDEN / "fp8" / "config.json").read_text())
     for block, error, message in (

@@ -1,7 +1,7 @@
-"""FP8 in blocks: E4M3 numbers of which each block of rows and columns shares a scale, as DeepSeek-V3 and R1 are published.
+"""FP8 in blocks: E4M3 numbers of which each block of rows and columns shares a scale, as DeepSeek-V3 is published.
 
-A weight `X` [..., N, D] lies beside `X_scale_inv` [..., N / block, D / block], rounded up, which it is multiplied by: the
-last blocks may be smaller. DeepSeek-AI 2024, https://arxiv.org/abs/2412.19437, section 3.3.2.
+A weight `X` [..., N, D] lies beside `X_scale_inv` [..., N / block, D / block], rounded up, by which it is multiplied.
+The last blocks may be smaller. DeepSeek-AI 2024, https://arxiv.org/abs/2412.19437, section 3.3.2.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def block_of(quantization: Mapping[str, Any] | None, where: str = "config.json")
     block = quantization.get("weight_block_size", _BLOCK)
     if block is None:
         raise NotSupportedError(
-            f'{where} has "quantization_config" with "weight_block_size": null, one scale for a whole weight; only blocks '
-            "can be read; fetch the model in bfloat16 or float16, or save it dequantized"
+            f'{where} has "quantization_config" with "weight_block_size": null, one scale for a whole weight; only '
+            "blocks can be read; fetch the model in bfloat16 or float16, or save it dequantized"
         )
     given = block if isinstance(block, list | tuple) else []
     sizes = [size for size in given if isinstance(size, int) and not isinstance(size, bool) and size > 0]
@@ -72,8 +72,8 @@ class ScaledFiles(Files):
                 )
             if kinds[0] != "float8_e4m3fn" or not (is_floating(kinds[1]) or kinds[1].name == "float8_e8m0fnu"):
                 raise ValueError(
-                    f"{self.directory}: {name} is {kinds[0]} and {scale} {kinds[1].name}; in FP8 they are float8_e4m3fn "
-                    "and float32"
+                    f"{self.directory}: {name} is {kinds[0]} and {scale} {kinds[1].name}; in FP8 they are "
+                    "float8_e4m3fn and float32"
                 )
         self._scale_of = scales
 

@@ -1,6 +1,6 @@
 """Writes fp8/: a tiny random DeepSeek-V3 in FP8 by blocks, as it is published, and what transformers computes from it.
 
-    pip install torch transformers
+    pip install torch transformers accelerate
     python tests/golden/make_fp8.py
 
 The blocks are of 4 x 8, so that each weight has several, and divide all weights: transformers' `dequantize=True` takes
@@ -16,7 +16,7 @@ from pathlib import Path
 import make_families
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 FOLDER = Path(__file__).parent / "fp8"
 BLOCK = (4, 8)
@@ -42,11 +42,9 @@ def write() -> None:
     make_families.write(FOLDER, model, {"tokens": torch.zeros(1)})
     path = FOLDER / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": QUANTIZATION}, indent=2) + "\n")
-    from safetensors.torch import load_file
-
     tensors = {}
     for name, tensor in load_file(FOLDER / "model.safetensors").items():
-        if name.endswith("_proj.weight") or name.endswith("_proj_with_mqa.weight"):
+        if name.endswith(("_proj.weight", "_proj_with_mqa.weight")):
             tensors[name], tensors[f"{name}_scale_inv"] = scaled(tensor.float())
         else:
             tensors[name] = tensor

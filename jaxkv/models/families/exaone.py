@@ -1,4 +1,4 @@
-"""EXAONE 4: OLMo 2's norms behind attention and MLP, each head normalized, and full layers between windows not turned."""
+"""EXAONE 4: OLMo 2's norms behind attention and MLP, heads normalized, full layers between windows without rotary."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def _exaone4(fields: Fields) -> DecoderConfig:
     shared, window = llama.sizes(fields), fields["sliding_window"]
     found = reaches(fields, window, (FULL,) if window is None else fields["sliding_window_pattern"])
     turned = rope.rotary(fields, shared["head_dim"])
-    still = window is not None  # there are full layers between those of a window, or there could be
+    mixed = window is not None
     return DecoderConfig(
         **shared,
         reaches=found,
-        rotary=tuple(None if still and reach.size is None else turned for reach in found),
+        rotary=tuple(None if mixed and reach.size is None else turned for reach in found),
         activation=fields["hidden_act"],
         qk_norm=True,
         pre_norms=False,
