@@ -30,6 +30,8 @@ bool type_of(ffi::DataType type, Type& found) {
   }
 }
 
+std::atomic<int> in_use{kNone};  // the instruction set that calls run with; kNone: the best
+
 ffi::Error wrong(const char* what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, what); }
 
 ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer k_scales,
@@ -80,7 +82,8 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
   call.sinks = sinks, call.softcap = softcap, call.in_order = in_order != 0;
   call.out = static_cast<float*>(out->untyped_data());
   call.log_total = static_cast<float*>(log_total->untyped_data());
-  Attention attention(call, best_isa());
+  const Isa isa = static_cast<Isa>(in_use.load(std::memory_order_relaxed));
+  Attention attention(call, isa ? isa : best_isa());
   if (!attention.ready()) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxkv: out of memory");
   attend(attention, attention.pays() ? pool.num_threads() - 1 : 0, [&](auto&& work) {
     auto task = work;
@@ -171,8 +174,11 @@ extern "C" {
 // The version of XLA's interface that this was built for: major * 1000 + minor.
 __attribute__((visibility("default"))) int jaxkv_api_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
 
-// The instruction set that is used here: 1 plain, 2 AVX2, 3 AVX-512.
-__attribute__((visibility("default"))) int jaxkv_isa() { return jaxkv::best_isa(); }
+// Has calls run with an instruction set: 1 plain, 2 AVX2, 3 AVX-512; with the best where it can't be used here. Returns it.
+__attribute__((visibility("default"))) int jaxkv_use(int isa) {
+  using namespace jaxkv;
+  return in_use = has(static_cast<Isa>(isa)) ? isa : best_isa();
+}
 
 // 0 if every instruction set that can be used here gives right sums, else 10 * instruction set + type; 100: none can.
 __attribute__((visibility("default"))) int jaxkv_self_test() {
