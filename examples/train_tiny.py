@@ -212,8 +212,9 @@ def make_functions(config: DecoderConfig):
     def init(key):
         params = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(key))))
         for layer in params["layers"].values():  # so that every layer starts as the identity
-            for kernel in (layer["attention"]["out"], layer["mlp"]["down"]):
-                kernel["kernel"] = jnp.zeros_like(kernel["kernel"])
+            for part in layer.values():
+                for name in {"out", "out_proj", "down"} & part.keys():
+                    part[name]["kernel"] = jnp.zeros_like(part[name]["kernel"])
         return params, update.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -11,6 +11,8 @@ from .cache.plain import exportable as exportable
 from .cache.plan import MemoryPlan as MemoryPlan
 from .cache.plan import max_capacity as max_capacity
 from .cache.plan import plan_memory as plan_memory
+from .cache.qarray import from_qarray as from_qarray
+from .cache.qarray import to_qarray as to_qarray
 from .cache.quantized import Float8 as Float8
 from .cache.quantized import Int4 as Int4
 from .cache.quantized import Int8 as Int8

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 
@@ -114,3 +115,13 @@ def test_the_benchmark_of_latents_runs(tmp_path, capsys, monkeypatch):
     assert latent.main(["--quick", "--out", str(numbers)]) == 0
     assert "of all heads" in capsys.readouterr().out
     assert set(json.loads(numbers.read_text())["ms"]) == {"float32"}
+
+
+def test_the_far_context_is_made_of_passages_that_come_again():
+    far = importlib.import_module("far_context")
+    text = np.arange(200, dtype=np.uint8)
+    tokens, back = far.sequence(np.random.default_rng(0), text, 2000, letters=0.5)
+    assert tokens.shape == back.shape == (2001,)
+    again = np.flatnonzero(back)
+    assert 0.2 < len(again) / 2001 < 0.7 and back.max() > 1000
+    np.testing.assert_array_equal(tokens[again], tokens[again - back[again]])

@@ -19,7 +19,7 @@ from jaxkv.cache.bits import pack, unpack, without_gradient
 from jaxkv.cache.rotation import rotate
 from jaxkv.cache.storage import whole
 
-_FORMATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
+FORMATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,8 +203,8 @@ class Float8:
     format: str = "e4m3"
 
     def __post_init__(self) -> None:
-        if self.format not in _FORMATS:
-            raise ValueError(f"Float8(format={self.format!r}): give {' or '.join(map(repr, _FORMATS))}")
+        if self.format not in FORMATS:
+            raise ValueError(f"Float8(format={self.format!r}): give {' or '.join(map(repr, FORMATS))}")
 
     @property
     def dtype(self) -> Any:
@@ -221,7 +221,7 @@ class Float8:
     def encode(self, x: Any) -> Any:
         """Returns x [..., H] as it is stored."""
         x = _given(self, x)
-        kind = _FORMATS[self.format]
+        kind = FORMATS[self.format]
         largest = float(jnp.finfo(kind).max)
         scales = _scales(jnp.abs(x).max(-1, keepdims=True) * np.float32(1 / largest))
         return {"codes": pack(jnp.clip(_divided(x, scales), -largest, largest).astype(kind)), "scales": scales}
