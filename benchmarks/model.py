@@ -170,6 +170,8 @@ def features() -> np.ndarray:
 
 def read_bytes(folder: str, context: int) -> int:
     """Bytes that a decode step can't do without: weights but for unused rows of tables and experts, and the context."""
+    from flax import nnx
+
     import jaxkv
 
     files = jaxkv.models.Files(folder)
@@ -180,10 +182,17 @@ def read_bytes(folder: str, context: int) -> int:
         if (("embed_tokens" in name or "wte" in name) and not config.tied) or "wpe" in name:
             size = 4 * config.width
         if ".experts." in name:
-            size = size * config.experts.per_token // config.experts.num_experts
+            experts = config.layer_experts(int(name.split(".layers.")[1].split(".")[0]))
+            size = size * experts.per_token // experts.num_experts
         weights += size
-    held = [min(context, config.reach(i).size or context) for i in range(config.num_layers)]
-    return weights + 4 * 2 * config.num_kv_heads * config.head_dim * sum(held)
+    module = nnx.eval_shape(lambda: jaxkv.models.Decoder(config, rngs=nnx.Rngs(0)))
+    held = 0
+    for spec in module.specs():
+        if isinstance(reach := spec.reach, jaxkv.Recurrent):
+            held += sum(int(np.prod(part)) for part in (reach.tail, reach.state) if part)
+        else:
+            held += 2 * spec.num_kv_heads * spec.head_dim * min(context, reach.size or context)
+    return weights + 4 * held
 
 
 # The contestants. Each keeps one sequence: `hold` brings the cache to all but the last token of a history, `decode`

@@ -54,6 +54,7 @@ from .nn.buffers import Buffer as Buffer
 from .nn.buffers import TransientBuffer as TransientBuffer
 from .nn.explain import explain_attend as explain_attend
 from .nn.heads import QueryTemperature as QueryTemperature
+from .nn.indexer import Indexer as Indexer
 from .nn.rotary import LinearScaling as LinearScaling
 from .nn.rotary import Llama3Scaling as Llama3Scaling
 from .nn.rotary import LongRopeScaling as LongRopeScaling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -27,6 +28,11 @@ KINDS = {
         "use_bias": True,
         "scale": (HEAD + ROTARY) ** -0.5 * (0.1 * 0.8 * math.log(4.0) + 1.0) ** 2,
         "reach": Window(5),
+    },
+    "indexer": {
+        "rotary": Rotary(interleaved=True, scaling=YARN),
+        "query_rank": 7,
+        "indexer": jaxkv.Indexer(num_heads=5, head_dim=6, top_k=3),
     },
 }
 
@@ -72,8 +78,23 @@ def _plain(kind, x):
     q = np.concatenate([q[..., :HEAD], rotate(q[..., HEAD:])], -1)
     scores = np.einsum("bqnh,bsnh->bnqs", q, k) * options.get("scale", (HEAD + ROTARY) ** -0.5)
     at = np.arange(x.shape[1])
-    reach = options.get("reach", Full())
+    reach, indexer = options.get("reach", Full()), options.get("indexer")
     see = (at[None] <= at[:, None]) & (at[None] > at[:, None] - (reach.size or x.shape[1]))
+    if indexer is not None:  # of those seen the best, by keys that are layer-normalized and rotated in halves
+        rotary = options["rotary"]
+        turn = np.exp(1j * at[:, None] * rotary.frequencies(ROTARY).astype(np.float64))[None, :, None]
+
+        def halves(x):
+            pairs = (x[..., : ROTARY // 2] + 1j * x[..., ROTARY // 2 : ROTARY]) * turn * rotary.scaling.magnitude
+            return np.concatenate([pairs.real, pairs.imag, x[..., ROTARY:]], -1)
+
+        keys = project("index_key", x)
+        keys = (keys - keys.mean(-1, keepdims=True)) / np.sqrt(keys.var(-1, keepdims=True) + 1e-6)
+        keys = halves((keys * params["index_norm"]["scale"] + params["index_norm"]["bias"])[:, :, None])[:, :, 0]
+        queries = halves(project("index_query", norm("query_norm", project("query_down", x))))
+        scored = np.maximum(np.einsum("bqnh,bsh->bqns", queries, keys), 0) * project("index_weights", x)[..., None]
+        order = np.argsort(np.argsort(-np.where(see, scored.sum(2), -np.inf), -1, kind="stable"), -1)
+        see = (see & (order < indexer.top_k))[:, None]
     weights = np.exp(np.where(see, scores, -np.inf))
     weights /= weights.sum(-1, keepdims=True)
     read = np.einsum("bnqs,bsnh->bqnh", weights, made[..., HEAD:])
@@ -86,15 +107,7 @@ def _params(kind):
 
 def _spec(kind, at="put", **storages):
     spec = _module(kind).layer_spec(**storages)
-    return LayerSpec.latent(
-        RANK,
-        ROTARY,
-        spec.reach,
-        storage=spec.v_storage,
-        rotary_storage=spec.k_storage,
-        rotary=spec.rotary,
-        rotary_at=at,
-    )
+    return dataclasses.replace(spec, rotary_at=at)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -244,6 +257,24 @@ def test_a_token_takes_rank_and_rotary_dim_numbers_and_nothing_more():
     cache = Cache.init([spec] * 2, num_rows=3, capacity=256)
     assert plan.nbytes == cache.nbytes == sum(x.nbytes for x in jax.tree.leaves(cache))
     assert "v in k" in cache.describe()
+
+
+def test_an_indexer_that_chooses_all_changes_nothing_and_one_that_can_not_is_refused():
+    indexer = jaxkv.Indexer(num_heads=5, head_dim=6, top_k=16)
+    options = {**SIZES, **KINDS["indexer"]}
+    all_of_them = jaxkv.nnx.LatentAttention(HEADS, WIDTH, **options | {"indexer": indexer}, rngs=nnx.Rngs(0))
+    nnx.update(all_of_them, nnx.state(_module("indexer")))
+    without = jaxkv.nnx.LatentAttention(HEADS, WIDTH, **options | {"indexer": None}, rngs=nnx.Rngs(0))
+    jaxkv.load_state_dict(without, jaxkv.state_dict(_module("indexer")), strict=False)
+    np.testing.assert_allclose(all_of_them(X), without(X), rtol=1e-6, atol=1e-6)
+    assert np.abs(_module("indexer")(X) - without(X)).max() > 0.01
+    with pytest.raises(ValueError, match="makes its queries of the latent of attention's: give a query_rank"):
+        jaxkv.nnx.LatentAttention(HEADS, WIDTH, **SIZES, indexer=indexer, rngs=nnx.Rngs(0))
+    small = jaxkv.Indexer(num_heads=1, head_dim=2, top_k=3)
+    with pytest.raises(ValueError, match=r"4 numbers are rotated \(rotary_dim\), so its heads have as many"):
+        jaxkv.nnx.LatentAttention(HEADS, WIDTH, **options | {"indexer": small}, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"Indexer.*top_k.*at least 1"):
+        jaxkv.Indexer(num_heads=1, head_dim=2, top_k=0)
 
 
 @pytest.mark.optimized

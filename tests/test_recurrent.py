@@ -103,6 +103,8 @@ def test_a_row_goes_back_to_the_end_of_its_prompt_whatever_its_last_block_brough
         assert (cache.lengths > jnp.array(ends))[0]
         cache = cache.rewind(jnp.array(ends))
         assert cache.lengths.tolist() == ends
+    with pytest.raises(ValueError, match=r"slack=4, by Cache\.init or model\.init_cache\. model\.generate makes"):
+        jaxkv.speculate(_summing, None, prompts, cache, max_new_tokens=3, num_draft=4)
     first = generated(cache)  # nothing is left to read, and it goes on from the sums of the prompts
     assert first.tokens[:, 0].tolist() == [34 % 8, 18 % 8]
     assert first.cache.rewind(jnp.array(ends)).lengths.tolist() == ends

@@ -38,13 +38,23 @@ def test_numbers_of_any_storage_are_drawn_alike():
     assert "row 0   0 1 . ." in str(trace.picture)
 
 
-def test_layers_that_share_and_recurrent_ones_have_nothing_to_draw():
+def test_of_recurrent_layers_the_states_are_drawn_and_layers_that_share_have_nothing_to_draw():
+    states = LayerSpec(jaxkv.Recurrent(tail=(4, 2), every=2, keep=1))
     full = LayerSpec(Full(), 2, 4)
     shares = LayerSpec(Full(), 2, 4, shares=1)
-    cache = Cache.init([LayerSpec(jaxkv.Recurrent(tail=(4, 2))), full, shares], num_rows=1, capacity=8, max_block=4)
-    trace = traces.Trace(cache, [[5, 6]], [["a", "b"]])
-    trace.step(["c"])
-    assert "row 0   0 1 . ." in str(trace.picture)
+    for specs in ([states, full, shares], [states]):
+        cache = Cache.init(specs, num_rows=1, capacity=8, max_block=4)
+        trace = traces.Trace(cache, [[5, 6, 7]], [["a", "b", "c"]])
+        for text in "de":
+            trace.step([text])
+        assert ("row 0   0 1 2 3 . ." in str(trace.picture)) == (full in specs)
+        group = data_of(trace.page("t"))["groups"][-1]
+        writes = [step["writes"] for step in data_of(trace.page("t"))["steps"]]
+        number = len(data_of(trace.page("t"))["groups"]) - 1
+        assert (group["states"], group["slots"]) == (True, 2)
+        # After two tokens of the prompt it stands, then after three, and after four, which is kept.
+        assert [[p for g, _, _, p in step if g == number] for step in writes] == [[2], [3], [4]]
+        assert sorted(p for p in np.asarray(trace._cache.recurrent[0].held)[0]) == [2, 4]
 
 
 def data_of(page):

@@ -57,6 +57,21 @@ def checked_size(owner: str, name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def chosen(select: Any, shape: tuple[int, ...]) -> Any:
+    """Returns the slots that queries [B, T] read, int32 [B, T, n].
+
+    Raises:
+      ValueError: for another shape, or no integers.
+    """
+    select = integers("select", select)
+    if select.ndim != 3 or select.shape[:2] != shape or not select.shape[2]:
+        raise ValueError(
+            f"select has shape {select.shape}; give the slots that each query reads, int [B, T, n] with [B, T] = "
+            f"{shape}"
+        )
+    return select
+
+
 def shared_length(n: Any, unit: int, most: int) -> Any:
     """Returns how many first positions rows share: int32 scalar, whole `unit`s, at most `most`; None for none.
 

@@ -37,16 +37,12 @@ class Trace:
     """
 
     def __init__(self, cache: Any, prompts: Sequence[Sequence[int] | None], texts: Sequence[Sequence[str]]) -> None:
-        small = {"num_kv_heads": 1, "head_dim": 1, "value_dim": 1, "k_storage": Dense(), "v_storage": Dense()}
-        specs = [
-            dataclasses.replace(spec, **small, rotary=None, rotary_at="put")
-            for spec in cache.specs
-            if not isinstance(spec.reach, Cross | Recurrent) and spec.shares is None
-        ]
+        kept = [spec for spec in cache.specs if not isinstance(spec.reach, Cross) and spec.shares is None]
+        specs = [_small(spec) for spec in kept]
         options = {"max_block": cache.max_block, "slack": cache.slack, "layout": cache.layout}
         self._cache = Cache.init(specs, cache.num_rows, cache.capacity, **options)
         self._begin = jax.jit(lambda cache, positions: cache.begin(positions)[0])
-        self._held = [np.asarray(group.held) for group in self._cache.groups]
+        self._held = [np.asarray(group.held) for group in self._cache.bookkeeping]
         self._steps: list[dict[str, Any]] = []
         self._texts = [list(text) for text in texts]
         given = [np.asarray([] if prompt is None else prompt, np.int32) for prompt in prompts]
@@ -73,7 +69,7 @@ class Trace:
     def _take(self, positions: np.ndarray, kind: str) -> None:
         self._cache = self._begin(self._cache, positions)
         written = []
-        for number, group in enumerate(self._cache.groups):
+        for number, group in enumerate(self._cache.bookkeeping):
             held = np.asarray(group.held)
             rows, slots = np.nonzero(held != self._held[number])
             written += [[number, *map(int, where), int(held[where])] for where in zip(rows, slots, strict=True)]
@@ -84,11 +80,13 @@ class Trace:
     def page(self, title: str) -> str:
         """Returns one self-contained HTML page with a slider over the steps."""
         groups = []
-        for group in self._cache.groups:
+        for group in self._cache.bookkeeping:
             reach = group.reach
+            states = isinstance(reach, Recurrent)
             groups.append(
                 {
-                    "name": str(reach),
+                    "name": "states, after so many tokens" if states else str(reach),
+                    "states": states,
                     "slots": group.num_slots,
                     "each": -(-group.num_slots // _MOST),
                     "size": reach.size,
@@ -100,3 +98,11 @@ class Trace:
         # "</" would end the script, whatever stands in a text.
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/").replace("<!", "<\\!")
         return _PAGE.replace("TITLE", html.escape(title)).replace("DATA", text)
+
+
+def _small(spec: Any) -> Any:
+    """Returns a spec of the same bookkeeping that keeps next to nothing."""
+    if isinstance(spec.reach, Recurrent):
+        return dataclasses.replace(spec, reach=dataclasses.replace(spec.reach, state=(1, 1), tail=None))
+    sizes = {"num_kv_heads": 1, "head_dim": 1, "value_dim": 1, "k_storage": Dense(), "v_storage": Dense()}
+    return dataclasses.replace(spec, **sizes, rotary=None, rotary_at="put")

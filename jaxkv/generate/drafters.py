@@ -52,10 +52,12 @@ def _check_states(name: str, cache: Cache, branches: Branches) -> None:
             "one text, not of several branches; give num_draft and no tree"
         )
     if cache.slack < back:
+        less = f", or give num_draft={cache.slack}" if cache.slack else ""
         raise ValueError(
             f"a draft of which nothing is taken is {back} tokens, and the {name} keeps a state of "
-            f"{cache.recurrent[0].reach} after each of the last {cache.slack}: give Cache.init(slack={back}), or a "
-            "smaller draft"
+            f"{cache.recurrent[0].reach} after each of the last {cache.slack}: make the cache with slack={back}, by "
+            f"Cache.init or model.init_cache{less}. model.generate makes such a cache if speculate is given in the "
+            "first turn"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import nnx
 
+from jaxkv.nn.indexer import Indexer
 from jaxkv.nn.nnx import LatentAttention
 
 
@@ -19,6 +20,7 @@ class LatentConfig:
       rotary_dim: size of the rotary key, which all heads share.
       value_dim: size of a head's value; None means head_dim.
       query_rank: None, or the size through which queries are projected.
+      indexer: None, or what chooses the tokens that each query reads; it needs a query_rank.
 
     >>> LatentConfig(rank=512, rotary_dim=64, value_dim=128, query_rank=1536).rank
     512
@@ -28,13 +30,14 @@ class LatentConfig:
     rotary_dim: int
     value_dim: int | None = None
     query_rank: int | None = None
+    indexer: Indexer | None = None
 
     def attention(self, config: Any, index: int, *, rngs: nnx.Rngs) -> LatentAttention:
         """Returns the attention of a layer of a decoder with a `DecoderConfig`."""
         return LatentAttention(
             config.num_heads,
             config.width,
-            **dataclasses.asdict(self),
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             head_dim=config.head_dim,
             reach=config.reach(index),
             rotary=config.layer_rotary(index),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxkv.cache.arguments import FAR, integers, shared_length
+from jaxkv.cache.arguments import FAR, chosen, shared_length
 from jaxkv.cache.layer import Layer
 from jaxkv.cache.step import Step
 from jaxkv.nn import call
@@ -78,10 +78,5 @@ def attend(
                 "select reads the chosen slots of each query by itself, in a form of its own: it takes neither shared "
                 "nor an implementation"
             )
-        select = integers("select", select)
-        if select.ndim != 3 or select.shape[:2] != step.positions.shape or not select.shape[2]:
-            raise ValueError(
-                f"select has shape {select.shape}; give the slots that each query reads, int [B, T, n] with [B, T] = "
-                f"{step.positions.shape}"
-            )
+        select = chosen(select, step.positions.shape)
     return call.run(q, layer, step, scale, softcap, sink_logits, implementation, select=select)

@@ -20,9 +20,11 @@ from jaxkv.nn.arguments import check_call
 from jaxkv.nn.attend import attend
 from jaxkv.nn.call import run
 from jaxkv.nn.heads import rms_norm
+from jaxkv.nn.indexer import SIDE, Indexer
 from jaxkv.nn.uncached import self_attend
 
 _MOST_QUERIES = 512  # that read one expanded block
+_INDEX_EPSILON = 1e-6  # of the norm of an indexer's keys
 BIASES = ("query_down", "latent", "out")
 OPTIONS = """num_heads: query heads N.
       in_features: size D of the input.
@@ -37,6 +39,8 @@ OPTIONS = """num_heads: query heads N.
         `jaxkv.Rotary(interleaved=True)`, DeepSeek's.
       scale: factor of the scores; None means (head_dim + rotary_dim) ** -0.5.
       norm_epsilon: added to the mean square of the latent's norm, and of that of queries of a `query_rank`.
+      indexer: None, or `jaxkv.Indexer(...)`, which chooses the tokens that each query reads (DeepSeek-V3.2). It needs a
+        query_rank.
       use_bias: True, False, or the names of the projections that have a bias, out of "query_down", "latent", "out".
       dtype: of the computation; None infers it from input and parameters.
       param_dtype: of the parameters.
@@ -51,7 +55,8 @@ class LatentHeads:
     """The static facts of latent attention, and its way from projected q and latents to what goes into the output.
 
     Args:
-      num_heads, rank, rotary_dim, head_dim, value_dim, reach, rotary, scale, implementation: as for the modules.
+      num_heads, rank, rotary_dim, head_dim, value_dim, reach: as for the modules.
+      rotary, scale, indexer, implementation: as for the modules.
 
     Raises:
       ValueError: for sizes below 1, or a rotary that is none.
@@ -68,6 +73,7 @@ class LatentHeads:
     value_dim: Any = None
     rotary: Any = None
     scale: float | None = None
+    indexer: Indexer | None = None
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
@@ -84,12 +90,31 @@ class LatentHeads:
     def layer_spec(self, k_storage: Any = None, v_storage: Any = None, dtype: Any = jnp.float32) -> LayerSpec:
         """Returns what a cache must keep for this layer; rotary keys as k_storage says, latents as v_storage does."""
         k_storage, v_storage = (Dense(dtype) if storage is None else storage for storage in (k_storage, v_storage))
+        sides = {}
+        if self.indexer is not None:
+            sides = {SIDE: self.indexer.side_buffer(self.rotary, self.rotary_dim, dtype)}
         return LayerSpec.latent(
-            self.rank, self.rotary_dim, self.reach, storage=v_storage, rotary_storage=k_storage, rotary=self.rotary
+            self.rank,
+            self.rotary_dim,
+            self.reach,
+            storage=v_storage,
+            rotary_storage=k_storage,
+            rotary=self.rotary,
+            side_buffers=sides,
         )
 
     def attend(
-        self, q: Any, latent: Any, rotary_key: Any, expand: Any, layer: Any, step: Any, *, positions: Any, spans: Any
+        self,
+        q: Any,
+        latent: Any,
+        rotary_key: Any,
+        expand: Any,
+        layer: Any,
+        step: Any,
+        *,
+        positions: Any,
+        spans: Any,
+        index: Any = None,
     ) -> tuple[Any, Any]:
         """Returns what the heads read, [B, T, N, value_dim], and the layer after its put (None without a cache).
 
@@ -101,6 +126,7 @@ class LatentHeads:
           layer, step: both or neither.
           positions: int32 [B, T] or None (0, 1, 2, ...); without a layer only.
           spans: int32 [B, T] or None; without a layer only.
+          index: with an indexer its queries [B, T, n, d], not yet rotated, their weights [B, T, n], its keys [B, T, d].
         """
         there = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] if positions is None else positions
         there = (there if layer is None else step.depths)[:, :, None, None]
@@ -109,20 +135,40 @@ class LatentHeads:
         to_keys, to_values = expand[..., : self.head_dim], expand[..., self.head_dim :]
         scale = (self.head_dim + self.rotary_dim) ** -0.5 if self.scale is None else self.scale
         rest: dict[str, Any] = {"scale": scale, "implementation": self.implementation}
+        if self.indexer is not None:
+            turned = self.indexer.rotary(self.rotary, self.rotary_dim)
+            queries, weights, keys = index
+            keys = keys[:, :, None]
+            if turned is not None:
+                queries, keys = turned.rotate(queries, there), turned.rotate(keys, there)
         if layer is None:
             shared = jnp.broadcast_to(self._rotate(rotary_key, there), (*q.shape[:3], self.rotary_dim))
             k, v = (jnp.einsum("btr,rnh->btnh", latent[:, :, 0], kernel) for kernel in (to_keys, to_values))
             q, k = jnp.concatenate([q, q_rotary], -1), jnp.concatenate([k, shared], -1)
+            if self.indexer is not None and self.indexer.top_k < q.shape[1]:
+                see = self._sees(there[:, :, 0, 0], spans, q.shape[:2])
+                rest = {"scale": scale, "select": self.indexer.best(queries, weights, keys[:, :, 0], see)}
             return self_attend(q, k, v, reach=self.reach, positions=positions, spans=spans, **rest), None
         if layer.spec.rotary_at == "put":
             rotary_key = self._rotate(rotary_key, there)
-        layer = layer.put(step, jnp.concatenate([latent, rotary_key], -1))
-        if self._expands(q.shape[1]):
+        sides = None if self.indexer is None else {SIDE: keys}
+        layer = layer.put(step, jnp.concatenate([latent, rotary_key], -1), sides=sides)
+        if self.indexer is not None and self.indexer.top_k < layer.num_slots:
+            rest = {"scale": scale, "select": self.indexer.choose(queries, weights, layer, step)}
+        elif self._expands(q.shape[1]):
             expanded = Expanded(layer, expand, self)
             q = jnp.concatenate([q, q_rotary], -1)
             return run(q, expanded, step, scale, None, None, self.implementation, most=_MOST_QUERIES), layer
         q = jnp.concatenate([jnp.einsum("btnh,rnh->btnr", q, to_keys), q_rotary], -1)
         return jnp.einsum("btnr,rnh->btnh", attend(q, layer, step, **rest), to_values), layer
+
+    def _sees(self, positions: Any, spans: Any, shape: tuple[int, ...]) -> Any:
+        """Returns which tokens of a call without a cache its queries see, bool [B, T, T]."""
+        positions = jnp.broadcast_to(positions, shape)
+        same_span = None
+        if spans is not None:
+            same_span = (spans[:, :, None] == spans[:, None, :]) & (spans[:, :, None] != 0)
+        return self.reach.visible(positions[:, :, None], positions[:, None, :], same_span)
 
     def _expands(self, length: int) -> bool:
         """Returns whether so many queries multiply less numbers if what they read is first expanded to all heads."""
@@ -189,6 +235,10 @@ class LatentModule:
     latent_norm: Any
     norm_epsilon: float
     out: Any
+    index_query: Any
+    index_key: Any
+    index_norm: Any
+    index_weights: Any
 
     def layer_spec(self, *, k_storage: Any = None, v_storage: Any = None) -> LayerSpec:
         """Returns what a cache must keep for this module: a `LayerSpec.latent` of its sizes, reach and rotary.
@@ -212,8 +262,12 @@ class LatentModule:
         check_call(heads, x, layer, step, positions, spans)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
+        index = None
         if self.query is None:
-            q = self.query_up(rms_norm(self.query_down(x), self.query_norm(), self.norm_epsilon))
+            down = rms_norm(self.query_down(x), self.query_norm(), self.norm_epsilon)
+            q = self.query_up(down)
+            if heads.indexer is not None:
+                index = self.index_query(down), self.index_weights(x), self._index_keys(x)
         else:
             q = self.query(x)
         both = self.latent(x)
@@ -227,9 +281,23 @@ class LatentModule:
             step,
             positions=positions,
             spans=spans,
+            index=index,
         )
         y = self.out(y)
         return y if layer is None else (y, layer)
+
+    def _index_keys(self, x: Any) -> Any:
+        """Returns the indexer's keys, [B, T, d]: layer-normalized."""
+        keys, (scale, bias) = self.index_key(x), self.index_norm()
+        y = keys.astype(jnp.float32)
+        y = rms_norm(y - y.mean(-1, keepdims=True), scale, _INDEX_EPSILON) + bias.astype(jnp.float32)[None, None]
+        return y.astype(keys.dtype)
+
+
+def checked_indexer(indexer: Indexer | None, query_rank: int | None) -> None:
+    """Raises ValueError for an indexer that can't have queries."""
+    if indexer is not None and query_rank is None:
+        raise ValueError(f"indexer={indexer} makes its queries of the latent of attention's: give a query_rank")
 
 
 def biased(use_bias: Any) -> frozenset[str]:

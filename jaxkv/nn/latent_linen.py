@@ -11,8 +11,22 @@ from flax import linen as nn
 
 from jaxkv.cache.spec import Full, Reach
 from jaxkv.meshes import dot_general
-from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased
+from jaxkv.nn.indexer import Indexer
+from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased, checked_indexer
 from jaxkv.nn.recurrent_linen import Scale
+
+
+class Affine(nn.Module):
+    """The learned scale and bias of a norm. Parameters: `scale`, ones, and `bias`, zeros."""
+
+    size: int
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> tuple[Any, Any]:
+        """Returns both."""
+        scale = self.param("scale", nn.initializers.ones_init(), (self.size,), self.param_dtype)
+        return scale, self.param("bias", nn.initializers.zeros_init(), (self.size,), self.param_dtype)
 
 
 class LatentAttention(LatentModule, nn.Module):
@@ -50,6 +64,7 @@ class LatentAttention(LatentModule, nn.Module):
     rotary: Any = None
     scale: float | None = None
     norm_epsilon: float = 1e-6
+    indexer: Indexer | None = None
     use_bias: bool | Collection[str] = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -61,6 +76,7 @@ class LatentAttention(LatentModule, nn.Module):
 
     def setup(self) -> None:
         heads, with_bias = self._heads(), biased(self.use_bias)
+        checked_indexer(self.indexer, self.query_rank)
         kind = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def linear(shape: Any, name: str, **options: Any) -> Any:
@@ -75,6 +91,12 @@ class LatentAttention(LatentModule, nn.Module):
             self.query_down = linear(self.query_rank, "query_down")
             self.query_norm = Scale((self.query_rank,), self.param_dtype)
             self.query_up = linear(queries, "query_up")
+        self.index_query = self.index_key = self.index_norm = self.index_weights = None
+        if self.indexer is not None:
+            self.index_query = linear((self.indexer.num_heads, self.indexer.head_dim), "index_query")
+            self.index_key = linear(self.indexer.head_dim, "index_key")
+            self.index_norm = Affine(self.indexer.head_dim, self.param_dtype)
+            self.index_weights = linear(self.indexer.num_heads, "index_weights")
         self.latent = linear(self.rank + self.rotary_dim, "latent")
         self.latent_norm = Scale((self.rank,), self.param_dtype)
         shape = self.rank, self.num_heads, self.head_dim + heads.value_dim
@@ -105,5 +127,6 @@ class LatentAttention(LatentModule, nn.Module):
             self.value_dim,
             self.rotary,
             self.scale,
+            self.indexer,
             self.implementation,
         )

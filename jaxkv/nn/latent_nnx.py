@@ -12,10 +12,23 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxkv.cache.spec import Full, Reach
 from jaxkv.meshes import dot_general
 from jaxkv.nn.fuse import Transposed
-from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased
+from jaxkv.nn.indexer import Indexer
+from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased, checked_indexer
 from jaxkv.nn.recurrent_nnx import Scale
 
 _EXPAND_INIT = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+
+
+class Affine(nnx.Module):
+    """The learned scale and bias of a norm. Parameters: `scale`, ones, and `bias`, zeros."""
+
+    def __init__(self, size: int, *, param_dtype: Any = jnp.float32) -> None:
+        self.scale = nnx.Param(jnp.ones((size,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((size,), param_dtype))
+
+    def __call__(self) -> tuple[Any, Any]:
+        """Returns both."""
+        return self.scale[...], self.bias[...]
 
 
 class LatentAttention(LatentModule, nnx.Module):
@@ -58,6 +71,7 @@ class LatentAttention(LatentModule, nnx.Module):
         rotary: Any = None,
         scale: float | None = None,
         norm_epsilon: float = 1e-6,
+        indexer: Indexer | None = None,
         use_bias: bool | Collection[str] = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -68,7 +82,10 @@ class LatentAttention(LatentModule, nnx.Module):
         implementation: str = "auto",
         rngs: nnx.Rngs,
     ) -> None:
-        heads = LatentHeads(num_heads, rank, rotary_dim, head_dim, reach, value_dim, rotary, scale, implementation)
+        heads = LatentHeads(
+            num_heads, rank, rotary_dim, head_dim, reach, value_dim, rotary, scale, indexer, implementation
+        )
+        checked_indexer(indexer, query_rank)
         self.heads, self.in_features, self.dtype, self.param_dtype = heads, in_features, dtype, param_dtype
         self.norm_epsilon = norm_epsilon
         kind = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -86,6 +103,12 @@ class LatentAttention(LatentModule, nnx.Module):
             self.query_down = linear(in_features, query_rank, "query_down")
             self.query_norm = Scale((query_rank,), param_dtype=param_dtype)
             self.query_up = linear(query_rank, queries, "query_up")
+        self.index_query = self.index_key = self.index_norm = self.index_weights = nnx.data(None)
+        if indexer is not None:
+            self.index_query = linear(query_rank, (indexer.num_heads, indexer.head_dim), "index_query")
+            self.index_key = linear(in_features, indexer.head_dim, "index_key")
+            self.index_norm = Affine(indexer.head_dim, param_dtype=param_dtype)
+            self.index_weights = linear(in_features, indexer.num_heads, "index_weights")
         self.latent = linear(in_features, rank + rotary_dim, "latent")
         self.latent_norm = Scale((rank,), param_dtype=param_dtype)
         self.expand = nnx.Param(expand_init(rngs.params(), (rank, num_heads, head_dim + heads.value_dim), param_dtype))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxkv.cache.arguments import chosen
 from jaxkv.cache.spec import EMPTY, Cross, Full, LayerSpec, Reach
 from jaxkv.cache.step import GroupStep, Step
 from jaxkv.nn import call, dropout
@@ -28,6 +29,7 @@ def self_attend(
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
     broadcast_dropout: bool = True,
+    select: Any = None,
     implementation: str = "auto",
 ) -> Any:
     """Returns attention of a block of tokens over itself, without a cache: the form for training.
@@ -46,6 +48,7 @@ def self_attend(
         1 / (1 - dropout_rate).
       dropout_key: the PRNG key that chooses them; not needed at a rate of 0.
       broadcast_dropout: whether all rows and heads leave out the same, as by default in Flax.
+      select: None, or int [B, T, n], the tokens of the block that each query reads, as in `attend`; without dropout.
 
     Returns:
       [B, T, N, Hv] in q's dtype.
@@ -77,6 +80,10 @@ def self_attend(
     )
     rest = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits, "implementation": implementation}
     chance = dropout_rate, dropout_key, broadcast_dropout
+    if select is not None:
+        if dropout_rate:
+            raise ValueError(f"select with dropout_rate={dropout_rate}: chosen tokens are read without dropout; give 0")
+        rest["select"] = chosen(select, (batch, length))
     return _attend(q, k, v, reach, positions, spans, group, chance, rest)
 
 
@@ -176,3 +183,8 @@ class _Fresh:
         if size == self.num_slots:
             return k, v
         return lax.dynamic_slice_in_dim(k, start, size, 2), lax.dynamic_slice_in_dim(v, start, size, 2)
+
+    def read_at(self, step: Step, slots: Any) -> tuple[Any, Any]:
+        """Returns what `Layer.read_at` does."""
+        k, v = (jnp.take_along_axis(x, slots[:, None, :, None], 2).swapaxes(1, 2) for x in (self.k, self.v))
+        return k, v

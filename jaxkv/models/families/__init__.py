@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxkv.models.families.cohere import COHERE, COHERE2
-from jaxkv.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from jaxkv.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32
 from jaxkv.models.families.ernie import ERNIE4_5
 from jaxkv.models.families.exaone import EXAONE4
 from jaxkv.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TEXT
@@ -54,6 +54,7 @@ FAMILIES = {
     "glm4_moe": GLM4_MOE,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "deepseek_v32": DEEPSEEK_V32,
     "ernie4_5": ERNIE4_5,
     "exaone4": EXAONE4,
     "seed_oss": SEED_OSS,

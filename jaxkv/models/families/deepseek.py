@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3 (R1, Kimi K2): latent attention, and experts in groups beside an MLP for all tokens."""
+"""DeepSeek-V2, V3 (R1, Kimi K2) and V3.2: latent attention, of chosen tokens; experts in groups beside a shared MLP."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from jaxkv.models.families.fields import (
     Choice,
     Field,
     Fields,
+    List,
     Number,
 )
 from jaxkv.models.families.mixtures import NUM_EXPERTS, QWEN_EXPERTS, STACKED, chosen, shared_expert
 from jaxkv.models.families.table import Family, Ignored, Tensor, linear, norm
 from jaxkv.models.latent import LatentConfig
+from jaxkv.nn.indexer import Indexer
 from jaxkv.nn.rotary import YarnScaling
 
 _LAYER, _OURS = "model.layers.{}", "layers.{}"
@@ -84,8 +86,13 @@ def routed(fields: Fields, groups: int, kept: int, **rest: Any) -> tuple[Experts
         shared_dim=fields["moe_intermediate_size"] * fields["n_shared_experts"],
         **rest,
     )
-    dense = fields["first_k_dense_replace"]
-    return tuple(None if i < dense else experts for i in range(fields["num_hidden_layers"]))
+    layers, dense, kinds = fields["num_hidden_layers"], fields["first_k_dense_replace"], fields.get("mlp_layer_types")
+    if kinds is None:
+        return tuple(None if i < dense else experts for i in range(layers))
+    if len(kinds) != layers:
+        must = f'it must have one entry for each of {layers} layers ("num_hidden_layers")'
+        raise fields.wrong("mlp_layer_types", must)
+    return tuple(experts if kind else None for kind in kinds)
 
 
 def sigmoid_routed(fields: Fields) -> tuple[ExpertsConfig | None, ...]:
@@ -100,7 +107,14 @@ def sigmoid_routed(fields: Fields) -> tuple[ExpertsConfig | None, ...]:
     )
 
 
-def _decoder(fields: Fields, experts: Any, *, mlp_bias: bool = False, interleaved: bool = True) -> DecoderConfig:
+def _decoder(
+    fields: Fields,
+    experts: Any,
+    *,
+    mlp_bias: bool = False,
+    interleaved: bool = True,
+    indexer: Indexer | None = None,
+) -> DecoderConfig:
     heads, dim = fields["num_attention_heads"], fields["qk_rope_head_dim"]
     if dim % 2:
         raise fields.unsupported("qk_rope_head_dim", "dimensions are rotated in pairs")
@@ -114,7 +128,7 @@ def _decoder(fields: Fields, experts: Any, *, mlp_bias: bool = False, interleave
         mlp_dim=fields["intermediate_size"],
         norm_eps=fields["rms_norm_eps"],
         tied=fields["tie_word_embeddings"],
-        latent=LatentConfig(fields["kv_lora_rank"], dim, fields["v_head_dim"], fields["q_lora_rank"]),
+        latent=LatentConfig(fields["kv_lora_rank"], dim, fields["v_head_dim"], fields["q_lora_rank"], indexer),
         rotary=rotary,
         attention_scale=(fields["qk_nope_head_dim"] + dim) ** -0.5 * _growth(rotary.scaling) ** 2,
         activation=fields["hidden_act"],
@@ -144,6 +158,14 @@ def _deepseek_v2(fields: Fields) -> DecoderConfig:
 
 def _deepseek_v3(fields: Fields) -> DecoderConfig:
     return _decoder(fields, sigmoid_routed(fields), interleaved=fields["rope_interleave"])
+
+
+def _deepseek_v32(fields: Fields) -> DecoderConfig:
+    if fields["index_head_dim"] < fields["qk_rope_head_dim"]:
+        must = f'it must be at least the {fields["qk_rope_head_dim"]} in "qk_rope_head_dim", which are rotated'
+        raise fields.wrong("index_head_dim", must)
+    indexer = Indexer(fields["index_n_heads"], fields["index_head_dim"], fields["index_topk"])
+    return _decoder(fields, sigmoid_routed(fields), indexer=indexer)
 
 
 _FIELDS = {
@@ -188,24 +210,49 @@ DEEPSEEK_V2 = Family(
     others=STACKED,
     ignored=llama.IGNORED,
 )
+_PREDICTING = Ignored(  # the layer behind the last one
+    r"model\.layers\.(61)\..*",
+    "not read, it predicts further tokens",
+    lambda config, layer, x: layer < config.num_layers,
+)
+_V3_FIELDS = {
+    **_FIELDS,
+    "vocab_size": Field(VOCABULARY, 129_280),
+    **routed_fields(256, Field(HEADS, 8), 2048, (8, 4), 1, 3, 2.5),
+    "norm_topk_prob": Field(FLAG, True),
+}
 DEEPSEEK_V3 = Family(
     _deepseek_v3,
     {
-        **_FIELDS,
-        "vocab_size": Field(VOCABULARY, 129_280),
+        **_V3_FIELDS,
         "max_position_embeddings": Field(LENGTH, 4096),
-        **routed_fields(256, Field(HEADS, 8), 2048, (8, 4), 1, 3, 2.5),
-        "norm_topk_prob": Field(FLAG, True),
         "rope_interleave": Field(FLAG, True),
     },
     (*_TENSORS, ROUTER_BIAS),
     others=STACKED,
-    ignored=(
-        *llama.IGNORED,
-        Ignored(  # the layer behind the last one
-            r"model\.layers\.(61)\..*",
-            "not read, it predicts further tokens",
-            lambda config, layer, x: layer < config.num_layers,
-        ),
+    ignored=(*llama.IGNORED, _PREDICTING),
+)
+_INDEXER = f"{_LAYER}.self_attn.indexer"
+DEEPSEEK_V32 = Family(
+    _deepseek_v32,
+    {
+        **_V3_FIELDS,
+        "max_position_embeddings": Field(LENGTH, 163_840),
+        "q_lora_rank": Field(WIDTH, 1536),
+        "index_n_heads": Field(HEADS, 64),
+        "index_head_dim": Field(WIDTH, 128),
+        "index_topk": Field(LENGTH, 2048),
+        "mlp_layer_types": Field(List(Choice({"dense": False, "sparse": True}), MAX_LAYERS), None),
+        "mlp_bias": Field(FLAG, False, only=(False,)),
+    },
+    (
+        *_TENSORS,
+        ROUTER_BIAS,
+        *linear(f"{_INDEXER}.wq_b", f"{_OURS}.attention.index_query"),
+        *linear(f"{_INDEXER}.wk", f"{_OURS}.attention.index_key"),
+        *norm(f"{_INDEXER}.k_norm", f"{_OURS}.attention.index_norm"),
+        *linear(f"{_INDEXER}.weights_proj", f"{_OURS}.attention.index_weights"),
     ),
+    others=STACKED,
+    ignored=(*llama.IGNORED, _PREDICTING),
 )
