@@ -82,7 +82,7 @@ class Server:
             row = source if source in free else min(free, key=lambda row: shared[row])
             self.cache = copy_prefix(self.cache, source, row, shared[source])  # within one row: truncates it
             self.rows[row] = request
-            request.done = request.shared = int(self.cache.lengths[row])  # where it landed
+            request.done = request.shared = int(np.asarray(self.cache.lengths)[row])  # where it landed
 
     def step(self):
         """Feeds each running row its next tokens: a block of its prompt, or the token that it chose last."""
