@@ -43,10 +43,11 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """A line of cells with a label in front."""
+    """A line of cells with a label in front, and maybe a note behind them."""
 
     label: str
     cells: tuple[Cell, ...]
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Picture:
                 lines.append(f"  {'':{label}}   {heads}".rstrip())
             for strip in panel.strips:
                 cells = " ".join(_cell_text(cell, width, color) for cell in strip.cells)
-                lines.append(f"  {strip.label:{label}}   {cells}".rstrip())
+                lines.append(f"  {strip.label:{label}}   {cells}   {strip.note}".rstrip())
             lines.append("")
         lines.append("  " + "   ".join(f"{_cell_text(Cell(kind), 1, color)} {KINDS[kind][0]}" for kind in self._kinds))
         return "\n".join(lines)
@@ -116,7 +117,11 @@ class Picture:
                 parts.append(f'<text class="l" x="0" y="{y + 15}">{html.escape(strip.label)}</text>')
                 for i, cell in enumerate(strip.cells):
                     parts.append(_cell_svg(cell, _LEFT + i * (_SIDE + _GAP), y))
-                widest = max(widest, _LEFT + len(strip.cells) * (_SIDE + _GAP))
+                end = _LEFT + len(strip.cells) * (_SIDE + _GAP)
+                if strip.note:
+                    parts.append(f'<text class="l" x="{end + 6}" y="{y + 15}">{html.escape(strip.note)}</text>')
+                    end += 6 + 7 * len(strip.note)
+                widest = max(widest, end)
                 y += _SIDE + _GAP
             y += 10
         x = 0
@@ -157,6 +162,7 @@ class Picture:
                     if len(cell.text) <= 3:
                         ink = "black" if face == "none" else "white"
                         axis.text(x + 0.46, y + 0.5, cell.text, ha="center", va="center", fontsize=6, color=ink)
+                axis.text(len(strip.cells) + 0.3, y + 0.5, strip.note, va="center", fontsize=6)
             axis.set(xlim=(-0.1, columns), ylim=(len(panel.strips), -0.1), xticks=[], aspect="equal")
             axis.set_yticks([y + 0.46 for y in range(len(panel.strips))], [strip.label for strip in panel.strips])
             axis.set_title(panel.title, fontsize=9, loc="left")
@@ -179,7 +185,7 @@ class Picture:
         if path.suffix == ".svg":
             path.write_text(self.svg, "utf-8")
         elif path.suffix == ".html":
-            path.write_text(f"<!doctype html><meta charset=utf-8><title>jaxkv</title>{self._repr_html_()}", "utf-8")
+            path.write_text(f"{_PAGE}{self._repr_html_()}", "utf-8")
         elif path.suffix == ".txt":
             path.write_text(self.text() + "\n", "utf-8")
         else:
@@ -196,6 +202,10 @@ def _rules(*rules: str) -> str:
     return "".join(f".jaxkv {rule}" for rule in rules)
 
 
+_PAGE = (  # of a file: as wide as a phone, and dark where its reader likes it dark
+    "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    "<meta name=color-scheme content='light dark'><title>jaxkv</title>"
+)
 _LIGHT = (
     "text{font-family:system-ui,sans-serif;fill:currentColor;font-size:11px}",  # in a page, that of its text
     ".t{font-weight:600;font-size:12px}",

@@ -17,6 +17,7 @@ SMALL = {
     "frozen_backbone.py": "--images 128 --size 32 --epochs 2",
     "neox_store.py": "--layers 2 --width 64 --steps 20",
     "sequential_calibration.py": "--layers 2 --width 32 --length 8 --batch 2 --batches 3",
+    "serve.py": "--rows 3 --pages 12 --new-tokens 16",
     "train_tiny.py": "--steps 2 --every 1 --batch 2 --length 64 --width 32 --layers 2 --out run",
 }
 
@@ -27,6 +28,7 @@ SAYS = {
     "frozen_backbone.py": ["losses of all steps: the same, bit by bit", "100.0% found, 0 computed"],
     "neox_store.py": ["equal: True"],
     "sequential_calibration.py": ["equal to the last bit"],
+    "serve.py": ["57 of  59 tokens shared", "the same texts as one by one: True"],
 }
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import treescope
 
 import jaxkv
 from jaxkv import Cache, Chunk, Cross, Full, LayerSpec, Pages, Window
@@ -43,8 +44,9 @@ def test_a_full_layer_shows_positions_in_order_and_gaps():
 def test_a_ring_shows_sinks_first_and_then_the_order_in_which_tokens_lie():
     cache, _ = filled(cache_of(Window(3, sinks=1)))
     [row, _] = lines(jaxkv.show(cache), "1 layer Window")
-    assert row == ["row", "0", "0", "7", "8", "9", "4", "5", "6"]
+    assert row == ["row", "0", "0", "7", "8", "9", "4", "5", "6", "lost", "1-3"]
     [panel] = jaxkv.show(cache).panels
+    assert "lost 1-3</text>" in jaxkv.show(cache).svg
     assert [cell.kind for cell in panel.strips[0].cells] == ["sink"] + ["held"] * 6
 
 
@@ -120,6 +122,13 @@ def test_notebooks_show_the_picture_and_traced_or_donated_caches_their_repr():
     donated = jax.jit(lambda cache: cache.reset(cache.ok), donate_argnums=0)
     donated(cache)
     assert cache._repr_html_().startswith("<pre>Cache(")
+
+
+def test_treescope_which_nnx_display_is_offers_the_picture():
+    cache, step = filled(cache_of(Full()))
+    for node in (cache, step):
+        shown = treescope.render_to_html(node, compressed=False)
+        assert "Rich HTML representation" in shown and "<svg" in shown
 
 
 def test_colors_are_for_terminals_only(capsys):

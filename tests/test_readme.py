@@ -83,7 +83,16 @@ def commands(page: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/index.md", "docs/cache.md", "docs/attention.md", "docs/generate.md", "docs/own_models.md"],
+    [
+        "README.md",
+        "docs/index.md",
+        "docs/cache.md",
+        "docs/attention.md",
+        "docs/generate.md",
+        "docs/own_models.md",
+        "docs/guides/linen.md",
+        "docs/guides/nnx.md",
+    ],
 )
 def test_a_page_about_the_library_shows_code(page):
     assert blocks(ROOT / page, "python")

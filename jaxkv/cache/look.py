@@ -18,7 +18,8 @@ _MOST = 48  # cells of a strip; longer ones show several slots in each
 def show(cache: Any, rows: Sequence[int] | None = None) -> Picture:
     """Draws a cache: per group of layers a strip of slots for each row, in the order in which they lie.
 
-    A cell tells the position of its token; in a long row a cell stands for several slots. With pages, the rows' pages
+    A cell tells the position of its token; in a long row a cell stands for several slots. Behind the row stand the
+    positions that a ring has lost. With pages, the rows' pages
     are drawn by number, then the pool: which pages are free, and which are shared.
 
     Args:
@@ -36,8 +37,8 @@ def show(cache: Any, rows: Sequence[int] | None = None) -> Picture:
     ...     cache, _ = cache.begin(jnp.array([[start, start + 1], [start, -1]]))
     >>> print(jaxkv.show(cache))
     1 layer Window(size=3, sinks=0): slots by row
-      row 0   4 5 2 3
-      row 1   4 . 2 .
+      row 0   4 5 2 3   lost 0-1
+      row 1   4 . 2 .   lost 0
     <BLANKLINE>
       # held   . empty
     """
@@ -54,7 +55,7 @@ def show(cache: Any, rows: Sequence[int] | None = None) -> Picture:
         title = f"{layers} layer{'s' * (layers > 1)} {group.reach}"
         held = np.asarray(group.held)
         sinks = group.reach.sinks if hasattr(group.reach, "sinks") else 0
-        strips = [Strip(f"row {row}", _slots(held[row], sinks)) for row in chosen]
+        strips = [Strip(f"row {row}", _slots(held[row], sinks), _lost(cache, group, row)) for row in chosen]
         panels.append(Panel(f"{title}: slots by row", tuple(strips)))
         if group.pages is not None:
             panels += _pool(title, group.pages, chosen)
@@ -133,6 +134,15 @@ def html(node: Any, draw: Any) -> str:
     if all(_concrete(x) and not (isinstance(x, jax.Array) and x.is_deleted()) for x in arrays):
         return draw(node)._repr_html_()
     return f"<pre>{escape(repr(node))}</pre>"
+
+
+def _lost(cache: Any, group: Any, row: int) -> str:
+    """Returns which positions of a row a ring has overwritten, as a note; those past its end were never there."""
+    if not hasattr(group, "lost"):
+        return ""
+    low, high = np.asarray(group.lost)[row].tolist()
+    high = min(high, int(cache.lengths[row]))
+    return "" if low >= high else f"lost {low}" if high == low + 1 else f"lost {low}-{high - 1}"
 
 
 def _concrete(x: Any) -> bool:
