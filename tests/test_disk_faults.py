@@ -380,6 +380,21 @@ def test_a_large_record_that_others_clear_around_is_whole_or_not_kept(tmp_path, 
     assert counted(store) == store.stats().errors == 0 and caplog.messages == []
 
 
+def test_a_folder_that_others_remove_while_it_is_made_is_no_error(tmp_path, monkeypatch):
+    store, other, usual = Disk(tmp_path), Disk(tmp_path), os.makedirs
+
+    def makedirs(path, **how):
+        usual(path, **how)
+        if path.endswith("-files"):
+            other.clear()
+            raise FileExistsError(path)
+
+    monkeypatch.setattr(os, "makedirs", makedirs)
+    assert fill(store, [2], LARGE) == 0
+    monkeypatch.undo()
+    assert fill(store, [2], LARGE) == 1 and store.stats().errors == 0
+
+
 def test_a_large_record_whose_half_written_file_is_pruned_is_not_kept(tmp_path, monkeypatch):
     store = Disk(tmp_path)
     fill(store, [1], LARGE)

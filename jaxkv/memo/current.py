@@ -97,7 +97,8 @@ class Current:
             if database.code_of(error) in database.BUSY:
                 self.counts["busy"] += 1
                 return False
-            unlinked = database.code_of(error) in database.UNLINKED or isinstance(error, FileNotFoundError)
+            gone = FileNotFoundError, FileExistsError  # the latter of a folder that is removed while it is made
+            unlinked = database.code_of(error) in database.UNLINKED or isinstance(error, gone)
             if unlinked and not os.path.exists(self._path):
                 return True  # others have cleared it in the meantime: that is no error
             if database.code_of(error) in database.DAMAGED:
