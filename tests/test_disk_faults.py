@@ -244,6 +244,14 @@ def test_a_store_that_becomes_read_only_is_read_and_written_again_when_it_may(tm
     assert fill(store, [7, 8]) == 2
 
 
+def test_a_store_that_may_only_be_read_is_read(tmp_path, monkeypatch):
+    fill(Disk(tmp_path), range(3))
+    usual = database.quote  # even a directory without permissions is root's to write
+    monkeypatch.setattr(database, "quote", lambda path: f"{usual(path)}?mode=ro&instead=")
+    store = Disk(tmp_path)
+    assert fill(store, [5]) == 0 and found(store, range(6)) == [0, 1, 2] and store.stats().items == 3
+
+
 def test_a_file_in_the_directorys_place_is_an_error_until_it_is_gone(tmp_path):
     directory = tmp_path / "store"
     store = Disk(directory)

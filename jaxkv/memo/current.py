@@ -112,8 +112,8 @@ class Current:
             self.counts["errors"] += 1
             self.say(doing, f"{doing} failed: {error}; going on without")
             if isinstance(error, sqlite3.Error):
-                self.close()  # opened while nobody could write, it can't, even if others can again
-            return False
+                self.close()
+            return database.code_of(error) == sqlite3.SQLITE_READONLY  # others may again: not who opened it before
 
     def say(self, what: str, message: str) -> None:
         """Warns, once for each kind of trouble."""

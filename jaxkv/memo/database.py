@@ -49,8 +49,10 @@ create index if not exists used on items (used);
 create index if not exists large on items (stored) where stored >= {LARGE};
 create table if not exists labels (namespace blob primary key, about blob);
 pragma application_id={_MARK}"""
-_PRAGMAS = f"""synchronous=off; page_size={PAGE_BYTES}; auto_vacuum=full; journal_mode=truncate; secure_delete=off;
-cache_size=-1024; mmap_size=0; trusted_schema=off"""
+_PRAGMAS = (
+    "mmap_size=0; synchronous=off; journal_mode=truncate; secure_delete=off; cache_size=-1024; trusted_schema=off"
+)
+_OF_NEW = f"page_size={PAGE_BYTES}; auto_vacuum=full"  # would fail where the database may only be read
 _ASKED_AT_ONCE, _REMOVED_AT_ONCE = 500, 200  # SQLite may be built for 999 values in a statement
 
 
@@ -119,9 +121,9 @@ class Database(sqlite3.Connection):
         super().__init__(name, timeout=timeout, isolation_level=None, check_same_thread=False, uri=True)
         self.text_factory, self.folder = bytes, f"{path}-files"
         try:
-            for pragma in _PRAGMAS.split(";"):
-                self.execute(f"pragma {pragma}")
             tables = {name for (name,) in self.execute("select name from sqlite_master")}
+            for pragma in (_PRAGMAS if tables else f"{_PRAGMAS}; {_OF_NEW}").split(";"):
+                self.execute(f"pragma {pragma}")
             if tables and self.tell("pragma application_id") != _MARK and not tables >= {b"items", b"labels"}:
                 raise ValueError(f"{path} is a database of another program; give another directory")
             if not tables:
