@@ -7,6 +7,7 @@ and only ratios of one run are quoted.
 from __future__ import annotations
 
 import datetime
+import importlib
 import importlib.metadata
 import os
 import pathlib
@@ -19,6 +20,23 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout that is not installed: import this module before jaxkv
+
+
+def earlier(place: pathlib.Path) -> Any:
+    """Returns the package jaxkv of another folder, beside this one's: for comparisons in one run."""
+    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "jaxkv"}
+    sys.path.insert(0, str(place.resolve()))
+    try:
+        package = importlib.import_module("jaxkv")
+        importlib.import_module("jaxkv.memo.disk")
+        if place.resolve() not in pathlib.Path(package.__file__).parents:
+            raise ValueError(f"{place} holds no jaxkv; give the folder that the package lies in")
+        return package
+    finally:
+        sys.path.pop(0)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "jaxkv"]:
+            del sys.modules[name]
+        sys.modules.update(ours)
 
 
 def in_turn(names: list[str], turn: int) -> list[str]:

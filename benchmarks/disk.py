@@ -7,6 +7,9 @@ user would add: a checksum before each payload, and every error of the library t
     python benchmarks/disk.py                              # tables: times, then faults
     python benchmarks/disk.py --out docs/data/disk.json    # the same, kept
     python benchmarks/disk.py --only faults
+    python benchmarks/disk.py --earlier DIR                # beside another jaxkv, whose package is in DIR
+
+Times are of one process that writes and reads, and of two that write into one store at once.
 
 The faults, each in a process of its own, on 64 items of 4 KB:
 
@@ -28,7 +31,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -43,19 +48,20 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from common import about, in_turn, say, warn_if_busy
+from common import about, earlier, in_turn, say, warn_if_busy
 
 from jaxkv.memo.disk import Disk
 
 ITEMS, SIZE = 64, 4096
+BATCHES_AT_ONCE = 20  # that each of two processes writes
 BATCHES = ((1 << 20, 8), (65536, 64), (4096, 64))  # bytes of an item, items of a batch
 FAULTS = ("cut", "cut while open", "flipped", "killed", "power", "full")
 FULL_BYTES = 1 << 20
 
 
 class Jaxkv:
-    def __init__(self, directory: str) -> None:
-        self.disk = Disk(directory)
+    def __init__(self, directory: str, disk: Callable[[str], Any] = Disk) -> None:
+        self.disk = disk(directory)
 
     def write(self, keys: Sequence[bytes], payloads: Sequence[bytes]) -> None:
         if self.disk.write(keys, payloads) < len(keys):
@@ -231,6 +237,37 @@ def times(names: Sequence[str], size: int, count: int, rounds: int) -> dict[str,
                 if turn >= 0:
                     measured[name]["write"].append(1e6 * (middle - start) / count)
                     measured[name]["read"].append(1e6 * (end - middle) / count)
+    return measured
+
+
+def write_some(work: tuple[str, str, int, int, int]) -> float:
+    """Writes batches into a store in a process of its own, again if need be; returns microseconds per item."""
+    name, folder, first, size, count = work
+    store, tries = STORES[name](folder), 0
+    batches = [items(range(first + i * count, first + (i + 1) * count), size) for i in range(BATCHES_AT_ONCE)]
+    begin = time.perf_counter()
+    while batches:
+        try:
+            store.write(*batches[-1])
+            batches.pop()
+        except Exception:  # the other one had locked it
+            if (tries := tries + 1) > 100:
+                raise
+    return 1e6 * (time.perf_counter() - begin) / (BATCHES_AT_ONCE * count)
+
+
+def times_of_two(names: Sequence[str], size: int, count: int, rounds: int) -> dict[str, list[float]]:
+    """Microseconds per item of each round in which two processes write new items into one store."""
+    measured: dict[str, list[float]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(-1, rounds):
+            for name in in_turn(list(names), max(turn, 0)):
+                place, first = os.path.join(folder, name), 10_000_000 * (turn + 1)
+                works = [(name, place, first + 1_000_000 * who, size, count) for who in range(2)]
+                with multiprocessing.get_context("fork").Pool(2) as pool:
+                    each = pool.map(write_some, works, chunksize=1)
+                if turn >= 0:
+                    measured[name].append(statistics.mean(each))
     return measured
 
 
@@ -480,7 +517,8 @@ def faults(name: str, trials: dict[str, int]) -> dict[str, dict[str, int]]:
 
 
 def installed() -> Iterator[str]:
-    for name, module in zip(STORES, ("xxhash", "lmdb", "lmdb", "sqlite3", "diskcache", "joblib", "os"), strict=True):
+    modules = {"jaxkv": "xxhash", "lmdb checked": "lmdb", "files": "os", "earlier": "xxhash"}
+    for name, module in ((name, modules.get(name, name)) for name in STORES):
         try:
             __import__(module)
         except ImportError:
@@ -493,11 +531,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, help="write results as JSON; what --only leaves out stays")
     parser.add_argument("--rounds", type=int, default=30, help="batches that are timed (default 30)")
+    parser.add_argument("--earlier", type=pathlib.Path, help="a folder with another jaxkv, to compare with")
     parser.add_argument("--only", choices=("times", "faults"), help="one of the two tables")
     parser.add_argument("--quick", action="store_true", help="little of everything: shows that the script runs")
     arguments = parser.parse_args(argv)
     facts = about(("jaxkv", "numpy", "xxhash", "lmdb", "diskcache", "joblib"))
     facts["versions"]["sqlite3"] = sqlite3.sqlite_version
+    if arguments.earlier:
+        STORES["earlier"] = functools.partial(Jaxkv, disk=earlier(arguments.earlier).memo.disk.Disk)
     names = list(installed())
     results: dict[str, Any] = {}
     if arguments.out and arguments.out.exists():
@@ -521,14 +562,18 @@ def main(argv: list[str] | None = None) -> int:
         for size, count in BATCHES:
             say(f"times: {size} bytes")
             rounds = 2 if arguments.quick else arguments.rounds
-            cases.append({"item_bytes": size, "batch": count, "microseconds": times(names, size, count, rounds)})
+            case = {"item_bytes": size, "batch": count, "microseconds": times(names, size, count, rounds)}
+            cases.append(case)
+        for name, each in times_of_two(names, size, count, max(rounds // 6, 2)).items():  # of the smallest items
+            case["microseconds"][name]["write, two at once"] = each
         results["times"] = facts | {"cases": cases}
         say("")
         for case in cases:
-            print(f"\nmicroseconds per item of {case['item_bytes']:,} bytes, {case['batch']} at once: write, read")
+            print(f"\nmicroseconds per item of {case['item_bytes']:,} bytes, {case['batch']} at once")
             for name, measured in case["microseconds"].items():
-                write, read = (statistics.median(measured[what]) for what in ("write", "read"))
-                print(f"  {name:<13} {write:>8.1f} {read:>8.1f}")
+                print(
+                    f"  {name:<13} " + ", ".join(f"{what} {statistics.median(us):.1f}" for what, us in measured.items())
+                )
         warn_if_busy(facts)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

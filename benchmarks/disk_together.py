@@ -1,11 +1,13 @@
 """The memo's disk tier with two writers, a reader, a process that clears and one that prunes, all at once.
 
-    python benchmarks/disk_together.py                # two rounds of a minute
+    python benchmarks/disk_together.py                # three rounds of a minute
     python benchmarks/disk_together.py --seconds 5
 
 In the round "namespaces" each writer has a namespace of its own that nobody is asked to remove; what it was told to be
 kept must be there in the end. Beside them lie two namespaces of which one is cleared and one pruned, again and again.
-In the round "everything" all is cleared, and pruned to 1 MB: nothing need be there.
+In the round "everything" all is cleared, and pruned to 1 MB: nothing need be there. In the round "without locks" the
+processes take none, as on a network file system that has no locks between machines: values must be right, if there are
+any; and it is counted how many are lost.
 
 Items are of 3 KB and 64 KB. Counted are values that are wrong, exceptions, items lost in the end, and what the
 processes counted themselves: records found damaged or without their file, databases replaced, errors; and calls that
@@ -16,17 +18,20 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from common import say
 
-from jaxkv.memo import current
+from jaxkv.errors import CacheError
+from jaxkv.memo import current, database
 from jaxkv.memo.disk import Disk
 from jaxkv.memo.record import LARGE
 from jaxkv.memo.upkeep import prune, verify
@@ -82,9 +87,10 @@ def clearer(directory: str, until: float, everything: bool) -> dict[str, int]:
     return counts(store)
 
 
-def pruner(directory: str, until: float, everything: bool) -> dict[str, int]:
+def pruner(directory: str, until: float, everything: bool, locks: bool) -> dict[str, int]:
     while time.time() < until:
-        prune(directory, 1_000_000 if everything else None, [namespace(PRUNED)], True, lambda done, total: None)
+        with contextlib.suppress(*() if locks else (CacheError,)):  # the command says that the database is damaged
+            prune(directory, 1_000_000 if everything else None, [namespace(PRUNED)], True, lambda done, total: None)
         time.sleep(0.1 * random.random())
     return {}
 
@@ -101,6 +107,8 @@ def forked(work: Callable[[], dict[str, int]]) -> tuple[int, int]:
         result = {"raised": 1}
         try:
             result = work()
+        except BaseException:  # noqa: BLE001 (it is counted)
+            traceback.print_exc()
         finally:
             os.write(theirs, json.dumps(result).encode())
             os._exit(0)
@@ -108,7 +116,7 @@ def forked(work: Callable[[], dict[str, int]]) -> tuple[int, int]:
     return pid, ours
 
 
-def together(seconds: float, everything: bool) -> dict[str, Any]:
+def together(seconds: float, everything: bool, locks: bool = True) -> dict[str, Any]:
     """Returns what all of them counted, and what is damaged afterwards."""
     total: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as directory:
@@ -116,14 +124,14 @@ def together(seconds: float, everything: bool) -> dict[str, Any]:
         until = time.time() + seconds
         works: list[Callable[[], dict[str, int]]] = [lambda own=own: writer(directory, until, own) for own in KEPT]  # type: ignore[misc]
         works += [lambda: reader(directory, until), lambda: clearer(directory, until, everything)]
-        works += [lambda: pruner(directory, until, everything)]
+        works += [lambda: pruner(directory, until, everything, locks)]
         for pid, pipe in [forked(work) for work in works]:
             with os.fdopen(pipe, "rb") as said:
                 total.update(json.loads(said.read() or b'{"raised": 1}'))
             os.waitpid(pid, 0)
         if everything:
             total["lost_in_the_end"] = 0
-        damages = verify(directory, lambda done, total: None)[1]
+        damages = verify(directory, lambda done, total: None)[1] if locks else []
     return {name: total[name] for name in COUNTED} | {"damaged": len(damages)}
 
 
@@ -131,9 +139,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60, help="how long each round lasts (default 60)")
     arguments = parser.parse_args(argv)
-    for name, everything in (("namespaces", False), ("everything", True)):
+    usual = database.quote
+    for name, everything, locks in (
+        ("namespaces", False, True),
+        ("everything", True, True),
+        ("without locks", False, False),
+    ):
         say(f"{name}: {arguments.seconds:g} s")
-        result = together(arguments.seconds, everything)
+        database.quote = usual if locks else lambda path: f"{usual(path)}?nolock=1&instead="
+        result = together(arguments.seconds, everything, locks)
         say("")
         print(f"{name:>12}  " + "  ".join(f"{what.replace('_', ' ')} {count:,}" for what, count in result.items()))
     return 0

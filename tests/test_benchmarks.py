@@ -67,12 +67,22 @@ def test_the_offload_benchmark_runs(tmp_path):
 
 
 def test_writers_a_reader_clear_and_prune_at_once_lose_nothing():
-    """But what they are asked to remove. In a process of its own, since it forks."""
+    """But what they are asked to remove; without locks, no value is wrong. In a process of its own, since it forks."""
     script = Path(__file__).parent.parent / "benchmarks" / "disk_together.py"
     done = subprocess.run([sys.executable, str(script), "--seconds", "1"], capture_output=True, text=True, check=True)
-    for line in done.stdout.splitlines():
+    *locked, without_locks = done.stdout.splitlines()
+    for line in locked:
         for what in ("wrong", "raised", "lost in the end", "corrupt", "lost", "replaced", "errors", "damaged"):
             assert f"  {what} 0" in line, line
+    assert "  wrong 0  raised 0" in without_locks
+
+
+def test_the_benchmark_of_loader_workers_runs(tmp_path):
+    pytest.importorskip("torch")
+    loaders = importlib.import_module("memo_loaders")
+    options = ["--rows", "2000", "--workers", "1", "--rounds", "1", "--seconds", "0.1"]
+    assert loaders.main([*options, "--out", str(tmp_path / "loaders.json")]) == 0
+    assert json.loads((tmp_path / "loaders.json").read_text())["turns"]["jaxkv"][0]["items_per_second"] > 0
 
 
 def test_the_disk_benchmark_times_whatever_is_installed(tmp_path):

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxkv
 from jaxkv.memo import database
-from jaxkv.memo.disk import BUDGET_LEAST
+from jaxkv.memo.budget import LEAST
 from jaxkv.memo.memory import Memory
 from jaxkv.sizes import format_bytes
 
@@ -913,7 +913,7 @@ def test_the_budget_of_a_disk_is_a_share_of_what_is_free_when_it_is_opened(tmp_p
         assert source._tiers[0].budget == memo.stats().disk.budget
     assert budget() == (10**9 + taken) // 2, "what it takes itself is no reason to take less"
     free[0] = 0
-    assert jaxkv.Memo(disk=tmp_path / "full").stats().disk.budget == BUDGET_LEAST
+    assert jaxkv.Memo(disk=tmp_path / "full").stats().disk.budget == LEAST
     for wrong in ("0%", "101%", "%", "half%", "-5%"):
         with pytest.raises(ValueError, match=f"disk_budget is '{wrong}'; give a share"):
             budget(disk_budget=wrong)

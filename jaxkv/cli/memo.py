@@ -13,7 +13,7 @@ from typing import Any
 from jaxkv.cli.options import UsageError
 from jaxkv.cli.terminal import counted, note, printable, progress_bar, write
 from jaxkv.memo import upkeep
-from jaxkv.memo.budget import SHARE, share_of_disk
+from jaxkv.memo.budget import SHARE, allowed
 from jaxkv.sizes import format_bytes
 
 _SHORT = 12  # characters of a namespace that are shown
@@ -53,11 +53,11 @@ def _list(args: argparse.Namespace) -> int:
 
 def _stat(args: argparse.Namespace) -> int:
     found = upkeep.survey(args.directory)
-    most = share_of_disk(args.directory, SHARE, found.nbytes)
+    most = allowed(SHARE, args.directory, found.nbytes) or 0
     facts = {
         "size": format_bytes(found.nbytes),
-        "items": f"{found.items:,} of {counted(len(found.namespaces), 'namespace')}",
-        "budget": f"{format_bytes(most)} now, unless a memo is given a disk_budget ({SHARE:.0%} of this size and "
+        "items": f"{sum(space.items for space in found.namespaces):,} of {counted(len(found.namespaces), 'namespace')}",
+        "budget": f"{format_bytes(most)} now, unless a memo is given a disk_budget ({SHARE} of this size and "
         "of what is free)",
         "left over": f"{format_bytes(found.strays)}{', which prune --damaged removes' if found.strays else ''}",
     }
@@ -91,7 +91,7 @@ def _prune(args: argparse.Namespace) -> int:
     write(f", {counted(damaged, 'damaged place')}\n" if damaged else "\n")
     if args.to is None or after.nbytes <= args.to:
         return 0
-    if not after.items and not after.strays:
+    if not after.namespaces and not after.strays:
         note(f"the empty database, {format_bytes(after.nbytes)}, stays")
         return 0
     cure = (

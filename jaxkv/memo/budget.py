@@ -1,37 +1,34 @@
-"""How much of a disk a memo takes, where it is given a share of it."""
+"""How many bytes a budget of the disk allows."""
 
 from __future__ import annotations
 
-import contextlib
 import os
+import re
 import shutil
 from typing import Any
 
-from jaxkv.memo.disk import BUDGET_LEAST
+from jaxkv.sizes import parse_bytes
 
-SHARE = 0.5  # where nothing is said
+SHARE = "50%"  # where nothing is said
+LEAST = 1 << 16  # bytes
 
 
-def parse_share(budget: Any) -> float | None:
-    """Returns the share of the disk that is meant by a text such as "50%", None if that is none.
+def allowed(budget: Any, directory: str, taken: int) -> int | None:
+    """Returns bytes for a budget in bytes, or for a share of what is free on a directory's disk and of what is taken.
 
     Raises:
-      ValueError: for shares below nothing and above all.
+      ValueError: for anything else, less than `LEAST`, and shares below nothing and above all.
 
-    >>> parse_share("50%"), parse_share("8GB")
-    (0.5, None)
+    >>> allowed("64 KiB", "/", 0), allowed(None, "/", 0)
+    (65536, None)
     """
-    if not isinstance(budget, str) or not budget.strip().endswith("%"):
-        return None
-    with contextlib.suppress(ValueError):
-        share = float(budget.strip()[:-1]) / 100
-        if 0 < share <= 1:
-            return share
-    raise ValueError(f'disk_budget is {budget!r}; give a share of the disk from "1%" to "100%", bytes, or None')
-
-
-def share_of_disk(directory: str, share: float, taken: int) -> int:
-    """Returns the bytes of a share of what is free on a directory's disk, and of what a store there has taken."""
-    while not os.path.exists(directory):
-        directory = os.path.dirname(directory)
-    return max(int(share * (shutil.disk_usage(directory).free + taken)), BUDGET_LEAST)
+    if isinstance(budget, str) and budget.strip().endswith("%"):
+        share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", budget)
+        if not share or not 0 < float(share[1]) <= 100:
+            raise ValueError(f'disk_budget is {budget!r}; give a share of the disk from "1%" to "100%", bytes, or None')
+        while not os.path.exists(directory):
+            directory = os.path.dirname(directory)
+        return max(int(float(share[1]) / 100 * (shutil.disk_usage(directory).free + taken)), LEAST)
+    if budget is not None and parse_bytes(budget) < LEAST:
+        raise ValueError(f"disk_budget is {budget!r}; give {LEAST:,} bytes or more, a share of the disk, or None")
+    return None if budget is None else parse_bytes(budget)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 from collections import Counter
@@ -28,7 +29,6 @@ class Current:
         self.lock = Lock()  # held while the database is used: a fork waits for it, and cuts no transaction in two
         self.counts: Counter[str] = Counter()
         self._said: set[str] = set()
-        self._failures = self._skip = 0
         self._path, self._identity, self._pid = "", (0, 0), os.getpid()
         self.do("opening", lambda db: None, None, create=True)
 
@@ -38,9 +38,7 @@ class Current:
             for _ in range(2):  # once more with the next database, or a new connection
                 try:
                     db = self._connected(create)
-                    done = otherwise if db is None else work(db)
-                    self._failures *= doing != "writing"
-                    return done
+                    return otherwise if db is None else work(db)
                 except (sqlite3.Error, OSError, MemoryError, ValueError) as error:
                     if doing == "opening" and isinstance(error, ValueError):
                         raise
@@ -48,17 +46,15 @@ class Current:
                         break
             return otherwise
 
-    def _connected(self, create: bool, after: int = 0) -> Database | None:
-        """Returns the connection to the database in use, one with a number above `after`; None if there is none."""
+    def _connected(self, create: bool) -> Database | None:
+        """Returns the connection to the database in use; None if there is none."""
         if self._pid != os.getpid():
             _unused.append(self._db)
             self._db, self._pid = None, os.getpid()
         if self._db is not None:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 if database.identity(self._path) == self._identity:
                     return self._db
-            except FileNotFoundError:
-                pass
             self.close()
         try:
             if create:
@@ -68,12 +64,13 @@ class Current:
             raise ValueError(f"{self.directory} is not a directory; give one, or a name that is free") from error
         except FileNotFoundError:
             found = []
-        if not found and not create:
-            return None
-        self._path = database.path_of(self.directory, max([*found, after + 1]))
-        self._db = Database(self._path, _WAIT, create=create)
-        self._identity, self.folder = database.identity(self._path), self._db.folder
-        return self._db
+        return self._open(max(found, default=1), not found) if found or create else None
+
+    def _open(self, number: int, create: bool) -> Database:
+        self._path = database.path_of(self.directory, number)
+        self._db = db = Database(self._path, _WAIT, create=create)
+        self._identity, self.folder = database.identity(self._path), db.folder
+        return db
 
     def close(self) -> None:
         """Lets go of the database; it is opened again when it is needed."""
@@ -87,9 +84,9 @@ class Current:
         self.close()
         if rescue and database.path_of(self.directory, last) > old:
             return
-        db = self._connected(True, last)
+        db = self._open(last + 1, True)
         try:
-            if rescue and db is not None:
+            if rescue:
                 db.rescue(old)
         finally:  # what can't be rescued would only take room
             database.unlink(database.lower(self._path))
@@ -100,7 +97,8 @@ class Current:
             if database.code_of(error) in database.BUSY:
                 self.counts["busy"] += 1
                 return False
-            unlinked = database.code_of(error) in database.UNLINKED or isinstance(error, FileNotFoundError)
+            gone = FileNotFoundError, FileExistsError  # the latter of a folder that is removed while it is made
+            unlinked = database.code_of(error) in database.UNLINKED or isinstance(error, gone)
             if unlinked and not os.path.exists(self._path):
                 return True  # others have cleared it in the meantime: that is no error
             if database.code_of(error) in database.DAMAGED:
@@ -112,19 +110,10 @@ class Current:
                 except (sqlite3.Error, OSError, ValueError) as another:
                     error = another
             self.counts["errors"] += 1
-            if doing in ("looking", "writing"):
-                self._failures += 1
-                self._skip = min(2**self._failures - 1, 32)  # calls
             self.say(doing, f"{doing} failed: {error}; going on without")
-            if again := isinstance(error, sqlite3.Error):
-                self.close()  # opened while nobody could write, it can't, even if others can again
-            return again
-
-    def may_write(self) -> bool:
-        """Whether this call should try to write. No clock is needed: the calls between two tries are counted."""
-        with self.lock:
-            skip, self._skip = self._skip, max(self._skip - 1, 0)
-            return not skip
+            if isinstance(error, sqlite3.Error):
+                self.close()
+            return database.code_of(error) == sqlite3.SQLITE_READONLY  # others may again: not who opened it before
 
     def say(self, what: str, message: str) -> None:
         """Warns, once for each kind of trouble."""

@@ -15,7 +15,8 @@ import shlex
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 from urllib.parse import quote
 
@@ -30,9 +31,9 @@ except ImportError as error:
 VERSION = 1
 PAGE_BYTES = 4096
 LEAST_BYTES = 8 * PAGE_BYTES  # what an empty one takes
-ROW_BYTES = 120  # about what a row takes beside its payload
-OF_NAMESPACE = f"key between ? and cast(? || x'{'ff' * (KEY_BYTES - NAMESPACE_BYTES)}' as blob)"  # given twice
-KEYS = "select key from items"
+OF_NAMESPACE = f"key between ?1 and cast(?1 || x'{'ff' * (KEY_BYTES - NAMESPACE_BYTES)}' as blob)"
+UNCHANGED = "rowid = ? and cast(payload as blob) is cast(? as blob)"  # others remove rows, and use numbers again
+KEYS = f"select key, case when stored >= {LARGE} then payload end from items"  # with the names of files
 SELECT = "select rowid, key, raw, stored, hash, payload from items"  # as in a Record
 INSERT = "insert or ignore into items values (?, ?, ?, ?, ?, ?)"
 COUNT = "select count(*) from items"
@@ -48,8 +49,10 @@ create index if not exists used on items (used);
 create index if not exists large on items (stored) where stored >= {LARGE};
 create table if not exists labels (namespace blob primary key, about blob);
 pragma application_id={_MARK}"""
-_PRAGMAS = f"""synchronous=off; page_size={PAGE_BYTES}; auto_vacuum=full; journal_mode=truncate; secure_delete=off;
-cache_size=-1024; mmap_size=0; trusted_schema=off"""
+_PRAGMAS = (
+    "mmap_size=0; synchronous=off; journal_mode=truncate; secure_delete=off; cache_size=-1024; trusted_schema=off"
+)
+_OF_NEW = f"page_size={PAGE_BYTES}; auto_vacuum=full"  # would fail where the database may only be read
 _ASKED_AT_ONCE, _REMOVED_AT_ONCE = 500, 200  # SQLite may be built for 999 values in a statement
 
 
@@ -87,14 +90,10 @@ def lower(path: str) -> list[str]:
 def identity(path: str) -> tuple[int, int]:
     """Returns what tells a database from another one that took its name, which must be a file: a FIFO would wait."""
     about = os.stat(path)
-    journal = f"{path}-journal"
-    try:
-        there = stat.S_ISREG(os.stat(journal).st_mode)
-    except FileNotFoundError:  # it may go at any time
-        there = True
-    if not there or not stat.S_ISREG(about.st_mode):
-        name = journal if not there else path
-        raise ValueError(f"{name} is not a file, as a database must be; remove it, or give another directory")
+    for name in (path, f"{path}-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.stat(name).st_mode):
+                raise ValueError(f"{name} is not a file, as a database must be; remove it, or give another directory")
     return about.st_dev, about.st_ino
 
 
@@ -115,30 +114,25 @@ class Database(sqlite3.Connection):
 
     def __init__(self, path: str, timeout: float, *, create: bool = False) -> None:
         if not sqlite3.threadsafety:
-            raise ValueError(
-                "the SQLite of this Python was built for one thread (SQLITE_THREADSAFE=0); use another one"
-            )
+            raise ValueError("this Python's SQLite was built for one thread (SQLITE_THREADSAFE=0); use another Python")
         with contextlib.suppress(FileNotFoundError):
             identity(path)
         name = f"file:{quote(os.fsencode(path))}?mode=rw{'c' * create}"
         super().__init__(name, timeout=timeout, isolation_level=None, check_same_thread=False, uri=True)
         self.text_factory, self.folder = bytes, f"{path}-files"
         try:
-            self._prepare(path)
+            tables = {name for (name,) in self.execute("select name from sqlite_master")}
+            for pragma in (_PRAGMAS if tables else f"{_PRAGMAS}; {_OF_NEW}").split(";"):
+                self.execute(f"pragma {pragma}")
+            if tables and self.tell("pragma application_id") != _MARK and not tables >= {b"items", b"labels"}:
+                raise ValueError(f"{path} is a database of another program; give another directory")
+            if not tables:
+                with self.transaction():
+                    for statement in _TABLES.split(";"):
+                        self.execute(statement)
         except BaseException:
             self.close()  # the error keeps it alive, and what it holds
             raise
-
-    def _prepare(self, path: str) -> None:
-        for pragma in _PRAGMAS.split(";"):
-            self.execute(f"pragma {pragma}")
-        tables = {name for (name,) in self.execute("select name from sqlite_master")}
-        if tables and self.tell("pragma application_id") != _MARK and not tables >= {b"items", b"labels"}:
-            raise ValueError(f"{path} is a database of another program; give another directory")
-        if not tables:
-            with self.transaction():
-                for statement in _TABLES.split(";"):
-                    self.execute(statement)
 
     def __del__(self) -> None:
         with contextlib.suppress(sqlite3.Error):  # it may not even have been opened
@@ -154,9 +148,9 @@ class Database(sqlite3.Connection):
             self.execute("commit")
         unlink(self._gone)
 
-    def tell(self, what: str) -> int:
+    def tell(self, what: str, values: Sequence[Any] = ()) -> int:
         """Returns the number that a statement asks for."""
-        return int(self.execute(what).fetchone()[0] or 0)
+        return int(self.execute(what, values).fetchone()[0] or 0)
 
     def room_taken(self) -> int:
         """Returns the bytes of all files, as they are after the transaction that is under way."""
@@ -176,42 +170,32 @@ class Database(sqlite3.Connection):
         return rows
 
     def remove(self, where: str, values: Sequence[Any] = ()) -> int:
-        """Removes rows, and labels without rows, in a transaction; returns how many."""
-        name = f"case when stored >= {LARGE} then payload end"
-        rows = self.execute(f"select rowid, key, {name} from items where {where}", values).fetchall()
-        count = self.executemany("delete from items where rowid = ?", [row[:1] for row in rows]).rowcount if rows else 0
+        """Removes some rows, and labels without rows, in a transaction; returns how many, 0 when there are no more."""
+        some = f"rowid, key, case when stored >= {LARGE} then payload end from items"
+        rows = self.execute(f"select {some} where {where} limit {_REMOVED_AT_ONCE}", values).fetchall()
+        count = self.executemany("delete from items where rowid = ?", [row[:1] for row in rows]).rowcount
         for space in {key[:NAMESPACE_BYTES] for _, key, _ in rows if isinstance(key, bytes)}:
             others = f"exists (select 1 from items where {OF_NAMESPACE})"
-            self.execute(f"delete from labels where not {others} and namespace = ?", (space, space, space))
+            self.execute(f"delete from labels where not {others} and namespace = ?1", (space,))
         self._gone += filter(None, (path_of_file(name, self.folder) for *_, name in rows))
         return count
 
-    def remove_all(self, where: str, values: Sequence[Any] = ()) -> int:
-        """Removes rows, some at a time, so that others needn't wait; returns how many."""
-        total, count = 0, 1
-        while count:
-            with self.transaction():
-                count = self.remove(f"{where} limit {_REMOVED_AT_ONCE}", values)
-            total += count
-        return total
-
-    def still_there(self, rows: dict[int, Any]) -> list[int]:
-        """Returns the numbers of rows that still have these payloads: others may remove rows, and use numbers again."""
-        now = self.execute(f"select rowid, payload from items where rowid in ({','.join(map(str, rows))})").fetchall()
-        return [number for number, payload in now if payload == rows[number]]
-
-    def remove_these(self, rows: dict[int, Any]) -> list[int]:
+    def remove_unchanged(self, rows: dict[int, Any]) -> list[int]:
         """Removes rows by number, as long as they have these payloads; returns the numbers of those it removed."""
         with self.transaction():
-            self.remove(f"rowid in ({','.join(map(str, there := self.still_there(rows)))})")
-        return there
+            return [number for number, payload in rows.items() if self.remove(UNCHANGED, (number, payload))]
+
+    def remove_namespaces(self, namespaces: Iterable[bytes]) -> int:
+        """Removes all rows of some namespaces; returns how many."""
+        return sum(self.in_steps(self.remove, OF_NAMESPACE, (one,)) for one in namespaces)
 
     def make_room(self, size: int, order: str, used: int = 1 << 62) -> int:
         """Removes some rows in an order, of those used before, towards `size` bytes of all files; as `remove`."""
-        over, count, some = self.room_taken() - size, 0, f"from items where used < {used} order by {order} limit"
-        for (stored,) in self.execute(f"select ifnull(cast(stored as int), 0) {some} {_REMOVED_AT_ONCE}").fetchall():
-            count, over = count + (over > 0), over - stored
-        return self.remove(f"rowid in (select rowid {some} {count})")
+        over, gone = self.room_taken() - size, list[str]()
+        what = f"rowid, ifnull(cast(stored as int), 0) from items where used < {used} order by {order}"
+        for number, stored in self.execute(f"select {what} limit {_REMOVED_AT_ONCE}").fetchall():
+            gone, over = gone + [str(number)] * (over > 0), over - stored
+        return self.remove(f"rowid in ({','.join(gone)})")
 
     def flush(self, others: Iterable[str]) -> None:
         """Returns when it is on the disk, and other files or folders too."""
@@ -226,31 +210,39 @@ class Database(sqlite3.Connection):
         finally:
             self.execute("pragma synchronous=off")
 
+    def in_steps(self, remove: Callable[..., int], *what: Any) -> int:
+        """Removes some rows at a time until there are no more, so that others needn't wait; returns how many."""
+        total, count = 0, 1
+        while count:
+            with self.transaction():
+                total += (count := remove(*what))
+        return total
+
     def rescue(self, old: str) -> None:
         """Takes over what can be read of a damaged database; what is wrong with a record shows when that is read."""
         with contextlib.suppress(OSError):
             os.rename(f"{old}-files", self.folder)
-        select = "select rowid, key, raw, stored, hash, used, payload from items where rowid > ? order by rowid limit ?"
-        number, most, step = 0, _REMOVED_AT_ONCE, 1
         name, wait = f"file:{quote(os.fsencode(old))}?mode=ro", self.tell("pragma busy_timeout") / 1000
         with contextlib.closing(sqlite3.connect(name, timeout=wait, uri=True)) as damaged:
-            damaged.execute("pragma writable_schema=on")  # else nothing is read of a file that was cut off
             damaged.text_factory = bytes
-            while number < 1 << 62:
-                rows = []
-                try:
-                    rows = damaged.execute(select, (number, most)).fetchall()
-                    if not rows:
-                        return
-                except sqlite3.DatabaseError as error:
-                    if code_of(error) not in DAMAGED:
-                        raise
+            damaged.execute("pragma writable_schema=on")  # else nothing is read of a file that was cut off
+            rows = _readable(damaged)
+            while some := list(islice(rows, _REMOVED_AT_ONCE)):
                 with self.transaction():
-                    self.executemany(INSERT, [row[1:] for row in rows])
-                last = max((row[0] for row in rows), default=number)
-                if last > number:
-                    number, most, step = last, min(2 * most, _REMOVED_AT_ONCE), 1
-                elif most > 1:  # something is damaged behind this row: row by row,
-                    most = 1
-                else:  # then over ever larger gaps
-                    number, step = number + step, 2 * step
+                    self.executemany(INSERT, some)
+
+
+def _readable(damaged: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
+    """Yields rows, and steps over what is damaged in ever larger steps."""
+    select = "select key, raw, stored, hash, used, payload, rowid from items where rowid > ? order by rowid"
+    number, step = 0, 1
+    while number < 1 << 62:
+        try:
+            for *row, at in damaged.execute(select, (number,)):
+                number, step = max(number, at), 1
+                yield tuple(row)
+            return
+        except sqlite3.DatabaseError as error:
+            if code_of(error) not in DAMAGED:
+                raise
+        number, step = number + step, 2 * step

@@ -13,12 +13,13 @@ from typing import Any
 
 from jaxkv.extras import need
 from jaxkv.memo import database, record
+from jaxkv.memo.budget import LEAST, allowed
 from jaxkv.memo.current import Current
 from jaxkv.memo.memory import BY_USE, POLICIES
 from jaxkv.memo.record import KEY_BYTES, LARGE, NAMESPACE_BYTES, DamagedError, Record
 from jaxkv.sizes import format_bytes
 
-BUDGET_LEAST = 2 * database.LEAST_BYTES
+_BESIDE = 2 * database.PAGE_BYTES  # what a record takes at most beside its payload: pages that split
 _SURE = 16  # processes that may write what was sure to fit when each measured last, before the budget is exceeded
 _ORDER = {"lru": "used", "mru": "used desc", "fifo": "rowid"}
 
@@ -50,8 +51,9 @@ class Disk:
 
     Args:
       directory: where the files go; made if it isn't there. It can't hold anything else.
-      budget: most bytes of all files together, 64 KiB or more; None sets no limit. Processes that write at the same
-        moment may each exceed it by the batch they are writing.
+      budget: most bytes of all files together, 64 KiB or more; or a share such as "50%" of what is free on the disk
+        now, and of what lies in the directory; None sets no limit. Processes that write at the same moment may each
+        exceed it by the batch they are writing.
       policy: what happens then. "keep" admits nothing more; the others remove records: "lru" the least recently used,
         "mru" the most recently used, "fifo" the oldest.
       compress: "zstd" compresses payloads that become smaller by it.
@@ -60,19 +62,15 @@ class Disk:
       ValueError: for wrong arguments, and if the directory holds something else.
     """
 
-    def __init__(
-        self, directory: Any, *, budget: int | None = None, policy: str = "keep", compress: Any = None
-    ) -> None:
+    def __init__(self, directory: Any, *, budget: Any = None, policy: str = "keep", compress: Any = None) -> None:
         if policy not in POLICIES:
             raise ValueError(f"policy is {policy!r}, must be one of {', '.join(POLICIES)}")
         if compress not in (None, "zstd"):
             raise ValueError(f"compress is {compress!r}, must be None or 'zstd'")
-        if budget is not None and budget < BUDGET_LEAST:
-            raise ValueError(f"the budget of a disk is {budget}; give {BUDGET_LEAST:,} bytes or more, or None")
         if not isinstance(directory, str | os.PathLike) or "\0" in os.fsdecode(directory) or not os.fspath(directory):
             raise ValueError(f"disk is {directory!r}; give the path of a directory")
         self.directory = os.path.abspath(os.path.expanduser(os.fsdecode(directory)))
-        self.budget, self.policy, self.compress = budget, policy, compress
+        self.policy, self.compress = policy, compress
         need("xxhash", "the disk tier", "memo")
         if compress is not None:
             need(*record.ZSTD)
@@ -80,31 +78,30 @@ class Disk:
         self._unsynced: set[str] = set()
         self._sure = 0  # bytes that fit in any case: to measure what is taken, all large records are looked at
         self._current = Current(self.directory)
+        self.budget = allowed(budget, self.directory, self.nbytes())
 
     def read(self, keys: Sequence[bytes], nbytes: int) -> list[Any]:
         """Returns the payload of each key, bytes-like of `nbytes` bytes; None for those that aren't there."""
-        current, asked = self._current, list(dict.fromkeys(keys))
-        folder, rows = current.do("reading", lambda db: (db.folder, db.with_keys(database.SELECT, asked)), ("", []))
+        current = self._current
+        folder, rows = current.do("reading", lambda db: (db.folder, db.with_keys(database.SELECT, keys)), ("", []))
         values: dict[bytes, Any] = {}
         wrong: dict[int, str] = {}
         for number, *fields in rows:
             try:
                 values[fields[0]] = record.unpack(Record(*fields), folder)
-            except DamagedError:
-                wrong[number] = "corrupt"
-            except (FileNotFoundError, IsADirectoryError):
-                wrong[number] = "lost"
+            except (DamagedError, FileNotFoundError, IsADirectoryError) as error:
+                wrong[number] = "corrupt" if isinstance(error, DamagedError) else "lost"
             except (OSError, MemoryError, ImportError) as error:
                 current.failed("reading", error)
         if wrong:
             rows = {number: payload for number, *_, payload in rows if number in wrong}
-            there = current.do("removing", operator.methodcaller("remove_these", rows), ())
+            there = current.do("removing", operator.methodcaller("remove_unchanged", rows), ())
             wrong = {n: what for n, what in wrong.items() if n in there or what == "corrupt"}  # others may have evicted
         if wrong:
             current.say("damage", "records were damaged or lost; they count as misses")
         found = [value if (value := values.get(key)) is not None and len(value) == nbytes else None for key in keys]
         hits = sum(value is not None for value in found)
-        if hits and self.policy in BY_USE and current.may_write():
+        if hits and self.policy in BY_USE:
             current.do("writing", lambda db: db.with_keys(f"update items set used = {db.now()}", list(values)), [])
         with current.lock:
             current.counts["hits"] += hits
@@ -120,83 +117,63 @@ class Disk:
         if len(keys) != len(payloads) or any(len(key) != KEY_BYTES for key in keys):
             raise ValueError(f"give one payload for each key, and keys of {KEY_BYTES} bytes")
         given = dict(zip(map(bytes, keys), payloads, strict=True))
-        if not self._current.may_write():
-            return 0
-        looking = operator.methodcaller("with_keys", database.KEYS, list(given))
-        rows = self._current.do("looking", looking, None, create=True)
-        there = {key for (key,) in rows or ()}
-        if rows is not None and len(there) < len(given):
-            records = [record.pack(key, given[key], self.compress is not None) for key in given if key not in there]
-            self._sure -= sum(one.stored + database.PAGE_BYTES for one in records)
-            budget = self.budget if self._sure < 0 else None
-            if budget is not None:
-                records = self._current.do("reading", lambda db: self._admitted(db, records, budget), [])
-            there |= self._keep(records, budget)
+        records = [record.pack(key, payload, self.compress is not None) for key, payload in given.items()]
+        self._sure -= sum(one.stored + _BESIDE for one in records)
+        budget = self.budget if self._sure < 0 else None
+        records = self._current.do("writing", lambda db: self._admitted(db, records, budget), [], create=True)
+        there = self._keep(records, budget) if records else ()
         return sum(key in there for key in keys)
 
-    def _admitted(self, db: database.Database, records: list[Record], budget: int) -> list[Record]:
-        """Returns the records that may find room: what surely doesn't is not even written to a file."""
-        left = budget - (db.room_taken() if self.policy == "keep" else database.LEAST_BYTES)
-        fit = [one for one in records if one.stored + database.ROW_BYTES <= left]
-        if len(fit) < len(records):
-            self._refused(max(one.stored for one in records))
+    def _admitted(self, db: database.Database, records: list[Record], budget: int | None) -> list[Record]:
+        """Returns the records that surely find room, all if there is no budget: others aren't even written to files."""
+        if budget is None:
+            return records
+        left, fit = budget - (db.room_taken() if self.policy == "keep" else database.LEAST_BYTES), []
+        for one in records:
+            if (size := one.stored + _BESIDE) <= left:
+                fit.append(one)
+                left -= size
+            elif self.policy == "keep" or size > budget - database.LEAST_BYTES:
+                enough = f"{max(budget, one.stored) + LEAST:,} bytes or more"
+                what = f"the budget of {format_bytes(budget)} has no room for a record of {format_bytes(one.stored)}"
+                cure = f'give a disk_budget of {enough}, or disk_policy="lru", or make room by jaxkv memo prune'
+                self._current.say("budget", f"{what}; it is not kept: {cure}")
         return fit
 
-    def _keep(self, records: list[Record], budget: int | None) -> set[bytes]:
+    def _keep(self, records: list[Record], budget: int | None) -> Collection[bytes]:
         """Writes records, and returns the keys of those that are there; the budget is None if they surely fit."""
-        kept = set[bytes]()
-        aside: dict[bytes, str] = {}  # the files of large ones
+        rows, paths = dict[bytes, bytes | None](), set[str]()
         try:
             for i, one in enumerate(records):
                 if one.stored >= LARGE:
-                    aside[one.key] = path = os.path.join(self._current.folder, secrets.token_hex(16))
+                    paths.add(path := os.path.join(self._current.folder, secrets.token_hex(16)))
                     records[i] = record.put_aside(one, path)
-            if records:
-                self._current.do("writing", lambda db: self._insert(db, records, aside, kept, budget), None)
+            rows = dict(self._current.do("writing", lambda db: self._insert(db, records, budget), ()))
         except OSError as error:
             self._current.failed("writing", error)
         finally:
-            database.unlink([path for key, path in aside.items() if key not in kept])
-        self._unsynced.update(path for key, path in aside.items() if key in kept)
-        return kept
+            named = paths & {record.path_of_file(name, self._current.folder) for name in rows.values()}
+            database.unlink(paths - named)
+            self._unsynced |= named
+        return rows
 
-    def _insert(
-        self, db: Any, records: Sequence[Record], aside: dict[bytes, str], kept: set[bytes], budget: int | None
-    ) -> None:
-        """Adds the keys of those that are there to `kept`, also if it fails on the way."""
-        evicted = 0
-        try:
-            with db.transaction():
-                there = {key for (key,) in db.with_keys(database.KEYS, [one.key for one in records])}
-                # Prune or clear took the file, or this is the next database already.
-                gone = {key for key, path in aside.items() if not _is_file_in(db.folder, path)}
-                fresh = [one for one in records if one.key not in there | gone]
-                for namespace in {one.key[:NAMESPACE_BYTES] for one in fresh} & set(self._labels):
-                    db.execute("insert or ignore into labels values (?, ?)", (namespace, self._labels[namespace]))
-                used = db.now()
-                db.executemany(database.INSERT, [(*one[:4], used, one.payload) for one in fresh])
-                while budget is not None and (left := budget - db.room_taken()) < 0:
-                    order = _ORDER.get(self.policy)
-                    if not (count := db.make_room(budget, order, used) if order else 0):
-                        raise _FullError
-                    evicted += count
-        except _FullError:
-            if not (half := len(records) // 2):
-                self._refused(records[0].stored)
-            for some in (records[:half], records[half:]) if half else ():
-                self._insert(db, some, aside, kept, budget)
-            return
+    def _insert(self, db: database.Database, records: list[Record], budget: int | None) -> list[Any]:
+        """Returns the keys of those that are there, and the names of their files."""
+        evicted, left, count, folder = 0, 0, 1, db.folder
+        with db.transaction():
+            # Prune or clear may have taken a file, or this is the next database already.
+            whole = [one for one in records if one.stored < LARGE or os.path.exists(f"{folder}/{one.payload.decode()}")]
+            for namespace in {one.key[:NAMESPACE_BYTES] for one in whole} & set(self._labels):
+                db.execute("insert or ignore into labels values (?, ?)", (namespace, self._labels[namespace]))
+            used, order = db.now(), _ORDER.get(self.policy)
+            written = db.executemany(database.INSERT, [(*one[:4], used, one.payload) for one in whole]).rowcount
+            while budget is not None and (left := budget - db.room_taken()) < 0 and order and count:
+                evicted += (count := db.make_room(budget, order, used))
+            rows = db.with_keys(database.KEYS, [one.key for one in records])
         if budget is not None:
             self._sure = left // _SURE
-        database.unlink([aside.pop(key) for key in (there - kept) & aside.keys()])
-        kept.update(there, (one.key for one in fresh))
-        self._current.counts.update(written=len(fresh), evicted=evicted)
-
-    def _refused(self, size: int) -> None:
-        budget, enough = self.budget or 0, f"{max(self.budget or 0, size) + BUDGET_LEAST:,} bytes or more"
-        what = f"the budget of {format_bytes(budget)} has no room for a record of {format_bytes(size)}; it is not kept"
-        cure = f'give a disk_budget of {enough}, or disk_policy="lru", or make room by jaxkv memo prune'
-        self._current.say("budget", f"{what}: {cure}")
+        self._current.counts.update(written=written, evicted=evicted)
+        return rows
 
     def describe(self, namespace: bytes, about: Callable[[], dict[str, Any]]) -> None:
         """Says what a namespace is, for `jaxkv memo ls`; it is written down with the namespace's next record."""
@@ -221,8 +198,8 @@ class Disk:
         """Removes all records, or those of some namespaces."""
         if namespaces is None:
             self._current.do("clearing", lambda db: self._current.exchange(rescue=False), None)
-        for one in namespaces or ():
-            self._current.do("clearing", operator.methodcaller("remove_all", database.OF_NAMESPACE, (one, one)), 0)
+        else:
+            self._current.do("clearing", operator.methodcaller("remove_namespaces", namespaces), 0)
 
     def close(self) -> None:
         """Lets go of all files. The tier may be used again."""
@@ -232,11 +209,3 @@ class Disk:
     def __reduce__(self) -> Any:
         settings = {"budget": self.budget, "policy": self.policy, "compress": self.compress}
         return functools.partial(Disk, **settings), (self.directory,)
-
-
-def _is_file_in(folder: str, path: str) -> bool:
-    return os.path.dirname(path) == folder and os.path.exists(path)
-
-
-class _FullError(Exception):
-    """The budget doesn't allow it."""

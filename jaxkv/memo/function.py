@@ -230,7 +230,7 @@ class State:
         what = f"parameter {gone[0]} of {name}" if gone else f"an array that {name} captures"
         raise ValueError(
             f"{what} was deleted, or donated to another function (donate_argnums); give the memo arrays of its own: "
-            "memo.wrap(f, jax.tree.map(jnp.copy, params))"
+            "memo.wrap(f, jax.tree.map(jnp.copy, params)), or memo.wrap(nnx.clone(module))"
         )
 
     def one_program(self, other: State) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxkv.memo.budget import SHARE, parse_share, share_of_disk
+from jaxkv.memo.budget import SHARE
 from jaxkv.memo.counts import MemoStats
 from jaxkv.memo.disk import Disk
 from jaxkv.memo.features import Features
@@ -18,8 +18,6 @@ from jaxkv.memo.runner import Settings
 from jaxkv.memo.staging import Staging
 from jaxkv.memo.tiers import Tiers
 from jaxkv.sizes import format_bytes, parse_bytes
-
-_DISK_BUDGET = f"{SHARE:.0%}"
 
 
 class Memo:
@@ -64,7 +62,7 @@ class Memo:
         memory: int | str | None = "1GiB",
         disk: Any = None,
         *,
-        disk_budget: int | str | None = _DISK_BUDGET,
+        disk_budget: int | str | None = SHARE,
         policy: str = "keep",
         disk_policy: str | None = None,
         hash: str = "xxh3_128",
@@ -73,19 +71,13 @@ class Memo:
     ) -> None:
         if memory is None and disk is None:
             raise ValueError('a memo with neither memory nor disk keeps nothing; give memory="1GiB", disk=DIR or both')
-        if disk is None and (
-            disk_budget not in (None, _DISK_BUDGET) or disk_policy is not None or compress is not None
-        ):
+        if disk is None and (disk_budget not in (None, SHARE) or disk_policy is not None or compress is not None):
             raise ValueError("disk_budget, disk_policy and compress are settings of a disk; give disk=DIR, too")
         self._hash = Hash(hash)
         memory_tier = None if memory is None else Memory(parse_bytes(memory), policy)
         disk_tier = None
         if disk is not None:
-            share = parse_share(disk_budget)
-            budget = parse_bytes(disk_budget) if disk_budget is not None and share is None else None
-            disk_tier = Disk(disk, budget=budget, policy=disk_policy or policy, compress=compress)
-            if share is not None:
-                disk_tier.budget = share_of_disk(disk_tier.directory, share, disk_tier.nbytes())
+            disk_tier = Disk(disk, budget=disk_budget, policy=disk_policy or policy, compress=compress)
         self._tiers = Tiers(memory_tier, disk_tier, once)
         self._staging = Staging()
 

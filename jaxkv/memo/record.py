@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from typing import Any, NamedTuple
@@ -44,16 +43,9 @@ def pack(key: bytes, payload: Any, compress: bool) -> Record:
 
 def put_aside(record: Record, path: str) -> Record:
     """Writes the payload to a file, and returns the record that names it: nobody reads it before that is in its row."""
-    for last in (False, False, True):
-        try:
-            with open(path, "xb") as file:
-                file.write(record.payload)
-            break
-        except FileNotFoundError:
-            if last:  # others clear again and again
-                raise
-            with contextlib.suppress(FileExistsError):
-                os.makedirs(os.path.dirname(path), exist_ok=True)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "xb") as file:
+        file.write(record.payload)
     return record._replace(payload=os.path.basename(path).encode())
 
 

@@ -32,7 +32,6 @@ class Survey(NamedTuple):
     """What lies in a directory."""
 
     namespaces: list[Namespace]  # last used first
-    items: int
     nbytes: int  # of all files
     strays: int  # bytes of files that belong to nothing
 
@@ -50,7 +49,7 @@ def survey(directory: str) -> Survey:
         groups = f"({groups}) left join labels on name = namespace"
         spaces = [Namespace._make([*row[:4], row[5]]) for row in db.execute(f"select * from {groups} order by 4 desc")]
         strays = sum(size for _, size in _strays(db))
-        return Survey(spaces, db.tell(database.COUNT), db.room_taken() + strays, strays)
+        return Survey(spaces, db.room_taken() + strays, strays)
 
 
 def verify(directory: str, progress: Progress) -> tuple[int, list[str]]:
@@ -78,15 +77,12 @@ def prune(
     with contextlib.suppress(_ClearedError), _opened(directory) as db:
         if damaged:
             for number, what, payload in _read_all(db, progress):
-                broken += len(db.remove_these({number: payload})) if what else 0
+                broken += len(db.remove_unchanged({number: payload})) if what else 0
             with db.transaction():  # in which whoever wrote a file looks whether it is still there
                 database.unlink([stray for stray, _ in _strays(db)])
-        for namespace in namespaces:
-            items += db.remove_all(database.OF_NAMESPACE, (namespace, namespace))
-        count = 1
-        while size is not None and count and db.room_taken() > size:
-            with db.transaction():
-                items += (count := db.make_room(size, "used"))
+        items += db.remove_namespaces(namespaces)
+        if size is not None:
+            items += db.in_steps(db.make_room, size, "used")
     return items, broken
 
 
@@ -124,7 +120,7 @@ def _read_all(db: Database, progress: Progress) -> Iterator[tuple[int, str, Any]
                 unpack(Record(*fields), db.folder)
                 yield number, "", fields[-1]
             except (DamagedError, OSError) as error:
-                if db.still_there({number: fields[-1]}):  # else others have removed it meanwhile
+                if db.tell(f"{database.COUNT} where {database.UNCHANGED}", (number, fields[-1])):  # else it is gone
                     yield number, str(error) or "damaged", fields[-1]
         progress(size * (done := done + len(rows)) // max(total, done), size)
 
