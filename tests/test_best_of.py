@@ -11,6 +11,7 @@ import pytest
 
 import jaxkv
 from jaxkv import Full, Window, sampling
+from jaxkv.models import searching
 
 V, D, ROWS, CAPACITY = 11, 8, 7, 32
 RANDOM = np.random.default_rng(1)
@@ -177,6 +178,18 @@ def test_a_pool_without_pages_for_all_copies_ends_the_last_samples_and_the_first
         assert result.lengths.tolist() == [[5] * served + [0] * (5 - served)]
         ample = jaxkv.best_of(toy, PARAMS, [prompt], toy.cache(), **options)
         assert {tokens for tokens, _ in of_rows(result, 0)} - {()} <= {tokens for tokens, _ in of_rows(ample, 0)}
+
+
+@pytest.mark.parametrize("reaches", [(Full(),), (Window(7, sinks=1), Full())], ids=["full", "window"])
+def test_the_pool_that_a_model_makes_is_no_larger_than_its_texts_need(reaches, monkeypatch):
+    monkeypatch.setattr(searching, "_PAGE_SIZE", 4)
+    toy, prompt, limit = Toy(reaches), [*PROMPT, *PROMPT[:6]], 14
+    pool = searching.pages_for(toy.cache(1).specs, [(len(prompt), limit, ROWS)], CAPACITY)
+    assert pool.num_pages < ROWS * 8  # what they need if each has its own
+    for missing in (0, 1) if reaches == (Full(),) else (0,):
+        cache = toy.cache(layout=jaxkv.Pages(pool.num_pages - missing, page_size=4))
+        result = jaxkv.best_of(toy, PARAMS, [prompt], cache, n=ROWS, max_new_tokens=limit, key=KEY)
+        assert ("full" in result.reasons[0]) == (missing > 0)
 
 
 @pytest.mark.parametrize(

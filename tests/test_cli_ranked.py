@@ -97,10 +97,16 @@ def test_a_text_that_is_not_there_has_no_score(model, capsys, monkeypatch):
 
 
 def test_samples_in_pages_are_those_in_rows(model, capsys):
-    in_rows, _ = said(capsys, "--samples", "2", "--temperature", "1")
-    in_pages, err = said(capsys, "--samples", "2", "--temperature", "1", "--layout", "pages")
+    in_rows, _ = said(capsys, "--samples", "40", "--temperature", "1")
+    in_pages, err = said(capsys, "--samples", "40", "--temperature", "1", "--layout", "pages")
     assert in_rows == in_pages
-    assert re.search(r"for 2 texts of up to 1,024 tokens, in \d+ pages of 16\n", err)
+    assert "prefilled 27 tokens once for 40 texts, not 40 times; 1 page of 16 shared by all, wrote " in err
+    assert "for 40 texts of up to 1,024 tokens, in 81 pages of 16\n" in err  # 27 tokens and 6: 3 pages each
+
+
+def test_a_prompt_is_prefilled_again_for_the_samples_of_the_next_batch(model, capsys):
+    _, err = said(capsys, "--samples", "3", "--temperature", "1", "--rows", "2", "--layout", "pages")
+    assert "prefilled 54 tokens, not 81: once for all texts of a prompt that are decoded together; 1 page of 16" in err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -11,12 +14,13 @@ from jaxkv.cli.compare import compare
 from jaxkv.cli.devices import describe_devices, mesh_of, place_of
 from jaxkv.cli.drafting import Drafting, describe_drafts
 from jaxkv.cli.options import UsageError
-from jaxkv.cli.prompts import Prompt, choose_capacity, read_prompts
-from jaxkv.cli.ranked import check_ranked, find_best, layout_of
+from jaxkv.cli.prompts import choose_capacity, read_prompts
+from jaxkv.cli.ranked import check_ranked, find_best
 from jaxkv.cli.run import Run, check_capacity, choose_sampling, describe_size, sampling_options
+from jaxkv.cli.sharing import Batch, describe_prefill, layout_of
 from jaxkv.cli.shown import reason_of, show
 from jaxkv.cli.source import find, told
-from jaxkv.cli.terminal import Text, counted, note, printable, write
+from jaxkv.cli.terminal import Text, note, printable, write
 from jaxkv.cli.view import View, check_view
 
 _ROWS = 8  # of many prompts
@@ -50,18 +54,20 @@ def run(args: argparse.Namespace) -> int:
         return find_best(args, source, model, prompts, capacity, chosen)
     texts = [(number, prompt) for number, prompt in enumerate(prompts) for _ in range(args.samples)]
     num_rows = min(args.rows or (_ROWS if args.prompts else args.samples), len(texts))
-    layout = layout_of(args, prompts, num_rows, 1, capacity)
     slack = 0 if drafting is None else drafting.slack(capacity)
+    numbered = [texts[begin : begin + num_rows] for begin in range(0, len(texts), num_rows)]
+    batches = [
+        [(prompts[number], count) for number, count in Counter(n for n, _ in batch).items()] for batch in numbered
+    ]
+    layout = layout_of(args.layout or "rows", model.specs, batches, capacity, ahead=slack)
     live = len(texts) == 1 and not args.json  # shown as it comes
     runs: list[Run] = []
     reasons: set[str] = set()
-    for begin in range(0, len(texts), num_rows):
-        numbers, batch = zip(*texts[begin : begin + num_rows], strict=True)
-        begun = dict(zip(numbers, batch, strict=True))  # each is read once for all of its samples
+    for begin, prefilled in zip(range(0, len(texts), num_rows), batches, strict=True):
+        batch = [prompt for _, prompt in texts[begin : begin + num_rows]]
         decoding = Run([Text(source.tokenizer, prompt.tokens) for prompt in batch])
         runs.append(decoding)
         padding = [None] * (num_rows - len(batch))  # so that the last batch runs the same program
-        copies = [numbers.count(number) for number in begun]
         key = jax.random.fold_in(jax.random.key(args.seed), begin) if begin else jax.random.key(args.seed)
         cache = Cache.init(model.specs, num_rows, capacity, layout=layout, slack=slack, sharding=place_of(model))
         view = View.of(args, cache, batch[0], source.tokenizer)
@@ -71,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
             with told():
                 steps = decoding.tokens(
                     model,
-                    [*(prompt.tokens for prompt in begun.values()), *padding],
+                    [*(prompt.tokens for prompt, _ in prefilled), *padding],
                     cache,
-                    max_new_tokens=[*(prompt.limit for prompt in begun.values()), *(1 for _ in padding)],
-                    num_samples=[*copies, *(1 for _ in padding)],
+                    max_new_tokens=[*(prompt.limit for prompt, _ in prefilled), *(1 for _ in padding)],
+                    num_samples=[*(copies for _, copies in prefilled), *(1 for _ in padding)],
                     sampler=chosen.sampler,
                     stop_tokens=source.stop_tokens,
                     key=key,
@@ -99,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         if decoding.stop:
             break
     if not args.quiet:
-        _report(runs, prompts, reasons)
+        _report(runs, batches[: len(runs)], layout, reasons)
         if drafting is not None:
             note(describe_drafts([run.result for run in runs if run.result is not None]))
         note(f"sampling: {chosen.text}")
@@ -109,9 +115,8 @@ def run(args: argparse.Namespace) -> int:
     return 130 if runs[-1].stop else 0
 
 
-def _report(runs: list[Run], prompts: list[Prompt], reasons: set[str]) -> None:
-    read = sum(len(prompt.tokens) for prompt in prompts)
+def _report(runs: list[Run], batches: Sequence[Batch], layout: Any, reasons: set[str]) -> None:
     wrote = sum(run.num_tokens for run in runs)
     ended = ", ".join(sorted(reasons))
     note(runs[0].speed())
-    note(f"prefilled {counted(read, 'token')}, wrote {wrote:,}: {ended}")
+    note(f"{describe_prefill(batches, layout)}, wrote {wrote:,}: {ended}")

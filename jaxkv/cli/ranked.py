@@ -6,23 +6,22 @@ import argparse
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from jaxkv.cache.cache import Cache
-from jaxkv.cache.rows import Rows
 from jaxkv.cli.devices import describe_devices, place_of
 from jaxkv.cli.options import DRAWING, UsageError, option
 from jaxkv.cli.prompts import Prompt
 from jaxkv.cli.run import Sampling, describe_size
+from jaxkv.cli.sharing import describe_prefill, layout_of
 from jaxkv.cli.shown import reason_of, show
 from jaxkv.cli.source import Source, told
 from jaxkv.cli.terminal import Text, counted, note, printable, write
 from jaxkv.generate import Candidates, beam_search, best_of
 from jaxkv.models import Model
-from jaxkv.models.searching import pages_for
 
 _ROWS = 8  # decoded at once, where that is enough for a prompt
 
@@ -50,22 +49,14 @@ def check_ranked(args: argparse.Namespace, generation: Any) -> None:
         args.temperature = 1.0
 
 
-def layout_of(args: argparse.Namespace, prompts: Sequence[Prompt], at_once: int, copies: int, capacity: int) -> Any:
-    """Returns how the cache is to lie: as asked for, else in pages where texts share a prompt."""
-    if (args.layout or ("pages" if copies > 1 else "rows")) == "rows":
-        return Rows()
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    most = max(prompt.limit for prompt in prompts)
-    return pages_for([longest] * at_once, [most] * at_once, copies, capacity)
-
-
 def find_best(
     args: argparse.Namespace, source: Source, model: Model, prompts: list[Prompt], capacity: int, chosen: Sampling
 ) -> int:
     """Prints the best texts of each prompt, and reports what was shared."""
     n = args.beams or args.best_of
     at_once = min(max((args.rows or _ROWS) // n, 1), len(prompts))
-    layout = layout_of(args, prompts, at_once, n, capacity)
+    batches = [[(prompt, n) for prompt in prompts[i : i + at_once]] for i in range(0, len(prompts), at_once)]
+    layout = layout_of(args.layout, model.specs, batches, capacity)
     begun, wrote, reasons = time.perf_counter(), 0, set()
     for begin in range(0, len(prompts), at_once):
         batch = prompts[begin : begin + at_once]
@@ -99,20 +90,10 @@ def find_best(
                 else:
                     show(args, prompt, text, facts, (begin + i) * args.samples + j)
     if not args.quiet:
-        _report(n, prompts, wrote, time.perf_counter() - begun, sorted(reasons), layout)
+        seconds, ended = time.perf_counter() - begun, ", ".join(sorted(reasons))
+        note(f"{describe_prefill(batches, layout)}; wrote {wrote:,} in {seconds:.1f} s: {ended}")
         note(f"beam search: {counted(n, 'beam')}" if args.beams else f"sampling: {chosen.text}; the best of {n}")
         if where := describe_devices(model):
             note(where)
         note(describe_size(model.specs, at_once * n, capacity, layout))
     return 0
-
-
-def _report(n: int, prompts: list[Prompt], wrote: int, seconds: float, reasons: list[str], layout: Any) -> None:
-    read = sum(len(prompt.tokens) for prompt in prompts)
-    saved = f"prefilled {counted(read, 'token')}"
-    if n > 1:
-        saved += f" once for {n} texts, not {n} times"
-    if n > 1 and layout != Rows():
-        shared = sum((len(prompt.tokens) - 1) // layout.page_size for prompt in prompts)
-        saved += f"; {counted(shared, 'page')} of {layout.page_size} shared by all"
-    note(f"{saved}; wrote {wrote:,} in {seconds:.1f} s: {', '.join(reasons)}")

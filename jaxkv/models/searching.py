@@ -37,26 +37,37 @@ def choose(model: Any, asked: Asked, copies: Any, search: Callable[..., Candidat
     return Choices(texts=texts, prompts=tuple(tuple(map(int, prompt)) for prompt in request.prompts), **fields)
 
 
-def pages_for(lengths: Sequence[int], limits: Sequence[int], copies: int, capacity: int) -> Pages:
-    """Returns a pool in which so many copies of each prompt always fit, if they share it.
+def pages_for(specs: Sequence[Any], texts: Sequence[tuple[int, int, int]], capacity: int) -> Pages:
+    """Returns a pool in which these texts always fit, if those of one prompt share it.
 
     Args:
-      lengths: tokens of each prompt.
-      limits: the most new tokens of each.
-      copies: of each prompt.
+      specs: of the model's layers.
+      texts: for each prompt its tokens, the most new tokens that follow it, and how many texts there are of it.
       capacity: of the cache, in tokens.
+
+    >>> spec = jaxkv.LayerSpec(jaxkv.Full(), num_kv_heads=1, head_dim=4)
+    >>> pages_for([spec], [(1024, 32, 32)], capacity=2048)  # 63 pages for all, 3 for each
+    Pages(num_pages=159, page_size=16)
     """
     size = min(_PAGE_SIZE, capacity)
-    once = sum(-(-length // size) for length in lengths)
-    each = sum(-(-limit // size) + 1 for limit in limits)  # the last page of the prompt is not shared
-    return Pages(max(once + copies * each, -(-min(capacity, _MAX_BLOCK) // size)), size)
+    # What a ring writes may begin and end within a page, and so does the ring.
+    spare = any(spec.reach.size is not None for spec in specs)
+    num_pages = 0
+    for length, limit, copies in texts:
+        whole = -(-min(length + limit, capacity) // size)
+        shared = max(length - 1, 0) // size  # each text writes the prompt's last token anew
+        own = min(whole - shared + 2 * spare, whole)
+        num_pages += min(shared + copies * own, copies * whole)
+    return Pages(max(num_pages, -(-min(capacity, _MAX_BLOCK) // size)), size)
 
 
 def _cache(model: Any, request: Request, copies: Any) -> Cache:
     whole = isinstance(copies, int | np.integer) and copies > 0
     copies = int(copies) if whole else 1  # the search says what is wrong with it
     capacity = request.capacity(model.context)
-    pages = pages_for([len(prompt) for prompt in request.prompts], request.limits.tolist(), copies, capacity)
+    lengths = [len(prompt) for prompt in request.prompts]
+    texts = [(length, limit, copies) for length, limit in zip(lengths, request.limits.tolist(), strict=True)]
+    pages = pages_for(model.specs, texts, capacity)
     return model.init_cache(copies * len(request.rows), capacity, layout=pages)
 
 
