@@ -114,3 +114,11 @@ def test_the_benchmark_of_latents_runs(tmp_path, capsys, monkeypatch):
     assert latent.main(["--quick", "--out", str(numbers)]) == 0
     assert "of all heads" in capsys.readouterr().out
     assert set(json.loads(numbers.read_text())["ms"]) == {"float32"}
+
+
+def test_the_benchmark_of_generates_overhead_compares_loops_that_write_the_same(tmp_path, capsys):
+    out = tmp_path / "overhead.json"
+    options = ["--tiny", "--rounds", "1", "--tokens", "6", "--out", str(out)]
+    assert importlib.import_module("overhead").main(options) == 0
+    assert "| overhead |" in capsys.readouterr().out
+    assert set(json.loads(out.read_text())["contexts"]["8"]["ms_per_token"]) == {"bare", "generate"}
