@@ -35,10 +35,7 @@ def _attention() -> str:
     reason = library.problem()
     if reason:
         return f"as XLA compiles it, without the native kernel: {reason}"
-    kernel = f"the native kernel with {library.instruction_set()} instructions, {library.where()}"
-    if library.by_itself():
-        return kernel
-    return f"as XLA compiles it; with JAXKV_NATIVE=1 in the environment, {kernel}"
+    return f"the native kernel with {library.instruction_set()} instructions, {library.where()}"
 
 
 def _sums() -> str:

@@ -72,11 +72,6 @@ def problem() -> str | None:
     return None
 
 
-def by_itself() -> bool:
-    """Returns whether implementation="auto" may take the kernel: if `JAXKV_NATIVE` says so."""
-    return _asked() not in ("", *_OFF)
-
-
 def _asked() -> str:
     return os.environ.get("JAXKV_NATIVE", "").lower()
 
