@@ -34,7 +34,7 @@ else
 endif
 
 # The cache, attention, the compiled loop, and the database of the memo: where another JAX or Python shows first.
-JAX_TESTS := $(addprefix tests/test_,$(addsuffix .py,attend cache cross devices disk export generate imports pages plan setup \
+JAX_TESTS := $(addprefix tests/test_,$(addsuffix .py,attend cache cross devices disk export generate imports native_devices pages plan setup \
   spec trees))
 
 test-jax: $(VENV)/.dev ## run the tests that meet JAX most, and those of the compiled programs, for another Python

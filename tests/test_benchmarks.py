@@ -135,3 +135,11 @@ def test_the_far_context_is_made_of_passages_that_come_again():
     again = np.flatnonzero(back)
     assert 0.2 < len(again) / 2001 < 0.7 and back.max() > 1000
     np.testing.assert_array_equal(tokens[again], tokens[again - back[again]])
+
+
+def test_the_benchmark_of_generates_overhead_compares_loops_that_write_the_same(tmp_path, capsys):
+    out = tmp_path / "overhead.json"
+    options = ["--tiny", "--rounds", "1", "--tokens", "6", "--out", str(out)]
+    assert importlib.import_module("overhead").main(options) == 0
+    assert "| overhead |" in capsys.readouterr().out
+    assert set(json.loads(out.read_text())["contexts"]["8"]["ms_per_token"]) == {"bare", "generate"}

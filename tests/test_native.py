@@ -19,8 +19,7 @@ REACHES = (Full(), Window(40, sinks=3), Chunk(600), Window(30), Cross(70))
 
 
 @pytest.fixture(autouse=True)
-def _kernel(monkeypatch):
-    monkeypatch.setenv("JAXKV_NATIVE", "1")
+def _kernel():
     if library.problem():
         pytest.skip(library.problem())
 
@@ -184,18 +183,15 @@ def test_gradients_equal_those_of_the_reference():
 def test_what_it_can_not_read_is_said_by_name_and_auto_reads_it_otherwise():
     specs = [
         LayerSpec(Full(), 1, 4, rotary=jaxkv.Rotary(), rotary_at="read"),
-        LayerSpec(Full(), 1, 4, 4, jaxkv.Int4(2)),
-        LayerSpec.latent(3, 1),
-        LayerSpec.latent(4, 0),
+        LayerSpec(Full(), 1, 4, 4, Dense("float8_e4m3fn")),
         LayerSpec(Full(), 1, 4, 1025),
     ]
-    reasons = ("rotate keys when it reads", "Int4", "v_in_k", "v_in_k", "vectors of up to 1024")
+    reasons = ("rotate keys when it reads", "not Dense..float8_e4m3fn", "vectors of up to 1024")
     cache = Cache.init(specs, 1, 64)
     cache, step = cache.begin(jnp.array([[0]]))
     x = jnp.ones((1, 1, 1, 4))
     for layer, reason in zip(cache.layers, reasons, strict=True):
-        v = None if layer.spec.v_in_k else jnp.ones((1, 1, 1, layer.spec.value_dim))
-        layer = layer.put(step, x, v)
+        layer = layer.put(step, x, jnp.ones((1, 1, 1, layer.spec.value_dim)))
         with pytest.raises(NotSupportedError, match=f"implementation='native'.*{reason}"):
             attend(x, layer, step, implementation="native")
         np.testing.assert_allclose(attend(x, layer, step), np.ones((1, 1, 1, layer.spec.value_dim)), atol=0.1)

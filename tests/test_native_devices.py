@@ -24,8 +24,7 @@ MOVED = r"all-gather|all-reduce|all-to-all|collective-permute"
 
 
 @pytest.fixture(autouse=True)
-def _kernel(monkeypatch):
-    monkeypatch.setenv("JAXKV_NATIVE", "1")
+def _kernel():
     if library.problem():
         pytest.skip(library.problem())
 

@@ -24,9 +24,11 @@ int main(int argc, char** argv) {
   std::vector<int32_t> rows(B), filled(B, fill), held(B * S), low(B, 0), at(B, fill - 1);
   for (int64_t i = 0; i < B * S; ++i) held[i] = i % S < fill ? i % S : -1;
   for (int64_t b = 0; b < B; ++b) rows[b] = b;
-  Call call{B, K, N / K, 1, H, H, 1, B, S, S, kFloat, q.data(), k.data(), v.data(), nullptr, nullptr, 0, rows.data(),
-            filled.data(), held.data(), low.data(), at.data(), nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0.f, true,
-            out.data(), logs.data()};
+  Call call{};
+  call.B = call.A = B, call.K = K, call.G = N / K, call.T = call.L = 1, call.H = H, call.S = call.V = S;
+  call.keys = {kFloat, H, k.data(), nullptr, nullptr, 0}, call.values = {kFloat, H, v.data(), nullptr, nullptr, 0};
+  call.q = q.data(), call.rows = rows.data(), call.filled = filled.data(), call.kv_positions = held.data();
+  call.low = low.data(), call.positions = at.data(), call.in_order = true, call.out = out.data(), call.log_total = logs.data();
   double best = 1e9, read = 1e9, total = 0;
   for (int64_t r = 0; r < rounds; ++r) {
     const double begin = now();
@@ -39,7 +41,7 @@ int main(int argc, char** argv) {
         total += sums[0];
       }
     const double middle = now();
-    Attention attention(call, best_isa());
+    Attention attention(call, best_isa(), helpers + 1);
     attend(attention, helpers, [](auto&& work) { std::thread(work).detach(); });
     const double end = now();
     read = std::min(read, middle - begin);

@@ -7,14 +7,14 @@
 #include <random>
 #include <thread>
 
-#include "../../jaxkv/nn/native/attention.h"
+#include "../../jaxkv/nn/native/numbers.h"
 
 using namespace jaxkv;
 
 static std::mt19937 source;
 static int64_t below(int64_t n) { return static_cast<int64_t>(source() % static_cast<uint32_t>(n)); }
 static bool rarely() { return below(8) == 0; }
-static float number() { return static_cast<float>(below(2001)) / 1000 - 1; }
+static float number_below_1() { return static_cast<float>(below(2001)) / 1000 - 1; }
 
 template <class T, class F> static std::unique_ptr<T[]> made(int64_t n, const F& of) {
   std::unique_ptr<T[]> x(new T[n]);
@@ -22,14 +22,53 @@ template <class T, class F> static std::unique_ptr<T[]> made(int64_t n, const F&
   return x;
 }
 
+// A buffer of one storage, with random bytes: no NaN, no infinities.
+struct Store {
+  std::unique_ptr<uint8_t[]> codes, groups;
+  std::unique_ptr<uint16_t[]> halves;
+  std::unique_ptr<float[]> floats, factors;
+  Vectors vectors;
+
+  Store(Type type, int64_t size, int64_t places) {
+    vectors = {type, size, nullptr, nullptr, nullptr, 0};
+    const int64_t count = places * bytes_of(vectors);
+    if (type == kFloat) {
+      floats = made<float>(places * size, [](int64_t) { return number_below_1(); });
+      vectors.codes = floats.get();
+    } else if (type == kHalf || type == kBfloat) {
+      halves = made<uint16_t>(places * size, [&](int64_t) { return source() & (type == kHalf ? 0xbbff : 0xbfff); });
+      if (type == kBfloat)
+        for (int64_t i = 0; i < places * size; ++i) halves[i] = (halves[i] & 0x807f) | 0x3e80;
+      vectors.codes = halves.get();
+    } else {
+      const uint8_t used = type == kInt8 ? 3 : type == kInt4 ? 255 : 0xbf;
+      codes = made<uint8_t>(count, [&](int64_t) { return source() & used; });
+      vectors.codes = codes.get();
+    }
+    if (!size) return;
+    if (type == kInt4) {
+      int64_t group = 1 + below(size / 2);
+      while (size % (2 * group)) --group;
+      groups = made<uint8_t>(places * size / group, [](int64_t) { return source() & 0x1f; });
+      halves = made<uint16_t>(places, [](int64_t) { return 0x3d00 | (source() & 0x7f); });
+      vectors.groups = groups.get(), vectors.group = group, vectors.scales = halves.get();
+    } else if (type >= kInt8) {
+      factors = made<float>(places, [](int64_t) { return 0.5f + number_below_1() / 4; });
+      vectors.scales = factors.get();
+    }
+  }
+};
+
 static bool once(int64_t seed) {
   source.seed(static_cast<uint32_t>(seed));
   const int64_t B = 1 + below(4), K = 1 + below(3), G = 1 + below(5), T = rarely() ? 1 + below(9) : 1;
-  const int64_t H = 1 + below(rarely() ? 150 : 40), Hv = 1 + below(rarely() ? 150 : 40), L = 1 + below(3);
-  const bool paged = below(2);
+  const int64_t L = 1 + below(3);
+  const Type k_type = static_cast<Type>(below(kTypes)), v_type = static_cast<Type>(below(kTypes));
+  auto size = [&](Type type) { return (1 + below(rarely() ? 150 : 40)) * (type == kInt4 ? 2 : 1); };
+  const bool paged = below(2), inside = below(4) == 0, tree = below(4) == 0;
+  const int64_t Hk = inside && below(3) == 0 ? 0 : size(k_type), Hv = size(v_type), H = Hk + (inside ? Hv : 0);
   const int64_t page = 1 + below(20), V = paged ? page * (1 + below(60)) : 1 + below(1300);
   const int64_t A = paged ? 1 + below(70) : B + below(2), S = paged ? page : V;
-  const bool bytes = below(2);
   auto positions = made<int32_t>(B * V, [&](int64_t i) { return rarely() ? -1 : rarely() ? int32_t(source()) : int32_t(i % V); });
   auto rows = made<int32_t>(B, [&](int64_t i) { return rarely() ? int32_t(source()) : int32_t(below(A)); });
   auto filled = made<int32_t>(B, [&](int64_t) { return rarely() ? int32_t(source()) : int32_t(below(V + 1)); });
@@ -39,28 +78,33 @@ static bool once(int64_t seed) {
   auto spans = made<int32_t>(B * T, [&](int64_t) { return int32_t(below(3)); });
   auto kv_spans = made<int32_t>(B * V, [&](int64_t) { return int32_t(below(3)); });
   auto high = made<int32_t>(B * T, [&](int64_t i) { return at[i] + int32_t(below(5)); });
+  auto base = made<int32_t>(B, [&](int64_t) { return rarely() ? int32_t(source()) : int32_t(below(V)); });
+  auto depths = made<int32_t>(B * T, [&](int64_t i) { return rarely() ? int32_t(source()) : base[i / T] + int32_t(below(T)); });
+  auto ancestors = made<bool>(B * T * T, [&](int64_t) { return below(2) == 1; });
   auto table = made<int32_t>(B * (V / S), [&](int64_t) { return rarely() ? int32_t(source()) : int32_t(below(A)); });
-  auto q = made<float>(B * K * G * T * H, [&](int64_t) { return number(); });
-  const int64_t places = L * A * K * S;
-  auto kf = made<float>(places * H, [&](int64_t) { return number(); }), vf = made<float>(places * Hv, [&](int64_t) { return number(); });
-  auto kb = made<int8_t>(places * H, [&](int64_t) { return int8_t(below(5) - 2); }), vb = made<int8_t>(places * Hv, [&](int64_t) { return int8_t(below(5) - 2); });
-  auto k_scales = made<float>(places, [&](int64_t) { return 1 + number() / 2; }), v_scales = made<float>(places, [&](int64_t) { return 1 + number() / 2; });
-  auto logits = made<float>(K * G, [&](int64_t) { return number(); });
-  const int64_t N = B * K * G * T;
+  auto q = made<float>(B * K * G * T * H, [&](int64_t) { return number_below_1() / 4; });
+  const int64_t places = L * A * K * S, N = B * K * G * T;
+  const Store k(inside && !Hk ? v_type : k_type, Hk, places), v(v_type, Hv, places);
+  auto logits = made<float>(K * G, [&](int64_t) { return number_below_1(); });
   auto out = made<float>(N * Hv, [](int64_t) { return 0.f; }), logs = made<float>(N, [](int64_t) { return 0.f; });
   const bool with_spans = below(2), with_logits = below(2);
-  Call call{B, K, G, T, H, Hv, L, A, S, V, bytes ? kInt8 : kFloat, q.get(),
-            bytes ? static_cast<const void*>(kb.get()) : kf.get(), bytes ? static_cast<const void*>(vb.get()) : vf.get(),
-            bytes ? k_scales.get() : nullptr, bytes ? v_scales.get() : nullptr, below(L), rows.get(), filled.get(),
-            positions.get(), low.get(), at.get(), with_spans ? spans.get() : nullptr, with_spans ? kv_spans.get() : nullptr,
-            with_spans ? high.get() : nullptr, paged ? table.get() : nullptr, with_logits ? logits.get() : nullptr,
-            below(4), below(2) ? 3.f : 0.f, false, out.get(), logs.get()};
+  Call call{};
+  call.B = B, call.K = K, call.G = G, call.T = T, call.H = H, call.L = L, call.A = A, call.S = S, call.V = V;
+  call.keys = k.vectors, call.values = v.vectors, call.inside = inside, call.q = q.get(), call.layer = below(L);
+  call.rows = rows.get(), call.filled = filled.get(), call.kv_positions = positions.get(), call.low = low.get();
+  call.positions = at.get();
+  if (with_spans) call.spans = spans.get(), call.kv_spans = kv_spans.get(), call.high = high.get();
+  if (tree) call.base = base.get(), call.depths = depths.get(), call.ancestors = ancestors.get();
+  if (paged) call.table = table.get();
+  if (with_logits) call.sink_logits = logits.get();
+  call.sinks = below(4), call.softcap = below(2) ? 3.f : 0.f, call.out = out.get(), call.log_total = logs.get();
   std::vector<std::thread> threads;
-  Attention attention(call, best_isa());
-  attend(attention, below(4), [&](auto&& work) { threads.emplace_back(work); });
+  const int64_t helpers = below(4);
+  Attention attention(call, best_isa(), helpers + 1);
+  attend(attention, helpers, [&](auto&& work) { threads.emplace_back(work); });
   for (auto& thread : threads) thread.join();
   for (int64_t n = 0; n < N; ++n) {
-    const int64_t t = n % T, k = n / (G * T) % K, b = n / (K * G * T), query = b * T + t;
+    const int64_t t = n % T, head = n / (G * T) % K, b = n / (K * G * T), query = b * T + t;
     double total = with_logits ? std::exp(double(logits[n / T % (K * G)])) : 0;
     std::vector<double> mixed(Hv);
     for (int64_t s = 0; s < std::min<int64_t>(std::max(filled[b], 0), V); ++s) {
@@ -70,16 +114,19 @@ static bool once(int64_t seed) {
         place = table[b * (V / S) + s / S], slot = s % S;
         if (place < 0 || place >= A) continue;
       }
-      const int64_t i = ((call.layer * A + place) * K + k) * S + slot;
+      const int64_t i = ((call.layer * A + place) * K + head) * S + slot;
       double score = 0;
-      for (int64_t h = 0; h < H; ++h) score += double(q[n * H + h]) * (bytes ? kb[i * H + h] * k_scales[i] : kf[i * H + h]);
+      for (int64_t h = 0; h < Hk; ++h) score += double(q[n * H + H - Hk + h]) * number(k.vectors, i, h);
+      for (int64_t h = 0; inside && h < Hv; ++h) score += double(q[n * H + h]) * number(v.vectors, i, h);
       if (call.softcap > 0) score = call.softcap * std::tanh(score / call.softcap);
       const double weight = std::exp(score);
       total += weight;
-      for (int64_t h = 0; h < Hv; ++h) mixed[h] += weight * (bytes ? vb[i * Hv + h] * v_scales[i] : vf[i * Hv + h]);
+      for (int64_t h = 0; h < Hv; ++h) mixed[h] += weight * number(v.vectors, i, h);
     }
+    double most = 1;
+    for (int64_t h = 0; h < Hv; ++h) most = std::max(most, total ? std::fabs(mixed[h] / total) : 0);
     for (int64_t h = 0; h < Hv; ++h)
-      if (!(std::fabs(out[n * Hv + h] - (total ? mixed[h] / total : 0)) < 1e-4)) return false;
+      if (!(std::fabs(out[n * Hv + h] - (total ? mixed[h] / total : 0)) < 1e-4 * most)) return false;
   }
   return true;
 }

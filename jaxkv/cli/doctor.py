@@ -37,10 +37,7 @@ def _attention() -> str:
     passed = f"; the library of {library.WHEEL} is left alone: {why}" if (why := library.wheel_problem()) else ""
     if reason:
         return f"as XLA compiles it, without the native kernel: {reason}{passed}"
-    kernel = f"the native kernel with {library.instruction_set()} instructions, {library.origin()}{passed}"
-    if library.by_itself():
-        return kernel
-    return f"as XLA compiles it; with JAXKV_NATIVE=1 in the environment, {kernel}"
+    return f"the native kernel with {library.instruction_set()} instructions, {library.origin()}{passed}"
 
 
 def _sums() -> str:

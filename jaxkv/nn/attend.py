@@ -45,7 +45,7 @@ def attend(
         and numbers out of range, are skipped. `lax.top_k` over scores of all slots gives them (DeepSeek-V3.2), with
         `Layer.read_side` to compute those. Nothing else is read.
       implementation: "auto", "reference" (plain, builds [T, S]), "blockwise" (reads only filled blocks) or "native":
-        the kernel in C++ for CPUs, see docs/native.md. "auto" takes it if `JAXKV_NATIVE=1` is in the environment.
+        the kernel in C++ for CPUs, see docs/native.md. "auto" takes it on CPUs where it can, in short blocks.
 
     Returns:
       [B, T, N, value_dim] in q's dtype, on a mesh with Explicit axes sharded as q is.

@@ -63,7 +63,7 @@ def obstacle(q: Any, layer: Any, step: Step, *, dropout: bool = False) -> str | 
 
 def _native(q: Any, layer: Any, step: Step, implementation: str, *, dropout: bool) -> str:
     """Returns the `native` of the call's plan."""
-    if implementation == "auto" and (q.shape[1] > forward.MOST_QUERIES or not library.by_itself()):
+    if implementation == "auto" and q.shape[1] > forward.MOST_QUERIES:
         return "never"
     reason = obstacle(q, layer, step, dropout=dropout)
     if implementation == "auto":

@@ -27,13 +27,11 @@ def explain_attend(q: Any, layer: Layer, step: Step) -> str:
     Returns:
       One line of text.
 
-    >>> cache = jaxkv.Cache.init([jaxkv.LayerSpec(jaxkv.Full(), 1, 8, k_storage=jaxkv.Int8())], 1, capacity=64)
-    >>> cache, step = cache.begin(jnp.array([[0]]))
-    >>> explain_attend(jnp.ones((1, 1, 1, 8)), cache.layers[0], step).partition(":")[0]
-    'blockwise'
+    >>> spec = jaxkv.LayerSpec(jaxkv.Full(), 1, 8, rotary=jaxkv.Rotary(), rotary_at="read")
+    >>> cache, step = jaxkv.Cache.init([spec], 1, capacity=64).begin(jnp.array([[0]]))
+    >>> explain_attend(jnp.ones((1, 1, 1, 8)), cache.layers[0], step)
+    "blockwise: the native kernel can't be had: it does not rotate keys when it reads them"
     """
-    if not library.by_itself():
-        return "blockwise: JAXKV_NATIVE=1 in the environment lets it take the native kernel for CPUs"
     length = q.shape[1]
     if length > forward.MOST_QUERIES:
         return f"blockwise: of {length} tokens per row XLA's matrix products are faster than the native kernel"

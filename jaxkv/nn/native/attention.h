@@ -9,11 +9,12 @@
 #include <atomic>
 #include <cfloat>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <thread>
+#include <mutex>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -28,6 +29,13 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline))  // what needs all registers for itself
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
 
 namespace jaxkv {
 
@@ -35,6 +43,7 @@ constexpr int kStretch = 512;      // slots of a task
 constexpr int kBlock = 64;         // keys between two looks at the maximum
 constexpr int kMost = 1024;        // largest head_dim and value_dim
 constexpr int kMostPadded = kMost + 16;
+constexpr int kSpins = 2000;       // looks at the others' tasks, some 40 us, before this thread sleeps
 constexpr int64_t kAlone = 1 << 19;  // bytes, or as much arithmetic, below which another thread costs more than it brings
 
 // 2^r for |r| <= 1/2, and (tanh(x) - x) / x^3 in x^2 for |x| <= 0.65: interpolated at Chebyshev's points.
@@ -46,19 +55,33 @@ constexpr float kTanh[] = {-0.333333331f, 0.133332907f,    -0.0539563493f,
 struct Half { uint16_t bits; };
 struct Bfloat { uint16_t bits; };
 
-enum Type { kFloat, kHalf, kBfloat, kInt8 };
+enum Type { kFloat, kHalf, kBfloat, kInt8, kInt4, kE4m3, kE5m2, kTypes };
 enum Isa { kNone, kPlain, kAvx2, kAvx512 };
+
+// Whether vectors are made floats, once for all queries, before they are multiplied.
+INLINE bool expands(Type type) { return type >= kInt4; }
+
+// One buffer, as its storage keeps it.
+struct Vectors {
+  Type type;
+  int64_t size;           // numbers of a vector
+  const void* codes;      // [L, A, K, S, size]; two numbers a byte in kInt4
+  const void* scales;     // [L, A, K, S], or null; bfloat16 in kInt4, else float
+  const uint8_t* groups;  // [L, A, K, S, size / group]: the steps and zeros of kInt4; else null
+  int64_t group;          // of kInt4
+};
+
+INLINE int64_t bytes_of(const Vectors& x) {
+  return x.type == kFloat ? 4 * x.size : x.type == kHalf || x.type == kBfloat ? 2 * x.size : x.type == kInt4 ? x.size / 2 : x.size;
+}
 
 // One call. Pointers that may be null say so.
 struct Call {
-  int64_t B, K, G, T, H, Hv;  // batch rows, kv heads, query heads of a kv head, queries, sizes of a key and a value
-  int64_t L, A, S, V;         // buffers are [L, A, K, S, H]; a row has V slots
-  Type type;
+  int64_t B, K, G, T, H;      // batch rows, kv heads, query heads of a kv head, queries, size of a query
+  int64_t L, A, S, V;         // buffers are [L, A, K, S, size]; a row has V slots
+  Vectors keys, values;
+  bool inside;                // a key is its value, and then what `keys` has: maybe nothing
   const float* q;             // [B, K, G, T, H], scaled
-  const void* k;              // [L, A, K, S, H]
-  const void* v;              // [L, A, K, S, Hv]
-  const float* k_scales;      // [L, A, K, S], or null
-  const float* v_scales;      // [L, A, K, S], or null
   int64_t layer;
   const int32_t* rows;          // [B]
   const int32_t* filled;        // [B]: slots from here on are empty
@@ -68,47 +91,75 @@ struct Call {
   const int32_t* spans;         // [B, T], or null
   const int32_t* kv_spans;      // [B, V], or null
   const int32_t* high;          // [B, T]: the last position within reach, for those of one span; or null
+  const int32_t* base;          // [B]: the first position of the call's tokens, which are a tree; or null
+  const int32_t* depths;        // [B, T]: where each of them stands; or null
+  const bool* ancestors;        // [B, T, T]: whether the second is on the way to the first, itself included; or null
   const int32_t* table;         // [B, V / page]: A is pages and S their slots; or null: A is rows
   const float* sink_logits;     // [K, G], or null
   int64_t sinks;
   float softcap;                // 0: none
   bool in_order;                // slot = position
-  float* out;                   // [B, K, G, T, Hv]
+  float* out;                   // [B, K, G, T, values.size]
   float* log_total;             // [B, K, G, T]
 
   bool sees(int64_t query, int32_t position, int32_t span) const {
     if (position < 0 || positions[query] < 0) return false;
+    if (base) return sees_in_tree(query, position);
     const bool reached = position >= low[query] || position < sinks;
     if (position <= positions[query]) return reached;
     return reached && spans && spans[query] && spans[query] == span && position <= high[query];
+  }
+
+  bool sees_in_tree(int64_t query, int32_t position) const {
+    const int64_t b = query / T, own = column(b, positions[query]);
+    int32_t depth = position;
+    if (position >= base[b]) {
+      const int64_t other = column(b, position);
+      if (!ancestors[(b * T + own) * T + other]) return false;
+      depth = depths[b * T + other];
+    }
+    return depth >= 0 && depth <= depths[b * T + own] && (depth >= low[query] || depth < sinks);
+  }
+
+  int64_t column(int64_t b, int32_t position) const {
+    return std::clamp<int64_t>(int64_t{position} - base[b], 0, T - 1);
   }
 };
 
 struct Task {
   const Call* call;
   int64_t row;
+  int64_t k_bytes, v_bytes;  // of a vector
   const float* q;         // [G * T, H]
-  const void* k;
-  const void* v;
-  const float* k_scales;  // by the numbers of the list; or null
-  const float* v_scales;
   float* top;             // [G * T]: maximum so far
   float* total;           // [G * T]: sum of exp(score - maximum)
-  float* mixed;           // [G * T, Hv]
+  float* mixed;           // [G * T, values.size]
+  float* scratch;         // kBlock keys and values as floats, where they must be made such
   bool each;              // queries see different slots of the list
+  int32_t low, last;      // positions from low to last are seen by all queries but padding
   int block, count;
   int64_t at[kStretch];   // the listed slots: how many slots behind the beginning of the buffer
   int32_t position[kStretch], span[kStretch];
 };
 
-// Conversions where an instruction set has none: every number of 16 bits is one of 32.
+// The slots of a block that lie one after another.
+struct InOrder {
+  int64_t at[kBlock];
+  constexpr InOrder() : at() { for (int i = 0; i < kBlock; ++i) at[i] = i; }
+};
+constexpr InOrder kInOrder;
+
+// Conversions where an instruction set has none: every number of 16 bits is one of 32, the smallest ones without the
+// denormal floats that XLA switches off.
 #define SOFT_HALF                                                               \
   INLINE vf load_half(const Half* p) {                                          \
     vh h; memcpy(&h, p, sizeof h);                                              \
     vi x = __builtin_convertvector(h, vi);                                      \
-    vi sign = (x & 0x8000) << 16, rest = (x & 0x7fff) << 13;                    \
-    vi finite = float_to_bits(bits_to_float(rest) * 0x1p112f);                  \
-    vi y = rest >= 0x0f800000 ? rest | 0x7f800000 : finite;                     \
+    vi sign = (x & 0x8000) << 16, size = x & 0x7fff;                            \
+    vf small = __builtin_convertvector(size, vf) * 0x1p-24f;                    \
+    vi normal = (size << 13) + (112 << 23);                                     \
+    vi y = size < 0x400 ? float_to_bits(small) : normal;                        \
+    y = size >= 0x7c00 ? normal | 0x7f800000 : y;                               \
     return bits_to_float(y | sign);                                             \
   }
 
@@ -229,7 +280,8 @@ struct Row {
 
 class Attention {
  public:
-  Attention(const Call& call, Isa isa) : call_(call), isa_(isa), rows_(call.B) {
+  // `threads`: how many may run tasks.
+  Attention(const Call& call, Isa isa, int64_t threads) : call_(call), isa_(isa), rows_(call.B) {
     int64_t tasks = 0, slots = 0;
     for (int64_t b = 0; b < call.B; ++b) {
       Row& row = rows_[b];
@@ -241,9 +293,10 @@ class Attention {
       slots += row.end - row.begin;
     }
     tasks_ = tasks;
-    const int64_t queries = call.G * call.T, bytes = call.type == kFloat ? 4 : call.type == kInt8 ? 1 : 2;
-    work_ = slots * call.K * (call.H + call.Hv) * std::max(bytes, queries);
-    parts_.reset(static_cast<float*>(malloc(std::max<int64_t>(tasks, 1) * part() * sizeof(float))));
+    const int64_t queries = call.G * call.T, numbers = call.H + call.values.size;
+    work_ = slots * call.K * std::max(bytes_of(call.keys) + bytes_of(call.values), numbers * queries);
+    threads = pays() ? threads : 1;
+    parts_.reset(static_cast<float*>(malloc((std::max<int64_t>(tasks, 1) * part() + threads * scratch()) * sizeof(float))));
     left_ = std::vector<std::atomic<int64_t>>(call.B * call.K);
     for (int64_t b = 0; b < call.B; ++b)
       for (int64_t k = 0; k < call.K; ++k) {
@@ -256,18 +309,21 @@ class Attention {
   int64_t tasks() const { return tasks_; }
   bool pays() const { return work_ > kAlone && tasks_ > 1; }
 
-  // Computes one of the tasks; different ones on different threads.
-  void run(int64_t number) {
+  // Computes one of the tasks; different ones on different threads, of which this is one.
+  void run(int64_t number, int64_t thread) {
     const auto after = std::upper_bound(rows_.begin(), rows_.end(), number,
                                         [](int64_t n, const Row& row) { return n < row.tasks; });
     const int64_t b = after - rows_.begin() - 1, inner = number - rows_[b].tasks;
     const int64_t k = inner / rows_[b].stretches, stretch = inner % rows_[b].stretches;
-    stretch_of(b, k, stretch, number);
+    stretch_of(b, k, stretch, number, thread);
     if (left_[b * call_.K + k].fetch_sub(1, std::memory_order_acq_rel) == 1) join(b, k);
   }
 
  private:
-  int64_t part() const { return call_.G * call_.T * (call_.Hv + 2); }  // maxima, sums, mixed values
+  int64_t part() const { return call_.G * call_.T * (call_.values.size + 2); }  // maxima, sums, mixed values
+  int64_t scratch() const {
+    return expands(call_.keys.type) || expands(call_.values.type) ? kBlock * (call_.keys.size + call_.values.size) : 0;
+  }
 
   void bounds(int64_t b, Row& row) const {
     int64_t end = 0, begin = call_.V, last = -1;
@@ -284,21 +340,19 @@ class Attention {
     row.end = std::max(end, row.begin);
   }
 
-  void stretch_of(int64_t b, int64_t k, int64_t stretch, int64_t number) {
+  void stretch_of(int64_t b, int64_t k, int64_t stretch, int64_t number, int64_t thread) {
     const int64_t queries = call_.G * call_.T;
     Task task;
     task.call = &call_;
     task.row = b;
     task.q = call_.q + (b * call_.K + k) * queries * call_.H;
-    task.k = call_.k;
-    task.v = call_.v;
-    task.k_scales = call_.k_scales;
-    task.v_scales = call_.v_scales;
+    task.k_bytes = bytes_of(call_.keys), task.v_bytes = bytes_of(call_.values);
+    task.scratch = parts_.get() + std::max<int64_t>(tasks_, 1) * part() + thread * scratch();
     task.top = parts_.get() + number * part();
     task.total = task.top + queries;
     task.mixed = task.total + queries;
     std::fill_n(task.top, queries, -FLT_MAX);
-    std::fill_n(task.total, queries * (call_.Hv + 1), 0.f);
+    std::fill_n(task.total, queries * (call_.values.size + 1), 0.f);
     task.each = call_.T > 1;
     task.count = 0;
     const Row& row = rows_[b];
@@ -308,11 +362,14 @@ class Attention {
     const int32_t* spans = call_.kv_spans ? call_.kv_spans + b * call_.V : nullptr;
     const int64_t first = call_.layer * call_.A;
     const int64_t lane = call_.rows[b] < 0 ? 0 : std::min<int64_t>(call_.rows[b], call_.A - 1);
-    int32_t low = 0, last = INT32_MAX;  // what all queries see
+    int32_t low = 0, last = call_.base ? std::max(call_.base[b], 0) - 1 : INT32_MAX;
     for (int64_t n = b * call_.T; n < (b + 1) * call_.T; ++n) {
+      if (call_.positions[n] < 0) continue;
       low = std::max(low, call_.low[n]);
       last = std::min(last, call_.positions[n]);
+      if (call_.base) last = std::min(last, call_.depths[b * call_.T + call_.column(b, call_.positions[n])]);
     }
+    task.low = low, task.last = last;
     int all = 1;
     for (int64_t s = begin; s < end; ++s) all &= (held[s] >= low) & (held[s] <= last);
     if (all) task.each = false;
@@ -347,24 +404,24 @@ class Attention {
     const float* parts = parts_.get() + (rows_[b].tasks + k * count) * part();
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t to = (b * call_.K + k) * queries + i;
-      float* out = call_.out + to * call_.Hv;
+      float* out = call_.out + to * call_.values.size;
       float top = -FLT_MAX, total = 0;
       if (call_.sink_logits) {
         top = call_.sink_logits[k * call_.G + i / call_.T];
         total = 1;
       }
-      std::fill_n(out, call_.Hv, 0.f);
+      std::fill_n(out, call_.values.size, 0.f);
       for (int64_t n = 0; n < count; ++n) {
         const float* part_top = parts + n * part();
-        const float* mixed = part_top + 2 * queries + i * call_.Hv;
+        const float* mixed = part_top + 2 * queries + i * call_.values.size;
         const float most = part_top[i] > top ? part_top[i] : top;
         const float keep = std::exp(top - most), add = std::exp(part_top[i] - most);
         total = total * keep + part_top[queries + i] * add;
-        for (int64_t h = 0; h < call_.Hv; ++h) out[h] = out[h] * keep + mixed[h] * add;
+        for (int64_t h = 0; h < call_.values.size; ++h) out[h] = out[h] * keep + mixed[h] * add;
         top = most;
       }
       if (total == 0) total = 1;  // a query that sees nothing
-      for (int64_t h = 0; h < call_.Hv; ++h) out[h] /= total;
+      for (int64_t h = 0; h < call_.values.size; ++h) out[h] /= total;
       call_.log_total[to] = top + std::log(total);
     }
   }
@@ -384,18 +441,26 @@ class Attention {
 template <class Schedule>
 void attend(Attention& attention, int64_t helpers, const Schedule& schedule) {
   struct Shared {
-    std::atomic<int64_t> next{0}, done{0};
+    std::atomic<int64_t> next{0}, done{0}, threads{0};
     Attention* attention;
     int64_t tasks;
+    std::mutex mutex;
+    std::condition_variable finished;
     void work() {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-        attention->run(i);
-        done.fetch_add(1, std::memory_order_release);
+      int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+      if (i >= tasks) return;
+      for (const int64_t thread = threads.fetch_add(1, std::memory_order_relaxed); i < tasks;
+           i = next.fetch_add(1, std::memory_order_relaxed)) {
+        attention->run(i, thread);
+        if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < tasks) continue;
+        std::lock_guard<std::mutex> lock(mutex);
+        finished.notify_one();
       }
     }
+    bool ready() const { return done.load(std::memory_order_acquire) == tasks; }
   };
   if (!attention.pays() || helpers < 1) {
-    for (int64_t i = 0; i < attention.tasks(); ++i) attention.run(i);
+    for (int64_t i = 0; i < attention.tasks(); ++i) attention.run(i, 0);
     return;
   }
   auto shared = std::make_shared<Shared>();  // a helper that comes late finds it, and nothing to do
@@ -404,12 +469,14 @@ void attend(Attention& attention, int64_t helpers, const Schedule& schedule) {
   helpers = std::min(helpers, shared->tasks - 1);
   for (int64_t i = 0; i < helpers; ++i) schedule([shared] { shared->work(); });
   shared->work();
-  for (int spins = 0; shared->done.load(std::memory_order_acquire) < shared->tasks; ++spins) {
-    if (spins > 1000) std::this_thread::yield();  // one of them may wait for this very core
+  for (int spins = 0; spins < kSpins && !shared->ready(); ++spins) {
 #if defined(__x86_64__)
     _mm_pause();
 #endif
   }
+  // A thread that was stopped within a task may wait for this very core: sleep, and it comes here.
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->finished.wait(lock, [&] { return shared->ready(); });
 }
 
 }  // namespace jaxkv

@@ -23,6 +23,7 @@ from jax.sharding import AxisType
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.layer import Layer
 from jaxkv.cache.pages import Pages
+from jaxkv.cache.quantized import Float8
 from jaxkv.cache.rows import Rows
 from jaxkv.cache.spec import EMPTY, Chunk, Cross
 from jaxkv.cache.step import Step
@@ -35,7 +36,7 @@ _REQUIRES_DEVICES: set[Primitive] | None = getattr(
 )
 MOST_QUERIES = 16  # in a longer block XLA's matrix products are the faster form
 _MOST_SIZE = 1024  # of a key and of a value: kMost in attention.h
-_DTYPES = ("float32", "float16", "bfloat16")
+_KINDS = ("float32", "float16", "bfloat16", "Int8", "Int4", "e4m3", "e5m2")  # Type in attention.h
 
 
 def obstacle(layer: Any, step: Step, dtype: Any, *, dropout: bool) -> str | None:
@@ -43,20 +44,13 @@ def obstacle(layer: Any, step: Step, dtype: Any, *, dropout: bool) -> str | None
     if not isinstance(layer, Layer) or not isinstance(layer.layout, Rows | Pages):
         return "it reads the layers of a cache"
     spec, group = layer.spec, step.groups[layer.group]
-    kinds = {_kind(storage) for storage in (spec.k_storage, spec.v_storage)}
-    if len(kinds) > 1 or not kinds <= {*_DTYPES, "Int8"}:
-        return (
-            f"it reads keys and values of one kind, Dense of {', '.join(_DTYPES)} or Int8, "
-            f"not {spec.k_storage} and {spec.v_storage}"
-        )
+    for storage in (spec.k_storage, spec.v_storage):
+        if _kind(storage) not in _KINDS:
+            return f"it reads Dense of {', '.join(_KINDS[:3])}, Int8, Int4 and Float8, not {storage}"
     if max(spec.head_dim, spec.value_dim) > _MOST_SIZE:
         return f"it reads vectors of up to {_MOST_SIZE} numbers"
-    if spec.v_in_k:
-        return "it does not read values that are in keys (v_in_k)"
     if spec.rotary_at == "read":
         return "it does not rotate keys when it reads them"
-    if step.tree is not None and not isinstance(spec.reach, Cross):
-        return "it does not read token trees"
     if step.shared is not None:
         return "it does not read once what rows share"
     if dtype.itemsize > 4 or dropout:
@@ -68,7 +62,9 @@ def obstacle(layer: Any, step: Step, dtype: Any, *, dropout: bool) -> str | None
 
 def _kind(storage: Any) -> str:
     """Returns the name of what the kernel knows a storage by, or one that it does not know."""
-    return storage.dtype.name if isinstance(storage, Dense) else type(storage).__name__
+    if isinstance(storage, Dense):
+        return storage.dtype.name
+    return storage.format if isinstance(storage, Float8) else type(storage).__name__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,25 +194,24 @@ def _on_one_device(module: Any) -> bool:
 def _library_call(call: Callable[..., Any], plan: Any, q: Any, sinks: Any, layer: Layer, step: Step) -> Any:
     spec, group, reach = layer.spec, step.groups[layer.group], layer.spec.reach
     none, no_float = jnp.zeros((0,), jnp.int32), jnp.zeros((0,), jnp.float32)
-    pairs = [(x["codes"], x["scales"]) if isinstance(x, dict) else (x, no_float) for x in (layer.k, layer.v)]
-    (k, k_scales), (v, v_scales) = pairs
     held = group.kv_positions
     if spec.drops:
         held = jnp.where(layer.stored(step, 0, layer.num_slots), held, EMPTY)
-    positions, low = step.positions, reach.first(step.positions)
-    spans = high = kv_spans = none
+    positions, low = step.positions, reach.first(step.depths)
+    spans = high = kv_spans = base = depths = none
+    ancestors = jnp.zeros((0,), bool)
     if isinstance(reach, Cross):
         positions = jnp.where(positions == EMPTY, EMPTY, FAR)
+    elif step.tree is not None:
+        base, depths, ancestors = step.tree.base, step.tree.depth, step.tree.ancestors
     elif step.spans is not None and group.kv_spans is not None:
         spans, kv_spans = step.spans, group.kv_spans
         high = low + (reach.size - 1) if isinstance(reach, Chunk) else jnp.full_like(low, FAR)
     out, log_total = call(
         spec.value_dim,
         q,
-        k,  # as they are: a reshape, fused with the put before, would copy the whole buffer
-        v,
-        k_scales,
-        v_scales,
+        *_parts(layer.k),
+        *_parts(layer.v),
         jnp.int32(0) if layer.index is None else layer.index,
         step.rows,
         group.filled,
@@ -226,10 +221,24 @@ def _library_call(call: Callable[..., Any], plan: Any, q: Any, sinks: Any, layer
         spans,
         kv_spans,
         high,
+        base,
+        depths,
+        ancestors,
         none if group.pages is None else group.pages.table,
         no_float if sinks is None else sinks,
+        k_type=np.int64(_KINDS.index(_kind(spec.k_storage))),
+        v_type=np.int64(_KINDS.index(_kind(spec.v_storage))),
+        inside=np.int64(spec.v_in_k),
         sinks=np.int64(reach.sinks),
         softcap=np.float32(plan.softcap or 0),
         in_order=np.int64(group.slot_is_position),
     )
     return out, log_total[..., None]
+
+
+def _parts(stored: Any) -> tuple[Any, Any, Any]:
+    """Returns codes, scales and groups, as they are: a reshape, fused with the put before, would copy the buffer."""
+    parts = stored if isinstance(stored, dict) else {"codes": stored}
+    nothing = jnp.zeros((0,), jnp.float32)
+    codes, scales, groups = (parts.get(name) for name in ("codes", "scales", "groups"))
+    return tuple(nothing if x is None else x for x in (codes, scales, groups))  # type: ignore[return-value]

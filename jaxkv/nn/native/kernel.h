@@ -50,61 +50,143 @@ INLINE vf hyperbolic(vf x) {
 }
 
 #if W == 4
-INLINE vf pairs(vf a, vf b) {
-  return __builtin_shuffle(a, b, vi{0, 4, 1, 5}) + __builtin_shuffle(a, b, vi{2, 6, 3, 7});
-}
-INLINE vf fours(vf a, vf b) {
-  return __builtin_shuffle(a, b, vi{0, 1, 4, 5}) + __builtin_shuffle(a, b, vi{2, 3, 6, 7});
-}
+INLINE vf pairs(vf a, vf b) { return SHUFFLE(a, b, 0, 4, 1, 5) + SHUFFLE(a, b, 2, 6, 3, 7); }
+INLINE vf fours(vf a, vf b) { return SHUFFLE(a, b, 0, 1, 4, 5) + SHUFFLE(a, b, 2, 3, 6, 7); }
 INLINE vf sums(const vf* a) { return fours(pairs(a[0], a[1]), pairs(a[2], a[3])); }
 #elif W == 8
 INLINE vf pairs(vf a, vf b) {
-  return __builtin_shuffle(a, b, vi{0, 8, 1, 9, 4, 12, 5, 13}) + __builtin_shuffle(a, b, vi{2, 10, 3, 11, 6, 14, 7, 15});
+  return SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
 }
 INLINE vf fours(vf a, vf b) {
-  return __builtin_shuffle(a, b, vi{0, 1, 8, 9, 4, 5, 12, 13}) + __builtin_shuffle(a, b, vi{2, 3, 10, 11, 6, 7, 14, 15});
+  return SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
 }
 INLINE vf eights(vf a, vf b) {
-  return __builtin_shuffle(a, b, vi{0, 1, 2, 3, 8, 9, 10, 11}) +
-         __builtin_shuffle(a, b, vi{4, 5, 6, 7, 12, 13, 14, 15});
+  return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
 }
 INLINE vf sums(const vf* a) {
   return eights(fours(pairs(a[0], a[1]), pairs(a[2], a[3])), fours(pairs(a[4], a[5]), pairs(a[6], a[7])));
 }
 #else
 INLINE vf pairs(vf a, vf b) {
-  return __builtin_shuffle(a, b, vi{0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29}) +
-         __builtin_shuffle(a, b, vi{2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31});
+  return SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+         SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
 }
 INLINE vf fours(vf a, vf b) {
-  return __builtin_shuffle(a, b, vi{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}) +
-         __builtin_shuffle(a, b, vi{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
+  return SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+         SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
 INLINE vf eights(vf a, vf b) {  // quarters 0 + 1 and 2 + 3 of both
-  return __builtin_shuffle(a, b, vi{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}) +
-         __builtin_shuffle(a, b, vi{4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
+  return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 }
 INLINE vf sums4(const vf* a) { return fours(pairs(a[0], a[1]), pairs(a[2], a[3])); }
 INLINE vf sums(const vf* a) { return eights(eights(sums4(a), sums4(a + 4)), eights(sums4(a + 8), sums4(a + 12))); }
 #endif
 
-// Has the vector of `size` numbers come closer. While keys are multiplied, the values of the same block come from memory,
-// and while values are, the keys of the next block.
-template <class E> INLINE void fetch(const void* buffer, int64_t at, int size) {
-  const char* p = reinterpret_cast<const char*>(static_cast<const E*>(buffer) + at * size);
-  for (size_t i = 0; i < size * sizeof(E); i += 64) __builtin_prefetch(p + i, 0, 2);
+// Vectors of some slots of the list as they are multiplied: numbers of `type`, vector j at slot at[j] behind `base`.
+struct Block {
+  Type type;
+  int size;
+  const void* base;
+  const int64_t* at;
+};
+
+// Numbers of 8 bits with a sign and M bits of mantissa, as they are stored: without the scale.
+template <int M> INLINE vf load_eight(const uint8_t* p) {
+  constexpr int bias = M == 3 ? 7 : 15;
+  vu x; memcpy(&x, p, sizeof x);
+  vi bits = __builtin_convertvector(x, vi), size = bits & 127;
+  vf normal = bits_to_float((size << (23 - M)) + ((127 - bias) << 23));
+  vf small = __builtin_convertvector(size, vf) * (M == 3 ? 0x1p-9f : 0x1p-16f);
+  vf y = size < (1 << M) ? small : normal;
+  return bits_to_float(float_to_bits(y) | (bits & 128) << 24);
 }
 
-// Scores of keys [begin, begin + N) of the list for Q queries, in rows of kBlock.
+template <int M> static void expand_eight(const uint8_t* from, int size, float* to) {
+  for (int h = 0; h < size; h += W) {
+    uint8_t some[W] = {};
+    const int n = size - h < W ? size - h : W;
+    if (n < W) memcpy(some, from + h, n);
+    vf x = load_eight<M>(n < W ? some : from + h);
+    memcpy(to + h, &x, n * sizeof(float));
+  }
+}
+
+// Two numbers a byte: number i shares one with number i + size / 2. A group has a step (1 to 16) and a zero (0 to 15).
+static void expand_four(const uint8_t* codes, const uint8_t* groups, int size, int group, float* to) {
+  const int half = size / 2, count = half / group;
+  for (int g = 0; g < count; ++g) {
+    const uint8_t first = groups[g], second = groups[count + g];
+    const float a = (first >> 4) + 1, b = (second >> 4) + 1, za = (first & 15) * a, zb = (second & 15) * b;
+    int i = g * group;
+    const int end = i + group;
+    for (; i + 8 <= end; i += 8) {
+      u8 bytes; memcpy(&bytes, codes + i, sizeof bytes);
+      i8 x = __builtin_convertvector(bytes, i8);
+      f8 low = __builtin_convertvector(x & 15, f8) * a - za, high = __builtin_convertvector(x >> 4, f8) * b - zb;
+      memcpy(to + i, &low, sizeof low);
+      memcpy(to + half + i, &high, sizeof high);
+    }
+    for (; i < end; ++i) {
+      to[i] = (codes[i] & 15) * a - za;
+      to[half + i] = (codes[i] >> 4) * b - zb;
+    }
+  }
+}
+
+// A block of the list as it can be multiplied: where it lies, or, of what must be expanded first, in `scratch`.
+static Block block_of(const Vectors& x, const int64_t* at, int count, float* scratch) {
+  if (!x.size || !expands(x.type)) return {x.type, static_cast<int>(x.size), x.codes, at};
+  for (int j = 0; j < count; ++j) {
+    const uint8_t* codes = static_cast<const uint8_t*>(x.codes) + at[j] * bytes_of(x);
+    float* to = scratch + j * x.size;
+    if (x.type == kInt4)
+      expand_four(codes, x.groups + at[j] * (x.size / x.group), x.size, x.group, to);
+    else if (x.type == kE4m3)
+      expand_eight<3>(codes, x.size, to);
+    else
+      expand_eight<2>(codes, x.size, to);
+  }
+  return {kFloat, static_cast<int>(x.size), scratch, kInOrder.at};
+}
+
+// The factors of the vectors of a block, and zeros up to kBlock.
+static bool scales_of(const Vectors& x, const int64_t* at, int count, float* to) {
+  if (!x.scales) return false;
+  if (x.type == kInt4) {
+    for (int j = 0; j < count; ++j) {
+      const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(x.scales)[at[j]]) << 16;
+      memcpy(to + j, &bits, sizeof bits);
+    }
+  } else {
+    for (int j = 0; j < count; ++j) to[j] = static_cast<const float*>(x.scales)[at[j]];
+  }
+  for (int j = count; j < kBlock; ++j) to[j] = 0;
+  return true;
+}
+
+// Has the vector of slot `at` come closer. While keys are multiplied, the values of the same block come from memory, and
+// while values are, the keys of the next block.
+INLINE void fetch(const void* codes, int64_t at, int64_t bytes) {
+  const char* p = static_cast<const char*>(codes) + at * bytes;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+INLINE void fetch_key(const Task& task, int64_t at) {
+  fetch(task.call->keys.codes, at, task.k_bytes);
+  if (task.call->inside) fetch(task.call->values.codes, at, task.v_bytes);
+}
+
+// Scores of keys [begin, begin + N) of a block for Q queries, in rows of kBlock.
 template <class E, int Q, int N>
-static void score_keys(const Task& task, const float* q, int64_t stride, int begin, bool first, float* scores) {
+INLINE void score_keys(const Task& task, const Block& keys, int count, const float* q, int64_t stride, int begin,
+                       bool ahead, float* scores) {
   constexpr int kRegisters = ((Q * N + W - 1) / W) * W;
-  const int size = task.call->H, whole = size / W;
+  const int size = keys.size, whole = size / W;
   const E* key[N];
   for (int j = 0; j < N; ++j) {
-    const int last = task.count - 1, here = begin + j < last ? begin + j : last;  // again, rather than past the end
-    key[j] = static_cast<const E*>(task.k) + task.at[here] * size;
-    if (first) fetch<E>(task.v, task.at[here], task.call->Hv);
+    const int here = begin + j < count ? begin + j : count - 1;  // again, rather than past the end
+    key[j] = static_cast<const E*>(keys.base) + keys.at[here] * size;
+    if (ahead) fetch(task.call->values.codes, task.at[task.block + here], task.v_bytes);
   }
   vf sum[kRegisters];
 #pragma GCC unroll 16
@@ -134,15 +216,22 @@ static void score_keys(const Task& task, const float* q, int64_t stride, int beg
     vf x = sums(sum + i * W);
     memcpy(total + i * W, &x, sizeof x);
   }
-  for (int i = 0; i < Q; ++i) memcpy(scores + i * kBlock + begin - task.block, total + i * N, N * sizeof(float));
+  for (int i = 0; i < Q; ++i) memcpy(scores + i * kBlock + begin, total + i * N, N * sizeof(float));
+}
+
+template <class E, int Q>
+APART void score_block(const Task& task, const Block& keys, int count, const float* q, int64_t stride, bool ahead,
+                        float* scores) {
+  constexpr int kKeys = Q == 1 ? ACCUMULATORS : Q == 2 ? ACCUMULATORS / 2 : ACCUMULATORS / 4;
+  for (int j = 0; j < count; j += kKeys) score_keys<E, Q, kKeys>(task, keys, count, q, stride, j, ahead, scores);
 }
 
 // out[i] * keep[i] + the sum over keys of weights[i][j] * v[j], of C vectors from number h on, for Q queries.
 template <class E, int Q, int C>
-static void mix_columns(const Task& task, const float* weights, const float* keep, int count, int h, int some, bool ahead,
-                        float* out) {
-  const int size = task.call->Hv;
-  const E* values = static_cast<const E*>(task.v) + h;
+APART void mix_columns(const Task& task, const Block& block, const float* weights, const float* keep, int count, int h,
+                        int some, bool ahead, float* out) {
+  const int size = block.size;
+  const E* values = static_cast<const E*>(block.base) + h;
   vf sum[Q * C];
 #pragma GCC unroll 16
   for (int i = 0; i < Q; ++i)
@@ -150,9 +239,9 @@ static void mix_columns(const Task& task, const float* weights, const float* kee
     for (int c = 0; c < C; ++c)
       sum[i * C + c] = (some ? load_some(out + i * size + h, some) : load(out + i * size + h + c * W)) * keep[i];
   for (int j = 0; j < count; ++j) {
-    const E* value = values + task.at[task.block + j] * size;
+    const E* value = values + block.at[j] * size;
     const int next = task.block + kBlock + j;
-    if (ahead && next < task.count) fetch<E>(task.k, task.at[next], task.call->H);
+    if (ahead && next < task.count) fetch_key(task, task.at[next]);
     vf x[C];
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
@@ -177,51 +266,88 @@ static void mix_columns(const Task& task, const float* weights, const float* kee
 }
 
 template <class E, int Q>
-INLINE void mix(const Task& task, const float* weights, const float* keep, int count, bool first, float* out) {
+static void mix_block(const Task& task, const Block& values, const float* weights, const float* keep, int count, bool ahead,
+                      float* out) {
   constexpr int kWide = Q <= 2 ? 4 : ACCUMULATORS / 4;
-  const int size = task.call->Hv;
+  const int size = values.size;
   int h = 0;
-  for (; h + kWide * W <= size; h += kWide * W) mix_columns<E, Q, kWide>(task, weights, keep, count, h, 0, first && h == 0, out);
-  for (; h < size; h += W) mix_columns<E, Q, 1>(task, weights, keep, count, h, h + W <= size ? 0 : size - h, first && h == 0, out);
+  for (; h + kWide * W <= size; h += kWide * W)
+    mix_columns<E, Q, kWide>(task, values, weights, keep, count, h, 0, ahead && h == 0, out);
+  for (; h < size; h += W)
+    mix_columns<E, Q, 1>(task, values, weights, keep, count, h, h + W <= size ? 0 : size - h, ahead && h == 0, out);
 }
 
-// One block of the list for queries [first, first + Q) of the kv head.
-template <class E, int Q>
-void attend_block(const Task& task, int first, int count) {
-  constexpr int kKeys = Q == 1 ? ACCUMULATORS : Q == 2 ? ACCUMULATORS / 2 : ACCUMULATORS / 4;
-  const Call& call = *task.call;
-  alignas(64) float scores[Q * kBlock];
+template <int Q>
+static void score(const Task& task, const Block& keys, int count, const float* q, int64_t stride, bool ahead, float* scores) {
   alignas(64) float padded[Q * kMostPadded];
-  const float* q = task.q + first * call.H;
-  int64_t stride = call.H;
-  if (call.H % W) {
-    stride = (call.H + W - 1) / W * W;
+  if (keys.size % W) {
+    const int64_t wide = (keys.size + W - 1) / W * W;
     for (int i = 0; i < Q; ++i) {
-      memcpy(padded + i * stride, q + i * call.H, call.H * sizeof(float));
-      memset(padded + i * stride + call.H, 0, (stride - call.H) * sizeof(float));
+      memcpy(padded + i * wide, q + i * stride, keys.size * sizeof(float));
+      memset(padded + i * wide + keys.size, 0, (wide - keys.size) * sizeof(float));
     }
-    q = padded;
+    q = padded, stride = wide;
   }
-  for (int j = 0; j < count; j += kKeys) score_keys<E, Q, kKeys>(task, q, stride, task.block + j, first == 0, scores);
+  switch (keys.type) {
+    case kHalf: return score_block<Half, Q>(task, keys, count, q, stride, ahead, scores);
+    case kBfloat: return score_block<Bfloat, Q>(task, keys, count, q, stride, ahead, scores);
+    case kInt8: return score_block<int8_t, Q>(task, keys, count, q, stride, ahead, scores);
+    default: return score_block<float, Q>(task, keys, count, q, stride, ahead, scores);
+  }
+}
 
+template <int Q>
+static void mix(const Task& task, const Block& values, const float* weights, const float* keep, int count, bool ahead,
+                float* out) {
+  switch (values.type) {
+    case kHalf: return mix_block<Half, Q>(task, values, weights, keep, count, ahead, out);
+    case kBfloat: return mix_block<Bfloat, Q>(task, values, weights, keep, count, ahead, out);
+    case kInt8: return mix_block<int8_t, Q>(task, values, weights, keep, count, ahead, out);
+    default: return mix_block<float, Q>(task, values, weights, keep, count, ahead, out);
+  }
+}
+
+// A block of the list, ready to be multiplied. Where values are in keys, a key is a value and then what `keys` has.
+struct Ready {
+  Block keys, values;
+  bool each;  // queries see different slots of it
+  const float* k_scales;  // or null
+  const float* v_scales;
+  int count;
+};
+
+// One block of the list for queries [first, first + Q) of the kv head.
+template <int Q>
+void attend_block(const Task& task, const Ready& block, int first) {
+  const Call& call = *task.call;
+  const int count = block.count, filled = (count + W - 1) / W * W;
+  alignas(64) float scores[Q * kBlock], more[Q * kBlock];
+  const float* q = task.q + first * call.H;
+  const bool ahead = first == 0;
+  if (call.inside) {
+    score<Q>(task, block.values, count, q, call.H, false, scores);
+    if (block.keys.size) score<Q>(task, block.keys, count, q + call.values.size, call.H, false, more);
+  } else {
+    score<Q>(task, block.keys, count, q, call.H, ahead, scores);
+  }
   float keep[Q];
-  float* out = task.mixed + first * call.Hv;
+  float* out = task.mixed + first * call.values.size;
   for (int i = 0; i < Q; ++i) {
     float* score = scores + i * kBlock;
     const int64_t t = (first + i) % call.T, n = task.row * call.T + t;
-    const int filled = (count + W - 1) / W * W;
+    const float* factors = call.inside ? block.v_scales : block.k_scales;
+    for (int s = 0; s < filled; s += W) {
+      vf x = load(score + s);
+      if (factors) x *= load(factors + s);
+      if (call.inside && block.keys.size)
+        x += block.k_scales ? load(more + i * kBlock + s) * load(block.k_scales + s) : load(more + i * kBlock + s);
+      if (call.softcap > 0) x = hyperbolic(x / call.softcap) * call.softcap;
+      memcpy(score + s, &x, sizeof x);
+    }
     for (int s = count; s < filled; ++s) score[s] = -INFINITY;
-    if (task.k_scales)
-      for (int s = 0; s < count; ++s) score[s] *= task.k_scales[task.at[task.block + s]];
-    if (call.softcap > 0)
-      for (int s = 0; s < filled; s += W) {
-        vf x = load(score + s);
-        x = hyperbolic(x / call.softcap) * call.softcap;
-        memcpy(score + s, &x, sizeof x);
-      }
-    if (call.softcap > 0)
-      for (int s = count; s < filled; ++s) score[s] = -INFINITY;
-    if (task.each)  // the list has what any of the queries sees
+    if (call.positions[n] < 0)
+      for (int s = 0; s < count; ++s) score[s] = -INFINITY;
+    else if (block.each)  // the list has what any of the queries sees
       for (int s = 0; s < count; ++s)
         if (!call.sees(n, task.position[task.block + s], task.span[task.block + s])) score[s] = -INFINITY;
     vf top = splat(task.top[first + i]);
@@ -235,6 +361,7 @@ void attend_block(const Task& task, int first, int count) {
     for (int s = 0; s < filled; s += W) {
       vf x = exponential(load(score + s) - most);
       sum += x;
+      if (block.v_scales) x *= load(block.v_scales + s);
       memcpy(score + s, &x, sizeof x);
     }
     keep[i] = exponential(splat(task.top[first + i] - most))[0];
@@ -242,31 +369,34 @@ void attend_block(const Task& task, int first, int count) {
     for (int l = 0; l < W; ++l) total += sum[l];
     task.total[first + i] = task.total[first + i] * keep[i] + total;
     task.top[first + i] = most;
-    if (task.v_scales)
-      for (int s = 0; s < count; ++s) score[s] *= task.v_scales[task.at[task.block + s]];
   }
-  mix<E, Q>(task, scores, keep, count, first == 0, out);
-}
-
-template <class E>
-void attend_list(Task& task) {
-  const int queries = task.call->G * task.call->T;
-  for (int j = 0; j < task.count && j < kBlock; ++j) fetch<E>(task.k, task.at[j], task.call->H);
-  for (task.block = 0; task.block < task.count; task.block += kBlock) {
-    const int count = task.count - task.block < kBlock ? task.count - task.block : kBlock;
-    int first = 0;
-    for (; first + 4 <= queries; first += 4) attend_block<E, 4>(task, first, count);
-    if (queries - first == 3) attend_block<E, 3>(task, first, count);
-    if (queries - first == 2) attend_block<E, 2>(task, first, count);
-    if (queries - first == 1) attend_block<E, 1>(task, first, count);
-  }
+  mix<Q>(task, block.values, scores, keep, count, ahead, out);
 }
 
 void attend_task(Task& task) {
-  switch (task.call->type) {
-    case kFloat: return attend_list<float>(task);
-    case kHalf: return attend_list<Half>(task);
-    case kBfloat: return attend_list<Bfloat>(task);
-    case kInt8: return attend_list<int8_t>(task);
+  const Call& call = *task.call;
+  const int queries = call.G * call.T;
+  for (int j = 0; j < task.count && j < kBlock; ++j) fetch_key(task, task.at[j]);
+  alignas(64) float k_scales[kBlock], v_scales[kBlock];
+  for (task.block = 0; task.block < task.count; task.block += kBlock) {
+    Ready block;
+    const int count = block.count = task.count - task.block < kBlock ? task.count - task.block : kBlock;
+    const int64_t* at = task.at + task.block;
+    block.keys = block_of(call.keys, at, count, task.scratch);
+    block.values = block_of(call.values, at, count, task.scratch + kBlock * call.keys.size);
+    block.k_scales = scales_of(call.keys, at, count, k_scales) ? k_scales : nullptr;
+    block.v_scales = scales_of(call.values, at, count, v_scales) ? v_scales : nullptr;
+    block.each = false;
+    if (task.each) {
+      int all = 1;
+      const int32_t* position = task.position + task.block;
+      for (int s = 0; s < count; ++s) all &= (position[s] >= task.low) & (position[s] <= task.last);
+      block.each = !all;
+    }
+    int first = 0;
+    for (; first + 4 <= queries; first += 4) attend_block<4>(task, block, first);
+    if (queries - first == 3) attend_block<3>(task, block, first);
+    if (queries - first == 2) attend_block<2>(task, block, first);
+    if (queries - first == 1) attend_block<1>(task, block, first);
   }
 }

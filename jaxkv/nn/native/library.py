@@ -53,11 +53,6 @@ def problem() -> str | None:
     return None
 
 
-def by_itself() -> bool:
-    """Returns whether implementation="auto" may take the kernel: if `JAXKV_NATIVE` says so."""
-    return asked() not in ("", *_OFF)
-
-
 def instruction_set() -> str:
     """Returns the name of the instructions that the kernel uses on this machine; `problem()` must be None."""
     return list(build.SETS)[_LIBRARIES[0].jaxkv_use(_wanted()) - 1]
