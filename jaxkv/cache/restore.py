@@ -50,6 +50,41 @@ class _Move:
     lead: np.ndarray  # int [m], where these lie: rows or pages
     start: np.ndarray  # int [m], the first slot there
 
+    @functools.cached_property
+    def blocks(self) -> list[_Block]:
+        """The units in turn, as many as go to the device at a time; the same for all layers of the group."""
+        return self._cut(max(_BLOCK // self.unit, 1))
+
+    @functools.cached_property
+    def whole(self) -> list[_Block] | None:
+        """All units at once, if the row's tokens fill them: they need no other place before they go to the device."""
+        filled = len(self.slots) == self.count == padded(len(self.units)) * self.unit
+        return self._cut(len(self.units)) if filled else None
+
+    def _cut(self, most: int) -> list[_Block]:
+        which, blocks = np.searchsorted(self.units, self.slots // self.unit), []
+        for begin in range(0, len(self.units), most):
+            count = min(most, len(self.units) - begin)
+            lead, start = (np.zeros(padded(count), np.int32) for _ in range(2))
+            lead[:count], start[:count] = (x[begin : begin + count] for x in (self.lead, self.start))
+            here = np.flatnonzero((which >= begin) & (which < begin + count))
+            target = _together((which[here] - begin) * self.unit + self.slots[here] % self.unit)
+            size = padded(count) * self.unit
+            blocks.append(_Block(lead, start, np.int32(count), _together(self.tokens[here]), target, size))
+        return blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Some units of slots, of which a power of two is written."""
+
+    lead: np.ndarray  # int32 [m]
+    start: np.ndarray  # int32 [m]
+    count: np.int32  # how many of the m units there are
+    source: Any  # which tokens of the row, a slice or int [n]
+    target: Any  # where in the units they go
+    size: int  # slots of the m units
+
 
 def load(
     cache: Any,
@@ -222,6 +257,7 @@ class _Form:
     prefix: str  # of the names of arrays, with a place for the row
     storage: Any
     tree: Any  # what its storage allocates for one token: a pytree of [K, 1, h]
+    converts: bool  # whether the cache has another storage
 
     @classmethod
     def of(cls, file: Snapshot, number: int, name: str, part: Part) -> _Form:
@@ -237,7 +273,7 @@ class _Form:
                 _check_converts(storage, part.storage, part.num_heads, part.size)
             except ValueError as error:
                 raise ValueError(f"{file.path}: {name} of layer {number} was kept by {storage}: {error}") from error
-        return cls(f"rows.{{}}.layers.{number}.{name}", storage, tree)
+        return cls(f"rows.{{}}.layers.{number}.{name}", storage, tree, storage != part.storage)
 
     def names(self, row: int) -> dict[str, Any]:
         """Returns the names of the arrays of one row, and what one token has in each."""
@@ -263,19 +299,11 @@ class _Form:
           lead int32 [m], start int32 [m], how many of the m units there are, pieces [K, m * unit, h].
         """
         arrays = [file.numbers(name, one.dtype) for name, one in self.names(move.row).items()]
-        which, most = np.searchsorted(move.units, move.slots // move.unit), max(_BLOCK // move.unit, 1)
-        if len(move.slots) == move.count == padded(len(move.units)) * move.unit:  # nothing is to be filled up
-            most = len(move.units)
-        for begin in range(0, len(move.units), most):
-            count = min(most, len(move.units) - begin)
-            size = padded(count)
-            lead, start = (np.zeros(size, np.int32) for _ in range(2))
-            lead[:count], start[:count] = (x[begin : begin + count] for x in (move.lead, move.start))
-            here = np.flatnonzero((which >= begin) & (which < begin + count))
-            source = _together(move.tokens[here])
-            target = _together((which[here] - begin) * move.unit + move.slots[here] % move.unit)
-            pieces = [_filled_up(array, source, target, size * move.unit) for array in arrays]
-            yield lead, start, np.int32(count), jax.tree.unflatten(jax.tree.structure(self.tree), pieces)
+        blocks = move.blocks if self.converts or move.whole is None else move.whole
+        for block in blocks:
+            pieces = [_filled_up(array, block.source, block.target, block.size) for array in arrays]
+            tree = jax.tree.unflatten(jax.tree.structure(self.tree), pieces)
+            yield block.lead, block.start, block.count, tree
 
 
 @functools.lru_cache(256)  # tracing takes longer than reading what a layer keeps
