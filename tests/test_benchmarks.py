@@ -32,6 +32,14 @@ def test_the_decode_benchmark_runs_and_draws(tmp_path, capsys):
     assert figure.stat().st_size > 1000
 
 
+def test_the_figures_of_the_readme_are_those_of_the_data():
+    readme = importlib.import_module("readme")
+    data = json.loads((readme.ROOT / "docs" / "data" / "model.json").read_text())
+    assert readme.paragraph(data) in (readme.ROOT / "README.md").read_text("utf-8"), "run: python benchmarks/readme.py"
+    data["decode_ms_per_token"]["32"]["jaxkv"] = [99.0]
+    assert "decodes in 99.0 / " in readme.paragraph(data)
+
+
 def test_the_benchmark_of_pages_runs_and_draws(tmp_path, capsys, monkeypatch):
     pages = importlib.import_module("pages")
     monkeypatch.setattr(pages.Peer, "there", lambda: False)  # transformers takes longer than all else
