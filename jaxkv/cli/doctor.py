@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import platform
 from collections import Counter
 
@@ -33,16 +34,18 @@ def _attention() -> str:
     if jax.default_backend() != "cpu":
         return f"as XLA compiles it for {jax.default_backend()}; the native kernel is for CPUs"
     reason = library.problem()
+    passed = f"; the library of {library.WHEEL} is left alone: {why}" if (why := library.wheel_problem()) else ""
     if reason:
-        return f"as XLA compiles it, without the native kernel: {reason}"
-    return f"the native kernel with {library.instruction_set()} instructions, {library.where()}"
+        return f"as XLA compiles it, without the native kernel: {reason}{passed}"
+    return f"the native kernel with {library.instruction_set()} instructions, {library.origin()}{passed}"
 
 
 def _sums() -> str:
     error = wrong_sum()
     if error is None:
         return "right: this jaxlib's CPU backend computes a known sum as it should"
+    off = f"{error:.0e} times the largest number" if math.isfinite(error) else "more than any number"
     return (
-        f"wrong: this jaxlib's CPU backend is off by a factor of {error:.0e} in (matmul(x, broadcast(c)) * x).sum(-1); "
+        f"wrong: this jaxlib's CPU backend is off by {off} in (matmul(x, broadcast(c)) * x).sum(-1); "
         "jaxkv does not use it. Take another jaxlib, or XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= (slower)"
     )

@@ -38,7 +38,7 @@ def explain_attend(q: Any, layer: Layer, step: Step) -> str:
     reason = call.obstacle(q, layer, step)
     if reason:
         return f"blockwise: the native kernel can't be had: {reason}"
-    where = "in jit on one device and in shard_map; blockwise under vmap, automatic sharding and in exported programs"
+    where = "also under vmap, in shard_map, and on a mesh for rows and kv heads; blockwise in exported programs"
     return f"native: {library.instruction_set()} instructions, {where}"
 
 

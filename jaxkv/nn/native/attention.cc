@@ -31,6 +31,8 @@ bool kept_in(Type kind, ffi::DataType type) {
   }
 }
 
+std::atomic<int> in_use{kNone};  // the instruction set that calls run with; kNone: the best
+
 ffi::Error wrong(const char* what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, what); }
 
 // What a buffer [L, A, K, S, ...] has along its axes; of one layer it is without the first.
@@ -67,8 +69,8 @@ const char* read(const Lead& lead, int64_t kind, int64_t size, const ffi::AnyBuf
   return nullptr;
 }
 
-ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer k_scales, ffi::AnyBuffer k_groups,
-                  ffi::AnyBuffer v, ffi::AnyBuffer v_scales, ffi::AnyBuffer v_groups, ffi::AnyBuffer layer,
+ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer v, ffi::AnyBuffer v_scales, ffi::AnyBuffer v_groups,
+                  ffi::AnyBuffer k, ffi::AnyBuffer k_scales, ffi::AnyBuffer k_groups, ffi::AnyBuffer layer,
                   ffi::AnyBuffer rows, ffi::AnyBuffer filled, ffi::AnyBuffer kv_positions, ffi::AnyBuffer low,
                   ffi::AnyBuffer positions, ffi::AnyBuffer spans, ffi::AnyBuffer kv_spans, ffi::AnyBuffer high,
                   ffi::AnyBuffer base, ffi::AnyBuffer depths, ffi::AnyBuffer ancestors, ffi::AnyBuffer table,
@@ -118,7 +120,8 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
   call.out = static_cast<float*>(out->untyped_data());
   call.log_total = static_cast<float*>(log_total->untyped_data());
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  Attention attention(call, best_isa(), threads);
+  const Isa isa = static_cast<Isa>(in_use.load(std::memory_order_relaxed));
+  Attention attention(call, isa ? isa : best_isa(), threads);
   if (!attention.ready()) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxkv: out of memory");
   attend(attention, threads - 1, [&](auto&& work) {
     auto task = work;
@@ -220,8 +223,11 @@ extern "C" {
 // The version of XLA's interface that this was built for: major * 1000 + minor.
 __attribute__((visibility("default"))) int jaxkv_api_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
 
-// The instruction set that is used here: 1 plain, 2 AVX2, 3 AVX-512.
-__attribute__((visibility("default"))) int jaxkv_isa() { return jaxkv::best_isa(); }
+// Has calls run with an instruction set: 1 plain, 2 AVX2, 3 AVX-512; with the best where it can't be used here. Returns it.
+__attribute__((visibility("default"))) int jaxkv_use(int isa) {
+  using namespace jaxkv;
+  return in_use = has(static_cast<Isa>(isa)) ? isa : best_isa();
+}
 
 // 0 if every instruction set that can be used here gives right sums, else 10 * instruction set + type; 100: none can.
 __attribute__((visibility("default"))) int jaxkv_self_test() {

@@ -1,14 +1,15 @@
 """The native kernel as a JAX primitive: what it computes is decided where a program is lowered.
 
-Only there it is known for how many devices, and for what platform, a program is compiled: on one CPU, or inside of
-`jax.shard_map`, it calls the library, elsewhere it does what XLA compiles. Where tracing is all there is (`jax.vmap`),
-it is XLA's form too.
+Only there it is known for how many devices, and for what platform, a program is compiled. For CPUs it calls the
+library, each device for its own rows and kv heads where XLA divides the program. Where that can't be without a gather,
+and in what `jax.export` writes, it is what XLA compiles.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+from jax.sharding import AxisType
 
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.layer import Layer
@@ -26,8 +28,12 @@ from jaxkv.cache.rows import Rows
 from jaxkv.cache.spec import EMPTY, Chunk, Cross
 from jaxkv.cache.step import Step
 from jaxkv.cache.storage import Dense
-from jaxkv.nn.native import library
+from jaxkv.nn.native import calls
 
+# Only of primitives in this set a lowering learns the mesh. It has no public name; without it nothing is divided.
+_REQUIRES_DEVICES: set[Primitive] | None = getattr(
+    sys.modules.get("jax._src.dispatch"), "prim_requires_devices_during_lowering", None
+)
 MOST_QUERIES = 16  # in a longer block XLA's matrix products are the faster form
 _MOST_SIZE = 1024  # of a key and of a value: kMost in attention.h
 _KINDS = ("float32", "float16", "bfloat16", "Int8", "Int4", "e4m3", "e5m2")  # Type in attention.h
@@ -68,13 +74,39 @@ class _Call:
     plan: Any
     tree: Any  # of (q, sinks, layer, step)
     compiled: Callable[..., Any]  # what XLA compiles: (plan, q, sinks, layer, step, None)
-    always: bool  # asked for by name: also where several devices run the program
+    always: bool  # asked for by name: also where it can't be divided without a gather
+    batches: tuple[tuple[int, tuple[Any, ...]], ...] = ()  # of each `jax.vmap`, the inner first: its size, and in_axes
 
     def as_xla(self, *leaves: Any) -> list[Any]:
-        return list(self.compiled(self.plan, *jax.tree.unflatten(self.tree, leaves), None))
+        def run(*leaves: Any) -> list[Any]:
+            return list(self.compiled(self.plan, *jax.tree.unflatten(self.tree, leaves), None))
+
+        return self._mapped(run)(*leaves)
 
     def as_library(self, *leaves: Any) -> list[Any]:
-        return list(_library_call(self.plan, *jax.tree.unflatten(self.tree, leaves)))
+        return self._mapped(self._calling(calls.together if self.batches else calls.alone))(*leaves)
+
+    def divided(self, *leaves: Any) -> list[Any]:
+        return self._calling(calls.divided)(*leaves)
+
+    def can_be_divided(self, leaves: Any) -> bool:
+        """Returns whether each device can compute its own rows and kv heads: batch row b is row b of the buffers."""
+        if self.batches:
+            return False
+        _, _, layer, step = jax.tree.unflatten(self.tree, leaves)
+        return isinstance(layer.layout, Rows) and step.whole
+
+    def _calling(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*leaves: Any) -> list[Any]:
+            q, sinks, layer, step = jax.tree.unflatten(self.tree, leaves)
+            return list(_library_call(call, self.plan, q, sinks, layer, step))
+
+        return run
+
+    def _mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        for size, axes in self.batches:
+            function = jax.vmap(function, in_axes=axes, axis_size=size)
+        return function
 
 
 def native(
@@ -82,37 +114,71 @@ def native(
 ) -> tuple[Any, Any]:
     """Returns attention [B, K, G, T, Hv] and the log of its denominator [B, K, G, T, 1], as `compiled` does."""
     leaves, tree = jax.tree.flatten((q, sinks, layer, step))
-    out, log_total = attention_p.bind(*leaves, call=_Call(plan, tree, compiled, always))
+    call = _Call(plan, tree, compiled, always)
+    primitive = divided_p if _on_mesh(leaves) and call.can_be_divided(leaves) else attention_p
+    out, log_total = primitive.bind(*leaves, call=call)
     return out, log_total
 
 
-attention_p = Primitive("jaxkv_attention")
-attention_p.multiple_results = True
+def _on_mesh(leaves: Any) -> bool:
+    """Returns whether an array lies on several devices, over which XLA divides what is done with it."""
+    if _REQUIRES_DEVICES is None:
+        return False
+    meshes = [jax.typeof(x).sharding.mesh for x in leaves]
+    return any(mesh.size > 1 and all(kind == AxisType.Auto for kind in mesh.axis_types) for mesh in meshes)
 
 
-@attention_p.def_impl
-def _run(*leaves: Any, call: _Call) -> Any:
+def _run(primitive: Primitive, *leaves: Any, call: _Call) -> Any:
     with jax.disable_jit(False):
-        return jax.jit(functools.partial(attention_p.bind, call=call))(*leaves)
+        return jax.jit(functools.partial(primitive.bind, call=call))(*leaves)
 
 
-@attention_p.def_abstract_eval
 def _shapes(q: Any, *leaves: Any, call: _Call) -> Any:
-    layer = jax.tree.unflatten(call.tree, (q, *leaves))[2]
-    return [q.update(shape=(*q.shape[:4], size)) for size in (layer.spec.value_dim, 1)]
+    layer, shape = jax.tree.unflatten(call.tree, (q, *leaves))[2], list(q.shape)
+    for _, axes in reversed(call.batches):
+        if axes[0] is not None:
+            shape.pop(axes[0])
+    lead = (*(size for size, _ in reversed(call.batches)), *shape[:4])
+    return [q.update(shape=(*lead, size)) for size in (layer.spec.value_dim, 1)]
 
 
 def _batched(leaves: Any, axes: Any, *, call: _Call) -> Any:
-    out = jax.vmap(call.as_xla, in_axes=tuple(axes))(*leaves)
+    size = next(x.shape[axis] for x, axis in zip(leaves, axes, strict=True) if axis is not None)
+    out = attention_p.bind(*leaves, call=dataclasses.replace(call, batches=(*call.batches, (size, tuple(axes)))))
     return out, [0] * len(out)
-
-
-batching.primitive_batchers[attention_p] = _batched
 
 
 def _lower(ctx: Any, *leaves: Any, call: _Call) -> Any:
     form = call.as_library if call.always or _on_one_device(ctx.module_context) else call.as_xla
     return mlir.lower_fun(form, multiple_results=True)(ctx, *leaves)
+
+
+def _lower_divided(ctx: Any, *leaves: Any, call: _Call) -> Any:
+    where, exported = ctx.module_context.axis_context, ctx.module_context.lowering_parameters.for_export
+    if exported or not isinstance(where, mlir.ShardingContext) or where.num_devices == 1 or where.abstract_mesh is None:
+        return _lower(ctx, *leaves, call=call)
+    return mlir.lower_fun(call.divided, multiple_results=True)(ctx, *leaves)
+
+
+def _lower_xla(ctx: Any, *leaves: Any, call: _Call) -> Any:
+    return mlir.lower_fun(call.as_xla, multiple_results=True)(ctx, *leaves)
+
+
+def _primitive(name: str, lower: Callable[..., Any]) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(functools.partial(_run, primitive))
+    primitive.def_abstract_eval(_shapes)
+    batching.primitive_batchers[primitive] = _batched
+    mlir.register_lowering(primitive, lower, platform="cpu")
+    mlir.register_lowering(primitive, _lower_xla)
+    return primitive
+
+
+attention_p = _primitive("jaxkv_attention", _lower)
+divided_p = _primitive("jaxkv_attention_divided", _lower_divided)  # XLA may divide it over the devices of a mesh
+if _REQUIRES_DEVICES is not None:
+    _REQUIRES_DEVICES.add(divided_p)
 
 
 def _on_one_device(module: Any) -> bool:
@@ -125,13 +191,7 @@ def _on_one_device(module: Any) -> bool:
     return isinstance(where, mlir.ShardingContext) and where.num_devices == 1
 
 
-mlir.register_lowering(attention_p, _lower, platform="cpu")
-mlir.register_lowering(
-    attention_p, lambda ctx, *leaves, call: mlir.lower_fun(call.as_xla, multiple_results=True)(ctx, *leaves)
-)
-
-
-def _library_call(plan: Any, q: Any, sinks: Any, layer: Layer, step: Step) -> Any:
+def _library_call(call: Callable[..., Any], plan: Any, q: Any, sinks: Any, layer: Layer, step: Step) -> Any:
     spec, group, reach = layer.spec, step.groups[layer.group], layer.spec.reach
     none, no_float = jnp.zeros((0,), jnp.int32), jnp.zeros((0,), jnp.float32)
     held = group.kv_positions
@@ -147,13 +207,11 @@ def _library_call(plan: Any, q: Any, sinks: Any, layer: Layer, step: Step) -> An
     elif step.spans is not None and group.kv_spans is not None:
         spans, kv_spans = step.spans, group.kv_spans
         high = low + (reach.size - 1) if isinstance(reach, Chunk) else jnp.full_like(low, FAR)
-    aval = jax.typeof(q)
-    results = [aval.update(shape=(*q.shape[:4], spec.value_dim)), aval.update(shape=q.shape[:4])]
-    call = jax.ffi.ffi_call(library.TARGET, results, vmap_method="sequential")
     out, log_total = call(
+        spec.value_dim,
         q,
+        *_parts(layer.v),  # first, as every layer has them
         *_parts(layer.k),
-        *_parts(layer.v),
         jnp.int32(0) if layer.index is None else layer.index,
         step.rows,
         group.filled,

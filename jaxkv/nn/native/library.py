@@ -6,195 +6,96 @@ another JAX, a wrong sum) costs one line in the log, and attention runs as XLA c
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import hashlib
-import os
+import importlib.metadata
+import importlib.util
 import platform
 import re
-import shutil
-import struct
-import subprocess
-import tempfile
 import threading
-import time
 from pathlib import Path
 
 import jax
 
 from jaxkv.logs import log
+from jaxkv.nn.native import build, sealed
+from jaxkv.nn.native.build import asked
+from jaxkv.nn.native.sealed import Unusable
 
 TARGET = "jaxkv_attention"  # by which a compiled program calls the kernel; jax.export wants it named
-_SOURCES = Path(__file__).parent
-_FLAGS = (  # and those of _target
-    "-std=c++17",
-    "-O2",
-    "-fPIC",
-    "-shared",
-    "-fvisibility=hidden",
-    "-ffp-contract=fast",
-    "-w",
-)
-# What /proc/cpuinfo calls the instructions of each set.
-_SETS: dict[str, set[str]] = {"plain": set(), "AVX2": {"avx2", "fma", "f16c"}}
-_SETS["AVX-512"] = {*_SETS["AVX2"], "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+WHEEL = "jaxkv-cpu"  # the package of a library that need not be built; its sources are in native/
 _OFF = ("0", "false", "off", "no")
-_MAGIC = b"jaxkv-library-1:"  # at the end of a library that was built here, and behind it the SHA-256 of all before
-_MACHINES = {"x86_64": 62, "amd64": 62, "aarch64": 183, "arm64": 183}  # e_machine of an ELF file
 _LOCK, _LIBRARIES = threading.Lock(), list[ctypes.CDLL]()  # the one that XLA knows
-
-
-class Unusable(Exception):
-    """Why there is no library."""
+_PROBLEMS = (Unusable, OSError, AttributeError, RuntimeError)
 
 
 @functools.cache
 def problem() -> str | None:
     """Returns None if XLA can call the kernel in this process, else why it can't. The first call builds it if needed.
 
-    `JAXKV_NATIVE` in the environment: 0 switches it off, plain, AVX2 or AVX-512 builds it with these instructions.
+    `JAXKV_NATIVE` in the environment: 0 switches it off; of plain, AVX2 and AVX-512 it uses these instructions.
     """
     try:
-        if _asked() in _OFF:
+        if asked() in _OFF:
             raise Unusable("JAXKV_NATIVE=0 switches it off")
-        if platform.system() != "Linux" or platform.machine().lower() not in _MACHINES:
+        if platform.system() != "Linux" or platform.machine().lower() not in sealed.MACHINES:
             raise Unusable(f"it is not built for {platform.system()} on {platform.machine()}")
-        library = load(built())
         with _LOCK:
             if not _LIBRARIES:  # once in a process
+                library = _wheel()[0] or load(build.built())
                 jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jaxkv_attention), platform="cpu")
                 _LIBRARIES.append(library)
-    except (Unusable, OSError, AttributeError, RuntimeError) as error:
+            _LIBRARIES[0].jaxkv_use(_wanted())
+    except _PROBLEMS as error:
         switched = "JAXKV_NATIVE" in str(error)
         (log.debug if switched else log.info)("attention runs as XLA compiles it, without the native kernel: %s", error)
         return str(error)
     return None
 
 
-def _asked() -> str:
-    return os.environ.get("JAXKV_NATIVE", "").lower()
-
-
 def instruction_set() -> str:
     """Returns the name of the instructions that the kernel uses on this machine; `problem()` must be None."""
-    return list(_SETS)[_LIBRARIES[0].jaxkv_isa() - 1]
+    return list(build.SETS)[_LIBRARIES[0].jaxkv_use(_wanted()) - 1]
 
 
-def where() -> Path:
-    """Returns the file of the library, be it there or not."""
-    return _cache() / f"attention-{_key(_compiler())}.so"
+def origin() -> str:
+    """Returns where the library comes from, in words; `problem()` must be None."""
+    path = Path(_LIBRARIES[0]._name)
+    if path != in_wheel():
+        return f"built here, {path}"
+    return f"from {WHEEL} {importlib.metadata.version(WHEEL)}, {path}"
 
 
-def built() -> Path:
-    """Returns the library in the user's cache directory, after building it if it is not there, or damaged.
+def in_wheel() -> Path | None:
+    """Returns the library that the package jaxkv-cpu brings, or None if that is not installed."""
+    spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
+    folders = spec.submodule_search_locations if spec else None
+    return Path(folders[0], "attention.so") if folders else None
 
-    Raises:
-      Unusable: if it can't be built, or not be kept.
-    """
-    import fcntl  # not on every platform
 
-    compiler = _compiler()
-    path = _cache() / f"attention-{_key(compiler)}.so"
-    if _is_sound(path):
-        return path
-    if compiler is None:
-        raise Unusable("there is no C++ compiler (g++ or clang++)")
+def wheel_problem() -> str | None:
+    """Returns why the library of jaxkv-cpu is left alone; None if it is not, or if that is not installed."""
+    return _wheel()[1]
+
+
+@functools.cache
+def _wheel() -> tuple[ctypes.CDLL | None, str | None]:
+    """Returns the library of jaxkv-cpu, or why it is not used; neither if that is not installed."""
+    path = in_wheel()
+    if path is None:
+        return None, None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
-            with contextlib.suppress(OSError):  # where files can't be locked, several may build
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_sound(path):
-                _build(compiler, path)
-    except OSError as error:
-        raise Unusable(f"its directory can't be written: {error}") from error
-    return path
+        sealed.check(path)
+        return load(path), None
+    except _PROBLEMS as error:
+        log.info("the library of %s is left alone: %s", WHEEL, error)
+        return None, str(error)
 
 
-def _build(compiler: str, path: Path) -> None:
-    # Under a name of its own, and then renamed: whoever looks finds all of it or nothing.
-    handle, name = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
-        _compile(compiler, Path(name))
-        content = Path(name).read_bytes()
-        Path(name).write_bytes(content + _MAGIC + hashlib.sha256(content).digest())
-        os.replace(name, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-
-
-def _compile(compiler: str, to: Path) -> None:
-    log.info("building the native attention kernel once, with %s", compiler)
-    begin = time.monotonic()
-    command = [
-        compiler,
-        *_FLAGS,
-        *_target(),
-        f"-I{jax.ffi.include_dir()}",
-        str(_SOURCES / "attention.cc"),
-        "-o",
-        str(to),
-    ]
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise Unusable(f"{compiler} failed: {error}") from error
-    if done.returncode:
-        raise Unusable(f"{compiler} failed: {done.stderr.strip()[-500:]}")
-    log.info("built the native attention kernel in %.1f s", time.monotonic() - begin)
-
-
-def _target() -> tuple[str, ...]:
-    """Returns the flag that names the instruction set to compile: one takes a third of the time of all."""
-    here: set[str] = set()
-    with contextlib.suppress(OSError):
-        flags = re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        here = set(flags.group(1).split()) if flags else set()
-    usable = [n for n, wanted in enumerate(_SETS.values()) if wanted <= here]
-    asked = [n for n in usable if list(_SETS)[n].lower() == _asked()]
-    return (f"-DJAXKV_SETS={1 << (asked or usable)[-1]}",)
-
-
-def _compiler() -> str | None:
-    named = os.environ.get("CXX")
-    return next((path for name in (named, "g++", "clang++", "c++") if name and (path := shutil.which(name))), None)
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return Path(base).expanduser() / "jaxkv" / "native"
-
-
-def _key(compiler: str | None) -> str:
-    """Returns what the name of a library depends on: its sources, XLA's headers, the machine, how it is built."""
-    found = hashlib.sha256(repr((_FLAGS, _target(), platform.machine(), compiler)).encode())
-    headers = Path(jax.ffi.include_dir()).rglob("*.h")
-    for path in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cc"), *headers]):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:20]
-
-
-def _is_sound(path: Path) -> bool:
-    """Returns whether a library that was built here is there, and as it was."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return False
-    size = len(_MAGIC) + 32
-    body, mark, digest = content[:-size], content[-size:-32], content[-32:]
-    return mark == _MAGIC and hashlib.sha256(body).digest() == digest
-
-
-def _check_header(path: Path) -> None:
-    """Raises Unusable unless the file is a library for this machine."""
-    with path.open("rb") as file:
-        head = file.read(20)
-    wanted = _MACHINES[platform.machine().lower()]
-    if len(head) < 20 or head[:6] != b"\x7fELF\x02\x01" or struct.unpack_from("<HH", head, 16) != (3, wanted):
-        raise Unusable(f"{path} is not a library for {platform.machine()}")
+def _wanted() -> int:
+    """Returns the number of the instruction set that `JAXKV_NATIVE` names, or 0: the best that there is."""
+    names = [name.lower() for name in build.SETS]
+    return names.index(asked()) + 1 if asked() in names else 0
 
 
 def _api_version() -> int:
@@ -213,7 +114,8 @@ def load(path: Path) -> ctypes.CDLL:
     Raises:
       Unusable: if it is not for this machine or this jaxlib, or computes something wrong.
     """
-    _check_header(path)
+    with path.open("rb") as file:
+        sealed.check_header(path, file.read(20))
     library = ctypes.CDLL(str(path))
     made_for, here = library.jaxkv_api_version(), _api_version()
     # Registering a newer one would take JAX's whole CPU backend down.
