@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import pkgutil
 import re
 import sys
 from pathlib import Path
 
 from docutils import nodes
+from sphinx import addnodes
+from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
 import jaxkv
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE / "inventories")]
 import api_pages  # noqa: E402
 import cells  # noqa: E402
+import inventory  # noqa: E402
 
 project = "jaxkv"
 author = "the jaxkv authors"
@@ -24,12 +26,14 @@ version = release = jaxkv.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
-exclude_patterns = ["data"]
+exclude_patterns = ["data", "inventories"]
+intersphinx_mapping = inventory.write(HERE / "api" / "inventories")
 
 default_role = "py:obj"  # a public name in backquotes becomes a link; anything else stays code
 suppress_warnings = ["ref.python"]  # a word such as `dtype` is an attribute of several classes
@@ -61,16 +65,22 @@ def _as_restructured_text(app, what, name, obj, options, lines):
     lines[:] = "\n".join(lines).split("\n")
 
 
-def _in_jax(app, env, node, content):
-    """Links names of JAX to its documentation, which has a page for each. An inventory of it would need a network."""
-    target = node.get("reftarget", "")
-    try:
-        known = target.startswith("jax.") and callable(pkgutil.resolve_name(target))
-    except (ImportError, AttributeError, ValueError):  # it may be any code
-        known = False
-    if not known:
-        return None
-    return nodes.reference("", "", content, refuri=f"https://docs.jax.dev/en/latest/_autosummary/{target}.html")
+class LinksOfNames(SphinxTransform):
+    """Links names in the code of Markdown pages, such as `jaxkv.Cache` or `jax.jit`, as those of docstrings are."""
+
+    default_priority = 500
+
+    def apply(self, **kwargs):
+        if self.env.docname.startswith("api/"):
+            return
+        for literal in list(self.document.findall(nodes.literal)):
+            name = literal.astext().removesuffix("()")
+            inside = isinstance(literal.parent, nodes.reference | addnodes.pending_xref)
+            if re.fullmatch(r"(jaxkv|jax|flax|nnx|nn|jnp|lax)(\.\w+)+", name) and not inside:
+                options = {"refdomain": "py", "reftype": "obj", "reftarget": name, "refexplicit": True}
+                link = addnodes.pending_xref("", refdoc=self.env.docname, **options)
+                literal.replace_self(link)
+                link.append(literal)
 
 
 class CodeCell(SphinxDirective):
@@ -94,5 +104,5 @@ class CodeCell(SphinxDirective):
 def setup(app):
     app.add_directive("code-cell", CodeCell)
     api_pages.write(HERE / "api")
-    app.connect("missing-reference", _in_jax)
+    app.add_transform(LinksOfNames)
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=100)  # before napoleon

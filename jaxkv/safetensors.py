@@ -51,6 +51,7 @@ _CODES = {name: code for code, name in DTYPES.items()}
 _METADATA = "__metadata__"
 _CHECKSUMS = "jaxkv.checksums"
 _SUMMED = 1 << 14  # bytes that a checksum sums at a time
+_LINE = 64  # bytes of a cache line
 MOST_HEADER = 100_000_000  # bytes, as the safetensors package has it
 
 
@@ -197,18 +198,20 @@ def write(
         if kind not in _CODES:
             raise ValueError(f"{name} is {kind}; safetensors knows {', '.join(_CODES)}")
         dtypes[name] = jnp.dtype(kind)  # by its name: little-endian, as the format is
-    # The largest items first, so that each lies at a multiple of its size.
-    names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    sizes = {name: math.prod(tensors[name].shape) * dtypes[name].itemsize for name in tensors}
+    # Whole cache lines, at which XLA reads a mapped file in place; then the largest items first, so that each lies at a
+    # multiple of its size.
+    names = sorted(tensors, key=lambda name: (sizes[name] % _LINE != 0, -dtypes[name].itemsize, name))
     placeholder = "0" * 8 * (1 + len(names)) if checked else ""
     if checked:
         header = {_METADATA: {_CHECKSUMS: placeholder, **header.get(_METADATA, {})}}
     end = 0
     for name in names:
         shape = list(tensors[name].shape)
-        begin, end = end, end + math.prod(shape) * dtypes[name].itemsize
+        begin, end = end, end + sizes[name]
         header[name] = {"dtype": _CODES[dtypes[name].name], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _LINE)
     target = Path(os.path.realpath(os.path.expanduser(path)))
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "this is a folder; give the name of a file", os.fspath(path))

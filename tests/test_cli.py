@@ -745,6 +745,16 @@ def test_info_plans_for_rows_and_capacity(capsys):
     left = 7_500_000 - 4 * 1_373_920
     assert jaxkv.plan_memory(specs, 3, longest).nbytes <= left < jaxkv.plan_memory(specs, 3, longest + 64).nbytes
 
+    assert main(["info", "--rows", "3", "--context", "0.1k", "--layout", "pages", "--memory", "7.5MB"]) == 0
+    out = capsys.readouterr().out
+    plan = jaxkv.plan_memory(specs, 3, 100, layout=jaxkv.Pages(3 * 7))
+    shown = "".join(f"  {line}\n" for line in str(plan).splitlines())
+    assert out.endswith(f"cache for 3 texts of up to 100 tokens in float32, in pages of 16 tokens:\n{shown}")
+    longest = int(re.search(r"^float32 .* (\d+)$", out, re.MULTILINE)[1])
+    for tokens, fits in ((longest, True), (longest + 64, False)):
+        pool = jaxkv.Pages(3 * -(-tokens // 16))
+        assert (jaxkv.plan_memory(specs, 3, tokens, layout=pool).nbytes <= left) == fits
+
 
 def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
     monkeypatch.setattr(info, "free_memory", lambda: (1 << 30, "free on this machine"))

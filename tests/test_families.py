@@ -443,6 +443,7 @@ ODD = [
     "lfm2, inner width as it is, no biases, untied",
     "granite4 without experts, turned, one group, biases, tied",
     "qwen3_next, layers by default, half of a head turned, biases, tied",
+    "exaone4 without windows, tied",
     "ernie4_5 without biases, untied",
 ]
 

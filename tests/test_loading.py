@@ -12,7 +12,7 @@ import pytest
 
 import jaxkv
 from jaxkv import safetensors
-from jaxkv.models import mxfp4
+from jaxkv.models import fp8, mxfp4
 
 GOLDEN = Path(__file__).parent / "golden"
 HEADS = {"gpt2": "lm_head.weight", "whisper": "proj_out.weight"}
@@ -341,3 +341,58 @@ def test_transformers_reads_what_was_unpacked(tmp_path):
     with torch.no_grad():
         got = model(torch.tensor(expected("mxfp4")["tokens"])[None].long()).logits[0].numpy()
     np.testing.assert_allclose(got, expected("mxfp4")["logits"], rtol=0, atol=2e-4)
+
+
+# DeepSeek in FP8.
+
+
+def test_weights_in_fp8_are_multiplied_by_the_scales_of_their_blocks_as_by_transformers(tmp_path):
+    model = jaxkv.models.load(GOLDEN / "fp8", dtype="float32")
+    assert_logits(model, "fp8")
+    assert jaxkv.models.load(GOLDEN / "fp8").config.dtype == "bfloat16"  # that of what isn't scaled
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    assert_same_params(jaxkv.models.load(GOLDEN / "fp8", dtype="float32", sharding=place), model)
+    jaxkv.models.save(tmp_path, model)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert_same_params(jaxkv.models.load(tmp_path), model)
+
+
+def test_blocks_of_fp8_may_reach_over_the_end_of_a_weight(tmp_path):
+    """As those of DeepSeek-V3's latents do: 576 rows in blocks of 128."""
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((2, 7, 9)).astype("float8_e4m3fn")
+    scales = random.random((2, 3, 3), dtype=np.float32)
+    tensors = {"w": weight, "w_scale_inv": scales, "plain": np.ones(3, np.float32)}
+    safetensors.write(tmp_path / "model.safetensors", tensors)
+    files = fp8.ScaledFiles(tmp_path, (3, 4))
+    assert (sorted(files), len(files)) == (["plain", "w"], 2)
+    assert files.nbytes("w") == 2 * 7 * 9 + 2 * 3 * 3 * 4
+    rows, columns = np.arange(7) // 3, np.arange(9) // 4
+    want = weight.astype(np.float32) * scales[:, rows[:, None], columns]
+    np.testing.assert_array_equal(files["w"], want)
+    np.testing.assert_array_equal(files["plain"], tensors["plain"])
+
+
+def test_fp8_that_does_not_fit_is_said(changed):
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def spoil(change):
+        return changed("fp8", lambda tensors: tensors.update({f"{name}_scale_inv": change(tensors)}))
+
+    with pytest.raises(ValueError, match=r"up_proj\.weight_scale_inv is \(6, 2\); .* blocks of \(4, 8\) .* \(6, 3\)"):
+        jaxkv.models.load(spoil(lambda tensors: tensors[f"{name}_scale_inv"][:, :2]))
+    with pytest.raises(ValueError, match=r"up_proj\.weight_scale_inv int8; in FP8 they are float8_e4m3fn and float32"):
+        jaxkv.models.load(spoil(lambda tensors: tensors[f"{name}_scale_inv"].astype(np.int8)))
+    with pytest.raises(ValueError, match=r"up_proj\.weight is float8_e4m3fn; quantized weights can't be read"):
+        jaxkv.models.load(changed("fp8", lambda tensors: tensors.pop(f"{name}_scale_inv")))
+    config = json.loads((GOLDEN / "fp8" / "config.json").read_text())
+    for block, error, message in (
+        (None, jaxkv.NotSupportedError, "null, one scale for a whole weight; only blocks can be read"),
+        ([128], ValueError, r"\[128\]; it must be two sizes"),
+        ([0, 8], ValueError, r"\[0, 8\]; it must be two sizes"),
+        (8, ValueError, "8; it must be two sizes"),
+    ):
+        quantization = {"quant_method": "fp8", "weight_block_size": block}
+        with pytest.raises(error, match=message):
+            jaxkv.models.read_config({**config, "quantization_config": quantization})

@@ -254,6 +254,15 @@ def test_without_a_compiler_or_a_directory_or_when_switched_off_attention_runs_a
     assert {x.suffix for x in (tmp_path / "jaxkv" / "native").iterdir()} == {".lock", ".failed"}
 
 
+@pytest.mark.parametrize(("target", "machine"), [("aarch64-linux-gnu", 183), ("x86_64-linux-gnu", 62)])
+def test_clang_takes_it_for_arm_and_for_all_instructions_of_x86(target, machine, tmp_path):
+    zig = pytest.importorskip("ziglang", reason="a compiler for other machines: pip install ziglang")
+    to = tmp_path / "attention.o"
+    command = [os.path.join(os.path.dirname(zig.__file__), "zig"), "c++", "-target", target, "-std=c++17", "-c", "-w"]
+    subprocess.run([*command, f"-I{jax.ffi.include_dir()}", sealed.SOURCES / "attention.cc", "-o", to], check=True)
+    assert int.from_bytes(to.read_bytes()[18:20], "little") == machine  # e_machine of an ELF file
+
+
 # What runs.
 
 

@@ -67,6 +67,47 @@ def test_checkpoints_stay_where_they_are_asked_for():
     assert int(cache.resume_point(0, 5)) == 0  # one stays, the newest
 
 
+def _summing(params, tokens, positions, cache):
+    """A model: of its tokens so far it knows the sum."""
+    cache, step = cache.begin(positions)
+    layer = cache.layers[0]
+    group = step.groups[layer.group]
+    _, state = layer.read(step)  # [B, 1, 1]
+    x = jnp.where(positions >= 0, tokens, 0).astype(jnp.float32)[:, :, None]
+    x = jnp.take_along_axis(x, group.order[:, :, None], 1)
+    sums = jnp.cumsum(jnp.concatenate([state, x], 1), 1)
+    layer = layer.put(step, state=jnp.take_along_axis(sums, group.counts[:, :, None], 1)[:, :, None])
+    sums = jnp.take_along_axis(sums[:, 1:], group.place[:, :, None], 1)
+    return jax.nn.one_hot(sums[:, :, 0].astype(jnp.int32) % 8, 8), cache.with_layers([layer])
+
+
+def test_a_row_goes_back_to_the_end_of_its_prompt_whatever_its_last_block_brought():
+    spec = LayerSpec(Recurrent(state=(1, 1), every=None, keep=1))
+    prompts = [[1] * 34, [2] * 9]  # read up to their last tokens: the first one's last block has one token
+
+    def generated(cache):
+        return jaxkv.generate(_summing, None, prompts, cache, max_new_tokens=3)
+
+    def scored(cache):
+        return fed(jaxkv.score(_summing, None, prompts, cache)[1], 1, 1)
+
+    def prefilled(cache):
+        return fed(jaxkv.prefill(_summing, None, [prompt[:-1] for prompt in prompts], cache)[1], 1, 1)
+
+    def searched(cache):
+        return jaxkv.beam_search(_summing, None, prompts[:1], cache, num_beams=2, max_new_tokens=3).cache
+
+    for call in (scored, prefilled, searched, lambda cache: generated(cache).cache):
+        cache = call(Cache.init([spec], 2, CAPACITY, max_block=32))
+        ends = [33, 0] if call is searched else [33, 8]
+        assert (cache.lengths > jnp.array(ends))[0]
+        cache = cache.rewind(jnp.array(ends))
+        assert cache.lengths.tolist() == ends
+    first = generated(cache)  # nothing is left to read, and it goes on from the sums of the prompts
+    assert first.tokens[:, 0].tolist() == [34 % 8, 18 % 8]
+    assert first.cache.rewind(jnp.array(ends)).lengths.tolist() == ends
+
+
 def test_slack_keeps_the_state_after_each_of_the_last_tokens():
     for blocks in ([20], [1] * 20, [17, 3]):
         cache = fed(new(SPEC, slack=3), *blocks)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv import safetensors
+from jaxkv import aligned, safetensors
 
 
 @pytest.fixture
@@ -35,6 +35,14 @@ def test_every_dtype_layout_and_shape_comes_back(path, dtype):
     for name, tensor in tensors.items():
         assert file[name].dtype == tensor.dtype
         np.testing.assert_array_equal(file[name], tensor)
+
+
+def test_arrays_of_whole_cache_lines_lie_where_xla_reads_them_in_place(path):
+    tensors = {"a": np.ones(3, np.float32), "b": np.ones((2, 64), np.uint8), "c": np.ones(16, np.float32)}
+    safetensors.write(path, tensors, metadata={"a text": "of some length"})
+    file = safetensors.File(path)
+    assert [aligned.is_aligned(file[name]) for name in ("b", "c")] == [True, True]
+    assert file.offset("a") > max(file.offset("b"), file.offset("c"))
 
 
 def test_the_safetensors_package_reads_what_is_written_and_writes_what_is_read(path):

@@ -17,16 +17,20 @@ static double now() {
 }
 
 int main(int argc, char** argv) {
-  int64_t n[] = {1, 32, 8, 128, 4096, 4096, 0, 20};  // rows, query heads, kv heads, size, slots, filled, helpers, rounds
-  for (int i = 1; i < argc && i <= 8; ++i) n[i - 1] = atoll(argv[i]);
-  const auto [B, N, K, H, S, fill, helpers, rounds] = n;
+  int64_t n[] = {1, 32, 8, 128, 4096, 4096, 0, 20, 0};
+  for (int i = 1; i < argc && i <= 9; ++i) n[i - 1] = atoll(argv[i]);
+  const auto [B, N, K, H, S, fill, helpers, rounds, type] = n;  // rows, query heads, kv heads, size, slots, ...
   std::vector<float> q(B * N * H, 0.1f), k(B * K * S * H, 0.2f), v(B * K * S * H, 0.3f), out(B * N * H), logs(B * N);
   std::vector<int32_t> rows(B), filled(B, fill), held(B * S), low(B, 0), at(B, fill - 1);
   for (int64_t i = 0; i < B * S; ++i) held[i] = i % S < fill ? i % S : -1;
   for (int64_t b = 0; b < B; ++b) rows[b] = b;
   Call call{};
   call.B = call.A = B, call.K = K, call.G = N / K, call.T = call.L = 1, call.H = H, call.S = call.V = S;
-  call.keys = {kFloat, H, k.data(), nullptr, nullptr, 0}, call.values = {kFloat, H, v.data(), nullptr, nullptr, 0};
+  const Type kind = static_cast<Type>(type);
+  const std::vector<float> scales(B * K * S, 1.f);
+  const std::vector<uint8_t> groups(B * K * S * H / 8);
+  const void* factors = kind < kInt8 ? nullptr : scales.data();
+  call.keys = {kind, H, k.data(), factors, groups.data(), 8}, call.values = {kind, H, v.data(), factors, groups.data(), 8};
   call.q = q.data(), call.rows = rows.data(), call.filled = filled.data(), call.kv_positions = held.data();
   call.low = low.data(), call.positions = at.data(), call.in_order = true, call.out = out.data(), call.log_total = logs.data();
   double best = 1e9, read = 1e9, total = 0;

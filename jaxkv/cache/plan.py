@@ -97,7 +97,8 @@ def max_capacity(
       nbytes: of one device, or a text such as "16GiB".
       num_rows: sequences.
       most: no larger one is looked for. A cache of windows alone takes as many bytes at any capacity.
-      layout: as for `Cache.init`; the pages of a pool stay as many as they are.
+      layout: as for `Cache.init`; the pages of a pool stay as many as they are. Or a function of the capacity that
+        returns one, for a pool that grows with it.
       **options: storage, max_block, slack, stacked, sharding, as for `plan_memory`.
 
     Returns:
@@ -113,10 +114,12 @@ def max_capacity(
     """
     nbytes, most = parse_bytes(nbytes), checked_size("max_capacity", "most", most, 1)
     # Smaller ones than these aren't caches: all is sinks, or less than a page.
-    least = max(layout.page_size, *(spec.reach.sinks + 1 for spec in checked_specs(specs)))
+    layout_at = layout if callable(layout) else lambda capacity: layout
+    least = max(layout_at(1).page_size, *(spec.reach.sinks + 1 for spec in checked_specs(specs)))
 
     def fits(capacity: int) -> bool:
-        return plan_memory(specs, num_rows, capacity, layout=layout, **options).nbytes_per_device <= nbytes
+        plan = plan_memory(specs, num_rows, capacity, layout=layout_at(capacity), **options)
+        return plan.nbytes_per_device <= nbytes
 
     if most < least or not fits(least):
         return 0

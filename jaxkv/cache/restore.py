@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxkv import aligned
 from jaxkv.cache.snapshot import (
     Part,
     Snapshot,
@@ -33,7 +34,7 @@ from jaxkv.cache.spec import EMPTY
 from jaxkv.errors import CacheFullError
 from jaxkv.meshes import automatic, like
 
-_BLOCK = 2048  # tokens that go to the device at a time
+_BLOCK = 2048  # tokens that go to the device at a time, where they can't be read in place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,10 +231,10 @@ class _Form:
           ValueError: if it can't.
         """
         storage = file.storage(number, f"{name}_storage", part)
-        tree = jax.eval_shape(functools.partial(storage.zeros, (part.num_heads, 1), part.size))
+        tree = _of_token(storage, part.num_heads, part.size)
         if storage != part.storage:
             try:
-                jax.eval_shape(functools.partial(_converted, source=storage, target=part.storage, size=part.size), tree)
+                _check_converts(storage, part.storage, part.num_heads, part.size)
             except ValueError as error:
                 raise ValueError(f"{file.path}: {name} of layer {number} was kept by {storage}: {error}") from error
         return cls(f"rows.{{}}.layers.{number}.{name}", storage, tree)
@@ -263,6 +264,8 @@ class _Form:
         """
         arrays = [file.numbers(name, one.dtype) for name, one in self.names(move.row).items()]
         which, most = np.searchsorted(move.units, move.slots // move.unit), max(_BLOCK // move.unit, 1)
+        if len(move.slots) == move.count == padded(len(move.units)) * move.unit:  # nothing is to be filled up
+            most = len(move.units)
         for begin in range(0, len(move.units), most):
             count = min(most, len(move.units) - begin)
             size = padded(count)
@@ -271,14 +274,38 @@ class _Form:
             here = np.flatnonzero((which >= begin) & (which < begin + count))
             source = _together(move.tokens[here])
             target = _together((which[here] - begin) * move.unit + move.slots[here] % move.unit)
-            pieces = []
-            for array in arrays:
-                if isinstance(target, slice) and target == slice(0, size * move.unit):
-                    pieces.append(array[:, source])
-                else:
-                    pieces.append(np.zeros((array.shape[0], size * move.unit, array.shape[2]), array.dtype))
-                    pieces[-1][:, target] = array[:, source]
+            pieces = [_filled_up(array, source, target, size * move.unit) for array in arrays]
             yield lead, start, np.int32(count), jax.tree.unflatten(jax.tree.structure(self.tree), pieces)
+
+
+@functools.lru_cache(256)  # tracing takes longer than reading what a layer keeps
+def _of_token(storage: Any, num_heads: int, size: int) -> Any:
+    """Returns what a storage allocates for one token: a pytree of [K, 1, h]."""
+    return jax.eval_shape(lambda: storage.zeros((num_heads, 1), size))
+
+
+@functools.lru_cache(256)
+def _check_converts(source: Any, target: Any, num_heads: int, size: int) -> None:
+    """Raises ValueError unless what one storage keeps can be put into another."""
+    convert = functools.partial(_converted, source=source, target=target, size=size)
+    jax.eval_shape(convert, _of_token(source, num_heads, size))
+
+
+def _filled_up(array: np.ndarray, source: Any, target: Any, size: int) -> np.ndarray:
+    """Returns some tokens of an array [K, n, h] in their places, 0 in others: [K, size, h].
+
+    Without a copy where it can be, and where XLA makes none either: it reads aligned memory in place.
+    """
+    if isinstance(target, slice) and source == target == slice(0, size) and aligned.is_aligned(array[:, source]):
+        return array[:, source]
+    filled = aligned.empty((array.shape[0], size, array.shape[2]), array.dtype)
+    if isinstance(target, slice):
+        filled[:, : target.start] = 0
+        filled[:, target.stop :] = 0
+    else:
+        filled[...] = 0
+    filled[:, target] = array[:, source]
+    return filled
 
 
 def _together(numbers: np.ndarray) -> Any:

@@ -273,6 +273,9 @@ class LayerSpec:
         `Layer.put(sides=)` writes them, `Layer.read_side` reads them.
       shares: the number of an earlier layer of the model whose keys and values this one reads; it keeps none of its own
         (Gemma 3n and 4, YOCO, cross-layer attention). All else is as that layer has it. None: it keeps its own.
+      rotated: which of "k" and "v" are put, and read, in the Hadamard basis, because the projections before and after
+        the cache have the rotation in them (`jaxkv.nnx.fuse`). Their storages then don't rotate. For "k" the queries
+        are in that basis, too.
 
     Raises:
       ValueError: for sizes below 1, an unknown reach, a size that a storage can't hold, a rotary that is a function,
@@ -295,6 +298,7 @@ class LayerSpec:
     v_in_k: bool = False
     side_buffers: Any = ()
     shares: int | None = None
+    rotated: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.reach, Recurrent):
@@ -317,6 +321,7 @@ class LayerSpec:
                 f"LayerSpec(head_dim={self.head_dim}, value_dim={self.value_dim}, v_in_k=True): a key can't begin with "
                 "a value that is longer than it; give a head_dim of at least value_dim"
             )
+        self._check_rotated()
         if not self.k_dim:
             object.__setattr__(self, "k_storage", self.v_storage)
         for name, size in (("k_storage", self.k_dim or self.value_dim), ("v_storage", self.value_dim)):
@@ -352,6 +357,23 @@ class LayerSpec:
         if "dropped" in dict(pairs):
             raise ValueError("LayerSpec(side_buffers=): 'dropped' is what drops=True keeps; choose another name")
         object.__setattr__(self, "side_buffers", pairs)
+
+    def _check_rotated(self) -> None:
+        """Raises ValueError unless `rotated` can be; takes the rotation out of the storages."""
+        if not set(self.rotated) <= {"k", "v"}:
+            raise ValueError(f"LayerSpec(rotated={self.rotated!r}): give names out of ('k', 'v')")
+        object.__setattr__(self, "rotated", tuple(sorted(set(self.rotated))))
+        if self.rotated and self.v_in_k:
+            raise ValueError(f"LayerSpec(rotated={self.rotated!r}, v_in_k=True): keys and values are one vector")
+        if "k" in self.rotated and self.rotary is not None:
+            raise ValueError(
+                f"LayerSpec(rotated={self.rotated!r}, rotary={self.rotary!r}): a rotary turns pairs of numbers, which "
+                "the Hadamard basis doesn't have; leave 'k' out"
+            )
+        for name in self.rotated:
+            storage = getattr(self, f"{name}_storage")
+            if getattr(storage, "rotate", False):
+                object.__setattr__(self, f"{name}_storage", dataclasses.replace(storage, rotate=False))
 
     def _check_recurrent(self) -> None:
         """Raises ValueError for what says something of keys and values, which a recurrent layer doesn't have."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import jax.numpy as jnp
 
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.build import stored_as
+from jaxkv.cache.pages import Pages
 from jaxkv.cache.plan import max_capacity, plan_memory
+from jaxkv.cache.rows import Rows
 from jaxkv.cache.storage import Dense
 from jaxkv.cli.options import DTYPES
 from jaxkv.cli.run import check_capacity
@@ -47,16 +49,29 @@ def run(args: argparse.Namespace) -> int:
     for name, fact in facts.items():
         write(f"{name:<12} {fact}\n")
     rows, capacity = args.rows, args.capacity or source.context or _EXAMPLE
+    layout = _layout(args.layout, rows)
     memory, where = free_memory() if args.memory is None else (args.memory, "given")
-    write(f"\n{_table(source, specs, source.num_params, memory, rows, capacity, args.storage)}")
+    write(f"\n{_table(source, specs, source.num_params, memory, rows, capacity, args.storage, layout)}")
     texts = "one text" if rows == 1 else f"each of {rows:,} texts"
     write(f"\nlongest: tokens of {texts} beside the parameters in {format_bytes(memory)} ({where})\n")
     kept = args.storage or default_dtype() or source.config.dtype.name
     with told():
-        plan = plan_memory(specs if args.storage else stored_as(specs, Dense(kept)), rows, capacity)
-    write(f"\ncache for {texts.removeprefix('each of ')} of up to {capacity:,} tokens in {kept}:\n")
+        specs = specs if args.storage else stored_as(specs, Dense(kept))
+        plan = plan_memory(specs, rows, capacity, layout=layout(capacity))
+    lies = "" if args.layout == "rows" else f", in pages of {layout(capacity).page_size} tokens"
+    write(f"\ncache for {texts.removeprefix('each of ')} of up to {capacity:,} tokens in {kept}{lies}:\n")
     write("".join(f"  {line}\n" for line in str(plan).splitlines()))
     return 0
+
+
+def _layout(name: str, rows: int) -> Callable[[int], Any]:
+    """Returns the layout of a cache of each capacity: of pages as many as all texts can fill."""
+
+    def pages(capacity: int) -> Pages:
+        size = min(Pages(1).page_size, capacity)
+        return Pages(rows * -(-capacity // size), size)
+
+    return pages if name == "pages" else lambda capacity: Rows()
 
 
 def _counts(source: Source) -> dict[str, int]:
@@ -109,7 +124,14 @@ def _tokenizer(source: Source) -> str:
 
 
 def _table(
-    source: Source, specs: Sequence[Any], num_params: int, memory: int, rows: int, capacity: int, storage: str | None
+    source: Source,
+    specs: Sequence[Any],
+    num_params: int,
+    memory: int,
+    rows: int,
+    capacity: int,
+    storage: str | None,
+    layout: Callable[[int], Any],
 ) -> str:
     of = "" if rows == 1 else f", {rows:,} texts"
     lines: list[tuple[str, ...]] = [
@@ -119,9 +141,9 @@ def _table(
         nbytes = num_params * jnp.dtype(dtype).itemsize
         cached = specs if storage else stored_as(specs, Dense(dtype))
         with told():
-            plan = plan_memory(cached, rows, capacity)
+            plan = plan_memory(cached, rows, capacity, layout=layout(capacity))
         left, most = memory - nbytes, source.context or FAR
-        longest = max_capacity(cached, left, rows, most=most) if left > 0 else 0
+        longest = max_capacity(cached, left, rows, most=most, layout=layout) if left > 0 else 0
         if memory < nbytes:
             said = "too large"
         else:

@@ -203,8 +203,9 @@ def _add_info(commands: Any) -> None:
 examples:
   jaxkv info                                         the bundled model
   jaxkv info Qwen3-0.6B --memory 8GB                 on another machine
-  jaxkv info Qwen3-0.6B --rows 8 --capacity 32k      8 texts at once, of up to 32,000 tokens
-  jaxkv info Qwen3-0.6B --storage int8               a cache of 8 bits per number""",
+  jaxkv info Qwen3-0.6B --rows 8 --context 32k       8 texts at once, of up to 32,000 tokens
+  jaxkv info Qwen3-0.6B --storage int8               a cache of 8 bits per number
+  jaxkv info Qwen3-0.6B --rows 8 --layout pages      a pool of pages that 8 texts share""",
     )
     command.set_defaults(command="info")
     directory_help = "directory of a checkpoint (default: the bundled model)"
@@ -215,8 +216,10 @@ examples:
     rows_help = "number of texts in the cache at once (default: 1)"
     command.add_argument("--rows", type=_count, default=1, metavar="N", help=rows_help)
     capacity_help = "tokens of each text (default: the model's context length)"
-    command.add_argument("--capacity", type=_tokens, metavar="N", help=capacity_help)
+    command.add_argument("--context", "--capacity", dest="capacity", type=_tokens, metavar="N", help=capacity_help)
     _add_storage(command)
+    layout_help = "how texts lie in the cache: rows, or pages as many as all texts can fill (default: rows)"
+    command.add_argument("--layout", choices=("rows", "pages"), default="rows", help=layout_help)
 
 
 def _add_memo(commands: Any) -> None:

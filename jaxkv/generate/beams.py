@@ -34,7 +34,7 @@ from jaxkv.generate.candidates import Candidates, check_copies, padded, prepared
 from jaxkv.generate.generation import REASONS
 from jaxkv.generate.history import History
 from jaxkv.generate.programs import Fixed, Form
-from jaxkv.generate.reading import blocks, last_positions, read_block
+from jaxkv.generate.reading import blocks, ends, last_positions, mark_ends, read_block
 from jaxkv.generate.sampling import Greedy, Sampler
 from jaxkv.meshes import beside
 
@@ -121,6 +121,8 @@ def beam_search(
     others = (own >= num_prompts) & (own < n * num_prompts)
     with checks.failures_told("the beam search"):
         leaves = read([text[:-1] for text in texts], held[:num_prompts], leaves)
+        if cache.recurrent:
+            (leaves,) = mark_ends(form, ends(texts, cache.num_rows), leaves)
         leaves, beam_leaves = search(searching, params, rules, leaves, beam_leaves)
         beams, lengths = jax.device_get((state.build(beam_leaves), form.build(leaves).lengths))
         tokens, log_probs = _of_ended(beams, int(limits.max()))

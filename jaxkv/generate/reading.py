@@ -95,6 +95,8 @@ def score(forward: Callable[..., Any], params: Any, prompts: Sequence[Any], cach
             leaves, log_probs = _score_block(fixed, params, tokens, positions, targets, leaves)
             scored.append((read, taken, log_probs))
             read = read + taken
+        if cache.recurrent:
+            (leaves,) = mark_ends(form, ends(prompts, cache.num_rows), leaves)
         out = np.zeros((len(prompts), max(prompt.size for prompt in prompts)), np.float32)
         for starts, counts, log_probs in scored:
             values = np.asarray(log_probs)
@@ -110,6 +112,13 @@ def score(forward: Callable[..., Any], params: Any, prompts: Sequence[Any], cach
 def last_positions(prompts: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the position of each prompt's last token, int32 [B]; 0 without a prompt."""
     return np.array([max(prompt.size - 1, 0) for prompt in prompts], np.int32)
+
+
+def ends(prompts: Sequence[np.ndarray], num_rows: int) -> np.ndarray:
+    """Returns how long each row is before its prompt's last token is read, int32 [R]; EMPTY without a prompt."""
+    found = np.full(num_rows, EMPTY, np.int32)
+    found[: len(prompts)] = [prompt.size - 1 for prompt in prompts]
+    return found
 
 
 def blocks(
@@ -149,6 +158,14 @@ def read_block(fixed: Any, params: Any, tokens: Any, positions: Any, cache: Any)
     # The logits are unused: XLA drops the output head.
     _, after = fixed.forward(params, tokens, positions, fixed.cache.build(cache))
     return (fixed.cache.flatten(after),)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def mark_ends(form: Form, ends: Any, cache: Any) -> tuple[Any]:
+    """Returns leaves of the cache whose recurrent layers can go back to where the rows that stand at ends [R] do."""
+    cache = form.build(cache)
+    rows = jnp.arange(cache.num_rows, dtype=jnp.int32)
+    return (form.flatten(cache.checkpoint(jnp.where(cache.lengths == ends, rows, EMPTY))),)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -192,6 +209,7 @@ def fork(form: Form, sources: Any, last: Any, rank: Any, least: Any, cache: Any)
 def _read_last(fixed: Any, params: Any, tokens: Any, positions: Any, cache: Any) -> tuple[Any, Any]:
     logits, after = fixed.forward(params, tokens, positions, fixed.cache.build(cache))
     there = (positions >= 0) & after.ok[:, None]
+    after = after.checkpoint(jnp.where(there[:, 0], jnp.arange(after.num_rows, dtype=jnp.int32), EMPTY))
     return fixed.cache.flatten(after), jnp.where(there, logits[:, 0], 0)
 
 

@@ -44,7 +44,7 @@ from jaxkv.generate.generation import REASONS, RUNNING, SAMPLER, STOP, Generatio
 from jaxkv.generate.loop import Plain
 from jaxkv.generate.news import News
 from jaxkv.generate.programs import Fixed, Form
-from jaxkv.generate.reading import blocks, fork, last_positions, read_block
+from jaxkv.generate.reading import blocks, ends, fork, last_positions, mark_ends, read_block
 from jaxkv.generate.sampling import Greedy
 from jaxkv.meshes import beside
 
@@ -68,12 +68,14 @@ class Stream:
         self._last = last_positions(call.texts)
         trees: dict[str, Any] = {}
         self._unread: list[tuple[Any, ...]] = []  # a cache's name, its longest block, what reads one, how much is read
+        self._unmarked: list[str] = []  # those whose recurrent layers are to keep the prompts' ends
         self._unforked: list[str] = []
         for name, (forward, params, cache, held) in zip(("_cache", "_draft"), program.caches, strict=False):
             trees[name] = cache
             if forward is not None:
                 read = functools.partial(read_block, Fixed(forward, None, Form.of(cache), None), params)
                 self._unread.append((name, cache.max_block, read, np.minimum(held, self._last)))
+                self._unmarked += [name] if cache.recurrent else []
                 self._unforked += [] if call.forks is None else [name]
         trees["_state"] = beside(call.cache, jax.tree.map(jnp.array, program.begin()))
         self._forms = {name: Form.of(tree) for name, tree in trees.items()}
@@ -204,6 +206,11 @@ class Stream:
                 held = held + taken
                 self._unread[0] = (name, max_block, read, held)
             self._unread.pop(0)
+        while self._unmarked:
+            name = self._unmarked[0]
+            at = ends(self._call.texts, self._call.cache.num_rows)
+            self._set((name,), functools.partial(mark_ends, self._forms[name], at), getattr(self, name))
+            self._unmarked.pop(0)
         while self._unforked:
             name = self._unforked[0]
             self._set((name,), functools.partial(fork, self._forms[name], *self._call.forks), getattr(self, name))

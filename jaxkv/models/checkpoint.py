@@ -23,7 +23,8 @@ from flax import nnx
 
 from jaxkv import safetensors
 from jaxkv.logs import log
-from jaxkv.models.config import check_layers, context_of, read_config, text_fields
+from jaxkv.models import fp8
+from jaxkv.models.config import check_layers, context_of, quantization, read_config, text_fields
 from jaxkv.models.families import FAMILIES
 from jaxkv.models.families.table import Tensor
 from jaxkv.models.files import INDEX, SINGLE, Files, config_path, is_floating, write_json
@@ -75,7 +76,8 @@ def load(
     name, config, source = read_config(config_path(directory), context=context)
     directory = Path(directory).expanduser()
     generation = GenerationConfig.read(directory)
-    files = Files(directory)
+    block = fp8.block_of(quantization(source), str(directory / "config.json"))
+    files = Files(directory) if block is None else fp8.ScaledFiles(directory, block)
     check_layers(source, files, directory / "config.json")
     family = FAMILIES[name]
     contents = Contents(family, files)

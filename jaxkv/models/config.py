@@ -13,6 +13,7 @@ from jaxkv.models.families import FAMILIES
 from jaxkv.models.families.fields import Field, Fields, Object
 from jaxkv.models.families.table import Family
 from jaxkv.models.files import config_path, read_json
+from jaxkv.models.fp8 import block_of
 
 # What files of all families may have.
 _OF_ALL = {name: Field(Object(), None) for name in ("text_config", "quantization_config", "per_layer_config")}
@@ -83,6 +84,11 @@ def text_fields(source: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**shared, **part, "model_type": part.get("model_type", f"{source['model_type']}_text")}
 
 
+def quantization(source: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns how the weights are quantized, by a parsed config.json; None if they aren't."""
+    return source.get("quantization_config") or text_fields(source).get("quantization_config")
+
+
 def _fields(source: Mapping[str, Any], context: int | None = None, where: str = "config.json") -> tuple[Family, Fields]:
     """Returns the family of a parsed config.json and its fields, all of them checked."""
     name = source.get("model_type")
@@ -96,13 +102,14 @@ def _fields(source: Mapping[str, Any], context: int | None = None, where: str = 
     text = text_fields(source)
     part = where if text is source else f'{where}, "{family.part}",'
     fields = Fields(text, {**_OF_ALL, **family.fields}, context, part)
-    quantization = source.get("quantization_config") or text.get("quantization_config")
-    if quantization and (method := quantization.get("quant_method")) not in family.quantized:
+    quantized = quantization(source)
+    if quantized and (method := quantized.get("quant_method")) not in family.quantized:
         can = f"only {' or '.join(family.quantized)} can; " if family.quantized else ""
         raise NotSupportedError(
             f'{where} has "quantization_config" ({method!r}): weights quantized in this way can\'t be read; {can}'
             "fetch the model in bfloat16 or float16, or save it dequantized"
         )
+    block_of(quantized, where)
     if text.get("per_layer_config") and "per_layer_config" not in family.fields:
         raise fields.unsupported("per_layer_config", "only layer_types may set layers apart")
     return family, fields

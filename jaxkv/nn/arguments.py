@@ -105,7 +105,7 @@ def check_encoded(heads: Heads, encoded: Any, layer: Any = None) -> None:
 
 def _check_layer(heads: Any, layer: Any) -> None:
     mine = heads.layer_spec(layer.spec.k_storage, layer.spec.v_storage)
-    for name in ("reach", "num_kv_heads", "head_dim", "value_dim", "v_in_k", "rotary"):
+    for name in ("reach", "num_kv_heads", "head_dim", "value_dim", "v_in_k", "rotary", "rotated"):
         here, there = getattr(mine, name), getattr(layer.spec, name)
         if name == "v_in_k" and there:
             continue  # what is put says whether keys begin with the values

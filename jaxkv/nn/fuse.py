@@ -7,6 +7,7 @@ same input are read faster as one matrix [in, all outputs], and one that narrows
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
+from jaxkv.cache.rotation import rotate as hadamard
+
+_ALIKE = (False, "plain")  # kinds of `qk_norm` that treat all numbers of a head alike
 M = TypeVar("M", bound=nnx.Module)
 
 
@@ -79,7 +83,7 @@ class Transposed(nnx.Module):
         return _product(self, x.reshape(*x.shape[: x.ndim - self.num_inner], -1), 1)
 
 
-def fuse(model: M) -> M:
+def fuse(model: M, *, rotate: bool = False) -> M:
     """Returns a copy of a model with its weights laid out for decoding; the numbers are the same up to rounding.
 
     For use on one device, as the last step before `jaxkv.nnx.functional`: a fused model decodes faster on a CPU, but
@@ -88,6 +92,11 @@ def fuse(model: M) -> M:
     Args:
       model: any nnx module. Every module in it that has a method `fuse()` is laid out anew by that: those of
         `jaxkv.nnx.Attention` and `jaxkv.models.Decoder` have one, and yours may.
+      rotate: whether the Hadamard rotation of `Int8` and `Int4` goes into the projections, so that no step computes it:
+        that of values into `value` and `out`, that of keys into `query` and `key` where neither a rotary nor a learned
+        norm is between them and the cache. Other keys, and queries, are rotated in each call as before; so are values
+        whose output is gated or that are keys too, and all of a model whose layers share keys and values. Caches are
+        then made from the specs of the fused model.
 
     >>> from flax import nnx
     >>> attn = jaxkv.nnx.Attention(num_heads=2, in_features=8, rngs=nnx.Rngs(0))
@@ -96,10 +105,53 @@ def fuse(model: M) -> M:
     True
     """
     model = nnx.clone(model)
-    for _, module in list(nnx.iter_modules(model)):
+    modules = [module for _, module in nnx.iter_modules(model)]
+    if rotate and all(getattr(getattr(module, "heads", None), "shares", None) is None for module in modules):
+        for module in modules:
+            if hasattr(module, "rotate"):
+                module.rotate()
+    for module in modules:
         if hasattr(module, "fuse"):
             module.fuse()
     return model
+
+
+def with_rotation(module: Any) -> None:
+    """Puts the Hadamard rotation into the projections of an attention module that is not laid out anew yet.
+
+    Products of queries and keys, and what the output projection gives, stay what they are: the matrix is orthonormal
+    and symmetric. Norms that learned nothing treat all numbers alike and stay what they are, too.
+    """
+    heads, rotated = module.heads, []
+    if module.value is not None and not module.gated:
+        rotated.append("v")
+        _rotate(module.value, -1)
+        _rotate(module.out, -2, inputs=True)
+    if module.key is not None and module.value is not None and heads.rotary is None and module.qk_norm in _ALIKE:
+        rotated.append("k")
+        _rotate(module.key, -1)
+        _rotate(module.query, -1, num_parts=1 + module.gated)
+    module.heads = dataclasses.replace(heads, rotated=tuple(rotated))
+
+
+def _rotate(projection: Any, axis: int, *, inputs: bool = False, num_parts: int = 1) -> None:
+    """Rotates what a projection gives, along an axis of its kernel; of that the first of so many parts.
+
+    Args:
+      projection: `nnx.LinearGeneral`.
+      axis: of the kernel, on which the numbers of a head lie.
+      inputs: whether this is an axis of the input: then the bias stays.
+      num_parts: equal parts of the axis.
+    """
+
+    def turned(x: Any, axis: int) -> Any:
+        first, *rest = jnp.split(jnp.moveaxis(x, axis, -1), num_parts, -1)
+        first = hadamard(first.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+        return jnp.moveaxis(jnp.concatenate([first, *rest], -1), -1, axis)
+
+    projection.kernel[...] = turned(projection.kernel[...], axis)
+    if projection.bias is not None and not inputs:
+        projection.bias[...] = turned(projection.bias[...], axis)
 
 
 def _product(projection: Any, x: Any, axis: int) -> Any:

@@ -71,6 +71,7 @@ class Heads:
       implementation: of `attend`.
       dropout_rate: share of the attention weights left out in training.
       broadcast_dropout: whether all rows and heads leave out the same.
+      rotated: which of "k" and "v" the projections give in the Hadamard basis, see `LayerSpec`.
 
     Raises:
       ValueError: for counts that are below 1 or don't divide, or a rotary that does not fit head_dim.
@@ -91,6 +92,7 @@ class Heads:
     implementation: str = "auto"
     dropout_rate: float = 0.0
     broadcast_dropout: bool = True
+    rotated: tuple[str, ...] = ()
 
     @classmethod
     def choose(
@@ -148,6 +150,7 @@ class Heads:
             v_storage=v_storage,
             rotary=self.rotary,
             shares=self.shares,
+            rotated=self.rotated,
         )
 
     def attend(

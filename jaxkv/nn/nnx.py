@@ -16,7 +16,7 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross, Full, Reach
 from jaxkv.meshes import dot_general, forward
 from jaxkv.nn.arguments import check_call, check_kv
-from jaxkv.nn.fuse import Joined, Transposed
+from jaxkv.nn.fuse import Joined, Transposed, with_rotation
 from jaxkv.nn.fuse import fuse as fuse
 from jaxkv.nn.heads import Heads, QueryTemperature, biased, qk_scale
 from jaxkv.nn.latent_nnx import LatentAttention as LatentAttention
@@ -189,6 +189,11 @@ class Attention(AttentionModule, nnx.Module):
             return (*self.qkv(x), None)[:3]
         q, k, v = (None if part is None else part(x) for part in (self.query, self.key, self.value))
         return q, k, v
+
+    def rotate(self) -> None:
+        """Puts the Hadamard rotation of stored numbers into the projections, where it can be. See `jaxkv.nnx.fuse`."""
+        if not isinstance(self.out, Transposed) and not self.heads.rotated:
+            with_rotation(self)
 
     def fuse(self) -> None:
         """Lays the weights out for decoding: query, key and value in one product. See `jaxkv.nnx.fuse`."""
@@ -382,6 +387,11 @@ class CrossAttention(CrossAttentionModule, nnx.Module):
         """
         key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, rngs))
         return self._read(x, layer, step, encoded, encoded_lengths, key)
+
+    def rotate(self) -> None:
+        """Puts the Hadamard rotation of stored numbers into the projections, where it can be. See `jaxkv.nnx.fuse`."""
+        if not isinstance(self.out, Transposed) and not self.heads.rotated:
+            with_rotation(self)
 
     def fuse(self) -> None:
         """Lays the weights out for decoding. See `jaxkv.nnx.fuse`."""

@@ -303,6 +303,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "ernie4_5": ("ernie4_5", {**TWO, "head_dim": 8, "use_bias": True}),
+    "exaone4": ("exaone4", {**TWO, "head_dim": 8, "sliding_window": 8, "sliding_window_pattern": 2}),
     "seed_oss": ("seed_oss", {**TWO, "head_dim": 8, "attention_out_bias": True}),
     "lfm2": ("lfm2", LFM2),
     "granite4": ("granitemoehybrid", GRANITE_HYBRID),
@@ -519,6 +520,10 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss without biases, tied": (
         "seed_oss",
         {**TWO, "head_dim": 8, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    "exaone4 without windows, tied": (
+        "exaone4",
+        {**TWO, "sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True},
     ),
     "ernie4_5 without biases, untied": ("ernie4_5", {**TWO, "head_dim": 8, "tie_word_embeddings": False}),
 }

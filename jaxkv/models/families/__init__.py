@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxkv.models.families.cohere import COHERE, COHERE2
 from jaxkv.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from jaxkv.models.families.ernie import ERNIE4_5
+from jaxkv.models.families.exaone import EXAONE4
 from jaxkv.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TEXT
 from jaxkv.models.families.gemma4 import GEMMA4, GEMMA4_TEXT
 from jaxkv.models.families.glm import GLM4, GLM4_MOE
@@ -54,6 +55,7 @@ FAMILIES = {
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
     "ernie4_5": ERNIE4_5,
+    "exaone4": EXAONE4,
     "seed_oss": SEED_OSS,
     "lfm2": LFM2,
     "gpt2": GPT2,

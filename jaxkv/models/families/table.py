@@ -195,7 +195,7 @@ class Family:
     others: tuple[Tensor, ...] = ()
     context: Callable[[Fields], int] = rope.context
     part: str | None = None
-    quantized: tuple[str, ...] = ()
+    quantized: tuple[str, ...] = ("fp8",)
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[Ignored, ...] = ()
     module: Any = Decoder

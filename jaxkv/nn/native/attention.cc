@@ -69,8 +69,8 @@ const char* read(const Lead& lead, int64_t kind, int64_t size, const ffi::AnyBuf
   return nullptr;
 }
 
-ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer k_scales, ffi::AnyBuffer k_groups,
-                  ffi::AnyBuffer v, ffi::AnyBuffer v_scales, ffi::AnyBuffer v_groups, ffi::AnyBuffer layer,
+ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer v, ffi::AnyBuffer v_scales, ffi::AnyBuffer v_groups,
+                  ffi::AnyBuffer k, ffi::AnyBuffer k_scales, ffi::AnyBuffer k_groups, ffi::AnyBuffer layer,
                   ffi::AnyBuffer rows, ffi::AnyBuffer filled, ffi::AnyBuffer kv_positions, ffi::AnyBuffer low,
                   ffi::AnyBuffer positions, ffi::AnyBuffer spans, ffi::AnyBuffer kv_spans, ffi::AnyBuffer high,
                   ffi::AnyBuffer base, ffi::AnyBuffer depths, ffi::AnyBuffer ancestors, ffi::AnyBuffer table,

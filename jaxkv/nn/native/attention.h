@@ -149,20 +149,8 @@ struct InOrder {
 };
 constexpr InOrder kInOrder;
 
-// Conversions where an instruction set has none: every number of 16 bits is one of 32, the smallest ones without the
-// denormal floats that XLA switches off.
-#define SOFT_HALF                                                               \
-  INLINE vf load_half(const Half* p) {                                          \
-    vh h; memcpy(&h, p, sizeof h);                                              \
-    vi x = __builtin_convertvector(h, vi);                                      \
-    vi sign = (x & 0x8000) << 16, size = x & 0x7fff;                            \
-    vf small = __builtin_convertvector(size, vf) * 0x1p-24f;                    \
-    vi normal = (size << 13) + (112 << 23);                                     \
-    vi y = size < 0x400 ? float_to_bits(small) : normal;                        \
-    y = size >= 0x7c00 ? normal | 0x7f800000 : y;                               \
-    return bits_to_float(y | sign);                                             \
-  }
-
+// What an instruction set has of its own to make floats of small numbers: compilers put __builtin_convertvector from
+// bytes together of many small steps.
 #if JAXKV_SETS & 1
 #define W 4
 #if defined(__aarch64__)
@@ -172,15 +160,24 @@ constexpr InOrder kInOrder;
 #endif
 namespace plain {
 #include "vector.h"
+INLINE vi widen(vb x) { return __builtin_convertvector(x, vi); }
+INLINE vi widen(vu x) { return __builtin_convertvector(x, vi); }
+INLINE vh widen16(vu x) { return __builtin_convertvector(x, vh); }
+INLINE i8 widen8(u8 x) { return __builtin_convertvector(x, i8); }
+INLINE vf halves(vh h) {
 #if defined(__aarch64__)
-INLINE vf load_half(const Half* p) {
-  uint16x4_t h; memcpy(&h, p, sizeof h);
-  float32x4_t y = vcvt_f32_f16(vreinterpret_f16_u16(h));
-  vf x; memcpy(&x, &y, sizeof x); return x;
-}
-#else
-SOFT_HALF
+  uint16x4_t x; memcpy(&x, &h, sizeof x);
+  const float32x4_t y = vcvt_f32_f16(vreinterpret_f16_u16(x));
+  vf z; memcpy(&z, &y, sizeof z); return z;
+#else  // the smallest ones without the denormal floats that XLA switches off
+  vi x = __builtin_convertvector(h, vi), sign = (x & 0x8000) << 16, size = x & 0x7fff;
+  vf small = __builtin_convertvector(size, vf) * 0x1p-24f;
+  vi normal = (size << 13) + (112 << 23);
+  vi y = size < 0x400 ? float_to_bits(small) : normal;
+  y = size >= 0x7c00 ? normal | 0x7f800000 : y;
+  return bits_to_float(y | sign);
 #endif
+}
 #include "kernel.h"
 }  // namespace plain
 #undef W
@@ -198,10 +195,11 @@ SOFT_HALF
 #define ACCUMULATORS 8
 namespace avx2 {
 #include "vector.h"
-INLINE vf load_half(const Half* p) {
-  __m256 y = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  vf x; memcpy(&x, &y, sizeof x); return x;
-}
+INLINE vi widen(vb x) { return as<vi>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
+INLINE vi widen(vu x) { return as<vi>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
+INLINE vh widen16(vu x) { return as<vh>(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(as<int64_t>(x)))); }
+INLINE i8 widen8(u8 x) { return as<i8>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
+INLINE vf halves(vh x) { return as<vf>(_mm256_cvtph_ps(as<__m128i>(x))); }
 #include "kernel.h"
 }  // namespace avx2
 #undef W
@@ -224,10 +222,11 @@ INLINE vf load_half(const Half* p) {
 #define ACCUMULATORS 16
 namespace avx512 {
 #include "vector.h"
-INLINE vf load_half(const Half* p) {
-  __m512 y = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  vf x; memcpy(&x, &y, sizeof x); return x;
-}
+INLINE vi widen(vb x) { return as<vi>(_mm512_cvtepi8_epi32(as<__m128i>(x))); }
+INLINE vi widen(vu x) { return as<vi>(_mm512_cvtepu8_epi32(as<__m128i>(x))); }
+INLINE vh widen16(vu x) { return as<vh>(_mm256_cvtepu8_epi16(as<__m128i>(x))); }
+INLINE i8 widen8(u8 x) { return as<i8>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
+INLINE vf halves(vh x) { return as<vf>(_mm512_cvtph_ps(as<__m256i>(x))); }
 #include "kernel.h"
 }  // namespace avx512
 #undef W

@@ -210,8 +210,8 @@ def _library_call(call: Callable[..., Any], plan: Any, q: Any, sinks: Any, layer
     out, log_total = call(
         spec.value_dim,
         q,
+        *_parts(layer.v),  # first, as every layer has them
         *_parts(layer.k),
-        *_parts(layer.v),
         jnp.int32(0) if layer.index is None else layer.index,
         step.rows,
         group.filled,

@@ -1,18 +1,15 @@
 // Attention of the queries of one kv head over one stretch of slots, for one instruction set.
 //
 // Included once per instruction set, in a namespace of its own, with W (floats of a vector), ACCUMULATORS (vectors that
-// stay in registers) and the conversions of 16-bit floats to vectors. No include guard on purpose.
+// stay in registers) and the conversions of small numbers to vectors of floats. No include guard on purpose.
 
 INLINE vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
 INLINE vf load(const Bfloat* p) {
   vh x; memcpy(&x, p, sizeof x);
   return bits_to_float(__builtin_convertvector(x, vi) << 16);
 }
-INLINE vf load(const Half* p) { return load_half(p); }
-INLINE vf load(const int8_t* p) {
-  vb x; memcpy(&x, p, sizeof x);
-  return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
-}
+INLINE vf load(const Half* p) { vh x; memcpy(&x, p, sizeof x); return halves(x); }
+INLINE vf load(const int8_t* p) { vb x; memcpy(&x, p, sizeof x); return __builtin_convertvector(widen(x), vf); }
 
 // The first n numbers at p, and zeros: never a byte further.
 template <class E> INLINE vf load_some(const E* p, int n) {
@@ -91,25 +88,25 @@ struct Block {
   const int64_t* at;
 };
 
-// Numbers of 8 bits with a sign and M bits of mantissa, as they are stored: without the scale.
+// Floats of 8 bits with M of mantissa, as they are stored: halves that lack their last bits, and of three bits of mantissa
+// the exponent of one that is 2^8 as large.
 template <int M> INLINE vf load_eight(const uint8_t* p) {
-  constexpr int bias = M == 3 ? 7 : 15;
   vu x; memcpy(&x, p, sizeof x);
-  vi bits = __builtin_convertvector(x, vi), size = bits & 127;
-  vf normal = bits_to_float((size << (23 - M)) + ((127 - bias) << 23));
-  vf small = __builtin_convertvector(size, vf) * (M == 3 ? 0x1p-9f : 0x1p-16f);
-  vf y = size < (1 << M) ? small : normal;
-  return bits_to_float(float_to_bits(y) | (bits & 128) << 24);
+  vh bits = widen16(x);
+  return M == 2 ? halves(bits << 8) : halves((bits & 128) << 8 | (bits & 127) << 7) * 0x1p8f;
 }
 
 template <int M> static void expand_eight(const uint8_t* from, int size, float* to) {
-  for (int h = 0; h < size; h += W) {
-    uint8_t some[W] = {};
-    const int n = size - h < W ? size - h : W;
-    if (n < W) memcpy(some, from + h, n);
-    vf x = load_eight<M>(n < W ? some : from + h);
-    memcpy(to + h, &x, n * sizeof(float));
+  int h = 0;
+  for (; h + W <= size; h += W) {
+    vf x = load_eight<M>(from + h);
+    memcpy(to + h, &x, sizeof x);
   }
+  if (h == size) return;
+  uint8_t some[W] = {};
+  memcpy(some, from + h, size - h);
+  vf x = load_eight<M>(some);
+  memcpy(to + h, &x, (size - h) * sizeof(float));
 }
 
 // Two numbers a byte: number i shares one with number i + size / 2. A group has a step (1 to 16) and a zero (0 to 15).
@@ -122,7 +119,7 @@ static void expand_four(const uint8_t* codes, const uint8_t* groups, int size, i
     const int end = i + group;
     for (; i + 8 <= end; i += 8) {
       u8 bytes; memcpy(&bytes, codes + i, sizeof bytes);
-      i8 x = __builtin_convertvector(bytes, i8);
+      i8 x = widen8(bytes);
       f8 low = __builtin_convertvector(x & 15, f8) * a - za, high = __builtin_convertvector(x >> 4, f8) * b - zb;
       memcpy(to + i, &low, sizeof low);
       memcpy(to + half + i, &high, sizeof high);

@@ -10,5 +10,10 @@ typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
 typedef uint8_t u8 __attribute__((vector_size(8), aligned(1)));
 
 INLINE vf splat(float x) { return x - vf{}; }
-INLINE vf bits_to_float(vi x) { vf y; memcpy(&y, &x, sizeof y); return y; }
-INLINE vi float_to_bits(vf x) { vi y; memcpy(&y, &x, sizeof y); return y; }
+// The same bytes as another type.
+template <class To, class From> INLINE To as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "as many bytes");
+  To y; memcpy(&y, &x, sizeof y); return y;
+}
+INLINE vf bits_to_float(vi x) { return as<vf>(x); }
+INLINE vi float_to_bits(vf x) { return as<vi>(x); }
