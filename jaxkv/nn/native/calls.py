@@ -63,9 +63,8 @@ def _one_batch(count: int, mapped: list[bool], operands: Any) -> list[Any]:
     def spread(i: int) -> Any:
         return _spread(count, operands[i], mapped[i])
 
-    own, buffer = any(mapped[1:number]), next(i for i in range(1, number) if operands[i].size)
-    stacked = ranks[buffer] == 5
-    lead = operands[buffer].shape[mapped[buffer] :][: 1 + stacked]
+    stacked, own = ranks[1] == 5, any(mapped[1:number])
+    lead = operands[1].shape[mapped[1] :][: 1 + stacked]
     layers, lanes = lead[0] if stacked else 1, lead[-1]
     first = jnp.clip(spread(number), 0, layers - 1) + layers * jnp.arange(count, dtype=jnp.int32) * int(own)
     first = (first * lanes)[:, None]  # of A, where those of one of the calls begin

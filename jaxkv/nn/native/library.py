@@ -26,7 +26,7 @@ TARGET = "jaxkv_attention"  # by which a compiled program calls the kernel; jax.
 WHEEL = "jaxkv-cpu"  # the package of a library that need not be built; its sources are in native/
 _OFF = ("0", "false", "off", "no")
 _LOCK, _LIBRARIES = threading.Lock(), list[ctypes.CDLL]()  # the one that XLA knows
-_PROBLEMS = (Unusable, OSError, AttributeError, RuntimeError)
+_PROBLEMS = (Unusable, OSError, AttributeError, RuntimeError, ValueError)
 
 
 @functools.cache
@@ -74,8 +74,8 @@ def in_wheel() -> Path | None:
 
 
 def wheel_problem() -> str | None:
-    """Returns why the library of jaxkv-cpu is left alone; None if it is not, or if that is not installed."""
-    return _wheel()[1]
+    """Returns why the library of jaxkv-cpu is left alone; None if it is not, or if nobody asks for one."""
+    return None if asked() in _OFF else _wheel()[1]
 
 
 @functools.cache
