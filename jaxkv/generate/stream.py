@@ -345,9 +345,9 @@ def generate(
       key: PRNG key, from `jax.random.key(seed)`. Greedy samplers don't need it, nor does a function of your own that
         doesn't read its key: without `key` it gets None.
       num_samples: in how many rows each prompt goes on, one after the other; one number, or one per prompt. The cache
-        has as many rows as that makes in all. Each prompt is prefilled once: what row i holds of prompt i is not computed
-        again, and what other rows hold is forgotten. Then rows go on from it as from prompts of their own; on Pages, samples
-        that find no page end as "full".
+        has as many rows as that makes in all. Each prompt is prefilled once: what row i holds of prompt i is kept, and
+        what other rows hold is forgotten. Then rows go on from it as from prompts of their own; on Pages, samples that
+        find no page end as "full".
 
     Returns:
       A Generation.
