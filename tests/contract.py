@@ -86,7 +86,7 @@ class Case:
 
     @property
     def turns(self) -> bool:
-        """Whether all keys that have positions can be turned to others."""
+        """Whether all keys that have positions can be re-rotated to others."""
         return all(spec.rotary is not None for spec in self.specs if not isinstance(spec.reach, Cross))
 
     @property

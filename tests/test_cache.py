@@ -20,7 +20,7 @@ from jaxkv import Cache, Chunk, Dense, Full, LayerSpec, Window
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """Keys whose first number is their position, turned by adding."""
+    """Keys whose first number is their position, re-rotated by adding."""
 
     def shift(self, k, delta):
         return k + delta.astype(k.dtype)
@@ -156,7 +156,7 @@ def test_remove_moves_the_rest_down_and_turns_its_keys():
     assert keys(cache, 0) == [0, 1, 2, 3, 4]  # Count: a key is its position, old 5, 6, 7 now say 2, 3, 4
     assert keys(cache, 1) == list(range(8))
     _, v, _ = cache.layers[0].get(cache.begin(jnp.array([[5], [8]]))[1])
-    assert np.asarray(v)[0, :5, 0, 0].tolist() == [0, 10, 50, 60, 70]  # values are not turned
+    assert np.asarray(v)[0, :5, 0, 0].tolist() == [0, 10, 50, 60, 70]  # values are not rotated
 
 
 def test_remove_in_a_ring():

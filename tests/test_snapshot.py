@@ -279,7 +279,7 @@ def test_files_that_lie_are_refused_and_change_nothing(path):
     lie(r"layers.2.v is float32\[2, 4, 5\], must be", {"rows.0.layers.2.v": np.zeros((2, 4, 5), np.float32)})
     layers = [dict(layer) for layer in header["layers"]]
     layers[0]["k_storage"] = {"kind": "jaxkv.cache.rows.Rows"}
-    lie(r"k_storage of layer 0: Rows\(\) is no storage", layers=layers)
+    lie(r"k_storage of layer 0: Rows\(\) is not a storage", layers=layers)
     layers[0]["k_storage"] = {"kind": "subprocess.Popen", "args": "true"}
     lie("k_storage of layer 0: .*subprocess.Popen", layers=layers)
     write(path, dict(file), metadata={"jaxkv": "[" * 100_000}, checked=True)

@@ -194,7 +194,7 @@ def _turn_keys(spec: LayerSpec, delta: Any, stored: Any) -> Any:
 
 
 def _turn_side(spec: LayerSpec, delta: Any, name: str, stored: Any) -> Any:
-    """Returns the same of a side buffer, if that is to be turned."""
+    """Returns the same of a side buffer, if that is to be re-rotated."""
     side = dict(spec.side_buffers).get(name)
     if side is None or side.rotary is None:
         return stored

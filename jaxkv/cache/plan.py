@@ -105,7 +105,7 @@ def max_capacity(
       Tokens per sequence, at most `most`; 0 if no capacity fits.
 
     Raises:
-      ValueError: as `Cache.init`, and for anything that is no size.
+      ValueError: as `Cache.init`, and for a size that is not a valid one.
 
     >>> from jaxkv import Full, Int8, LayerSpec, max_capacity
     >>> specs = [LayerSpec(Full(), num_kv_heads=8, head_dim=128)] * 32

@@ -350,7 +350,7 @@ class Snapshot:
         try:
             storage = made_of(self.layers[layer][name])
             if not hasattr(storage, "zeros"):
-                raise ValueError(f"{storage!r} is no storage")
+                raise ValueError(f"{storage!r} is not a storage")
             storage.check(part.size)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise self.foreign(f"{name} of layer {layer}: {error}") from error

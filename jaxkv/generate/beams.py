@@ -65,7 +65,7 @@ def beam_search(
     Args:
       forward, params: as for `jaxkv.generate`.
       prompts: P of them, each a sequence of token numbers; None: none, its rows stay idle. What row i holds of prompt i
-        is not read again.
+        is not computed again.
       cache: of `num_beams` rows for each prompt, or more: beam b of prompt i is row b * P + i. What the rows from P on
         hold is forgotten, but for rows behind the last beam. It is donated: go on with `result.cache`.
       num_beams: continuations followed at a time; 1 is greedy.

@@ -55,7 +55,7 @@ def best_of(
     Args:
       forward, params: as for `jaxkv.generate`.
       prompts: P of them, each a sequence of token numbers; None: none, its rows stay idle. What row i holds of prompt i
-        is not read again.
+        is not computed again.
       cache: of n rows for each prompt, or more: sample j of prompt i is drawn in row i * n + j. What the rows from P on
         hold is forgotten, but for rows behind the last sample. It is donated: go on with `result.cache`.
       n: samples of each prompt.

@@ -15,7 +15,7 @@ array([[2, 3, 4],
 >>> result.reasons
 ('length', 'stop')
 
-The next turn goes on from `result.cache`, with the whole conversation as prompt; what is held is not read again:
+The next turn goes on from `result.cache`, with the whole conversation as prompt; what is held is not computed again:
 
 >>> turn = generate(forward, table, [[0, 1, 2, 3, 4, 3, 3], None], result.cache, max_new_tokens=2)
 >>> turn.tokens, turn.reasons
@@ -352,9 +352,9 @@ def generate(
       key: PRNG key, from `jax.random.key(seed)`. Greedy samplers don't need it, nor does a function of your own that
         doesn't read its key: without `key` it gets None.
       num_samples: in how many rows each prompt goes on, one after the other; one number, or one per prompt. The cache
-        has as many rows as that makes in all. Each prompt is read once: what row i holds of prompt i is not read again,
-        and what other rows hold is forgotten. Then rows go on from it as from prompts of their own; on Pages, samples
-        that find no page end as "full".
+        has as many rows as that makes in all. Each prompt is prefilled once: what row i holds of prompt i is kept, and
+        what other rows hold is forgotten. Then rows go on from it as from prompts of their own; on Pages, samples that
+        find no page end as "full".
 
     Returns:
       A Generation.

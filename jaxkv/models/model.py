@@ -123,7 +123,7 @@ class Model:
           max_new_tokens: most tokens per row; one number, or one per row. None: what the checkpoint says, else 256, but
             no more than the model was made for.
           cache: None makes one, of 1,024 tokens or as many as are needed. The Completion of an earlier call goes on
-            from it, what `beam_search` or `best_of` found from its best text: what its cache holds is not read again.
+            from it, what `beam_search` or `best_of` found from its best text: what its cache holds is kept.
             Or a Cache: an empty one, or for prompts of tokens one that holds the beginning of each. It is donated.
           sampler: in place of the checkpoint's, see `jaxkv.generate`.
           stop_tokens: in place of the checkpoint's, see `jaxkv.generate`.

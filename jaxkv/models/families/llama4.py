@@ -57,7 +57,7 @@ def _llama4(fields: Fields) -> DecoderConfig:
         raise fields.wrong("attention_chunk_size", f'it must be a number of tokens, for the layers of "{CHUNKED}"')
     rotary = rope.rotary(fields, shared["head_dim"], theta=500_000.0, interleaved=True)
     if fields["use_qk_norm"] and isinstance(rotary.scaling, YarnScaling | LongRopeScaling):
-        # There queries and keys are normalized once they are turned, which takes the magnitude away again.
+        # There queries and keys are normalized once they are rotated, which takes the magnitude away again.
         rotary = dataclasses.replace(rotary, scaling=dataclasses.replace(rotary.scaling, attention_factor=1.0))
     temperature = None
     if fields["attn_temperature_tuning"]:
