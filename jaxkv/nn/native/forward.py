@@ -34,7 +34,7 @@ from jaxkv.nn.native import calls
 _REQUIRES_DEVICES: set[Primitive] | None = getattr(
     sys.modules.get("jax._src.dispatch"), "prim_requires_devices_during_lowering", None
 )
-MOST_QUERIES = 16  # in a longer block XLA's matrix products are the faster form
+MOST_QUERIES = 16  # from 32 on XLA's matrix products are faster, for some shapes
 _MOST_SIZE = 1024  # of a key and of a value: kMost in attention.h
 _KINDS = ("float32", "float16", "bfloat16", "Int8", "Int4", "e4m3", "e5m2")  # Type in attention.h
 
