@@ -339,15 +339,13 @@ def test_a_sharded_cache_keeps_its_sharding_and_its_bookkeeping_is_replicated():
     assert "all-gather" not in put.lower(cache).compile().as_text()
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_rows_divided_by_shard_map_are_each_as_one_device_has_them(stacked):
+def test_rows_divided_by_shard_map_are_each_as_one_device_has_them():
     specs = [LayerSpec(Full(), 1, 2, rotary=Count()), LayerSpec(Window(3), 1, 2, rotary=Count())]
     positions, k = jnp.tile(jnp.arange(3), (2, 1)).astype(jnp.int32), jnp.ones((2, 3, 1, 2))
 
     def put(cache, positions, k, rows=None):
         cache, step = cache.begin(positions, rows)
-        layers = [layer if layer.num_stacked is None else layer.at(0) for layer in cache.layers]
-        return cache.with_layers([layer.put(step, k, k + 1) for layer in layers])
+        return cache.with_layers([layer.at(0).put(step, k, k + 1) for layer in cache.layers])
 
     def edit(_, cache):
         cache = cache.take(jnp.array([1, 0])).copy_prefix(0, 1, 2).remove(0, 1, 2).rewind(jnp.array([9, 1]))
@@ -358,7 +356,7 @@ def test_rows_divided_by_shard_map_are_each_as_one_device_has_them(stacked):
         cache = put(cache, jnp.array([[3]]), 2 * k[:1, :1], rows=jnp.array([1]))
         return jax.lax.fori_loop(0, 2, edit, cache)
 
-    both = Cache.init(specs, 4, 12, max_block=4, stacked=stacked)
+    both = Cache.init(specs, 4, 12, max_block=4, stacked=True)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("rows",))
     rows = jax.sharding.PartitionSpec("rows")
     places = jax.tree.map(
@@ -367,7 +365,7 @@ def test_rows_divided_by_shard_map_are_each_as_one_device_has_them(stacked):
     sharded = jax.shard_map(run, mesh=mesh, in_specs=(places, rows, rows), out_specs=places)
     k = jnp.concatenate([k, 3 * k])
     got = jax.jit(sharded)(both, jnp.tile(positions, (2, 1)), k)
-    one = Cache.init(specs, 2, 12, max_block=4, stacked=stacked)
+    one = Cache.init(specs, 2, 12, max_block=4, stacked=True)
     alone = [jax.jit(run)(one, positions, k[i : i + 2]) for i in (0, 2)]
     jax.tree.map(
         lambda x, *parts: np.testing.assert_array_equal(x, np.concatenate(parts, int(x.ndim == 5))), got, *alone
@@ -597,6 +595,17 @@ def test_take_and_copy_prefix_move_all_that_is_held_over_several_blocks(reach, s
     copied = jax.jit(Cache.copy_prefix)(cache, 2, 0, 150)
     np.testing.assert_array_equal(rows(copied), k[[2, 1, 2]])
     assert copied.lengths.tolist() == [150] * 3
+
+
+def test_accelerators_move_rows_by_a_form_of_their_own(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x = np.random.default_rng(0).normal(size=(3, 2, 88, 3)).astype(np.float32)  # a shape that no other test compiles
+    taken, copied = (np.asarray(y) for y in (
+        jaxkv.Rows().take(jnp.asarray(x), jnp.array([2, 2, 0]), jnp.int32(70)),
+        jaxkv.Rows().copy(jnp.asarray(x), jnp.int32(2), jnp.int32(0), jnp.int32(70)),
+    ))  # fmt: skip
+    np.testing.assert_array_equal(taken[:, :, :70], x[[2, 2, 0], :, :70])
+    np.testing.assert_array_equal(copied[:, :, :70], x[[2, 1, 2], :, :70])
 
 
 def test_gradients_flow_through_take_and_copy_prefix():

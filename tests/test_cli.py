@@ -195,18 +195,22 @@ def test_speculation_gives_the_same_text_and_says_what_was_accepted(small_model,
         assert message in capsys.readouterr().err
 
 
-def test_a_model_over_several_devices_writes_the_same(small_model, checkpoint, capsys):
-    hybrid = checkpoint("lfm2")
-    for words in (
-        ["a list", "-n", "8", "--greedy"],
-        ["-m", checkpoint(), "t5 t7", "-n", "8", "--best-of", "2"],
-        ["-m", hybrid, "t5 t7", "-n", "4", "--greedy"],
+def test_a_model_over_several_devices_writes_the_same(small_model, checkpoint, type_in, capsys):
+    hybrid, latent = checkpoint("lfm2"), checkpoint("deepseek_v2")
+    one_head = "model over 2 devices; each has all that 2 of 2 attention layers keep"
+    for words, said in (
+        (["generate", "-m", checkpoint(), "t5 t7", "-n", "8", "--best-of", "2"], "model over 2 devices\n"),
+        (["generate", "-m", hybrid, "t5 t7", "-n", "4", "--greedy"], "model over 2 devices\n"),
+        (["generate", "-m", latent, "t5 t7", "-n", "4", "--greedy"], one_head),
+        (["chat", "-n", "4", "--greedy"], one_head),
     ):
-        assert main(["generate", *words]) == 0
+        type_in("a list\nand more\n")
+        assert main(words) == 0
         alone = capsys.readouterr().out
-        assert main(["generate", *words, "--devices", "2"]) == 0
+        type_in("a list\nand more\n")
+        assert main([*words, "--devices", "2"]) == 0
         out, err = capsys.readouterr()
-        assert out == alone and "model over 2 devices" in err
+        assert out == alone and said in err
     assert main(["generate", "x", "--devices", "64"]) == 2
     message = "--devices: 64 are asked for, and JAX has 4 here; XLA_FLAGS=--xla_force_host_platform_device_count=64"
     assert message in capsys.readouterr().err

@@ -193,34 +193,31 @@ def parts(specs: tuple[LayerSpec, ...], sizes: Sizes, layout: Any, stacked: bool
 def shardings(cache: Any, sharding: Any) -> Any:
     """Returns a tree of shardings for a cache: `sharding` (axes R, K, V, H) for buffers, replicated bookkeeping.
 
-    Of a buffer with fewer numbers than H, such as one of scales, axes that don't divide them are left out. States are
-    divided over rows, and over heads if the axes of heads divide theirs; their slots and numbers aren't.
+    Mesh axes that don't divide a buffer's heads or numbers, such as the one head of latents or a scale, are left out
+    for it: every device has all of those. States are divided over rows and heads; their slots and numbers aren't.
     """
     mesh, spec = sharding.mesh, sharding.spec
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     whole = jax.tree.map(lambda _: replicated, cache)
 
-    rows, heads, slots, _ = (*spec, None, None, None, None)[:4]
+    rows, heads, slots, numbers = (*spec, None, None, None, None)[:4]
 
-    def placed(buffers: Any, *spec: Any) -> Any:
+    def divides(names: Any, count: int) -> bool:
+        return count % math.prod(mesh.shape[name] for name in jax.tree.leaves(names)) == 0
+
+    def placed(buffers: Any, rows: Any, heads: Any = None, slots: Any = None, numbers: Any = None) -> Any:
         def place(buffer: Any) -> Any:
-            stack, axes = (None,) * (len(buffer.shape) - 4), spec
-            names = axes[3] if len(axes) > 3 else None
-            if names and buffer.shape[-1] % math.prod(mesh.shape[n] for n in jax.tree.leaves(names)):
-                axes = axes[:3]
-            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack, *axes))
+            *stack, _, num_heads, _, size = buffer.shape
+            split = heads if divides(heads, num_heads) else None, slots, numbers if divides(numbers, size) else None
+            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[None] * len(stack), rows, *split))
 
         return jax.tree.map(place, buffers)
 
     def of_layer(layer: Any) -> Any:
         if isinstance(layer, StateLayer):
-            shape = layer.spec.reach.state  # type: ignore[attr-defined]
-            count = math.prod(mesh.shape[n] for n in jax.tree.leaves(heads)) if heads else 1
-            over = None if shape is None or shape[0] % count else heads
-            return layer.with_buffers((placed(layer.tail, rows), placed(layer.state, rows, over)))
-        return layer.with_buffers(
-            (placed(layer.k, *spec), placed(layer.v, *spec), placed(layer.sides, rows, None, slots))
-        )
+            return layer.with_buffers((placed(layer.tail, rows), placed(layer.state, rows, heads)))
+        kept = placed((layer.k, layer.v), rows, heads, slots, numbers)
+        return layer.with_buffers((*kept, placed(layer.sides, rows, None, slots)))
 
     return dataclasses.replace(whole, layers=tuple(map(of_layer, cache.layers)))
 

@@ -114,7 +114,8 @@ class Cache:
             length here.
           stacked: equal specs share one Layer with buffers [L, ...], for models that scan over their layers.
           sharding: None, or a `jax.sharding.NamedSharding` for axes (R, K, V, H) of k and v; on pages (None, K, None,
-            H), as the pool is that of all rows. The bookkeeping is replicated over its mesh.
+            H), as the pool is that of all rows. The bookkeeping is replicated over its mesh, as are the heads that an
+            axis does not divide.
 
         Raises:
           ValueError: for no layers, a model instead of its specs, sizes below 1 or above 2**30, a negative slack, a

@@ -20,8 +20,7 @@ from jax import lax
 
 from jaxkv.meshes import vary_alike
 
-_MOVE_BLOCK = 64  # slots moved at a time, or as many as have so many numbers of a head: a state is large
-_MOVE_NUMBERS = 2**15
+_MOVE_NUMBERS = 2**15  # of a head, moved at a time at most: a state is large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Rows:
 
     def unit(self, num_slots: int) -> int:
         """Returns how many slots lie together, from each multiple of it on, that are one row's."""
-        return num_slots if num_slots <= _MOVE_BLOCK else math.gcd(num_slots, 1024)
+        return num_slots if num_slots <= 64 else math.gcd(num_slots, 1024)
 
     def table(self, pages: None) -> None:
         """Returns what `places` needs of the bookkeeping."""
@@ -148,53 +147,78 @@ class Rows:
         return jax.tree.map(lambda x, y: x.at[at].set(y), buffers, turn(moved))
 
 
-def _take_rows(buffer: Any, rows: Any, start: Any, size: int) -> Any:
-    """Returns the buffer with its rows chosen anew in slots [start, start + size)."""
-    block = lax.dynamic_slice_in_dim(buffer, start, size, axis=-2)
-    taken = jnp.take(block, rows, axis=-4, mode="clip")
-    return lax.dynamic_update_slice_in_dim(buffer, lax.optimization_barrier(taken), start, axis=-2)
+def _take_rows(buffer: Any, axis: int, rows: Any, start: Any, size: int) -> Any:
+    """Returns the buffer with its rows chosen anew in [start, start + size)."""
+    block = lax.dynamic_slice_in_dim(buffer, start, size, axis=axis + 2)
+    if not _on_cpu() or size == buffer.shape[axis + 2]:  # the latter for `_backward`, as a loop has no derivative
+        taken = lax.optimization_barrier(jnp.take(block, rows, axis=axis, mode="clip"))
+        return lax.dynamic_update_slice_in_dim(buffer, taken, start, axis=axis + 2)
+    block = lax.optimization_barrier(block)
+    moves = rows != jnp.arange(rows.shape[0], dtype=rows.dtype)
+    moved = jnp.nonzero(moves, size=rows.shape[0], fill_value=0)[0].astype(jnp.int32)
+
+    def write(i: Any, buffer: Any) -> Any:  # XLA's CPU gathers number by number, but copies slices as they lie
+        dst = moved[i]
+        row = lax.dynamic_slice_in_dim(block, rows[dst], 1, axis=axis)
+        return _write_row(buffer, axis, row, dst, start)
+
+    return lax.fori_loop(0, moves.sum(dtype=jnp.int32), write, buffer)
 
 
-def _copy_row(buffer: Any, src_dst: Any, start: Any, size: int) -> Any:
-    """Returns the buffer with slots [start, start + size) of one row in another."""
+def _copy_row(buffer: Any, axis: int, src_dst: Any, start: Any, size: int) -> Any:
+    """Returns the buffer with [start, start + size) of one row in another."""
     src, dst = src_dst
-    block = lax.dynamic_slice_in_dim(buffer, start, size, axis=-2)
+    block = lax.dynamic_slice_in_dim(buffer, start, size, axis=axis + 2)
     # Not a slice at `src`, for which XLA would gather a buffer whose rows lie on several devices.
-    row = jnp.expand_dims(jnp.take(block, src, axis=-4, mode="clip"), -4)
+    row = jnp.expand_dims(jnp.take(block, src, axis=axis, mode="clip"), axis)
+    return _write_row(buffer, axis, lax.optimization_barrier(row), dst, start)
+
+
+def _write_row(buffer: Any, axis: int, x: Any, row: Any, start: Any) -> Any:
     zero = jnp.int32(0)
-    at = (*[zero] * (buffer.ndim - 4), dst, zero, start, zero)
-    return lax.dynamic_update_slice(buffer, lax.optimization_barrier(row), at)
+    at = (*[zero] * axis, row, zero, start, *[zero] * (buffer.ndim - axis - 3))
+    return lax.dynamic_update_slice(buffer, x, at)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 @functools.partial(jax.jit, static_argnums=0)  # a call outside of jit finds its program again
 def _each_block(change: Callable[..., Any], buffer: Any, filled: Any, places: Any) -> Any:
-    """Returns the buffer after change(buffer, places, start, size) of every block of slots below `filled`.
+    """Returns the buffer after change(buffer, axis, places, start, size) of every block of slots below `filled`.
 
-    `change` is linear in the buffer, and treats all slots alike; what it reads must not be read from where it writes
-    (the barriers above).
+    `change` is linear in the buffer, whose rows are along `axis`, and treats all slots alike; what it reads must not be
+    read from where it writes (the barriers above). On a CPU it is given a row's slots of a head as one stretch of
+    numbers, [..., R, K, V * H], which is copied twice as fast.
     """
-    return _loop(change, *vary_alike((buffer, filled, places)))
+    *lead, num_slots, size = buffer.shape
+    buffer, filled, places = vary_alike((buffer, filled, places))
+    flat = _on_cpu() and 1 < size < 2**31 // num_slots  # XLA copies a buffer to drop a last axis of 1
+    x = buffer.reshape(*lead, -1) if flat else buffer
+    return _loop(change, buffer.ndim - 4, num_slots, x, filled, places).reshape(buffer.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loop(change: Callable[..., Any], buffer: Any, filled: Any, places: Any) -> Any:
-    size = _block_size(buffer)
-    return lax.fori_loop(0, _num_blocks(filled, size), lambda i, b: change(b, places, i * size, size), buffer)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _loop(change: Callable[..., Any], axis: int, num_slots: int, buffer: Any, filled: Any, places: Any) -> Any:
+    size, count = _blocks(buffer, axis, num_slots, filled)
+    return lax.fori_loop(0, count, lambda i, b: change(b, axis, places, i * size, size), buffer)
 
 
-def _forward(change: Callable[..., Any], buffer: Any, filled: Any, places: Any) -> Any:
-    return _loop(change, buffer, filled, places), (filled, places)
+def _forward(change: Callable[..., Any], axis: int, num_slots: int, buffer: Any, filled: Any, places: Any) -> Any:
+    return _loop(change, axis, num_slots, buffer, filled, places), (filled, places)
 
 
-def _backward(change: Callable[..., Any], saved: Any, d_buffer: Any) -> Any:
+def _backward(change: Callable[..., Any], axis: int, num_slots: int, saved: Any, d_buffer: Any) -> Any:
     # A loop as long as what is filled has no reverse derivative; one change of all slots at once has.
     filled, places = saved
-    size = _block_size(d_buffer)
+    size, count = _blocks(d_buffer, axis, num_slots, filled)
+    length = d_buffer.shape[axis + 2]
+    below = jnp.arange(length, dtype=jnp.int32) < count * size
+    below = below.reshape(-1, *(1,) * (d_buffer.ndim - axis - 3))
 
     def plain(buffer: Any) -> Any:
-        changed = change(buffer, places, jnp.int32(0), buffer.shape[-2])
-        below = jnp.arange(buffer.shape[-2], dtype=jnp.int32) < _num_blocks(filled, size) * size
-        return jnp.where(below[:, None], changed, buffer)
+        return jnp.where(below, change(buffer, axis, places, jnp.int32(0), length), buffer)
 
     return *jax.linear_transpose(plain, d_buffer)(d_buffer), None, None
 
@@ -202,10 +226,9 @@ def _backward(change: Callable[..., Any], saved: Any, d_buffer: Any) -> Any:
 _loop.defvjp(_forward, _backward)
 
 
-def _block_size(buffer: Any) -> int:
-    most = max(1, min(_MOVE_BLOCK, _MOVE_NUMBERS // buffer.shape[-1]))
-    return math.gcd(1 << (most.bit_length() - 1), buffer.shape[-2])
-
-
-def _num_blocks(filled: Any, size: int) -> Any:
-    return (filled + (size - 1)) // size
+def _blocks(buffer: Any, axis: int, num_slots: int, filled: Any) -> tuple[int, Any]:
+    """Returns the length of the blocks that what is filled is moved in, as the buffer has its slots; and how many."""
+    numbers = math.prod(buffer.shape[axis + 2 :]) // num_slots
+    most = max(1, min(8 if _on_cpu() else 64, _MOVE_NUMBERS // numbers))  # small ones stay in a core's cache
+    slots = math.gcd(1 << (most.bit_length() - 1), num_slots)
+    return slots * (buffer.shape[axis + 2] // num_slots), (filled + (slots - 1)) // slots

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxkv.cache.spec import Recurrent
 from jaxkv.sizes import format_bytes
@@ -41,7 +43,7 @@ def describe(cache: Any) -> str:
         layers = [layer for layer in cache.layers if layer.group == number]
         count = sum(layer.num_kept for layer in layers)
         sharing = sum(not layer.num_kept for layer in layers)
-        kept = dict.fromkeys(_kept(layer.spec) for layer in layers if layer.num_kept)
+        kept = dict.fromkeys(_kept(layer.spec) + _spread(layer) for layer in layers if layer.num_kept)
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((layers, group)))
         pages = "" if group.pages is None else cache.layout.describe(group.pages)
         lines.append(
@@ -63,6 +65,20 @@ def _kept(spec: Any) -> str:
     storages = f"{spec.v_storage}" if spec.k_dim == 0 else f"k {spec.k_storage} v {spec.v_storage}"
     sides = "".join(f" {name} {side.num_heads} x {side.size} {side.storage}" for name, side in spec.side_buffers)
     return f"{heads} {storages}{' v in k' * spec.v_in_k}{sides}"
+
+
+def _spread(layer: Any) -> str:
+    """Returns over how many devices the layer's buffers are divided, and along what; nothing for one device."""
+    buffer = max(jax.tree.leaves(layer.buffers), key=lambda x: x.size)
+    known = isinstance(buffer, jax.Array) and not isinstance(buffer, jax.core.Tracer)
+    place = buffer.sharding if known else None
+    if not isinstance(place, NamedSharding) or place.mesh.size == 1:
+        return ""
+    spec = (*place.spec, *[None] * buffer.ndim)[buffer.ndim - 4 : buffer.ndim]
+    counts = [math.prod(place.mesh.shape[name] for name in jax.tree.leaves(names)) for names in spec]
+    names = "rows" if layer.num_slots == buffer.shape[-2] else "pages", "heads", "slots", "numbers"
+    split = " and ".join(f"{name} by {count}" for name, count in zip(names, counts, strict=True) if count > 1)
+    return f" divided over {place.mesh.size} devices ({split})" if split else f" whole on {place.mesh.size} devices"
 
 
 def _held(positions: Any) -> list[str]:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxkv.cache.spec import LayerSpec
 from jaxkv.cli.options import UsageError
 from jaxkv.models import Model, tensor_parallel
 
@@ -43,12 +42,10 @@ def divided(model: Model, mesh: Mesh) -> Model:
 
 
 def place_of(model: Model) -> NamedSharding | None:
-    """Returns where a cache of this model is to lie: its heads over the model's mesh, if that divides them."""
+    """Returns where a cache of this model is to lie: its heads over the model's mesh."""
     places = (x.sharding for x in jax.tree.leaves(model.params))
     mesh = next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
-    if mesh is None:
-        return None
-    return NamedSharding(mesh, PartitionSpec(None, _AXIS) if _divides(mesh, model.specs) else PartitionSpec())
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec(None, _AXIS))
 
 
 def describe_devices(model: Model) -> str:
@@ -56,10 +53,8 @@ def describe_devices(model: Model) -> str:
     place = place_of(model)
     if place is None:
         return ""
-    cache = "" if _divides(place.mesh, model.specs) else "; each has the whole cache, as they don't divide its heads"
-    return f"model over {place.mesh.size} devices{cache}"
-
-
-def _divides(mesh: Any, specs: tuple[LayerSpec, ...]) -> bool:
-    heads = [spec.num_kv_heads for spec in specs if spec.num_kv_heads is not None]  # states are divided or not, each
-    return all(count % mesh.shape[_AXIS] == 0 for count in heads)
+    size = place.mesh.size
+    heads = [spec.num_kv_heads for spec in model.specs if spec.num_kv_heads is not None]
+    whole = sum(count % size != 0 for count in heads)
+    cache = f"; each has all that {whole} of {len(heads)} attention layers keep, as {size} doesn't divide their heads"
+    return f"model over {size} devices{cache * bool(whole)}"
