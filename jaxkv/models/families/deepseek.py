@@ -24,6 +24,7 @@ from jaxkv.models.families.fields import (
     Number,
 )
 from jaxkv.models.families.mixtures import NUM_EXPERTS, QWEN_EXPERTS, STACKED, chosen, shared_expert
+from jaxkv.models.families.reach import each_layer
 from jaxkv.models.families.table import Family, Ignored, Tensor, linear, norm
 from jaxkv.models.latent import LatentConfig
 from jaxkv.nn.indexer import Indexer
@@ -52,6 +53,7 @@ def routed_fields(
         "topk_group": Field(HEADS, groups[1]),
         "n_shared_experts": Field(Number(1, 2**10, whole=True), shared),
         "first_k_dense_replace": Field(Number(0, MAX_LAYERS, whole=True), dense),
+        "mlp_layer_types": Field(List(Choice({"dense": False, "sparse": True}), MAX_LAYERS), None),
         "routed_scaling_factor": Field(POSITIVE, scale),
     }
 
@@ -86,12 +88,8 @@ def routed(fields: Fields, groups: int, kept: int, **rest: Any) -> tuple[Experts
         shared_dim=fields["moe_intermediate_size"] * fields["n_shared_experts"],
         **rest,
     )
-    layers, dense, kinds = fields["num_hidden_layers"], fields["first_k_dense_replace"], fields.get("mlp_layer_types")
-    if kinds is None:
-        return tuple(None if i < dense else experts for i in range(layers))
-    if len(kinds) != layers:
-        must = f'it must have one entry for each of {layers} layers ("num_hidden_layers")'
-        raise fields.wrong("mlp_layer_types", must)
+    dense = fields["first_k_dense_replace"]
+    kinds = each_layer(fields, lambda i: i >= dense, "mlp_layer_types")
     return tuple(experts if kind else None for kind in kinds)
 
 
@@ -242,7 +240,6 @@ DEEPSEEK_V32 = Family(
         "index_n_heads": Field(HEADS, 64),
         "index_head_dim": Field(WIDTH, 128),
         "index_topk": Field(LENGTH, 2048),
-        "mlp_layer_types": Field(List(Choice({"dense": False, "sparse": True}), MAX_LAYERS), None),
         "mlp_bias": Field(FLAG, False, only=(False,)),
     },
     (

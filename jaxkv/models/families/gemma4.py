@@ -26,7 +26,7 @@ from jaxkv.models.families.fields import (
     Number,
 )
 from jaxkv.models.families.mixtures import chosen, stacked_experts
-from jaxkv.models.families.reach import FULL, LAYER_TYPES, SLIDING
+from jaxkv.models.families.reach import FULL, LAYER_TYPES, SLIDING, each_layer
 from jaxkv.models.families.table import Family, Ignored, Tensor, linear, norm
 
 _LAYER, _OURS = "model.layers.{}", "layers.{}"
@@ -107,9 +107,7 @@ def _experts(fields: Fields) -> ExpertsConfig:
 
 def _kinds(fields: Fields, layers: int) -> tuple[str, ...]:
     """Returns the type of each layer; the last one is full whatever the file says, as in transformers."""
-    kinds = fields["layer_types"] or tuple(FULL if i % 6 == 5 else SLIDING for i in range(layers))
-    if len(kinds) != layers:
-        raise fields.wrong("layer_types", f'it must have one entry for each of {layers} layers ("num_hidden_layers")')
+    kinds = each_layer(fields, lambda i: FULL if i % 6 == 5 else SLIDING)
     return (*kinds[:-1], FULL)
 
 

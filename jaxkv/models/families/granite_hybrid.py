@@ -22,7 +22,7 @@ from jaxkv.models.families.fields import (
 )
 from jaxkv.models.families.granite import FACTORS, GRANITEMOE
 from jaxkv.models.families.mixtures import chosen
-from jaxkv.models.families.reach import FULL
+from jaxkv.models.families.reach import FULL, each_layer
 from jaxkv.models.families.table import Family, Tensor, linear, norm
 from jaxkv.models.mixers import Mamba2Config
 
@@ -96,10 +96,8 @@ def mamba2_tensors(file: str, ours: str) -> tuple[Tensor, ...]:
 
 def _granite_hybrid(fields: Fields) -> DecoderConfig:
     shared = llama.sizes(fields)
-    layers, inner = shared["num_layers"], fields["shared_intermediate_size"]
-    kinds = fields["layer_types"] or (_MAMBA,) * layers
-    if len(kinds) != layers:
-        raise fields.wrong("layer_types", f'it must have one entry for each of {layers} layers ("num_hidden_layers")')
+    inner = fields["shared_intermediate_size"]
+    kinds = each_layer(fields, lambda i: _MAMBA)
     experts = None
     if fields["num_local_experts"]:
         count, each = chosen(fields, "num_local_experts")

@@ -18,7 +18,7 @@ from jaxkv.models.families.fields import (
     List,
     Number,
 )
-from jaxkv.models.families.reach import FULL
+from jaxkv.models.families.reach import FULL, each_layer
 from jaxkv.models.families.table import Family, Tensor, linear, norm
 from jaxkv.models.mixers import ShortConvConfig
 
@@ -38,12 +38,8 @@ def _lfm2(fields: Fields) -> DecoderConfig:
 
 
 def _kinds(fields: Fields) -> tuple[str, ...]:
-    layers, attending = fields["num_hidden_layers"], fields["full_attn_idxs"]
-    if (kinds := fields["layer_types"]) is None:
-        kinds = tuple(FULL if attending is None or i in attending else _CONV for i in range(layers))
-    if len(kinds) != layers:
-        raise fields.wrong("layer_types", f'it must have one entry for each of {layers} layers ("num_hidden_layers")')
-    return kinds
+    attending = fields["full_attn_idxs"]
+    return each_layer(fields, lambda i: FULL if attending is None or i in attending else _CONV)
 
 
 def _mlp_dim(fields: Fields) -> int:

@@ -24,7 +24,7 @@ from jaxkv.models.families.fields import (
     Number,
 )
 from jaxkv.models.families.mixtures import LAYER_NUMBERS, chosen, shared_expert, stacked_experts
-from jaxkv.models.families.reach import CHUNKED, FULL, TURNED_LAYERS, turned
+from jaxkv.models.families.reach import CHUNKED, FULL, TURNED_LAYERS, each_layer, turned
 from jaxkv.models.families.table import Family, Ignored, linear
 from jaxkv.nn.heads import QueryTemperature
 from jaxkv.nn.rotary import LongRopeScaling, YarnScaling
@@ -48,11 +48,7 @@ def _llama4(fields: Fields) -> DecoderConfig:
     shared = llama.sizes(fields)
     layers, chunk = range(shared["num_layers"]), fields["attention_chunk_size"]
     turns = turned(fields)
-    kinds = fields["layer_types"] or tuple(CHUNKED if turn and chunk else FULL for turn in turns)
-    if len(kinds) != len(layers):
-        raise fields.wrong(
-            "layer_types", f'it must have one entry for each of {len(layers)} layers ("num_hidden_layers")'
-        )
+    kinds = each_layer(fields, lambda i: CHUNKED if turns[i] and chunk else FULL)
     if CHUNKED in kinds and chunk is None:
         raise fields.wrong("attention_chunk_size", f'it must be a number of tokens, for the layers of "{CHUNKED}"')
     rotary = rope.rotary(fields, shared["head_dim"], theta=500_000.0, interleaved=True)

@@ -67,15 +67,24 @@ def chosen(fields: Fields, count: str, each: str = "num_experts_per_tok") -> tup
     return experts, per_token
 
 
-def _mixtral(fields: Fields) -> DecoderConfig:
-    shared, window = llama.sizes(fields), fields["sliding_window"]
+def _mixture(
+    fields: Fields, experts: Any, *, window: int | None = None, theta: float = 10_000.0, **rest: Any
+) -> DecoderConfig:
+    """Returns Llama's form with experts; `theta` where the file has none, `rest` as for DecoderConfig."""
+    shared = llama.sizes(fields)
     return DecoderConfig(
         **shared,
-        rotary=rope.rotary(fields, shared["head_dim"], theta=1_000_000.0),
+        rotary=rope.rotary(fields, shared["head_dim"], theta=theta),
         activation=fields["hidden_act"],
         reaches=(Full() if window is None else Window(window),),
-        experts=ExpertsConfig(*chosen(fields, "num_local_experts"), shared["mlp_dim"]),
+        experts=experts,
+        **rest,
     )
+
+
+def _mixtral(fields: Fields) -> DecoderConfig:
+    experts = ExpertsConfig(*chosen(fields, "num_local_experts"), fields["intermediate_size"])
+    return _mixture(fields, experts, window=fields["sliding_window"], theta=1_000_000.0)
 
 
 def sparse(fields: Fields, **rest: Any) -> tuple[ExpertsConfig | None, ...] | None:
@@ -106,30 +115,16 @@ def _qwen2_moe(fields: Fields) -> DecoderConfig:
 
 
 def _qwen3_moe(fields: Fields) -> DecoderConfig:
-    shared = llama.sizes(fields)
     window = fields["sliding_window"] if fields["use_sliding_window"] else None
-    return DecoderConfig(
-        **shared,
-        rotary=rope.rotary(fields, shared["head_dim"]),
-        activation=fields["hidden_act"],
-        reaches=(Full() if window is None else Window(window),),
-        use_bias=llama.biases(fields["attention_bias"]),
-        qk_norm=True,
-        experts=sparse(fields),
+    return _mixture(
+        fields, sparse(fields), window=window, use_bias=llama.biases(fields["attention_bias"]), qk_norm=True
     )
 
 
 def _olmoe(fields: Fields) -> DecoderConfig:
-    shared = llama.sizes(fields)
-    experts = chosen(fields, "num_experts")
-    return DecoderConfig(
-        **shared,
-        rotary=rope.rotary(fields, shared["head_dim"]),
-        activation=fields["hidden_act"],
-        use_bias=llama.biases(fields["attention_bias"]),
-        qk_norm="together",
-        experts=ExpertsConfig(*experts, shared["mlp_dim"], normalized=fields["norm_topk_prob"]),
-    )
+    counts = chosen(fields, "num_experts")
+    experts = ExpertsConfig(*counts, fields["intermediate_size"], normalized=fields["norm_topk_prob"])
+    return _mixture(fields, experts, use_bias=llama.biases(fields["attention_bias"]), qk_norm="together")
 
 
 _EXPERTS = f"{_LAYER}.mlp.experts"

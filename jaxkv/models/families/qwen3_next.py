@@ -8,7 +8,7 @@ from jaxkv.models.decoder import DecoderConfig
 from jaxkv.models.families import llama, rope
 from jaxkv.models.families.fields import FLAG, HEADS, LAYERS, MAX_LAYERS, WIDTH, Choice, Field, Fields, List, Number
 from jaxkv.models.families.mixtures import NUM_EXPERTS, OF_QWENS, QWEN_EXPERTS, STACKED, shared_expert, sparse
-from jaxkv.models.families.reach import FULL
+from jaxkv.models.families.reach import FULL, each_layer
 from jaxkv.models.families.table import Family, Ignored, Tensor, linear, norm
 from jaxkv.models.mixers import GatedDeltaConfig
 
@@ -19,10 +19,8 @@ LINEAR_OR_FULL = Field(List(Choice({FULL: FULL, _LINEAR: _LINEAR}), MAX_LAYERS),
 
 def _qwen3_next(fields: Fields) -> DecoderConfig:
     shared = llama.sizes(fields)
-    layers, interval = shared["num_layers"], fields["full_attention_interval"]
-    kinds = fields["layer_types"] or tuple(_LINEAR if (i + 1) % interval else FULL for i in range(layers))
-    if len(kinds) != layers:
-        raise fields.wrong("layer_types", f'it must have one entry for each of {layers} layers ("num_hidden_layers")')
+    interval = fields["full_attention_interval"]
+    kinds = each_layer(fields, lambda i: _LINEAR if (i + 1) % interval else FULL)
     key_heads, value_heads = fields["linear_num_key_heads"], fields["linear_num_value_heads"]
     if value_heads % key_heads:
         raise fields.wrong("linear_num_value_heads", f'the {key_heads} in "linear_num_key_heads" must divide it')

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxkv.cache.spec import Full, Reach, Window
 from jaxkv.models.families.fields import MAX_LAYERS, Choice, Field, Fields, List, Number
@@ -14,6 +15,15 @@ LAYER_TYPES = Field(List(_KINDS, MAX_LAYERS), None)
 TURNED_LAYERS = Field(List(Number(0, 1, whole=True), MAX_LAYERS), None)
 
 
+def each_layer(fields: Fields, default: Callable[[int], Any], name: str = "layer_types") -> tuple[Any, ...]:
+    """Returns what a list in the file says of each layer; where there is none, what `default` says of their numbers."""
+    layers = fields["num_hidden_layers"]
+    kinds = fields[name] or tuple(map(default, range(layers)))
+    if len(kinds) != layers:
+        raise fields.wrong(name, f'it must have one entry for each of {layers} layers ("num_hidden_layers")')
+    return kinds
+
+
 def reaches(fields: Fields, window: int | None, pattern: Sequence[str]) -> tuple[Reach, ...]:
     """Returns what each layer sees, by `layer_types`; one entry if all see the same.
 
@@ -22,10 +32,7 @@ def reaches(fields: Fields, window: int | None, pattern: Sequence[str]) -> tuple
       window: how many tokens a layer of "sliding_attention" sees; None if there is no such layer.
       pattern: layer types where the file has none, repeated as often as needed.
     """
-    layers = fields["num_hidden_layers"]
-    kinds = fields["layer_types"] or tuple(pattern[i % len(pattern)] for i in range(layers))
-    if len(kinds) != layers:
-        raise fields.wrong("layer_types", f'it must have one entry for each of {layers} layers ("num_hidden_layers")')
+    kinds = each_layer(fields, lambda i: pattern[i % len(pattern)])
     if window is None and SLIDING in kinds:
         raise fields.wrong("sliding_window", f'it must be a number of tokens, since there are layers of "{SLIDING}"')
     found = tuple(Full() if kind == FULL or window is None else Window(window) for kind in kinds)
