@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxkv import aligned
 from jaxkv.memo.call import Call, Form
 from jaxkv.memo.hashing import SIZE, Hash, as_bytes
 from jaxkv.memo.program import digest_of
@@ -77,14 +78,16 @@ class Entry:
 
     def assemble(self, payloads: Sequence[Any]) -> Any:
         """Returns the output for items with these bytes: fresh, writable arrays [B, ...], that share nothing."""
-        size = len(payloads)
-        data = np.frombuffer(bytearray().join(payloads), np.uint8).reshape(size, self.nbytes)
-        arrays, begin = [], 0
+        size, arrays, begin = len(payloads), [], 0
         for output in self.outputs:
-            part = data[:, begin : begin + output.nbytes]
-            begin += output.nbytes
-            column = part if len(self.outputs) == 1 else np.array(part)
-            arrays.append(column.reshape(-1).view(output.dtype).reshape(size, *output.shape))
+            nbytes, end = output.nbytes, begin + output.nbytes
+            parts = payloads if nbytes == self.nbytes else [memoryview(payload)[begin:end] for payload in payloads]
+            column = aligned.empty((size * nbytes,), np.uint8)  # which JAX takes as it is
+            data = column.data
+            for row, part in enumerate(parts):
+                data[row * nbytes : (row + 1) * nbytes] = part
+            arrays.append(column.view(output.dtype).reshape(size, *output.shape))
+            begin = end
         return jax.tree.unflatten(jax.tree.structure(self.template), arrays)
 
     def about(self, name: str, version: str | None) -> dict[str, Any]:
