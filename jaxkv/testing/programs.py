@@ -702,7 +702,7 @@ class Machine:
         if moved.any():  # padded to one length, so that it compiles once
             most = 8 * self.oracle.num_rows * self.oracle.capacity
             pad = lambda x: np.concatenate([x, np.zeros((most - len(x), *x.shape[1:]), x.dtype)])  # noqa: E731
-            still = spec.head_dim - (spec.k_dim or spec.head_dim)  # leading numbers that are not turned
+            still = spec.head_dim - (spec.k_dim or spec.head_dim)  # leading numbers that are not rotated
             own = ks[..., still:]
             turned = _turn(spec.rotary, spec.rotary_at, pad(own), pad(moved.astype(np.int32))[:, None, None])
             own = np.where(moved[:, None, None] != 0, np.asarray(turned)[: len(ks)], own)
