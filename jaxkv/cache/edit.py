@@ -84,13 +84,13 @@ def remove(cache: Any, row: Any, known: Any, begin: Any, end: Any) -> Any:
         number = layer.group
         _, sources, delta = moves[number]
 
-        def move(buffers: Any, turn: Callable[[Any], Any]) -> Any:
-            return layer.layout.move(buffers, row, sources, changed[number] & fit, pages[number], turn)
+        def move(buffers: Any, shift: Callable[[Any], Any]) -> Any:
+            return layer.layout.move(buffers, row, sources, changed[number] & fit, pages[number], shift)
 
-        turn = functools.partial(_turn_keys, layer.spec, delta)
-        turn_side = functools.partial(_turn_side, layer.spec, delta)
-        sides = {name: move(side, functools.partial(turn_side, name)) for name, side in layer.sides.items()}
-        return layer.with_buffers((move(layer.k, turn), move(layer.v, lambda x: x), sides))
+        shift = functools.partial(_shift_keys, layer.spec, delta)
+        shift_side = functools.partial(_shift_side, layer.spec, delta)
+        sides = {name: move(side, functools.partial(shift_side, name)) for name, side in layer.sides.items()}
+        return layer.with_buffers((move(layer.k, shift), move(layer.v, lambda x: x), sides))
 
     return dataclasses.replace(
         cache,
@@ -186,24 +186,24 @@ def _map_buffers(layers: Iterable[Any], f: Callable[[Any, Any], Any]) -> tuple[A
     return tuple(one(layer) for layer in layers)
 
 
-def _turn_keys(spec: LayerSpec, delta: Any, stored: Any) -> Any:
+def _shift_keys(spec: LayerSpec, delta: Any, stored: Any) -> Any:
     """Returns what is stored of keys [..., V, H], a pytree, re-rotated by delta [V]."""
     if spec.rotary_at == "read":  # what is stored does not depend on where it stands
         return stored
-    return _turned(spec.k_storage, spec.rotary, spec.k_dim, delta, stored)
+    return _shifted(spec.k_storage, spec.rotary, spec.k_dim, delta, stored)
 
 
-def _turn_side(spec: LayerSpec, delta: Any, name: str, stored: Any) -> Any:
+def _shift_side(spec: LayerSpec, delta: Any, name: str, stored: Any) -> Any:
     """Returns the same of a side buffer, if that is to be re-rotated."""
     side = dict(spec.side_buffers).get(name)
     if side is None or side.rotary is None:
         return stored
-    return _turned(side.storage, side.rotary, side.size, delta, stored)
+    return _shifted(side.storage, side.rotary, side.size, delta, stored)
 
 
-def _turned(storage: Any, rotary: Any, size: int, delta: Any, stored: Any) -> Any:
+def _shifted(storage: Any, rotary: Any, size: int, delta: Any, stored: Any) -> Any:
     x = storage.decode(stored)[..., :size]
     by = delta.reshape((1,) * (x.ndim - 2) + (-1, 1))
     by = jnp.broadcast_to(by, (*x.shape[:-1], 1))
-    turned = storage.encode(rotary.shift(x, by))
-    return jax.tree.map(lambda new, old: jnp.where(by != 0, new, old), turned, stored)
+    shifted = storage.encode(rotary.shift(x, by))
+    return jax.tree.map(lambda new, old: jnp.where(by != 0, new, old), shifted, stored)

@@ -243,11 +243,11 @@ class Pages:
         return buffer
 
     def move(
-        self, buffers: Any, row: Any, sources: Any, changed: Any, pages: tuple[Pool, Pool], turn: Callable[[Any], Any]
+        self, buffers: Any, row: Any, sources: Any, changed: Any, pages: tuple[Pool, Pool], shift: Callable[[Any], Any]
     ) -> Any:
-        """Returns the buffers, a pytree, with slot s of one row replaced by `turn` of what lay in slot sources[s].
+        """Returns the buffers, a pytree, with slot s of one row replaced by `shift` of what lay in slot sources[s].
 
-        `turn` is of what the buffers have of the row: the same pytree. Only pages are written that have a slot which
+        `shift` is of what the buffers have of the row: the same pytree. Only pages are written that have a slot which
         changed [V]: those are the row's own in the second of the pools.
         """
         before, after = (pool.table[row] for pool in pages)
@@ -262,7 +262,7 @@ class Pages:
             at = (slice(None),) * (buffer.ndim - 4) + (jnp.where(changed, after, buffer.shape[-4]),)
             return buffer.at[at].set(jnp.moveaxis(x, -3, -4), mode="drop")
 
-        return jax.tree.map(write, buffers, turn(jax.tree.map(gather, buffers)))
+        return jax.tree.map(write, buffers, shift(jax.tree.map(gather, buffers)))
 
 
 @jax.jit  # a call outside of jit finds its program again

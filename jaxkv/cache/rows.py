@@ -135,16 +135,16 @@ class Rows:
         """Returns the buffer with slots below `filled` of row `src` in row `dst`, block by block."""
         return _each_block(_copy_row, buffer, filled, (src, dst))
 
-    def move(self, buffers: Any, row: Any, sources: Any, changed: Any, pages: Any, turn: Callable[[Any], Any]) -> Any:
-        """Returns the buffers, a pytree, with slot s of one row replaced by `turn` of what lay in slot sources[s].
+    def move(self, buffers: Any, row: Any, sources: Any, changed: Any, pages: Any, shift: Callable[[Any], Any]) -> Any:
+        """Returns the buffers, a pytree, with slot s of one row replaced by `shift` of what lay in slot sources[s].
 
-        `turn` is of what the buffers have of the row: the same pytree.
+        `shift` is of what the buffers have of the row: the same pytree.
 
         A gather, then one write: a shift of a buffer onto itself gives wrong values on XLA's CPU (openxla/xla#49176).
         """
         at = (..., row, slice(None), slice(None), slice(None))
         moved = jax.tree.map(lambda x: jnp.take(x[at], sources, axis=-2, mode="clip"), buffers)  # [K, V, H]
-        return jax.tree.map(lambda x, y: x.at[at].set(y), buffers, turn(moved))
+        return jax.tree.map(lambda x, y: x.at[at].set(y), buffers, shift(moved))
 
 
 def _take_rows(buffer: Any, axis: int, rows: Any, start: Any, size: int) -> Any:
