@@ -239,15 +239,15 @@ def test_a_long_block_gives_what_the_plain_form_gives_and_the_same_gradients(sto
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("at", ["put", "read"])
-def test_removed_tokens_were_never_there(at):
+@pytest.mark.parametrize(("kind", "at"), [("plain", "put"), ("plain", "read"), ("indexer", "put")])
+def test_removed_tokens_were_never_there(kind, at):
     """Of one layer: its latents depend on their own tokens alone."""
-    _, cache = _feed("plain", _cache(_spec("plain", at)), X, 4, 4)
+    _, cache = _feed(kind, _cache(_spec(kind, at)), X, 4, 4)
     for row in range(BATCH):
         cache = cache.remove(row, 2, 5)
-    got, _ = _feed("plain", cache, X[:, 8:], 1)
+    got, _ = _feed(kind, cache, X[:, 8:], 1)
     left = np.concatenate([X[:, :2], X[:, 5:]], 1)
-    np.testing.assert_allclose(got[:, 0], _plain("plain", left)[:, -1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[:, 0], _plain(kind, left)[:, -1], rtol=1e-5, atol=1e-5)
 
 
 def test_a_token_takes_rank_and_rotary_dim_numbers_and_nothing_more():
@@ -257,6 +257,27 @@ def test_a_token_takes_rank_and_rotary_dim_numbers_and_nothing_more():
     cache = Cache.init([spec] * 2, num_rows=3, capacity=256)
     assert plan.nbytes == cache.nbytes == sum(x.nbytes for x in jax.tree.leaves(cache))
     assert "v in k" in cache.describe()
+
+
+def test_in_training_weights_are_dropped_and_both_flavors_drop_the_same_ones():
+    options = {**SIZES, **KINDS["plain"], "dropout_rate": 0.5}
+    attn = jaxkv.nnx.LatentAttention(HEADS, WIDTH, **options, rngs=nnx.Rngs(0))
+    nnx.update(attn, nnx.state(_module("plain"), nnx.Param))
+    want = _module("plain")(X)
+    np.testing.assert_allclose(attn(X, deterministic=True), want, rtol=1e-6, atol=1e-6)
+    key = jax.random.key(3)
+    got = attn(X, deterministic=False, rngs=lambda: key)
+    linen = jaxkv.linen.LatentAttention(HEADS, WIDTH, **options)
+    other = linen.apply({"params": _params("plain")}, X, deterministic=False, dropout_rng=key)
+    np.testing.assert_allclose(got, other, rtol=1e-6, atol=1e-6)
+    assert np.abs(got - want).max() > 0.1 and np.abs(got - attn(X, deterministic=False)).max() > 0.1
+    with pytest.raises(ValueError, match="it is not known whether to apply it"):
+        attn(X)
+    cache, step = _cache(attn.layer_spec()).begin(np.tile(np.arange(4, dtype=np.int32), (BATCH, 1)))
+    with pytest.raises(ValueError, match="with a cache there is no dropout"):
+        attn(X[:, :4], cache.layers[0], step, deterministic=False)
+    with pytest.raises(ValueError, match="chosen tokens are read without dropout"):
+        jaxkv.linen.LatentAttention(HEADS, WIDTH, **SIZES, **KINDS["indexer"], dropout_rate=0.5).layer_spec()
 
 
 def test_an_indexer_that_chooses_all_changes_nothing_and_one_that_can_not_is_refused():

@@ -7,11 +7,13 @@ backward, whatever its tiles and blocks, finds the same mask again.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 
 def check_rate(rate: Any) -> None:
@@ -78,3 +80,43 @@ def _mix(x: Any) -> Any:
 def scale(p: Any, keep: Any, rate: float) -> Any:
     """Returns weights p where they are kept, made larger so that their expected value stays."""
     return jnp.where(keep, p / (1 - rate), 0)
+
+
+def key_of_call(module: Any, layer: Any, deterministic: bool | None, draw: Callable[[], Any]) -> Any:
+    """Returns a key for the dropout of a module's call, from `draw`, or None for no dropout.
+
+    Raises:
+      ValueError: if a layer was given to train with, or nobody says whether there is dropout.
+    """
+    if layer is not None:
+        if deterministic is False:
+            raise ValueError(
+                "deterministic=False, and a layer was given; with a cache there is no dropout: train without one, "
+                "attn(x, deterministic=False)"
+            )
+        return None
+    if not module.dropout_rate:
+        return None
+    deterministic = module.deterministic if deterministic is None else deterministic
+    if deterministic is None:
+        raise ValueError(
+            f"dropout_rate={module.dropout_rate}, and it is not known whether to apply it; give deterministic=False "
+            "(training) or True (evaluation), to the call or to the module"
+        )
+    return None if deterministic else draw()
+
+
+def draw_nnx(module: Any, rngs: Any) -> Any:
+    """Returns a key for dropout: from the call's rngs, or the module's own."""
+    rngs = module.rngs if rngs is None else rngs
+    if rngs is None:
+        raise ValueError(
+            f"dropout_rate={module.dropout_rate}, and the module keeps no random stream (keep_rngs=False); give the "
+            "call one: attn(x, rngs=nnx.Rngs(dropout=0))"
+        )
+    return rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
+
+
+def draw_linen(module: Any, key: Any) -> Any:
+    """Returns a key for dropout: that of the call, or one of the stream "dropout"."""
+    return module.make_rng("dropout") if key is None else key

@@ -19,6 +19,7 @@ from jaxkv.cache.storage import Dense
 from jaxkv.nn.arguments import check_call
 from jaxkv.nn.attend import attend
 from jaxkv.nn.call import run
+from jaxkv.nn.dropout import check_rate
 from jaxkv.nn.heads import rms_norm
 from jaxkv.nn.indexer import SIDE, Indexer
 from jaxkv.nn.uncached import self_attend
@@ -42,6 +43,11 @@ OPTIONS = """num_heads: query heads N.
       indexer: None, or `jaxkv.Indexer(...)`, which chooses the tokens that each query reads (DeepSeek-V3.2). It needs a
         query_rank.
       use_bias: True, False, or the names of the projections that have a bias, out of "query_down", "latent", "out".
+      dropout_rate: share of the attention weights left out in training, at least 0, below 1. With a cache, and with an
+        indexer, there is no dropout.
+      broadcast_dropout: whether all rows and heads leave out the same, as in Flax.
+      deterministic: True for evaluation, False for training; the call's own goes first. One of them must say it if the
+        dropout_rate is above 0.
       dtype: of the computation; None infers it from input and parameters.
       param_dtype: of the parameters.
       precision: of the projections, see `jax.lax.Precision`.
@@ -56,7 +62,7 @@ class LatentHeads:
 
     Args:
       num_heads, rank, rotary_dim, head_dim, value_dim, reach: as for the modules.
-      rotary, scale, indexer, implementation: as for the modules.
+      rotary, scale, indexer, implementation, dropout_rate, broadcast_dropout: as for the modules.
 
     Raises:
       ValueError: for sizes below 1, or a rotary that is none.
@@ -75,8 +81,15 @@ class LatentHeads:
     scale: float | None = None
     indexer: Indexer | None = None
     implementation: str = "auto"
+    dropout_rate: float = 0.0
+    broadcast_dropout: bool = True
 
     def __post_init__(self) -> None:
+        check_rate(self.dropout_rate)
+        if self.indexer is not None and self.dropout_rate:
+            raise ValueError(
+                f"dropout_rate={self.dropout_rate} with an indexer: chosen tokens are read without dropout"
+            )
         if self.value_dim is None:
             object.__setattr__(self, "value_dim", self.head_dim)
         for name in ("num_heads", "head_dim", "value_dim"):
@@ -115,6 +128,7 @@ class LatentHeads:
         positions: Any,
         spans: Any,
         index: Any = None,
+        dropout_key: Any = None,
     ) -> tuple[Any, Any]:
         """Returns what the heads read, [B, T, N, value_dim], and the layer after its put (None without a cache).
 
@@ -127,6 +141,7 @@ class LatentHeads:
           positions: int32 [B, T] or None (0, 1, 2, ...); without a layer only.
           spans: int32 [B, T] or None; without a layer only.
           index: with an indexer its queries [B, T, n, d], not yet rotated, their weights [B, T, n], its keys [B, T, d].
+          dropout_key: None for no dropout; without a layer only.
         """
         there = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] if positions is None else positions
         there = (there if layer is None else step.depths)[:, :, None, None]
@@ -148,6 +163,9 @@ class LatentHeads:
             if self.indexer is not None and self.indexer.top_k < q.shape[1]:
                 see = self._sees(there[:, :, 0, 0], spans, q.shape[:2])
                 rest = {"scale": scale, "select": self.indexer.best(queries, weights, keys[:, :, 0], see)}
+            if dropout_key is not None:
+                chance = {"dropout_key": dropout_key, "broadcast_dropout": self.broadcast_dropout}
+                rest |= {"dropout_rate": self.dropout_rate, **chance}
             return self_attend(q, k, v, reach=self.reach, positions=positions, spans=spans, **rest), None
         if layer.spec.rotary_at == "put":
             rotary_key = self._rotate(rotary_key, there)
@@ -256,8 +274,8 @@ class LatentModule:
     def _heads(self) -> LatentHeads:
         raise NotImplementedError
 
-    def _attend(self, x: Any, layer: Any, step: Any, positions: Any, spans: Any, expand: Any) -> Any:
-        """Returns what a call returns; `expand` is as in `LatentHeads.attend`."""
+    def _attend(self, x: Any, layer: Any, step: Any, positions: Any, spans: Any, expand: Any, dropout_key: Any) -> Any:
+        """Returns what a call returns; `expand` and `dropout_key` are as in `LatentHeads.attend`."""
         heads = self._heads()
         check_call(heads, x, layer, step, positions, spans)
         if x.shape[-1] != self.in_features:
@@ -282,6 +300,7 @@ class LatentModule:
             positions=positions,
             spans=spans,
             index=index,
+            dropout_key=dropout_key,
         )
         y = self.out(y)
         return y if layer is None else (y, layer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -11,6 +12,7 @@ from flax import linen as nn
 
 from jaxkv.cache.spec import Full, Reach
 from jaxkv.meshes import dot_general
+from jaxkv.nn import dropout
 from jaxkv.nn.indexer import Indexer
 from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased, checked_indexer
 from jaxkv.nn.recurrent_linen import Scale
@@ -66,6 +68,9 @@ class LatentAttention(LatentModule, nn.Module):
     norm_epsilon: float = 1e-6
     indexer: Indexer | None = None
     use_bias: bool | Collection[str] = False
+    dropout_rate: float = 0.0
+    broadcast_dropout: bool = True
+    deterministic: bool | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None
@@ -103,11 +108,22 @@ class LatentAttention(LatentModule, nn.Module):
         self.expand = self.param("expand", self.expand_init, shape, self.param_dtype)
         self.out = linear(self.in_features if self.out_features is None else self.out_features, "out", axis=(-2, -1))
 
-    def __call__(self, x: Any, layer: Any = None, step: Any = None, *, positions: Any = None, spans: Any = None) -> Any:
+    def __call__(
+        self,
+        x: Any,
+        layer: Any = None,
+        step: Any = None,
+        *,
+        positions: Any = None,
+        spans: Any = None,
+        deterministic: bool | None = None,
+        dropout_rng: Any = None,
+    ) -> Any:
         """Returns attention over the layer after storing the call's tokens in it, or over x itself without a layer.
 
         Args:
-          x, layer, step, positions, spans: as in `jaxkv.nnx.LatentAttention`.
+          x, layer, step, positions, spans, deterministic: as in `jaxkv.nnx.LatentAttention`.
+          dropout_rng: without a layer: the key of the dropout, instead of `make_rng("dropout")`.
 
         Returns:
           y [B, T, out_features], or with a layer (y, the layer with the call's tokens).
@@ -115,7 +131,8 @@ class LatentAttention(LatentModule, nn.Module):
         Raises:
           ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
         """
-        return self._attend(x, layer, step, positions, spans, self.expand)
+        key = dropout.key_of_call(self, layer, deterministic, functools.partial(dropout.draw_linen, self, dropout_rng))
+        return self._attend(x, layer, step, positions, spans, self.expand, key)
 
     def _heads(self) -> LatentHeads:
         return LatentHeads(
@@ -129,4 +146,6 @@ class LatentAttention(LatentModule, nn.Module):
             self.scale,
             self.indexer,
             self.implementation,
+            self.dropout_rate,
+            self.broadcast_dropout,
         )

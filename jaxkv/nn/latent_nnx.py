@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -11,6 +12,7 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from jaxkv.cache.spec import Full, Reach
 from jaxkv.meshes import dot_general
+from jaxkv.nn import dropout
 from jaxkv.nn.fuse import Transposed
 from jaxkv.nn.indexer import Indexer
 from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased, checked_indexer
@@ -39,7 +41,8 @@ class LatentAttention(LatentModule, nnx.Module):
 
     Args:
       {OPTIONS}
-      rngs: random streams of the parameters.
+      rngs: random streams of the parameters, and of the dropout.
+      keep_rngs: whether the module keeps a stream for its dropout; False: each call is given `rngs`.
 
     Raises:
       ValueError: for sizes below 1, or names that are not known.
@@ -73,6 +76,9 @@ class LatentAttention(LatentModule, nnx.Module):
         norm_epsilon: float = 1e-6,
         indexer: Indexer | None = None,
         use_bias: bool | Collection[str] = False,
+        dropout_rate: float = 0.0,
+        broadcast_dropout: bool = True,
+        deterministic: bool | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         precision: Any = None,
@@ -81,13 +87,27 @@ class LatentAttention(LatentModule, nnx.Module):
         expand_init: Any = _EXPAND_INIT,
         implementation: str = "auto",
         rngs: nnx.Rngs,
+        keep_rngs: bool = True,
     ) -> None:
         heads = LatentHeads(
-            num_heads, rank, rotary_dim, head_dim, reach, value_dim, rotary, scale, indexer, implementation
+            num_heads,
+            rank,
+            rotary_dim,
+            head_dim,
+            reach,
+            value_dim,
+            rotary,
+            scale,
+            indexer,
+            implementation,
+            dropout_rate,
+            broadcast_dropout,
         )
         checked_indexer(indexer, query_rank)
         self.heads, self.in_features, self.dtype, self.param_dtype = heads, in_features, dtype, param_dtype
         self.norm_epsilon = norm_epsilon
+        self.dropout_rate, self.deterministic = dropout_rate, deterministic
+        self.rngs = rngs.dropout.fork() if keep_rngs and dropout_rate else nnx.data(None)
         kind = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         with_bias = biased(use_bias)
 
@@ -115,7 +135,17 @@ class LatentAttention(LatentModule, nnx.Module):
         values = (num_heads, heads.value_dim)
         self.out: Any = linear(values, in_features if out_features is None else out_features, "out", axis=(-2, -1))
 
-    def __call__(self, x: Any, layer: Any = None, step: Any = None, *, positions: Any = None, spans: Any = None) -> Any:
+    def __call__(
+        self,
+        x: Any,
+        layer: Any = None,
+        step: Any = None,
+        *,
+        positions: Any = None,
+        spans: Any = None,
+        deterministic: bool | None = None,
+        rngs: Any = None,
+    ) -> Any:
         """Returns attention over the layer after storing the call's tokens in it, or over x itself without a layer.
 
         Args:
@@ -124,6 +154,8 @@ class LatentAttention(LatentModule, nnx.Module):
           step: None, or the step of this forward pass from `cache.begin`.
           positions: without a layer: int32 [B, T], EMPTY for padding; None means 0, 1, 2, ... in every row.
           spans: without a layer: int32 [B, T]; tokens of the same span other than 0 see each other in both directions.
+          deterministic: without a layer: overrides the attribute of this name; False for dropout.
+          rngs: without a layer: where dropout draws from, instead of the module's own stream.
 
         Returns:
           y [B, T, out_features], or with a layer (y, the layer with the call's tokens).
@@ -131,7 +163,8 @@ class LatentAttention(LatentModule, nnx.Module):
         Raises:
           ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
         """
-        return self._attend(x, layer, step, positions, spans, self.expand[...])
+        key = dropout.key_of_call(self, layer, deterministic, functools.partial(dropout.draw_nnx, self, rngs))
+        return self._attend(x, layer, step, positions, spans, self.expand[...], key)
 
     def _heads(self) -> LatentHeads:
         return self.heads

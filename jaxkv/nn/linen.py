@@ -15,6 +15,7 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross, Full, Reach
 from jaxkv.kinds import kind_of
 from jaxkv.meshes import dot_general, forward
+from jaxkv.nn import dropout
 from jaxkv.nn.arguments import check_call, check_kv
 from jaxkv.nn.heads import PROJECTIONS, Heads, QueryTemperature, biased, qk_scale
 from jaxkv.nn.latent_linen import LatentAttention as LatentAttention
@@ -170,7 +171,7 @@ class Attention(AttentionModule, nn.Module):
         sinks = None
         if self.sink_logits:
             sinks = self.param("sink_logits", nn.initializers.zeros_init(), (heads.num_heads,), self.param_dtype)
-        key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, dropout_rng))
+        key = dropout.key_of_call(self, layer, deterministic, functools.partial(dropout.draw_linen, self, dropout_rng))
         rest = {"kv": kv, "positions": positions, "spans": spans, "sink_logits": sinks, "dropout_key": key}
         y, kept = heads.attend(q, k, v, layer, step, **rest)
         y = linear["out"](name="out")(y if gate is None else y * gate)
@@ -293,7 +294,7 @@ class CrossAttention(CrossAttentionModule, nn.Module):
         Raises:
           ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
         """
-        key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, dropout_rng))
+        key = dropout.key_of_call(self, layer, deterministic, functools.partial(dropout.draw_linen, self, dropout_rng))
         y = self._read(x, layer, step, encoded, encoded_lengths, key)
         if encoded is None and self.is_initializing():  # what `write` needs is made here too
             features = self.in_features if self.encoded_features is None else self.encoded_features
@@ -338,11 +339,6 @@ def _projection(module: Any, heads: Heads, out_features: int, which: str, **name
         precision=module.precision,
         **name,
     )
-
-
-def _draw(module: Any, key: Any) -> Any:
-    """Returns a key for dropout: that of the call, or one of the stream "dropout"."""
-    return module.make_rng("dropout") if key is None else key
 
 
 def _named(init: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -122,25 +121,6 @@ class AttentionModule:
             return q, None
         q, gate = jnp.split(q, 2, -1)
         return q, jax.nn.sigmoid(gate)
-
-    def _dropout_key(self, layer: Any, deterministic: bool | None, draw: Callable[[], Any]) -> Any:
-        """Returns a key for the call's dropout, from `draw`, or None for no dropout."""
-        if layer is not None:
-            if deterministic is False:
-                raise ValueError(
-                    "deterministic=False, and a layer was given; with a cache there is no dropout: train without one, "
-                    "attn(x, deterministic=False)"
-                )
-            return None
-        if not self.dropout_rate:
-            return None
-        deterministic = self.deterministic if deterministic is None else deterministic
-        if deterministic is None:
-            raise ValueError(
-                f"dropout_rate={self.dropout_rate}, and it is not known whether to apply it; give deterministic=False "
-                "(training) or True (evaluation), to the call or to the module"
-            )
-        return None if deterministic else draw()
 
 
 class CrossAttentionModule(AttentionModule):

@@ -15,6 +15,7 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross, Full, Reach
 from jaxkv.meshes import dot_general, forward
+from jaxkv.nn import dropout
 from jaxkv.nn.arguments import check_call, check_kv
 from jaxkv.nn.fuse import Joined, Transposed, with_rotation
 from jaxkv.nn.fuse import fuse as fuse
@@ -177,7 +178,7 @@ class Attention(AttentionModule, nnx.Module):
         if k is not None:
             k, v = self._keys_and_values(k, v, self.key_norm)
         sinks = None if self.sink_logits is None else self.sink_logits[...]
-        key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, rngs))
+        key = dropout.key_of_call(self, layer, deterministic, functools.partial(dropout.draw_nnx, self, rngs))
         rest = {"kv": kv, "positions": positions, "spans": spans, "sink_logits": sinks, "dropout_key": key}
         y, kept = self.heads.attend(q, k, v, layer, step, **rest)
         y = self.out(y if gate is None else y * gate)
@@ -385,7 +386,7 @@ class CrossAttention(CrossAttentionModule, nnx.Module):
         Raises:
           ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
         """
-        key = self._dropout_key(layer, deterministic, functools.partial(_draw, self, rngs))
+        key = dropout.key_of_call(self, layer, deterministic, functools.partial(dropout.draw_nnx, self, rngs))
         return self._read(x, layer, step, encoded, encoded_lengths, key)
 
     def rotate(self) -> None:
@@ -437,17 +438,6 @@ def _fill(
         setattr(module, name, nnx.data(None) if shape is None else Scale(shape, param_dtype=module.param_dtype))
     module.dropout_rate, module.deterministic = heads.dropout_rate, deterministic
     module.rngs = kind["rngs"].dropout.fork() if keep_rngs and heads.dropout_rate else nnx.data(None)
-
-
-def _draw(module: Any, rngs: Any) -> Any:
-    """Returns a key for dropout: from the call's rngs, or the module's own."""
-    rngs = module.rngs if rngs is None else rngs
-    if rngs is None:
-        raise ValueError(
-            f"dropout_rate={module.dropout_rate}, and the module keeps no random stream (keep_rngs=False); give the "
-            "call one: attn(x, rngs=nnx.Rngs(dropout=0))"
-        )
-    return rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
 
 
 @dataclasses.dataclass(frozen=True)
