@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export PYTHON PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test test-jax test-full test-all lint type docs site format hooks clean
+.PHONY: help demo chat test test-jax test-full test-all lint type docs site package format hooks clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ docs: site ## build the documentation in docs/_build, and run all code that it s
 site: $(VENV)/.docs ## build the documentation only; a warning is an error
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
 	@echo "The documentation is in docs/_build/index.html"
+
+package: ## build sdist and wheel, and use them in a clean environment, with the core alone and with each extra
+	.ci/package
 
 format: $(VENV)/.dev ## repair style and formatting
 	$(BIN)/ruff check --fix .
