@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export PYTHON PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test test-jax test-full test-all lint type docs site wheels format hooks clean
+.PHONY: help demo chat test test-jax test-full test-all lint type docs site wheels package format hooks clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -72,6 +72,9 @@ site: $(VENV)/.docs ## build the documentation only; a warning is an error
 wheels: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 wheels: $(VENV)/.run ## build the wheels of jaxkv and of its kernel for CPUs (jaxkv[cpu]) into dist/
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist . ./native
+
+package: ## build sdist and wheel, and use them in a clean environment, with the core alone and with each extra
+	.ci/package
 
 format: $(VENV)/.dev ## repair style and formatting
 	$(BIN)/ruff check --fix .
