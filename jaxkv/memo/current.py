@@ -22,14 +22,13 @@ class Current:
     """The database of a directory, made if it isn't there; and what goes wrong with it: counted, said, and got over."""
 
     _db: Database | None = None
-    folder = ""  # where large payloads lie
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
         self.lock = Lock()  # held while the database is used: a fork waits for it, and cuts no transaction in two
         self.counts: Counter[str] = Counter()
         self._said: set[str] = set()
-        self._path, self._identity, self._pid = "", (0, 0), os.getpid()
+        self._path, self.folder, self._identity, self._pid = "", "", (0, 0), os.getpid()
         self.do("opening", lambda db: None, None, create=True)
 
     def do(self, doing: str, work: Callable[[Database], Any], otherwise: Any, *, create: bool = False) -> Any:

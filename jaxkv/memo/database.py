@@ -31,7 +31,7 @@ except ImportError as error:
 VERSION = 1
 PAGE_BYTES = 4096
 LEAST_BYTES = 8 * PAGE_BYTES  # what an empty one takes
-OF_NAMESPACE = f"key between ?1 and cast(?1 || x'{'ff' * (KEY_BYTES - NAMESPACE_BYTES)}' as blob)"
+OF_NAMESPACE = f"key between :space and cast(:space || x'{'ff' * (KEY_BYTES - NAMESPACE_BYTES)}' as blob)"
 UNCHANGED = "rowid = ? and cast(payload as blob) is cast(? as blob)"  # others remove rows, and use numbers again
 KEYS = f"select key, case when stored >= {LARGE} then payload end from items"  # with the names of files
 SELECT = "select rowid, key, raw, stored, hash, payload from items"  # as in a Record
@@ -169,14 +169,14 @@ class Database(sqlite3.Connection):
             rows += self.execute(f"{statement} where key in ({','.join('?' * len(part))})", part)
         return rows
 
-    def remove(self, where: str, values: Sequence[Any] = ()) -> int:
+    def remove(self, where: str, values: Any = ()) -> int:
         """Removes some rows, and labels without rows, in a transaction; returns how many, 0 when there are no more."""
         some = f"rowid, key, case when stored >= {LARGE} then payload end from items"
         rows = self.execute(f"select {some} where {where} limit {_REMOVED_AT_ONCE}", values).fetchall()
         count = self.executemany("delete from items where rowid = ?", [row[:1] for row in rows]).rowcount
         for space in {key[:NAMESPACE_BYTES] for _, key, _ in rows if isinstance(key, bytes)}:
             others = f"exists (select 1 from items where {OF_NAMESPACE})"
-            self.execute(f"delete from labels where not {others} and namespace = ?1", (space,))
+            self.execute(f"delete from labels where not {others} and namespace = :space", {"space": space})
         self._gone += filter(None, (path_of_file(name, self.folder) for *_, name in rows))
         return count
 
@@ -187,7 +187,7 @@ class Database(sqlite3.Connection):
 
     def remove_namespaces(self, namespaces: Iterable[bytes]) -> int:
         """Removes all rows of some namespaces; returns how many."""
-        return sum(self.in_steps(self.remove, OF_NAMESPACE, (one,)) for one in namespaces)
+        return sum(self.in_steps(self.remove, OF_NAMESPACE, {"space": one}) for one in namespaces)
 
     def make_room(self, size: int, order: str, used: int = 1 << 62) -> int:
         """Removes some rows in an order, of those used before, towards `size` bytes of all files; as `remove`."""

@@ -81,8 +81,7 @@ def prune(
             with db.transaction():  # in which whoever wrote a file looks whether it is still there
                 database.unlink([stray for stray, _ in _strays(db)])
         items += db.remove_namespaces(namespaces)
-        if size is not None:
-            items += db.in_steps(db.make_room, size, "used")
+        items += 0 if size is None else db.in_steps(db.make_room, size, "used")
     return items, broken
 
 
