@@ -313,6 +313,26 @@ struct Ready {
   int count;
 };
 
+// Scores of a block are -inf where query n does not see the slot.
+static void hide(const Task& task, int64_t n, int count, float* score) {
+  const Call& call = *task.call;
+  const int32_t* position = task.position + task.block;
+  if (call.base || call.spans) {
+    for (int s = 0; s < count; ++s)
+      if (!call.sees(n, position[s], task.span[task.block + s])) score[s] = -INFINITY;
+    return;
+  }
+  const vi last = vi{} + call.positions[n], low = vi{} + call.low[n];
+  const vi sinks = vi{} + static_cast<int32_t>(std::min<int64_t>(call.sinks, INT32_MAX));
+  for (int s = 0; s < count; s += W) {  // kStretch is a multiple of W
+    vi p; memcpy(&p, position + s, sizeof p);
+    const vi seen = (p >= 0) & (p <= last) & ((p >= low) | (p < sinks));
+    vf x = load(score + s);
+    x = seen ? x : splat(-INFINITY);
+    memcpy(score + s, &x, sizeof x);
+  }
+}
+
 // One block of the list for queries [first, first + Q) of the kv head.
 template <int Q>
 void attend_block(const Task& task, const Ready& block, int first) {
@@ -341,12 +361,11 @@ void attend_block(const Task& task, const Ready& block, int first) {
       if (call.softcap > 0) x = hyperbolic(x / call.softcap) * call.softcap;
       memcpy(score + s, &x, sizeof x);
     }
-    for (int s = count; s < filled; ++s) score[s] = -INFINITY;
     if (call.positions[n] < 0)
       for (int s = 0; s < count; ++s) score[s] = -INFINITY;
     else if (block.each)  // the list has what any of the queries sees
-      for (int s = 0; s < count; ++s)
-        if (!call.sees(n, task.position[task.block + s], task.span[task.block + s])) score[s] = -INFINITY;
+      hide(task, n, count, score);
+    for (int s = count; s < filled; ++s) score[s] = -INFINITY;
     vf top = splat(task.top[first + i]);
     for (int s = 0; s < filled; s += W) {
       vf x = load(score + s);
