@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # transformers 5.24.0 (torch 2.13.0, CPU): FineGrainedFP8Config(dequantize=True) derives the size of a block from the weight and
 # its grid of scales (rows // rows of scales), not from the file's weight_block_size. Where blocks don't divide a weight, it
-# multiplies rows by the scale of another block, silently, or raises if the rows don't divide either.
+# multiplies rows by the scale of another block, silently.
 #
 # Seen:  a Llama in FP8, blocks of 128, gate_proj [192, 128] with scales 1 and 2 for rows 0-127 and 128-191
 #        scale of row 95 is 1, of row 96 is 2, of row 128 is 2    (blocks of 96 rows)
-# DeepSeek-V3's own kv_a_proj_with_mqa has 576 rows in 5 blocks of 128: "not divisible by scale grid (5, 56)".
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

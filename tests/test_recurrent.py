@@ -239,7 +239,7 @@ def test_speculation_gives_the_text_of_generate_and_needs_slack_for_its_draft():
     np.testing.assert_array_equal(got.tokens, want.tokens)
     assert got.accepted.sum() > 0
     assert got.drafted.sum() > got.accepted.sum()  # some drafts were taken back
-    with pytest.raises(ValueError, match=r"keeps a state .* each of the last 2: .* slack=3, by .*, or .* num_draft=2"):
+    with pytest.raises(ValueError, match=r"each of the last 2: .* slack=3, by .*, or give num_draft=2"):
         jaxkv.speculate(forward, params, prompts, Cache.init(specs, 2, CAPACITY, slack=2), **options)
     with pytest.raises(ValueError, match="not of several branches"):
         jaxkv.speculate(
