@@ -180,13 +180,18 @@ def test_gradients_equal_those_of_the_reference():
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
 
 
+class Own(Window):
+    """A reach of somebody else's."""
+
+
 def test_what_it_can_not_read_is_said_by_name_and_auto_reads_it_otherwise():
     specs = [
         LayerSpec(Full(), 1, 4, rotary=jaxkv.Rotary(), rotary_at="read"),
         LayerSpec(Full(), 1, 4, 4, Dense("float8_e4m3fn")),
         LayerSpec(Full(), 1, 4, 1025),
+        LayerSpec(Own(8), 1, 4),
     ]
-    reasons = ("rotate keys when it reads", "not Dense..float8_e4m3fn", "vectors of up to 1024")
+    reasons = ("rotate keys when it reads", "not Dense..float8_e4m3fn", "vectors of up to 1024", "and Cross, not Own")
     cache = Cache.init(specs, 1, 64)
     cache, step = cache.begin(jnp.array([[0]]))
     x = jnp.ones((1, 1, 1, 4))

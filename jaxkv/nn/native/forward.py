@@ -23,9 +23,9 @@ from jax.sharding import AxisType
 from jaxkv.cache.arguments import FAR
 from jaxkv.cache.layer import Layer
 from jaxkv.cache.pages import Pages
-from jaxkv.cache.quantized import Float8
+from jaxkv.cache.quantized import Float8, Int4, Int8
 from jaxkv.cache.rows import Rows
-from jaxkv.cache.spec import EMPTY, Chunk, Cross
+from jaxkv.cache.spec import EMPTY, Chunk, Cross, Full, Window
 from jaxkv.cache.step import Step
 from jaxkv.cache.storage import Dense
 from jaxkv.nn.native import calls
@@ -44,6 +44,8 @@ def obstacle(layer: Any, step: Step, dtype: Any, *, dropout: bool) -> str | None
     if not isinstance(layer, Layer) or not isinstance(layer.layout, Rows | Pages):
         return "it reads the layers of a cache"
     spec, group = layer.spec, step.groups[layer.group]
+    if type(spec.reach) not in (Full, Window, Chunk, Cross):
+        return f"it knows Full, Window, Chunk and Cross, not {type(spec.reach).__name__}"
     for storage in (spec.k_storage, spec.v_storage):
         if _kind(storage) not in _KINDS:
             return f"it reads Dense of {', '.join(_KINDS[:3])}, Int8, Int4 and Float8, not {storage}"
@@ -60,9 +62,10 @@ def obstacle(layer: Any, step: Step, dtype: Any, *, dropout: bool) -> str | None
 
 def _kind(storage: Any) -> str:
     """Returns the name of what the kernel knows a storage by, or one that it does not know."""
-    if isinstance(storage, Dense):
+    kind = type(storage)  # exactly: what is derived from it may keep its numbers otherwise
+    if kind is Dense:
         return storage.dtype.name
-    return storage.format if isinstance(storage, Float8) else type(storage).__name__
+    return storage.format if kind is Float8 else kind.__name__ if kind in (Int8, Int4) else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +223,7 @@ def _library_call(
     spans = high = kv_spans = base = depths = none
     ancestors = jnp.zeros((0,), bool)
     if isinstance(reach, Cross):
-        positions = jnp.where(positions == EMPTY, EMPTY, FAR)
+        positions = jnp.where(positions == EMPTY, positions, FAR)
     elif step.tree is not None:
         base, depths, ancestors = step.tree.base, step.tree.depth, step.tree.ancestors
     elif step.spans is not None and group.kv_spans is not None:
