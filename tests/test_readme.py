@@ -87,7 +87,7 @@ def commands(page: Path) -> list[str]:
     "page",
     [
         "README.md",
-        "docs/index.md",
+        "docs/getting_started.md",
         "docs/cache.md",
         "docs/attention.md",
         "docs/generate.md",
