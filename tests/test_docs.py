@@ -90,6 +90,12 @@ def test_every_example_is_listed():
     assert sorted(listed) == sorted(path.name for path in (DOCS.parent / "examples").glob("*.py"))
 
 
+def test_every_benchmark_is_on_a_page():
+    pages = "".join(page.read_text("utf-8") for page in DOCS.glob("*.md"))
+    scripts = {path.name for path in (DOCS.parent / "benchmarks").glob("*.py") if "__main__" in path.read_text("utf-8")}
+    assert not [name for name in sorted(scripts) if f"python benchmarks/{name}" not in pages]
+
+
 def test_a_cell_shows_what_it_prints_and_its_last_value():
     class Drawn:
         def _repr_html_(self):
