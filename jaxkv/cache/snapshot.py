@@ -98,8 +98,6 @@ def layout_of(cache: Any, book: Any) -> Any:
 def described(spec: Any) -> dict[str, str]:
     """Returns what must be the same of two layers for one to go on from what the other had: texts by field."""
     fields = {field.name: repr(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
-    if not spec.rotated:
-        del fields["rotated"]  # which files of earlier versions don't have
     return {name: text for name, text in fields.items() if not name.endswith(_STORAGE)}
 
 

@@ -36,8 +36,8 @@ def blockwise(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step, bits: Any)
 def _forward(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step, bits: Any) -> tuple[Any, Any]:
     """Returns the result, and the log of the denominator of its softmax [B, K, G, T, 1]."""
     if plan.native != "never":
-        compiled = dataclasses.replace(plan, native="never")
-        return native(compiled, q, sinks, layer, step, _forward, always=plan.native == "always")
+        compiled, common = dataclasses.replace(plan, native="never"), None if plan.common is None else _common
+        return native(compiled, q, sinks, layer, step, _forward, common, always=plan.native == "always")
     length = step.positions.shape[1]
     if length <= plan.tile:
         return _forward_tile(plan, q, sinks, layer, step, bits)
@@ -50,7 +50,28 @@ def _forward(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step, bits: Any) 
     return _join(out, length), _join(log_total, length)
 
 
+def _common(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step) -> tuple[Any, Any, Any]:
+    """Returns what `_forward` does, of the slots that all rows share; and the position where each row's own begin."""
+    carry, own = _begin(plan, q, sinks, layer, step)
+    return *_end(q, carry), own.begin
+
+
 def _forward_tile(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step, bits: Any) -> tuple[Any, Any]:
+    carry, own = _begin(plan, q, sinks, layer, step)
+    if plan.by_row:
+
+        def row(b: Any) -> Any:
+            one_q, one = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, b, 1, 0), (q, carry))
+            return _visit(plan, one_q, one, layer, step.of_row(layer.group, b), None, own)
+
+        carry = jax.tree.map(lambda x: x[:, 0], lax.map(row, jnp.arange(q.shape[0], dtype=jnp.int32)))
+    else:
+        carry = _visit(plan, q, carry, layer, step, bits, own)
+    return _end(q, carry)
+
+
+def _begin(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step) -> tuple[Any, Stretch]:
+    """Returns the running maximum, sum and mix of `_visit` before what each row has of its own; and what that is."""
     lead = q.shape[:4]
     column = (*lead[:2], lead[2] * lead[3], 1)
     if sinks is None:
@@ -64,15 +85,11 @@ def _forward_tile(plan: Plan, q: Any, sinks: Any, layer: Any, step: Step, bits: 
         common, own = Stretch.halves(plan, layer, step)
         together = _visit(plan.common, _together(q), jax.tree.map(_together, carry), layer, step, None, common)
         carry = jax.tree.map(functools.partial(_apart, lead[0]), together)
-    if plan.by_row:
+    return carry, own
 
-        def row(b: Any) -> Any:
-            one_q, one = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, b, 1, 0), (q, carry))
-            return _visit(plan, one_q, one, layer, step.of_row(layer.group, b), None, own)
 
-        carry = jax.tree.map(lambda x: x[:, 0], lax.map(row, jnp.arange(lead[0], dtype=jnp.int32)))
-    else:
-        carry = _visit(plan, q, carry, layer, step, bits, own)
+def _end(q: Any, carry: Any) -> tuple[Any, Any]:
+    lead = q.shape[:4]
     top, total, mixed = carry
     total = jnp.where(total == 0, 1, total)  # a query that sees nothing
     return (mixed / total).reshape(*lead, -1), (top + jnp.log(total)).reshape(*lead, 1)

@@ -51,8 +51,6 @@ def obstacle(layer: Any, step: Step, dtype: Any, *, dropout: bool) -> str | None
         return f"it reads vectors of up to {_MOST_SIZE} numbers"
     if spec.rotary_at == "read":
         return "it does not rotate keys when it reads them"
-    if step.shared is not None:
-        return "it does not read once what rows share"
     if dtype.itemsize > 4 or dropout:
         return "it computes in float32, without dropout"
     if group.pages is not None and group.kv_positions.shape[1] % group.page_size:
@@ -74,6 +72,7 @@ class _Call:
     plan: Any
     tree: Any  # of (q, sinks, layer, step)
     compiled: Callable[..., Any]  # what XLA compiles: (plan, q, sinks, layer, step, None)
+    common: Callable[..., Any] | None  # what XLA reads once for all rows: (plan, q, sinks, layer, step); None: nothing
     always: bool  # asked for by name: also where it can't be divided without a gather
     batches: tuple[tuple[int, tuple[Any, ...]], ...] = ()  # of each `jax.vmap`, the inner first: its size, and in_axes
 
@@ -94,12 +93,15 @@ class _Call:
         if self.batches:
             return False
         _, _, layer, step = jax.tree.unflatten(self.tree, leaves)
-        return isinstance(layer.layout, Rows) and step.whole
+        return isinstance(layer.layout, Rows) and step.whole and self.common is None
 
     def _calling(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*leaves: Any) -> list[Any]:
             q, sinks, layer, step = jax.tree.unflatten(self.tree, leaves)
-            return list(_library_call(call, self.plan, q, sinks, layer, step))
+            if self.common is None:
+                return list(_library_call(call, self.plan, q, sinks, layer, step))
+            *shared, begin = self.common(self.plan, q, sinks, layer, step)
+            return list(_together(shared, _library_call(call, self.plan, q, None, layer, step, begin)))
 
         return run
 
@@ -110,11 +112,19 @@ class _Call:
 
 
 def native(
-    plan: Any, q: Any, sinks: Any, layer: Any, step: Step, compiled: Callable[..., Any], *, always: bool
+    plan: Any,
+    q: Any,
+    sinks: Any,
+    layer: Any,
+    step: Step,
+    compiled: Callable[..., Any],
+    common: Callable[..., Any] | None,
+    *,
+    always: bool,
 ) -> tuple[Any, Any]:
     """Returns attention [B, K, G, T, Hv] and the log of its denominator [B, K, G, T, 1], as `compiled` does."""
     leaves, tree = jax.tree.flatten((q, sinks, layer, step))
-    call = _Call(plan, tree, compiled, always)
+    call = _Call(plan, tree, compiled, common, always)
     primitive = divided_p if _on_mesh(leaves) and call.can_be_divided(leaves) else attention_p
     out, log_total = primitive.bind(*leaves, call=call)
     return out, log_total
@@ -191,7 +201,16 @@ def _on_one_device(module: Any) -> bool:
     return isinstance(where, mlir.ShardingContext) and where.num_devices == 1
 
 
-def _library_call(call: Callable[..., Any], plan: Any, q: Any, sinks: Any, layer: Layer, step: Step) -> Any:
+def _together(*parts: Any) -> tuple[Any, Any]:
+    """Returns attention over what several parts have read, each given with the log of its denominator."""
+    log_total = functools.reduce(jnp.logaddexp, [log for _, log in parts])
+    return sum(out * jnp.exp(log - log_total) for out, log in parts), log_total
+
+
+def _library_call(
+    call: Callable[..., Any], plan: Any, q: Any, sinks: Any, layer: Layer, step: Step, begin: Any = None
+) -> Any:
+    """Returns what `native` does, of positions from `begin` on; None: of all."""
     spec, group, reach = layer.spec, step.groups[layer.group], layer.spec.reach
     none, no_float = jnp.zeros((0,), jnp.int32), jnp.zeros((0,), jnp.float32)
     held = group.kv_positions
@@ -207,6 +226,8 @@ def _library_call(call: Callable[..., Any], plan: Any, q: Any, sinks: Any, layer
     elif step.spans is not None and group.kv_spans is not None:
         spans, kv_spans = step.spans, group.kv_spans
         high = low + (reach.size - 1) if isinstance(reach, Chunk) else jnp.full_like(low, FAR)
+    if begin is not None:
+        held, low = jnp.where(held < begin, EMPTY, held), jnp.maximum(low, begin)
     out, log_total = call(
         spec.value_dim,
         q,
