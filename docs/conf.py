@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import sys
 from pathlib import Path
@@ -83,6 +84,19 @@ class LinksOfNames(SphinxTransform):
                 link.append(literal)
 
 
+class PicturesInThePage(SphinxTransform):
+    """Writes pictures of caches into the page: as images they would not know whether the page is light or dark."""
+
+    default_priority = 500
+
+    def apply(self, **kwargs):
+        for image in list(self.document.findall(nodes.image)):
+            if image["uri"].startswith("figures/") and image["uri"].endswith(".svg"):
+                markup = (HERE / image["uri"]).read_text("utf-8")
+                named = markup.replace("<svg ", f'<svg aria-label="{html.escape(image["alt"])}" ', 1)
+                image.replace_self(nodes.raw("", named, format="html"))
+
+
 class CodeCell(SphinxDirective):
     """A cell of a notebook, with what it shows."""
 
@@ -105,4 +119,5 @@ def setup(app):
     app.add_directive("code-cell", CodeCell)
     api_pages.write(HERE / "api")
     app.add_transform(LinksOfNames)
+    app.add_transform(PicturesInThePage)
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=100)  # before napoleon

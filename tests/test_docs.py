@@ -85,6 +85,17 @@ def test_every_page_is_in_the_contents():
     assert {page.relative_to(DOCS).with_suffix("").as_posix() for page in pages} - {"index"} <= set(listed)
 
 
+def test_every_example_is_listed():
+    listed = re.findall(r"\(\.\./examples/(\w+\.py)\) \| \S", (DOCS / "examples.md").read_text("utf-8"))
+    assert sorted(listed) == sorted(path.name for path in (DOCS.parent / "examples").glob("*.py"))
+
+
+def test_every_benchmark_is_on_a_page():
+    pages = "".join(page.read_text("utf-8") for page in DOCS.glob("*.md"))
+    scripts = {path.name for path in (DOCS.parent / "benchmarks").glob("*.py") if "__main__" in path.read_text("utf-8")}
+    assert not [name for name in sorted(scripts) if f"python benchmarks/{name}" not in pages]
+
+
 def test_a_cell_shows_what_it_prints_and_its_last_value():
     class Drawn:
         def _repr_html_(self):

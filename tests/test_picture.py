@@ -158,17 +158,20 @@ def test_files_are_written_by_their_suffix(tmp_path):
         picture.save(tmp_path / "cache")
 
 
-def test_the_picture_in_the_docs_is_the_one_that_its_code_draws(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["pictures.md", "one_idea.md"])
+def test_the_pictures_in_the_docs_are_those_that_their_code_draws(page, tmp_path, monkeypatch, capsys):
     docs = Path(__file__).parent.parent / "docs"
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (docs / "pictures.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    (_, first), (_, second), (_, shown) = blocks
+    text = (docs / page).read_text("utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(first, names)
-    assert (tmp_path / "cache.svg").read_text("utf-8") == (docs / "figures" / "cache.svg").read_text("utf-8")
-    names["print"] = lambda picture: names.update(text=picture.text())
-    exec(second, names)
-    assert names["text"] == shown.rstrip("\n")
+    for language, code in blocks:
+        if language == "python":
+            exec(code, names)
+    assert capsys.readouterr().out == "".join(shown for language, shown in blocks if not language)
+    drawn = {path.name: path.read_text("utf-8") for path in tmp_path.iterdir()}
+    assert sorted(drawn) == sorted(re.findall(r"\(figures/(.*?\.svg)\)", text))
+    assert drawn == {name: (docs / "figures" / name).read_text("utf-8") for name in drawn}
 
 
 def test_wrong_rows_are_named():

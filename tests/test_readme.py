@@ -25,6 +25,8 @@ spec = importlib.util.spec_from_file_location("cells", DOCS / "cells.py")
 cells = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cells)
 
+CHECKPOINTS = {"chat": "Qwen3-0.6B", "models": "Llama-3.2-1B-Instruct"}  # that a page lets its reader download
+
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -55,7 +57,7 @@ def patched(sources: list[str], diff: str) -> str:
 
 
 def write_checkpoint(directory: Path) -> None:
-    """Writes a small random model that chats, in the place of one that a page lets its reader download."""
+    """Writes a small random model that chats."""
     source = {
         "model_type": "llama",
         "vocab_size": 64,
@@ -85,7 +87,7 @@ def commands(page: Path) -> list[str]:
     "page",
     [
         "README.md",
-        "docs/index.md",
+        "docs/getting_started.md",
         "docs/cache.md",
         "docs/attention.md",
         "docs/generate.md",
@@ -101,8 +103,8 @@ def test_a_page_about_the_library_shows_code(page):
 @each_page
 def test_python_blocks_run_one_after_another_and_diffs_apply_to_them(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if page.stem == "chat":
-        write_checkpoint(tmp_path / "Qwen3-0.6B")
+    if page.stem in CHECKPOINTS:
+        write_checkpoint(tmp_path / CHECKPOINTS[page.stem])
     names = {"__name__": page.stem}
     sources = []
     with mock.patch.dict(FAMILIES):  # a page adds one
@@ -116,6 +118,11 @@ def test_python_blocks_run_one_after_another_and_diffs_apply_to_them(page, tmp_p
                 continue
             sources.append(code)
             exec(compile("\n" * line + code, str(page), "exec", dont_inherit=True), names)
+
+
+@each_page
+def test_code_that_is_shown_runs(page):
+    assert {language for _, language, _ in all_blocks(page)} <= {"python", "ipython3", "diff", "sh", ""}
 
 
 @each_page
