@@ -122,7 +122,7 @@ examples:
         "prompt",
         nargs="?",
         metavar="PROMPT",
-        help="the text to continue; - or nothing reads it from standard input",
+        help="the text to continue; without it, or with -, standard input",
     )
     _add_decoding(command, "200", f"enough for prompt and text, at least {MIN_CAPACITY:,}")
     samples_help = "number of texts for each prompt (default: 1); with --beams and --best-of, the best N"
@@ -186,9 +186,9 @@ at the model's turn:
 def _add_doctor(commands: Any) -> None:
     command = commands.add_parser(
         "doctor",
-        help="say what runs here, and what is wrong with it",
-        description="Prints versions, devices, the form of attention, whether the native kernel for CPUs is there and "
-        "why not, and whether this jaxlib computes a known sum wrong. Builds the native kernel if it is not there.",
+        help="show versions, devices and the form of attention, and check for known faults",
+        description="Prints versions, devices, the form of attention, whether the native kernel for CPUs is there, "
+        "and if not, why, and whether this jaxlib computes a known sum wrong. Builds the native kernel if it is not there.",
     )
     command.set_defaults(command="doctor")
 
@@ -210,7 +210,7 @@ examples:
     command.set_defaults(command="info")
     directory_help = "directory of a checkpoint (default: the bundled model)"
     command.add_argument("directory", nargs="?", metavar="DIR", help=directory_help)
-    command.add_argument("-m", "--model", metavar="DIR", help="the same, as the other commands take it")
+    command.add_argument("-m", "--model", metavar="DIR", help="the same as DIR")
     memory_help = "memory for parameters and cache (default: the free memory of this machine)"
     command.add_argument("--memory", type=_size, metavar="SIZE", help=memory_help)
     rows_help = "number of texts in the cache at once (default: 1)"
@@ -218,7 +218,7 @@ examples:
     capacity_help = "tokens of each text (default: the model's context length)"
     command.add_argument("--context", "--capacity", dest="capacity", type=_tokens, metavar="N", help=capacity_help)
     _add_storage(command)
-    layout_help = "how texts lie in the cache: rows, or pages as many as all texts can fill (default: rows)"
+    layout_help = "memory layout of the cache: a row for each text, or a pool of pages for all texts (default: rows)"
     command.add_argument("--layout", choices=("rows", "pages"), default="rows", help=layout_help)
 
 
@@ -303,8 +303,8 @@ def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: str, capacit
 
 def _add_storage(command: argparse.ArgumentParser) -> None:
     storage_help = (
-        f"storage of the cache (KV quantization): {', '.join(STORAGES)}; for keys and values apart, two with a comma, "
-        "such as int8,int4 (default: the dtype of the computation)"
+        f"storage of the cache (KV quantization): {', '.join(STORAGES)}; two with a comma for keys and values, such as "
+        "int8,int4 (default: the dtype of the computation)"
     )
     command.add_argument("--storage", type=_storage, metavar="NAME", help=storage_help)
 
@@ -378,7 +378,7 @@ SAMPLING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "repetition_penalty": (_number, "R", "above 1: tokens that have occurred become less probable"),
     "frequency_penalty": (_number, "A", "above 0: the more often a token was written, the less probable it becomes"),
     "presence_penalty": (_number, "A", "above 0: tokens that were written become less probable"),
-    "no_repeat_ngram_size": (_whole, "N", "no N tokens stand in the text twice in the same order"),
+    "no_repeat_ngram_size": (_whole, "N", "no sequence of N tokens occurs twice in the text"),
     "min_new_tokens": (_whole, "N", "the text does not end before it has N new tokens"),
 }
 DRAWING = ("temperature", "top_k", "top_p", "min_p")  # what greedy decoding has no use for

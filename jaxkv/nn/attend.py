@@ -39,7 +39,7 @@ def attend(
       sink_logits: None, or learned float [N], one score per query head that joins the softmax and brings no value
         (gpt-oss).
       shared: how many first tokens all rows of the call have in common: those are read once for all of them. None: what
-        `Cache.sharing` promised. A number of tokens, whole pages where the layer has pages, or int32 scalar. Where rows
+        `Cache.sharing` declared. A number of tokens, whole pages where the layer has pages, or int32 scalar. Where rows
         differ in spite of it, they get one another's keys.
       select: None, or int [B, T, n]: the slots that each query reads, all different, of those that it may see; others,
         and numbers out of range, are skipped. `lax.top_k` over scores of all slots gives them (DeepSeek-V3.2), with
