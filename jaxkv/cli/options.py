@@ -188,7 +188,7 @@ def _add_doctor(commands: Any) -> None:
         "doctor",
         help="show versions, devices and the form of attention, and check for known faults",
         description="Prints versions, devices, the form of attention, whether the native kernel for CPUs is there, "
-        "and if not, why, and whether this jaxlib computes a known sum wrong. Builds the native kernel if it is not there.",
+        "and if not, why, and whether this jaxlib computes a known sum wrong. Builds the kernel if it is not there.",
     )
     command.set_defaults(command="doctor")
 
