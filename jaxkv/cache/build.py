@@ -209,7 +209,8 @@ def shardings(cache: Any, sharding: Any) -> Any:
         def place(buffer: Any) -> Any:
             *stack, _, num_heads, _, size = buffer.shape
             split = heads if divides(heads, num_heads) else None, slots, numbers if divides(numbers, size) else None
-            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[None] * len(stack), rows, *split))
+            names = (*[None] * len(stack), rows, *split)[: len(stack) + len(spec)]
+            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
 
         return jax.tree.map(place, buffers)
 

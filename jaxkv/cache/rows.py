@@ -192,10 +192,11 @@ def _each_block(change: Callable[..., Any], buffer: Any, filled: Any, places: An
     read from where it writes (the barriers above). On a CPU it is given a row's slots of a head as one stretch of
     numbers, [..., R, K, V * H], which is copied twice as fast.
     """
-    *lead, num_slots, size = buffer.shape
+    *lead, num_heads, num_slots, size = buffer.shape
     buffer, filled, places = vary_alike((buffer, filled, places))
-    flat = _on_cpu() and 1 < size < 2**31 // num_slots  # XLA copies a buffer to drop a last axis of 1
-    x = buffer.reshape(*lead, -1) if flat else buffer
+    # Of a buffer with an axis of 1 that is to be flat, or was, XLA may make a copy in another layout.
+    flat = _on_cpu() and num_heads > 1 and 1 < size < 2**31 // num_slots
+    x = buffer.reshape(*lead, num_heads, -1) if flat else buffer
     return _loop(change, buffer.ndim - 4, num_slots, x, filled, places).reshape(buffer.shape)
 
 
