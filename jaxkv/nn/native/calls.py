@@ -25,6 +25,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxkv.nn.native.library import TARGET
 
 
+_NO_MESH = jax.sharding.AbstractMesh((), ())
+
+
 def alone(size: int, *operands: Any, **attributes: Any) -> list[Any]:
     """Returns attention [B, K, G, T, size] and the log of its denominator [B, K, G, T]."""
     aval = jax.typeof(operands[0])
@@ -95,11 +98,12 @@ def divided(size: int, *operands: Any, **attributes: Any) -> list[Any]:
     axes, kinds = [_axes(i, operands) for i in given], [(x.shape, x.dtype) for x in operands]
 
     def part(*some: Any) -> Any:
-        of_device = dict(zip(given, some, strict=True))
-        every = [of_device[i] if i in of_device else jnp.zeros(*kind) for i, kind in enumerate(kinds)]
-        number = [x.ndim for x in every].index(0)
-        every[number + 1] = jnp.arange(every[0].shape[0], dtype=jnp.int32)
-        return tuple(alone(size, *every, **attributes))
+        with jax.sharding.use_abstract_mesh(_NO_MESH):  # XLA asks for it while the user's mesh is set
+            of_device = dict(zip(given, some, strict=True))
+            every = [of_device[i] if i in of_device else jnp.zeros(*kind) for i, kind in enumerate(kinds)]
+            number = [x.ndim for x in every].index(0)
+            every[number + 1] = jnp.arange(every[0].shape[0], dtype=jnp.int32)
+            return tuple(alone(size, *every, **attributes))
 
     call = custom_partitioning(part)
     call.def_partition(
