@@ -24,7 +24,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxkv.nn.native.library import TARGET
 
-
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 
 
