@@ -30,24 +30,9 @@ def product(x: Any, kernel: Any, precision: Any = None) -> Any:
     """
     tokens = x.size // max(x.shape[-1], 1)
     if 1 < tokens <= _FEW and kernel.size >= _LARGE and x.dtype == kernel.dtype == jnp.float32 and _sums_fused():
-        return _summed(x.reshape(tokens, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[0])
-    return _multiplied(x, kernel, precision)
-
-
-def _multiplied(x: Any, kernel: Any, precision: Any = None) -> Any:
+        rows = x.reshape(tokens, 1, x.shape[-1])
+        return (kernel[None] * rows).sum(-1).reshape(*x.shape[:-1], kernel.shape[0])
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())), precision=precision)
-
-
-@jax.custom_jvp
-@jax.jit  # op by op, all products would be in memory at once; in derivatives they would be, too
-def _summed(x: Any, kernel: Any) -> Any:
-    return (x[:, None] * kernel[None]).sum(-1)
-
-
-@_summed.defjvp
-def _derivative(values: Any, tangents: Any) -> Any:
-    (x, kernel), (dx, dkernel) = values, tangents
-    return _summed(x, kernel), _multiplied(dx, kernel) + _multiplied(x, dkernel)
 
 
 @functools.cache
@@ -55,6 +40,6 @@ def _sums_fused() -> bool:
     """Returns whether XLA has its library sum products too: its own code for that is far slower than a product."""
     if jax.default_backend() != "cpu":
         return False
-    shapes = [jax.ShapeDtypeStruct((size, 256), jnp.float32) for size in (4, 256)]
-    program: Any = jax.jit(_summed).lower(*shapes).compile().runtime_executable()
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 1, 256), (1, 256, 256))]
+    program: Any = jax.jit(lambda x, kernel: (x * kernel).sum(-1)).lower(*shapes).compile().runtime_executable()
     return "__ynn_fusion" in program.hlo_modules()[0].to_string()
