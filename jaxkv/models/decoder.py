@@ -18,13 +18,11 @@ from jaxkv.cache.spec import Full, LayerSpec, Reach
 from jaxkv.meshes import like, rows_of
 from jaxkv.models.beside import ExpertsBeside
 from jaxkv.models.experts import Experts, ExpertsConfig
-from jaxkv.models.head import logits_of
 from jaxkv.models.latent import LatentConfig
 from jaxkv.models.layer_inputs import LayerInput, LayerInputs
 from jaxkv.models.mixers import MixerConfig
 from jaxkv.models.mlp import ACTIVATIONS, MLP
 from jaxkv.models.norm import NORMS, Norm
-from jaxkv.nn.fuse import Transposed
 from jaxkv.nn.heads import PROJECTIONS, QueryTemperature
 from jaxkv.nn.nnx import Attention
 from jaxkv.nn.rotary import Rotary
@@ -366,8 +364,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([Block(config, i, rngs=rngs) for i in range(config.num_layers)])
         self.norm = Norm(config)
         head = nnx.data(None) if config.tied else nnx.Linear(config.width, config.vocab_size, use_bias=False, **kind)
-        self.head: Any = head
-        self.fused = False
+        self.head = head
 
     def __call__(self, tokens: Any, positions: Any = None, cache: Cache | None = None, parents: Any = None) -> Any:
         """Returns the logits of the token after each, and the cache if one was given.
@@ -403,18 +400,12 @@ class Decoder(nnx.Module):
             source = self.config.source(i)
             x, layers[source] = block(x, positions, layers[source], step, own)
         x = self.norm(x)
-        logits = logits_of(self, x)
+        logits = self.embed.attend(x) if self.head is None else self.head(x)
         if self.config.logit_scale is not None:
             logits = logits * jnp.asarray(self.config.logit_scale, logits.dtype)
         if (bound := self.config.logit_softcap) is not None:
             logits = bound * jnp.tanh(logits / bound)
         return logits if cache is None else (logits, cache.with_layers(layers))
-
-    def fuse(self) -> None:
-        """Lays the head out for decoding. See `jaxkv.nnx.fuse`."""
-        if not self.fused and self.head is not None:
-            self.head = Transposed(self.head)
-        self.fused = True
 
     def specs(self, k_storage: Any = None, v_storage: Any = None) -> list[LayerSpec]:
         """Returns the `LayerSpec` of each attention layer, for `Cache.init`.

@@ -19,10 +19,8 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY, LayerSpec
 from jaxkv.meshes import like, rows_of
 from jaxkv.models.decoder import DecoderConfig
-from jaxkv.models.head import logits_of
 from jaxkv.models.mlp import MLP
 from jaxkv.models.norm import Norm
-from jaxkv.nn.fuse import Transposed
 from jaxkv.nn.nnx import Attention, CrossAttention
 from jaxkv.nn.spread import spread
 
@@ -227,8 +225,7 @@ class EncoderDecoder(nnx.Module):
         self.layers = nnx.List([DecoderBlock(half, size, rngs=rngs) for _ in range(config.decoder_layers)])
         self.norm = Norm(half)
         head = nnx.data(None) if config.tied else nnx.Linear(config.width, config.vocab_size, use_bias=False, **kind)
-        self.head: Any = head
-        self.fused = False
+        self.head = head
 
     def __call__(
         self,
@@ -281,7 +278,7 @@ class EncoderDecoder(nnx.Module):
                 x, layer = block(x, None, None, None, layer, cross_layer, step)
                 layers += [layer, cross_layer]
         x = self.norm(x)
-        logits = logits_of(self, x)
+        logits = self.embed.attend(x) if self.head is None else self.head(x)
         return logits if cache is None else (logits, cache.with_layers(layers))
 
     def encode(self, features: Any, lengths: Any = None) -> Any:
@@ -329,12 +326,6 @@ class EncoderDecoder(nnx.Module):
         """
         encoded = self.encode(features, lengths)
         return self.write(encoded, cache, encoded_lengths(self._frames(features, lengths)), rows)
-
-    def fuse(self) -> None:
-        """Lays the head out for decoding. See `jaxkv.nnx.fuse`."""
-        if not self.fused and self.head is not None:
-            self.head = Transposed(self.head)
-        self.fused = True
 
     def specs(self, k_storage: Any = None, v_storage: Any = None) -> list[LayerSpec]:
         """Returns the `LayerSpec`s for `Cache.init`: for each layer its past, then the encoder's output.

@@ -2,8 +2,7 @@
 
 A decode step multiplies one token by every weight, so it takes as long as reading them. On a CPU, projections of the
 same input are read faster as one matrix [in, all outputs], and one that narrows to few outputs faster as [out, in]
-(benchmarks/model.py), as are heads for several rows (`product`). Training and checkpoints keep Flax's layout; `fuse`
-makes the other one from it.
+(benchmarks/model.py). Training and checkpoints keep Flax's layout; `fuse` makes the other one from it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from jaxkv.cache.rotation import rotate as hadamard
-from jaxkv.nn.product import product
 
 _ALIKE = (False, "plain")  # kinds of `qk_norm` that treat all numbers of a head alike
 M = TypeVar("M", bound=nnx.Module)
@@ -160,8 +158,5 @@ def _product(projection: Any, x: Any, axis: int) -> Any:
     """Returns x [..., in] times the kernel, whose `axis` is in, plus the bias."""
     bias = None if projection.bias is None else projection.bias[...]
     x, kernel, bias = promote_dtype((x, projection.kernel[...], bias), dtype=projection.dtype)
-    if axis:
-        y = product(x, kernel, projection.precision)
-    else:
-        y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=projection.precision)
+    y = lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), precision=projection.precision)
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
