@@ -180,16 +180,16 @@ def test_a_pool_without_pages_for_all_copies_ends_the_last_samples_and_the_first
         assert {tokens for tokens, _ in of_rows(result, 0)} - {()} <= {tokens for tokens, _ in of_rows(ample, 0)}
 
 
-@pytest.mark.parametrize("reaches", [(Full(),), (Window(7, sinks=1), Full())], ids=["full", "window"])
-def test_the_pool_that_a_model_makes_is_no_larger_than_its_texts_need(reaches, monkeypatch):
+def test_the_pool_that_a_model_makes_has_pages_for_all_copies_and_few_more(monkeypatch):
     monkeypatch.setattr(searching, "_PAGE_SIZE", 4)
-    toy, prompt, limit = Toy(reaches), [*PROMPT, *PROMPT[:6]], 14
+    toy, prompt, limit = Toy((Window(7, sinks=1), Full())), [*PROMPT, *PROMPT[:6]], 14
     pool = searching.pages_for(toy.cache(1).specs, [(len(prompt), limit, ROWS)], CAPACITY)
-    assert pool.num_pages < ROWS * 8  # what they need if each has its own
-    for missing in (0, 1) if reaches == (Full(),) else (0,):
-        cache = toy.cache(layout=jaxkv.Pages(pool.num_pages - missing, page_size=4))
-        result = jaxkv.best_of(toy, PARAMS, [prompt], cache, n=ROWS, max_new_tokens=limit, key=KEY)
-        assert ("full" in result.reasons[0]) == (missing > 0)
+    cache = toy.cache(layout=pool)
+    result = jaxkv.best_of(toy, PARAMS, [prompt], cache, n=ROWS, max_new_tokens=limit, key=KEY)
+    assert result.reasons == (("length",) * ROWS,)
+    full = searching.pages_for([toy.cache(1).specs[1]], [(len(prompt), limit, ROWS)], CAPACITY)
+    assert full.num_pages == 4 + ROWS * 4  # of 31 tokens, 16 are shared; 8 pages each if nothing were
+    assert full.num_pages < pool.num_pages < ROWS * 8
 
 
 @pytest.mark.parametrize(

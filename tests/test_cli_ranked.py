@@ -14,6 +14,8 @@ from flax import nnx
 
 import jaxkv
 from jaxkv.cli import main
+from jaxkv.cli.prompts import Prompt
+from jaxkv.cli.sharing import describe_prefill
 from jaxkv.models import ByteTokenizer, Decoder, DecoderConfig, GenerationConfig, Model, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -104,9 +106,11 @@ def test_samples_in_pages_are_those_in_rows(model, capsys):
     assert "for 40 texts of up to 1,024 tokens, in 81 pages of 16\n" in err  # 27 tokens and 6: 3 pages each
 
 
-def test_a_prompt_is_prefilled_again_for_the_samples_of_the_next_batch(model, capsys):
-    _, err = said(capsys, "--samples", "3", "--temperature", "1", "--rows", "2", "--layout", "pages")
-    assert "prefilled 54 tokens, not 81: once for all texts of a prompt that are decoded together; 1 page of 16" in err
+def test_a_prompt_is_prefilled_again_for_the_samples_of_the_next_batch():
+    prompt = Prompt(PROMPT, TOKENS, 6, False)
+    told = describe_prefill([[(prompt, 2)], [(prompt, 1)]], jaxkv.Pages(64))
+    once = "once for all texts of a prompt that are decoded together"
+    assert told == f"prefilled 54 tokens, not 81: {once}; 1 page of 16 shared by all"
 
 
 @pytest.mark.parametrize(
