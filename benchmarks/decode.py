@@ -4,10 +4,10 @@
     python benchmarks/decode.py --out docs/data/decode.json     # the same, kept, with docs/figures/decode.png
     python benchmarks/decode.py --plot docs/data/decode.json    # only draws the figure again
     python benchmarks/decode.py --quick                         # tiny sizes: does it run?
-    python benchmarks/decode.py --shape 12 4 64 --dtype bfloat16 --only jaxkv "jaxkv, native"
+    python benchmarks/decode.py --shape 12 4 64 --dtype bfloat16 --only jaxkv "jaxkv, XLA"
 
-Float32, 32 query and 8 kv heads of 128. "jaxkv" is what `attend` takes by itself; "jaxkv, native" is the kernel in C++,
-on a CPU with a compiler. JAX's contestants run in a compiled loop that carries its cache, as generation does; torch
+Float32, 32 query and 8 kv heads of 128. "jaxkv" is what `attend` takes by itself: on a CPU the kernel in C++; "jaxkv, XLA"
+is its form as XLA compiles it. JAX's contestants run in a compiled loop that carries its cache, as generation does; torch
 runs eagerly, as it is used. Flax's caches know no grouped heads: theirs have 8 query heads, a fourth of the work, and
 projections of next to no size. "plain read" is the sum of the filled keys and values, the fastest of 20: no attention
 can be faster. Contestants take turns; medians and ratios are of one run.
@@ -33,7 +33,6 @@ import numpy as np
 from common import ROOT, about, count_cores, interleave, medians, say
 
 import jaxkv
-from jaxkv.nn.native import library
 
 READ = "plain read"
 
@@ -113,10 +112,10 @@ class Jaxkv:
         return run
 
 
-class Native(Jaxkv):
-    """The same with the kernel in C++."""
+class Blockwise(Jaxkv):
+    """The same as XLA compiles it."""
 
-    form = "native"
+    form = "blockwise"
 
 
 class Static:
@@ -372,7 +371,7 @@ def reordering_table(data: dict[str, Any]) -> str:
 
 CONTESTANTS = {
     "jaxkv": Jaxkv,
-    "jaxkv, native": Native,
+    "jaxkv, XLA": Blockwise,
     "jax.nn.dot_product_attention": Static,
     "flax.linen (8 heads)": Linen,
     "flax.nnx (8 heads)": Nnx,
@@ -394,10 +393,8 @@ def measure(s: Setting, names: list[str], *, rounds: int, seconds: float) -> dic
             made[capacity] = {}
             for name in names:
                 try:
-                    if name in ("torch SDPA", "jaxkv, native") and jax.default_backend() != "cpu":
+                    if name == "torch SDPA" and jax.default_backend() != "cpu":
                         left_out[name] = "it is compared on the CPU only"
-                    elif name == "jaxkv, native" and library.problem():
-                        left_out[name] = str(library.problem())
                     else:
                         made[capacity][name] = CONTESTANTS[name](s, batch, capacity)
                 except ModuleNotFoundError as error:
@@ -439,7 +436,7 @@ def table(data: dict[str, Any]) -> str:
 
 COLORS = {
     "jaxkv": "C3",
-    "jaxkv, native": "C5",
+    "jaxkv, XLA": "C5",
     "jax.nn.dot_product_attention": "C0",
     "flax.linen (8 heads)": "C1",
     "flax.nnx (8 heads)": "C2",
