@@ -7,10 +7,10 @@
     python benchmarks/decode.py --shape 12 4 64 --dtype bfloat16 --only jaxkv "jaxkv, XLA"
 
 Float32, 32 query and 8 kv heads of 128. "jaxkv" is what `attend` takes by itself, on a CPU the kernel in C++; "jaxkv,
-XLA" is its form as XLA compiles it. JAX's contestants run in a compiled loop that carries its cache, as generation does;
-torch runs eagerly, as it is used. Flax's caches know no grouped heads: theirs have 8 query heads, a fourth of the work,
-and projections of next to no size. "plain read" is the sum of the filled keys and values, the fastest of 20: no attention
-can be faster. Contestants take turns; medians and ratios are of one run.
+XLA" is its form as XLA compiles it. JAX's contestants run in a compiled loop that carries its cache, as generation
+does; torch runs eagerly, as it is used. Flax's caches know no grouped heads: theirs have 8 query heads, a fourth of
+the work, and projections of next to no size. "plain read" is the sum of the filled keys and values, the fastest of
+20: no attention can be faster. Contestants take turns; medians and ratios are of one run.
 
 A second table is beam search's reordering of rows: `Cache.take` in a donated loop, transformers' `reorder_cache`, and a
 plain copy of what is held.
