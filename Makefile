@@ -73,7 +73,7 @@ wheels: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 wheels: $(VENV)/.run ## build the wheels of jaxkv and of its kernel for CPUs (jaxkv[cpu]) into dist/
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist . ./native
 
-package: ## build sdist and wheel, and use them in a clean environment, with the core alone and with each extra
+package: ## build sdist and wheel, and use them in a clean environment, with the core alone and with memo, models and train
 	.ci/package
 
 format: $(VENV)/.dev ## repair style and formatting

@@ -61,6 +61,15 @@ if _QUICK:
         setattr(jax.stages.Compiled, _name, _not_optimized)
 
 
+@pytest.fixture
+def native_kernel():
+    """Skips a test where the kernel in C++ can't be had, with the reason."""
+    from jaxkv.nn.native import library
+
+    if library.problem():
+        pytest.skip(library.problem())
+
+
 def pytest_collection_finish():
     """Leaves what was imported out of every later search for garbage: it takes 0.5 s otherwise."""
     gc.collect()

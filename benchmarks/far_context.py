@@ -1,7 +1,7 @@
 """What rounding does to a model that uses its whole context: loss and divergence, token by token, over 4,096 bytes.
 
-    python benchmarks/far_context.py --minutes 20 --weights /tmp/far.safetensors     # trains, then measures
-    python benchmarks/far_context.py --weights /tmp/far.safetensors                  # measures what was trained
+    python benchmarks/far_context.py --minutes 20 --weights far.safetensors     # trains, then measures
+    python benchmarks/far_context.py --weights far.safetensors                  # measures what was trained
     python benchmarks/far_context.py --weights ... --out docs/data/far_context.json  # the same, kept
 
 The model is trained here, on texts that the standard library carries: passages of them, many of which come

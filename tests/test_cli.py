@@ -806,7 +806,7 @@ def test_info_names_the_memory_that_is_free_here(capsys, monkeypatch):
         (["info", "pyproject.toml"], "pyproject.toml is a file; give the directory that holds it"),
         (["info", "--memory", "8 bits"], "'8 bits' is not a size; give one such as 8GB"),
         (["info", "--rows", "0"], "argument --rows: '0' is not a count; give 1 or more"),
-        (["info", "--capacity", "9999"], "argument --capacity: 9,999 is more than the 512 tokens"),
+        (["info", "--context", "9999"], "argument --context/--capacity: 9,999 is more than the 512 tokens"),
         (
             ["generate", "x", "--seed", "-1"],
             "argument --seed: '-1' is not a seed; give a whole number from 0 to",

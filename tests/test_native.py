@@ -12,16 +12,12 @@ import pytest
 
 import jaxkv
 from jaxkv import EMPTY, Cache, Chunk, Cross, Dense, Full, LayerSpec, NotSupportedError, Pages, Rows, Window, attend
-from jaxkv.nn.native import library
 
 N, K, H, HV, ROWS, CAPACITY = 6, 2, 24, 20, 3, 1216
 REACHES = (Full(), Window(40, sinks=3), Chunk(600), Window(30), Cross(70))
 
 
-@pytest.fixture(autouse=True)
-def _kernel():
-    if library.problem():
-        pytest.skip(library.problem())
+pytestmark = pytest.mark.usefixtures("native_kernel")
 
 
 def normal(seed, *shape):

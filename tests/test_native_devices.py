@@ -23,10 +23,7 @@ CALL = "custom_call @jaxkv_attention"
 MOVED = r"all-gather|all-reduce|all-to-all|collective-permute"
 
 
-@pytest.fixture(autouse=True)
-def _kernel():
-    if library.problem():
-        pytest.skip(library.problem())
+pytestmark = pytest.mark.usefixtures("native_kernel")
 
 
 def normal(seed, *shape):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from jaxkv import Cache, Chunk, Dense, Float8, Full, Int4, Int8, LayerSpec, Pages, Rows, Window, attend
-from jaxkv.nn.native import library
 
 HEADS, K, ROWS, HELD, T = 6, 2, 2, 600, 7
 
@@ -27,10 +26,7 @@ IN_KEYS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _kernel():
-    if library.problem():
-        pytest.skip(library.problem())
+pytestmark = pytest.mark.usefixtures("native_kernel")
 
 
 def normal(seed, *shape):

@@ -32,7 +32,7 @@ _EXAMPLE = 4096  # tokens, if nobody says how many
 
 def run(args: argparse.Namespace) -> int:
     source = find(args.model or args.directory, text=False)
-    check_capacity(args.capacity, source.context)
+    check_capacity(args.capacity, source.context, "--context/--capacity")
     with told():
         counts = _counts(source)
     with told():

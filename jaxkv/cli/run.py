@@ -93,10 +93,10 @@ def sampling_options(args: argparse.Namespace) -> list[str]:
     return [option(name) for name in SAMPLING if getattr(args, name) is not None]
 
 
-def check_capacity(capacity: int | None, context: int | None) -> None:
+def check_capacity(capacity: int | None, context: int | None, option: str = "--capacity") -> None:
     if capacity is not None and context is not None and capacity > context:
         raise UsageError(
-            f"argument --capacity: {capacity:,} is more than the {context:,} tokens of the model's context; leave it "
+            f"argument {option}: {capacity:,} is more than the {context:,} tokens of the model's context; leave it "
             f"out, or give at most {context}"
         )
 
