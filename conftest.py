@@ -18,7 +18,8 @@ _QUICK = bool(os.environ.get("JAXKV_QUICK"))
 # Before JAX is imported: XLA reads its flags once.
 _FLAGS = ["--xla_force_host_platform_device_count=4"]
 if _QUICK:
-    _FLAGS += ["--xla_backend_optimization_level=0"]
+    # One piece per program: the tests' programs are small, and both cores have a worker already.
+    _FLAGS += ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
     if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
         _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 _GIVEN = os.environ.get("XLA_FLAGS", "").split()
