@@ -172,7 +172,7 @@ def test_the_wheel_brings_a_library_that_a_fresh_process_uses_without_a_compiler
 def test_a_wheel_that_is_damaged_or_of_other_sources_gives_way_to_what_is_built_here(
     tmp_path, monkeypatch, caplog, capsys, bytes_of_library
 ):
-    original, path = bytes_of_library, tmp_path / "attention.so"
+    original, path = bytes_of_library, tmp_path / "kernels.so"
     monkeypatch.setattr(library, "in_wheel", lambda: path)
     body = original[: -2 * 64]
     cases = {
@@ -257,10 +257,11 @@ def test_without_a_compiler_or_a_directory_or_when_switched_off_attention_runs_a
 @pytest.mark.parametrize(("target", "machine"), [("aarch64-linux-gnu", 183), ("x86_64-linux-gnu", 62)])
 def test_clang_takes_it_for_arm_and_for_all_instructions_of_x86(target, machine, tmp_path):
     zig = pytest.importorskip("ziglang", reason="a compiler for other machines: pip install ziglang")
-    to = tmp_path / "attention.o"
     command = [os.path.join(os.path.dirname(zig.__file__), "zig"), "c++", "-target", target, "-std=c++17", "-c", "-w"]
-    subprocess.run([*command, f"-I{jax.ffi.include_dir()}", sealed.SOURCES / "attention.cc", "-o", to], check=True)
-    assert int.from_bytes(to.read_bytes()[18:20], "little") == machine  # e_machine of an ELF file
+    for source in sealed.SOURCES.glob("*.cc"):
+        to = tmp_path / f"{source.stem}.o"
+        subprocess.run([*command, f"-I{jax.ffi.include_dir()}", source, "-o", to], check=True)
+        assert int.from_bytes(to.read_bytes()[18:20], "little") == machine  # e_machine of an ELF file
 
 
 # What runs.
