@@ -264,6 +264,28 @@ def test_clang_takes_it_for_arm_and_for_all_instructions_of_x86(target, machine,
         assert int.from_bytes(to.read_bytes()[18:20], "little") == machine  # e_machine of an ELF file
 
 
+_SELF_TEST = """
+#include <dlfcn.h>
+int main(int count, char** names) {
+  void* library = dlopen(names[1], RTLD_NOW);
+  return library ? ((int (*)(void))dlsym(library, "jaxkv_self_test"))() : 200;
+}
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("JAXKV_FULL"), reason="half a minute of compiling; JAXKV_FULL=1 runs it")
+def test_on_arm_the_self_test_passes_under_an_emulator(tmp_path, monkeypatch):
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if not (compiler and emulator):
+        pytest.skip("apt-get install g++-aarch64-linux-gnu qemu-user")
+    (tmp_path / "main.cc").write_text(_SELF_TEST)
+    monkeypatch.setattr(build, "_target", lambda: ("-DJAXKV_SETS=7",))  # those of this machine are not ARM's
+    build._compile(compiler, tmp_path / "kernels.so")
+    subprocess.run([compiler, tmp_path / "main.cc", "-ldl", "-o", tmp_path / "main"], check=True)
+    command = [emulator, "-L", "/usr/aarch64-linux-gnu", tmp_path / "main", tmp_path / "kernels.so"]
+    assert subprocess.run(command).returncode == 0
+
+
 # What runs.
 
 
