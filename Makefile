@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export PYTHON PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test test-jax test-full test-all lint type docs site wheels package format hooks clean
+.PHONY: help demo chat test test-jax test-full test-all lint type docs site wheels wheel-arm package format hooks clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -69,9 +69,14 @@ site: $(VENV)/.docs ## build the documentation only; a warning is an error
 	@echo "The documentation is in docs/_build/index.html"
 
 # The same bytes from the same commit and compiler, whenever it is built.
-wheels: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+wheels wheel-arm: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+WHEEL = $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist
 wheels: $(VENV)/.run ## build the wheels of jaxkv and of its kernel for CPUs (jaxkv[cpu]) into dist/
-	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist . ./native
+	$(WHEEL) . ./native
+
+wheel-arm: $(VENV)/.run ## build that of the kernel for Linux on aarch64, with the cross compiler aarch64-linux-gnu-g++
+	CXX=aarch64-linux-gnu-g++ _PYTHON_HOST_PLATFORM=linux-aarch64 \
+	  CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64" $(WHEEL) ./native
 
 package: ## build sdist and wheel, and use them in a clean environment, with the core alone and with memo, models and train
 	.ci/package

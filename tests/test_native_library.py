@@ -172,7 +172,7 @@ def test_the_wheel_brings_a_library_that_a_fresh_process_uses_without_a_compiler
 def test_a_wheel_that_is_damaged_or_of_other_sources_gives_way_to_what_is_built_here(
     tmp_path, monkeypatch, caplog, capsys, bytes_of_library
 ):
-    original, path = bytes_of_library, tmp_path / "attention.so"
+    original, path = bytes_of_library, tmp_path / "kernels.so"
     monkeypatch.setattr(library, "in_wheel", lambda: path)
     body = original[: -2 * 64]
     cases = {
@@ -257,10 +257,33 @@ def test_without_a_compiler_or_a_directory_or_when_switched_off_attention_runs_a
 @pytest.mark.parametrize(("target", "machine"), [("aarch64-linux-gnu", 183), ("x86_64-linux-gnu", 62)])
 def test_clang_takes_it_for_arm_and_for_all_instructions_of_x86(target, machine, tmp_path):
     zig = pytest.importorskip("ziglang", reason="a compiler for other machines: pip install ziglang")
-    to = tmp_path / "attention.o"
     command = [os.path.join(os.path.dirname(zig.__file__), "zig"), "c++", "-target", target, "-std=c++17", "-c", "-w"]
-    subprocess.run([*command, f"-I{jax.ffi.include_dir()}", sealed.SOURCES / "attention.cc", "-o", to], check=True)
-    assert int.from_bytes(to.read_bytes()[18:20], "little") == machine  # e_machine of an ELF file
+    for source in sealed.SOURCES.glob("*.cc"):
+        to = tmp_path / f"{source.stem}.o"
+        subprocess.run([*command, f"-I{jax.ffi.include_dir()}", source, "-o", to], check=True)
+        assert int.from_bytes(to.read_bytes()[18:20], "little") == machine  # e_machine of an ELF file
+
+
+_SELF_TEST = """
+#include <dlfcn.h>
+int main(int count, char** names) {
+  void* library = dlopen(names[1], RTLD_NOW);
+  return library ? ((int (*)(void))dlsym(library, "jaxkv_self_test"))() : 200;
+}
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("JAXKV_FULL"), reason="half a minute of compiling; JAXKV_FULL=1 runs it")
+def test_on_arm_the_self_test_passes_under_an_emulator(tmp_path, monkeypatch):
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if not (compiler and emulator):
+        pytest.skip("apt-get install g++-aarch64-linux-gnu qemu-user")
+    (tmp_path / "main.cc").write_text(_SELF_TEST)
+    monkeypatch.setattr(build, "_target", lambda: ("-DJAXKV_SETS=7",))  # those of this machine are not ARM's
+    build._compile(compiler, tmp_path / "kernels.so")
+    subprocess.run([compiler, tmp_path / "main.cc", "-ldl", "-o", tmp_path / "main"], check=True)
+    command = [emulator, "-L", "/usr/aarch64-linux-gnu", tmp_path / "main", tmp_path / "kernels.so"]
+    assert subprocess.run(command).returncode == 0
 
 
 # What runs.

@@ -1,6 +1,7 @@
 // Random calls of the kernel, compared with sums in double precision, in buffers that end where they say.
 //   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -ffp-contract=fast -pthread benchmarks/native/fuzz.cc -o fuzz
 //   ./fuzz 2000
+// On ARM: aarch64-linux-gnu-g++ -std=c++17 -O2 ... , and qemu-aarch64 -L /usr/aarch64-linux-gnu ./fuzz 400.
 // With -fsanitize=thread it looks for races. Lengths, rows, pages and positions are wrong on purpose, now and then: what is
 // read must stay within the buffers all the same.
 #include <cstdio>

@@ -1,1 +1,1 @@
-"""The native attention kernel of jaxkv, `attention.so`. There is nothing to call here: jaxkv finds and loads it."""
+"""The native kernels of jaxkv, `kernels.so`. There is nothing to call here: jaxkv finds and loads it."""

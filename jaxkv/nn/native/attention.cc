@@ -1,9 +1,7 @@
-// The library that jaxkv/nn/native loads: the handler that XLA calls, and what is asked before it is given to XLA.
+// Attention, as XLA calls it.
 #include "attention.h"
+#include "library.h"
 #include "numbers.h"
-
-#include "xla/ffi/api/c_api.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
@@ -13,11 +11,6 @@ namespace {
 template <class T>
 const T* given(const ffi::AnyBuffer& x) {
   return x.element_count() ? static_cast<const T*>(x.untyped_data()) : nullptr;
-}
-
-bool has_shape(const ffi::AnyBuffer& x, std::initializer_list<int64_t> shape, size_t skipped = 0) {
-  const auto dims = x.dimensions();
-  return dims.size() == shape.size() - skipped && std::equal(shape.begin() + skipped, shape.end(), dims.begin());
 }
 
 // Whether a storage of this kind keeps its numbers in a buffer of this type.
@@ -30,10 +23,6 @@ bool kept_in(Type kind, ffi::DataType type) {
     default: return type == ffi::DataType::U8;
   }
 }
-
-std::atomic<int> in_use{kNone};  // the instruction set that calls run with; kNone: the best
-
-ffi::Error wrong(const char* what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, what); }
 
 // What a buffer [L, A, K, S, ...] has along its axes; of one layer it is without the first.
 struct Lead {
@@ -120,8 +109,7 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer v, ffi:
   call.out = static_cast<float*>(out->untyped_data());
   call.log_total = static_cast<float*>(log_total->untyped_data());
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const Isa isa = static_cast<Isa>(in_use.load(std::memory_order_relaxed));
-  Attention attention(call, isa ? isa : best_isa(), threads);
+  Attention attention(call, isa(), threads);
   if (!attention.ready()) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxkv: out of memory");
   attend(attention, threads - 1, [&](auto&& work) {
     auto task = work;
@@ -203,9 +191,16 @@ bool right(Type type, Isa isa) {
 }
 
 }  // namespace
+
+int attention_is_wrong(Isa isa) {
+  for (int type = 0; type < kTypes; ++type)
+    if (!right(static_cast<Type>(type), isa)) return 1 + type;
+  return 0;
+}
+
 }  // namespace jaxkv
 
-extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* jaxkv_attention(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* jaxkv_attention(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jaxkv_attention, jaxkv::handle,
@@ -217,27 +212,3 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
         .Attr<int64_t>("k_type").Attr<int64_t>("v_type").Attr<int64_t>("inside")
         .Attr<int64_t>("sinks").Attr<float>("softcap").Attr<int64_t>("in_order"));
-
-extern "C" {
-
-// The version of XLA's interface that this was built for: major * 1000 + minor.
-__attribute__((visibility("default"))) int jaxkv_api_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
-
-// Has calls run with an instruction set: 1 plain, 2 AVX2, 3 AVX-512; with the best where it can't be used here. Returns it.
-__attribute__((visibility("default"))) int jaxkv_use(int isa) {
-  using namespace jaxkv;
-  return in_use = has(static_cast<Isa>(isa)) ? isa : best_isa();
-}
-
-// 0 if every instruction set that can be used here gives right sums, else 10 * instruction set + type; 100: none can.
-__attribute__((visibility("default"))) int jaxkv_self_test() {
-  using namespace jaxkv;
-  if (best_isa() == kNone) return 100;
-  for (int isa = kPlain; isa <= kAvx512; ++isa) {
-    if (!has(static_cast<Isa>(isa))) continue;
-    for (int type = 0; type < kTypes; ++type)
-      if (!right(static_cast<Type>(type), static_cast<Isa>(isa))) return 10 * isa + type;
-  }
-  return 0;
-}
-}

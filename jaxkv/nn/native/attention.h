@@ -9,33 +9,14 @@
 #include <atomic>
 #include <cfloat>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
-// Which instruction sets are compiled: all that there are, or one, as a bit each.
-#ifndef JAXKV_SETS
-#define JAXKV_SETS 7
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-#define APART static __attribute__((noinline))  // what needs all registers for itself
-
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
-#endif
+#include "division.h"
+#include "instructions.h"
 
 namespace jaxkv {
 
@@ -43,8 +24,6 @@ constexpr int kStretch = 512;      // slots of a task
 constexpr int kBlock = 64;         // keys between two looks at the maximum
 constexpr int kMost = 1024;        // largest head_dim and value_dim
 constexpr int kMostPadded = kMost + 16;
-constexpr int kSpins = 2000;       // looks at the others' tasks, some 40 us, before this thread sleeps
-constexpr int64_t kAlone = 1 << 19;  // bytes, or as much arithmetic, below which another thread costs more than it brings
 
 // 2^r for |r| <= 1/2, and (tanh(x) - x) / x^3 in x^2 for |x| <= 0.65: interpolated at Chebyshev's points.
 constexpr float kExp2[] = {1.f,           0.693147206f,  0.240226509f,   0.0555032723f,
@@ -52,11 +31,7 @@ constexpr float kExp2[] = {1.f,           0.693147206f,  0.240226509f,   0.05550
 constexpr float kTanh[] = {-0.333333331f, 0.133332907f,    -0.0539563493f,
                            0.0217461871f, -0.00827245673f, 0.00221490274f};
 
-struct Half { uint16_t bits; };
-struct Bfloat { uint16_t bits; };
-
 enum Type { kFloat, kHalf, kBfloat, kInt8, kInt4, kE4m3, kE5m2, kTypes };
-enum Isa { kNone, kPlain, kAvx2, kAvx512 };
 
 // Whether vectors are made floats, once for all queries, before they are multiplied.
 INLINE bool expands(Type type) { return type >= kInt4; }
@@ -149,126 +124,11 @@ struct InOrder {
 };
 constexpr InOrder kInOrder;
 
-// What an instruction set has of its own to make floats of small numbers: compilers put __builtin_convertvector from
-// bytes together of many small steps.
-#if JAXKV_SETS & 1
-#define W 4
-#if defined(__aarch64__)
-#define ACCUMULATORS 16
-#else
-#define ACCUMULATORS 8
-#endif
-namespace plain {
-#include "vector.h"
-INLINE vi widen(vb x) { return __builtin_convertvector(x, vi); }
-INLINE vi widen(vu x) { return __builtin_convertvector(x, vi); }
-INLINE vh widen16(vu x) { return __builtin_convertvector(x, vh); }
-INLINE i8 widen8(u8 x) { return __builtin_convertvector(x, i8); }
-INLINE vf halves(vh h) {
-#if defined(__aarch64__)
-  uint16x4_t x; memcpy(&x, &h, sizeof x);
-  const float32x4_t y = vcvt_f32_f16(vreinterpret_f16_u16(x));
-  vf z; memcpy(&z, &y, sizeof z); return z;
-#else  // the smallest ones without the denormal floats that XLA switches off
-  vi x = __builtin_convertvector(h, vi), sign = (x & 0x8000) << 16, size = x & 0x7fff;
-  vf small = __builtin_convertvector(size, vf) * 0x1p-24f;
-  vi normal = (size << 13) + (112 << 23);
-  vi y = size < 0x400 ? float_to_bits(small) : normal;
-  y = size >= 0x7c00 ? normal | 0x7f800000 : y;
-  return bits_to_float(y | sign);
-#endif
-}
-#include "kernel.h"
-}  // namespace plain
-#undef W
-#undef ACCUMULATORS
-#endif
+#define KERNEL "attention_kernel.h"
+#include "each_set.h"
+#undef KERNEL
 
-#if defined(__x86_64__) && JAXKV_SETS & 2
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define W 8
-#define ACCUMULATORS 8
-namespace avx2 {
-#include "vector.h"
-INLINE vi widen(vb x) { return as<vi>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
-INLINE vi widen(vu x) { return as<vi>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
-INLINE vh widen16(vu x) { return as<vh>(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(as<int64_t>(x)))); }
-INLINE i8 widen8(u8 x) { return as<i8>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
-INLINE vf halves(vh x) { return as<vf>(_mm256_cvtph_ps(as<__m128i>(x))); }
-#include "kernel.h"
-}  // namespace avx2
-#undef W
-#undef ACCUMULATORS
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-#if defined(__x86_64__) && JAXKV_SETS & 4
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
-#endif
-#define W 16
-#define ACCUMULATORS 16
-namespace avx512 {
-#include "vector.h"
-INLINE vi widen(vb x) { return as<vi>(_mm512_cvtepi8_epi32(as<__m128i>(x))); }
-INLINE vi widen(vu x) { return as<vi>(_mm512_cvtepu8_epi32(as<__m128i>(x))); }
-INLINE vh widen16(vu x) { return as<vh>(_mm256_cvtepu8_epi16(as<__m128i>(x))); }
-INLINE i8 widen8(u8 x) { return as<i8>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
-INLINE vf halves(vh x) { return as<vf>(_mm512_cvtph_ps(as<__m256i>(x))); }
-#include "kernel.h"
-}  // namespace avx512
-#undef W
-#undef ACCUMULATORS
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-// The best instruction set that was compiled and that this machine has; kNone: none.
-inline Isa best_isa() {
-#if defined(__x86_64__)
-  static const Isa best = [] {
-    __builtin_cpu_init();
-    const bool small = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool large = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (JAXKV_SETS & 4 && small && large) return kAvx512;
-    if (JAXKV_SETS & 2 && small) return kAvx2;
-    return JAXKV_SETS & 1 ? kPlain : kNone;
-  }();
-  return best;
-#else
-  return JAXKV_SETS & 1 ? kPlain : kNone;
-#endif
-}
-
-inline bool has(Isa isa) { return isa >= kPlain && isa <= best_isa() && JAXKV_SETS >> (isa - 1) & 1; }
-
-inline void attend_task(Task& task, Isa isa) {
-#if defined(__x86_64__) && JAXKV_SETS & 4
-  if (isa == kAvx512) return avx512::attend_task(task);
-#endif
-#if defined(__x86_64__) && JAXKV_SETS & 2
-  if (isa == kAvx2) return avx2::attend_task(task);
-#endif
-#if JAXKV_SETS & 1
-  plain::attend_task(task);
-#endif
-}
+inline void attend_task(Task& task, Isa isa) { WITH_SET(isa, attend_task(task)) }
 
 // The slots that a row's queries may see, in stretches, and where their parts lie.
 struct Row {
@@ -435,47 +295,10 @@ class Attention {
   std::vector<std::atomic<int64_t>> left_;
 };
 
-// Runs all tasks on this thread and, if it pays, on those that `schedule` can have begin a function. This thread takes
-// tasks until none is left, and then waits only for those that have been begun: never for a thread to become free.
 template <class Schedule>
 void attend(Attention& attention, int64_t helpers, const Schedule& schedule) {
-  struct Shared {
-    std::atomic<int64_t> next{0}, done{0}, threads{0};
-    Attention* attention;
-    int64_t tasks;
-    std::mutex mutex;
-    std::condition_variable finished;
-    void work() {
-      int64_t i = next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= tasks) return;
-      for (const int64_t thread = threads.fetch_add(1, std::memory_order_relaxed); i < tasks;
-           i = next.fetch_add(1, std::memory_order_relaxed)) {
-        attention->run(i, thread);
-        if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < tasks) continue;
-        std::lock_guard<std::mutex> lock(mutex);
-        finished.notify_one();
-      }
-    }
-    bool ready() const { return done.load(std::memory_order_acquire) == tasks; }
-  };
-  if (!attention.pays() || helpers < 1) {
-    for (int64_t i = 0; i < attention.tasks(); ++i) attention.run(i, 0);
-    return;
-  }
-  auto shared = std::make_shared<Shared>();  // a helper that comes late finds it, and nothing to do
-  shared->attention = &attention;
-  shared->tasks = attention.tasks();
-  helpers = std::min(helpers, shared->tasks - 1);
-  for (int64_t i = 0; i < helpers; ++i) schedule([shared] { shared->work(); });
-  shared->work();
-  for (int spins = 0; spins < kSpins && !shared->ready(); ++spins) {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
-  }
-  // A thread that was stopped within a task may wait for this very core: sleep, and it comes here.
-  std::unique_lock<std::mutex> lock(shared->mutex);
-  shared->finished.wait(lock, [&] { return shared->ready(); });
+  auto run = [&](int64_t number, int64_t thread) { attention.run(number, thread); };
+  divide(attention.tasks(), attention.pays() ? helpers : 0, run, schedule);
 }
 
 }  // namespace jaxkv

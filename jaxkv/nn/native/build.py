@@ -62,7 +62,7 @@ def where() -> Path:
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     try:
-        return Path(base).expanduser() / "jaxkv" / "native" / f"attention-{_key(_compiler())}.so"
+        return Path(base).expanduser() / "jaxkv" / "native" / f"kernels-{_key(_compiler())}.so"
     except RuntimeError as error:
         raise Unusable(f"there is no directory to keep it in; set XDG_CACHE_HOME: {error}") from error
 
@@ -114,14 +114,14 @@ def _build(compiler: str, path: Path) -> None:
 
 
 def _compile(compiler: str, to: Path) -> None:
-    log.info("building the native attention kernel once, with %s", compiler)
+    log.info("building the native kernels once, with %s", compiler)
     begin = time.monotonic()
     command = [
         compiler,
         f"@{SOURCES / 'flags.txt'}",
         *_target(),
         f"-I{jax.ffi.include_dir()}",
-        str(SOURCES / "attention.cc"),
+        *map(str, sorted(SOURCES.glob("*.cc"))),
         "-o",
         str(to),
     ]
@@ -145,7 +145,7 @@ def _compile(compiler: str, to: Path) -> None:
         text = said.read().decode(errors="replace").strip()
     if status:
         raise Unusable(f"{compiler} failed: {text[-500:] or f'it ended with status {status}'}")
-    log.info("built the native attention kernel in %.1f s", time.monotonic() - begin)
+    log.info("built the native kernels in %.1f s", time.monotonic() - begin)
 
 
 def _target() -> tuple[str, ...]:

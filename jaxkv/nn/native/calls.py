@@ -22,8 +22,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxkv.nn.native.library import TARGET
-
+TARGET = "jaxkv_attention"
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 
 

@@ -1,4 +1,4 @@
-"""The compiled kernel: found or built, checked, and only then given to XLA.
+"""The compiled kernels: found or built, checked, and only then given to XLA.
 
 Whatever is wrong with it (no compiler, a directory that can't be written, a damaged file, one for another machine or
 another JAX, a wrong sum) costs one line in the log, and attention runs as XLA compiles it.
@@ -22,7 +22,7 @@ from jaxkv.nn.native import build, sealed
 from jaxkv.nn.native.build import asked
 from jaxkv.nn.native.sealed import Unusable
 
-TARGET = "jaxkv_attention"  # by which a compiled program calls the kernel; jax.export wants it named
+TARGETS = ("jaxkv_attention",)  # by which a compiled program calls the handlers; jax.export wants them named
 WHEEL = "jaxkv-cpu"  # the package of a library that need not be built; its sources are in native/
 _OFF = ("0", "false", "off", "no")
 _LOCK, _LIBRARIES = threading.Lock(), list[ctypes.CDLL]()  # the one that XLA knows
@@ -43,7 +43,8 @@ def problem() -> str | None:
         with _LOCK:
             if not _LIBRARIES:  # once in a process
                 library = _wheel()[0] or load(build.built())
-                jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jaxkv_attention), platform="cpu")
+                for target in TARGETS:
+                    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
                 _LIBRARIES.append(library)
             _LIBRARIES[0].jaxkv_use(_wanted())
     except _PROBLEMS as error:
@@ -70,7 +71,7 @@ def in_wheel() -> Path | None:
     """Returns the library that the package jaxkv-cpu brings, or None if that is not installed."""
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
     folders = spec.submodule_search_locations if spec else None
-    return Path(folders[0], "attention.so") if folders else None
+    return Path(folders[0], "kernels.so") if folders else None
 
 
 def wheel_problem() -> str | None:

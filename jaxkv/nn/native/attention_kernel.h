@@ -1,23 +1,5 @@
 // Attention of the queries of one kv head over one stretch of slots, for one instruction set.
-//
-// Included once per instruction set, in a namespace of its own, with W (floats of a vector), ACCUMULATORS (vectors that
-// stay in registers) and the conversions of small numbers to vectors of floats. No include guard on purpose.
-
-INLINE vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
-INLINE vf load(const Bfloat* p) {
-  vh x; memcpy(&x, p, sizeof x);
-  return bits_to_float(__builtin_convertvector(x, vi) << 16);
-}
-INLINE vf load(const Half* p) { vh x; memcpy(&x, p, sizeof x); return halves(x); }
-INLINE vf load(const int8_t* p) { vb x; memcpy(&x, p, sizeof x); return __builtin_convertvector(widen(x), vf); }
-
-// The first n numbers at p, and zeros: never a byte further.
-template <class E> INLINE vf load_some(const E* p, int n) {
-  E x[W];
-  memset(x, 0, sizeof x);
-  for (int i = 0; i < n; ++i) x[i] = p[i];
-  return load(x);
-}
+// Included by each_set.h.
 
 // exp(x) of x <= 88, with a relative error of 1e-7; below -87 it is 0, and NaN stays.
 INLINE vf exponential(vf x) {
@@ -45,40 +27,6 @@ INLINE vf hyperbolic(vf x) {
   y = x < 0.f ? -y : y;
   return x == x ? y : x;
 }
-
-#if W == 4
-INLINE vf pairs(vf a, vf b) { return SHUFFLE(a, b, 0, 4, 1, 5) + SHUFFLE(a, b, 2, 6, 3, 7); }
-INLINE vf fours(vf a, vf b) { return SHUFFLE(a, b, 0, 1, 4, 5) + SHUFFLE(a, b, 2, 3, 6, 7); }
-INLINE vf sums(const vf* a) { return fours(pairs(a[0], a[1]), pairs(a[2], a[3])); }
-#elif W == 8
-INLINE vf pairs(vf a, vf b) {
-  return SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
-}
-INLINE vf fours(vf a, vf b) {
-  return SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-}
-INLINE vf eights(vf a, vf b) {
-  return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-}
-INLINE vf sums(const vf* a) {
-  return eights(fours(pairs(a[0], a[1]), pairs(a[2], a[3])), fours(pairs(a[4], a[5]), pairs(a[6], a[7])));
-}
-#else
-INLINE vf pairs(vf a, vf b) {
-  return SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-         SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-}
-INLINE vf fours(vf a, vf b) {
-  return SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-         SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-}
-INLINE vf eights(vf a, vf b) {  // quarters 0 + 1 and 2 + 3 of both
-  return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-         SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-}
-INLINE vf sums4(const vf* a) { return fours(pairs(a[0], a[1]), pairs(a[2], a[3])); }
-INLINE vf sums(const vf* a) { return eights(eights(sums4(a), sums4(a + 4)), eights(sums4(a + 8), sums4(a + 12))); }
-#endif
 
 // Vectors of some slots of the list as they are multiplied: numbers of `type`, vector j at slot at[j] behind `base`.
 struct Block {
