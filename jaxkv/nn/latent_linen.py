@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxkv.cache.spec import Full, Reach
-from jaxkv.meshes import dot_general
+from jaxkv.nn.product import dot_general
 from jaxkv.nn import dropout
 from jaxkv.nn.indexer import Indexer
 from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased, checked_indexer

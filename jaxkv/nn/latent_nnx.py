@@ -11,7 +11,7 @@ from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from jaxkv.cache.spec import Full, Reach
-from jaxkv.meshes import dot_general
+from jaxkv.nn.product import dot_general
 from jaxkv.nn import dropout
 from jaxkv.nn.fuse import Transposed
 from jaxkv.nn.indexer import Indexer

@@ -14,7 +14,8 @@ from flax import linen as nn
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross, Full, Reach
 from jaxkv.kinds import kind_of
-from jaxkv.meshes import dot_general, forward
+from jaxkv.meshes import forward
+from jaxkv.nn.product import dot_general
 from jaxkv.nn import dropout
 from jaxkv.nn.arguments import check_call, check_kv
 from jaxkv.nn.heads import PROJECTIONS, Heads, QueryTemperature, biased, qk_scale

@@ -14,7 +14,8 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross, Full, Reach
-from jaxkv.meshes import dot_general, forward
+from jaxkv.meshes import forward
+from jaxkv.nn.product import dot_general
 from jaxkv.nn import dropout
 from jaxkv.nn.arguments import check_call, check_kv
 from jaxkv.nn.fuse import Joined, Transposed, with_rotation

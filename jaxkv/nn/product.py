@@ -22,14 +22,14 @@ from jaxkv.nn.native import library
 from jaxkv.nn.native.lowering import on_one_device, primitive
 
 TARGET = "jaxkv_product"
-MOST_TOKENS = 32  # from here on XLA's product is faster (benchmarks/product.py)
+MOST_TOKENS = 16  # from 32 on XLA's product is as fast, for some shapes (benchmarks/product.py)
 _LEAST = 2**16  # numbers of a matrix, below which a call costs more than it brings
 
 
 def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, *, out_sharding: Any = None, **options: Any) -> Any:
     """Returns `jax.lax.dot_general(lhs, rhs, ...)`, by the native library where that is faster. To be given to Flax.
 
-    That is for up to 32 tokens in float32 times a matrix, [in, out] or [out, in], in a program for one CPU; of several
+    That is for 2 to 16 tokens in float32 times a matrix, [in, out] or [out, in], in a program for one CPU; of several
     devices, each multiplies by itself inside `jax.shard_map`. Elsewhere, in what `jax.export` writes, and in
     derivatives, it is XLA's product. Sums are of float32 numbers, in another order than XLA's.
 
