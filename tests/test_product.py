@@ -43,7 +43,13 @@ def test_any_number_of_tokens_and_sizes_that_vectors_do_not_divide_equal_numpy(l
     monkeypatch.setenv("JAXKV_NATIVE", instructions)
     library.problem.cache_clear()
     assert library.problem() is None
-    for tokens, inner, outer in ((2, 261, 307), (3, 1, 70_001), (7, 70_001, 1), (MOST_TOKENS, 300, 1030), (5, 768, 512)):
+    for tokens, inner, outer in (
+        (2, 261, 307),
+        (3, 1, 70_001),
+        (7, 70_001, 1),
+        (MOST_TOKENS, 300, 1030),
+        (5, 768, 512),
+    ):
         x, w = normal(2, tokens, inner), weights(layout, inner, outer)
         run = jax.jit(functools.partial(times, layout=layout))
         assert CALL in run.lower(x, w).as_text()

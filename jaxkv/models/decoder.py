@@ -364,7 +364,11 @@ class Decoder(nnx.Module):
         self.inputs = nnx.data(None) if config.layer_input_dim is None else LayerInputs(config, rngs=rngs)
         self.layers = nnx.List([Block(config, i, rngs=rngs) for i in range(config.num_layers)])
         self.norm = Norm(config)
-        head = nnx.data(None) if config.tied else nnx.Linear(config.width, config.vocab_size, use_bias=False, dot_general=dot_general, **kind)
+        head = (
+            nnx.data(None)
+            if config.tied
+            else nnx.Linear(config.width, config.vocab_size, use_bias=False, dot_general=dot_general, **kind)
+        )
         self.head = head
 
     def __call__(self, tokens: Any, positions: Any = None, cache: Cache | None = None, parents: Any = None) -> Any:

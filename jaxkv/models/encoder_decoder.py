@@ -225,7 +225,11 @@ class EncoderDecoder(nnx.Module):
         self.positions = nnx.Embed(config.max_positions, config.width, **kind)
         self.layers = nnx.List([DecoderBlock(half, size, rngs=rngs) for _ in range(config.decoder_layers)])
         self.norm = Norm(half)
-        head = nnx.data(None) if config.tied else nnx.Linear(config.width, config.vocab_size, use_bias=False, dot_general=dot_general, **kind)
+        head = (
+            nnx.data(None)
+            if config.tied
+            else nnx.Linear(config.width, config.vocab_size, use_bias=False, dot_general=dot_general, **kind)
+        )
         self.head = head
 
     def __call__(
