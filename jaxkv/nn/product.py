@@ -22,7 +22,7 @@ from jaxkv.nn.native import library
 from jaxkv.nn.native.lowering import on_one_device, primitive
 
 TARGET = "jaxkv_product"
-MOST_TOKENS = 16  # from 32 on XLA's product is as fast, for some shapes (benchmarks/product.py)
+MOST_TOKENS = 16  # from 32 on XLA's product is as fast, for some shapes
 _LEAST = 2**16  # numbers of a matrix, below which a call costs more than it brings
 
 
