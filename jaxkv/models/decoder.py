@@ -25,6 +25,7 @@ from jaxkv.models.mlp import ACTIVATIONS, MLP
 from jaxkv.models.norm import NORMS, Norm
 from jaxkv.nn.heads import PROJECTIONS, QueryTemperature
 from jaxkv.nn.nnx import Attention
+from jaxkv.nn.product import dot_general, tied
 from jaxkv.nn.rotary import Rotary
 from jaxkv.nn.spread import spread
 
@@ -363,7 +364,11 @@ class Decoder(nnx.Module):
         self.inputs = nnx.data(None) if config.layer_input_dim is None else LayerInputs(config, rngs=rngs)
         self.layers = nnx.List([Block(config, i, rngs=rngs) for i in range(config.num_layers)])
         self.norm = Norm(config)
-        head = nnx.data(None) if config.tied else nnx.Linear(config.width, config.vocab_size, use_bias=False, **kind)
+        head = (
+            nnx.data(None)
+            if config.tied
+            else nnx.Linear(config.width, config.vocab_size, use_bias=False, dot_general=dot_general, **kind)
+        )
         self.head = head
 
     def __call__(self, tokens: Any, positions: Any = None, cache: Cache | None = None, parents: Any = None) -> Any:
@@ -400,7 +405,7 @@ class Decoder(nnx.Module):
             source = self.config.source(i)
             x, layers[source] = block(x, positions, layers[source], step, own)
         x = self.norm(x)
-        logits = self.embed.attend(x) if self.head is None else self.head(x)
+        logits = tied(self.embed, x) if self.head is None else self.head(x)
         if self.config.logit_scale is not None:
             logits = logits * jnp.asarray(self.config.logit_scale, logits.dtype)
         if (bound := self.config.logit_softcap) is not None:

@@ -22,6 +22,7 @@ from jaxkv.models.decoder import DecoderConfig
 from jaxkv.models.mlp import MLP
 from jaxkv.models.norm import Norm
 from jaxkv.nn.nnx import Attention, CrossAttention
+from jaxkv.nn.product import dot_general, tied
 from jaxkv.nn.spread import spread
 
 
@@ -224,7 +225,11 @@ class EncoderDecoder(nnx.Module):
         self.positions = nnx.Embed(config.max_positions, config.width, **kind)
         self.layers = nnx.List([DecoderBlock(half, size, rngs=rngs) for _ in range(config.decoder_layers)])
         self.norm = Norm(half)
-        head = nnx.data(None) if config.tied else nnx.Linear(config.width, config.vocab_size, use_bias=False, **kind)
+        head = (
+            nnx.data(None)
+            if config.tied
+            else nnx.Linear(config.width, config.vocab_size, use_bias=False, dot_general=dot_general, **kind)
+        )
         self.head = head
 
     def __call__(
@@ -278,7 +283,7 @@ class EncoderDecoder(nnx.Module):
                 x, layer = block(x, None, None, None, layer, cross_layer, step)
                 layers += [layer, cross_layer]
         x = self.norm(x)
-        logits = self.embed.attend(x) if self.head is None else self.head(x)
+        logits = tied(self.embed, x) if self.head is None else self.head(x)
         return logits if cache is None else (logits, cache.with_layers(layers))
 
     def encode(self, features: Any, lengths: Any = None) -> Any:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxkv.models.mlp import ACTIVATIONS
 from jaxkv.models.norm import Norm
+from jaxkv.nn.product import dot_general
 
 
 class LayerInputs(nnx.Module):
@@ -27,7 +28,9 @@ class LayerInputs(nnx.Module):
         kind = {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
         self.num_layers, self.size, self.width = config.num_layers, config.layer_input_dim, config.width
         self.table = nnx.Embed(config.layer_input_vocab, self.num_layers * self.size, **kind)
-        self.projection = nnx.Linear(config.width, self.num_layers * self.size, use_bias=False, **kind)
+        self.projection = nnx.Linear(
+            config.width, self.num_layers * self.size, use_bias=False, dot_general=dot_general, **kind
+        )
         self.norm = Norm(config, self.size)
 
     def __call__(self, tokens: Any, x: Any) -> list[Any]:
@@ -53,7 +56,13 @@ class LayerInput(nnx.Module):
     """
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs) -> None:
-        kind = {"use_bias": False, "dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        kind = {
+            "use_bias": False,
+            "dot_general": dot_general,
+            "dtype": config.dtype,
+            "param_dtype": config.param_dtype,
+            "rngs": rngs,
+        }
         self.activation = config.activation
         self.gate = nnx.Linear(config.width, config.layer_input_dim, **kind)
         self.projection = nnx.Linear(config.layer_input_dim, config.width, **kind)

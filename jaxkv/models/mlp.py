@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from jaxkv.nn.fuse import Joined, Transposed
+from jaxkv.nn.product import dot_general
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -29,6 +30,7 @@ class MLP(nnx.Module):
     def __init__(self, config: Any, mlp_dim: int | None = None, *, rngs: nnx.Rngs) -> None:
         kind = {
             "use_bias": "mlp" in config.biases,
+            "dot_general": dot_general,
             "dtype": config.dtype,
             "param_dtype": config.param_dtype,
             "rngs": rngs,

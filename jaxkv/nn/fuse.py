@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
-from jax import lax
 
 from jaxkv.cache.rotation import rotate as hadamard
+from jaxkv.nn.product import dot_general
 
 _ALIKE = (False, "plain")  # kinds of `qk_norm` that treat all numbers of a head alike
 M = TypeVar("M", bound=nnx.Module)
@@ -158,5 +158,5 @@ def _product(projection: Any, x: Any, axis: int) -> Any:
     """Returns x [..., in] times the kernel, whose `axis` is in, plus the bias."""
     bias = None if projection.bias is None else projection.bias[...]
     x, kernel, bias = promote_dtype((x, projection.kernel[...], bias), dtype=projection.dtype)
-    y = lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), precision=projection.precision)
+    y = dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), precision=projection.precision)
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxkv.cache.spec import Full, Reach
-from jaxkv.meshes import dot_general
 from jaxkv.nn import dropout
 from jaxkv.nn.indexer import Indexer
 from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased, checked_indexer
+from jaxkv.nn.product import dot_general
 from jaxkv.nn.recurrent_linen import Scale
 
 

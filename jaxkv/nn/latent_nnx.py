@@ -11,11 +11,11 @@ from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from jaxkv.cache.spec import Full, Reach
-from jaxkv.meshes import dot_general
 from jaxkv.nn import dropout
 from jaxkv.nn.fuse import Transposed
 from jaxkv.nn.indexer import Indexer
 from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased, checked_indexer
+from jaxkv.nn.product import dot_general
 from jaxkv.nn.recurrent_nnx import Scale
 
 _EXPAND_INIT = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))

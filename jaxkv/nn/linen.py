@@ -14,13 +14,14 @@ from flax import linen as nn
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross, Full, Reach
 from jaxkv.kinds import kind_of
-from jaxkv.meshes import dot_general, forward
+from jaxkv.meshes import forward
 from jaxkv.nn import dropout
 from jaxkv.nn.arguments import check_call, check_kv
 from jaxkv.nn.heads import PROJECTIONS, Heads, QueryTemperature, biased, qk_scale
 from jaxkv.nn.latent_linen import LatentAttention as LatentAttention
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
+from jaxkv.nn.product import dot_general
 from jaxkv.nn.recurrent_linen import GatedDelta as GatedDelta
 from jaxkv.nn.recurrent_linen import Mamba2 as Mamba2
 from jaxkv.nn.recurrent_linen import Scale

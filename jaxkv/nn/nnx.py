@@ -14,7 +14,7 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import Cross, Full, Reach
-from jaxkv.meshes import dot_general, forward
+from jaxkv.meshes import forward
 from jaxkv.nn import dropout
 from jaxkv.nn.arguments import check_call, check_kv
 from jaxkv.nn.fuse import Joined, Transposed, with_rotation
@@ -23,6 +23,7 @@ from jaxkv.nn.heads import Heads, QueryTemperature, biased, qk_scale
 from jaxkv.nn.latent_nnx import LatentAttention as LatentAttention
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
 from jaxkv.nn.porting import attention_params as attention_params
+from jaxkv.nn.product import dot_general
 from jaxkv.nn.recurrent_nnx import GatedDelta as GatedDelta
 from jaxkv.nn.recurrent_nnx import Mamba2 as Mamba2
 from jaxkv.nn.recurrent_nnx import Scale

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxkv.meshes import dot_general
 from jaxkv.nn import gated_delta, mamba2, recurrence, short_conv
+from jaxkv.nn.product import dot_general
 
 
 class ConvKernel(nn.Module):

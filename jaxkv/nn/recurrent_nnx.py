@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
-from jaxkv.meshes import dot_general
 from jaxkv.nn import gated_delta, mamba2, recurrence, short_conv
+from jaxkv.nn.product import dot_general
 
 
 class ConvKernel(nnx.Module):

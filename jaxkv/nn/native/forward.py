@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import mlir
 from jax.sharding import AxisType
 
 from jaxkv.cache.arguments import FAR
@@ -29,6 +29,7 @@ from jaxkv.cache.spec import EMPTY, Chunk, Cross, Full, Window
 from jaxkv.cache.step import Step
 from jaxkv.cache.storage import Dense
 from jaxkv.nn.native import calls
+from jaxkv.nn.native.lowering import on_one_device, primitive
 
 # Only of primitives in this set a lowering learns the mesh. It has no public name; without it nothing is divided.
 _REQUIRES_DEVICES: set[Primitive] | None = getattr(
@@ -128,8 +129,8 @@ def native(
     """Returns attention [B, K, G, T, Hv] and the log of its denominator [B, K, G, T, 1], as `compiled` does."""
     leaves, tree = jax.tree.flatten((q, sinks, layer, step))
     call = _Call(plan, tree, compiled, common, always)
-    primitive = divided_p if _on_mesh(leaves) and call.can_be_divided(leaves) else attention_p
-    out, log_total = primitive.bind(*leaves, call=call)
+    chosen = divided_p if _on_mesh(leaves) and call.can_be_divided(leaves) else attention_p
+    out, log_total = chosen.bind(*leaves, call=call)
     return out, log_total
 
 
@@ -139,11 +140,6 @@ def _on_mesh(leaves: Any) -> bool:
         return False
     meshes = [jax.typeof(x).sharding.mesh for x in leaves]
     return any(mesh.size > 1 and all(kind == AxisType.Auto for kind in mesh.axis_types) for mesh in meshes)
-
-
-def _run(primitive: Primitive, *leaves: Any, call: _Call) -> Any:
-    with jax.disable_jit(False):
-        return jax.jit(functools.partial(primitive.bind, call=call))(*leaves)
 
 
 def _shapes(q: Any, *leaves: Any, call: _Call) -> Any:
@@ -162,7 +158,7 @@ def _batched(leaves: Any, axes: Any, *, call: _Call) -> Any:
 
 
 def _lower(ctx: Any, *leaves: Any, call: _Call) -> Any:
-    form = call.as_library if call.always or _on_one_device(ctx.module_context) else call.as_xla
+    form = call.as_library if call.always or on_one_device(ctx.module_context) else call.as_xla
     return mlir.lower_fun(form, multiple_results=True)(ctx, *leaves)
 
 
@@ -173,35 +169,15 @@ def _lower_divided(ctx: Any, *leaves: Any, call: _Call) -> Any:
     return mlir.lower_fun(call.divided, multiple_results=True)(ctx, *leaves)
 
 
-def _lower_xla(ctx: Any, *leaves: Any, call: _Call) -> Any:
-    return mlir.lower_fun(call.as_xla, multiple_results=True)(ctx, *leaves)
+def _as_xla(*leaves: Any, call: _Call) -> list[Any]:
+    return call.as_xla(*leaves)
 
 
-def _primitive(name: str, lower: Callable[..., Any]) -> Primitive:
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-    primitive.def_impl(functools.partial(_run, primitive))
-    primitive.def_abstract_eval(_shapes)
-    batching.primitive_batchers[primitive] = _batched
-    mlir.register_lowering(primitive, lower, platform="cpu")
-    mlir.register_lowering(primitive, _lower_xla)
-    return primitive
-
-
-attention_p = _primitive("jaxkv_attention", _lower)
-divided_p = _primitive("jaxkv_attention_divided", _lower_divided)  # XLA may divide it over the devices of a mesh
+attention_p = primitive("jaxkv_attention", _shapes, _batched, _lower, _as_xla)
+# XLA may divide it over the devices of a mesh.
+divided_p = primitive("jaxkv_attention_divided", _shapes, _batched, _lower_divided, _as_xla)
 if _REQUIRES_DEVICES is not None:
     _REQUIRES_DEVICES.add(divided_p)
-
-
-def _on_one_device(module: Any) -> bool:
-    """Returns whether each device runs the whole of the program that is lowered, in this process."""
-    if module.lowering_parameters.for_export:
-        return False  # to be run where there may be no library
-    where = module.axis_context
-    if isinstance(where, mlir.SPMDAxisContext):
-        return where.mesh.size == 1 or set(where.manual_axes) == set(where.mesh.axis_names)
-    return isinstance(where, mlir.ShardingContext) and where.num_devices == 1
 
 
 def _together(*parts: Any) -> tuple[Any, Any]:

@@ -22,7 +22,10 @@ from jaxkv.nn.native import build, sealed
 from jaxkv.nn.native.build import asked
 from jaxkv.nn.native.sealed import Unusable
 
-TARGETS = ("jaxkv_attention",)  # by which a compiled program calls the handlers; jax.export wants them named
+TARGETS = (
+    "jaxkv_attention",
+    "jaxkv_product",
+)  # by which a compiled program calls the handlers; jax.export wants them named
 WHEEL = "jaxkv-cpu"  # the package of a library that need not be built; its sources are in native/
 _OFF = ("0", "false", "off", "no")
 _LOCK, _LIBRARIES = threading.Lock(), list[ctypes.CDLL]()  # the one that XLA knows

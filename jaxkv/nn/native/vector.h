@@ -1,10 +1,11 @@
 // The vectors of one instruction set: W floats. Included in its namespace, before what computes with them.
 
-typedef float vf __attribute__((vector_size(W * 4), aligned(4)));
-typedef int32_t vi __attribute__((vector_size(W * 4), aligned(4)));
-typedef uint16_t vh __attribute__((vector_size(W * 2), aligned(2)));
-typedef int8_t vb __attribute__((vector_size(W), aligned(1)));
-typedef uint8_t vu __attribute__((vector_size(W), aligned(1)));
+// Loads and stores are of these types: of memcpy some compilers make two halves and a way through the stack.
+typedef float vf __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef int8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
+typedef uint8_t vu __attribute__((vector_size(W), aligned(1), may_alias));
 typedef float f8 __attribute__((vector_size(32), aligned(4)));
 typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
 typedef uint8_t u8 __attribute__((vector_size(8), aligned(1)));
@@ -52,13 +53,11 @@ INLINE i8 widen8(u8 x) { return as<i8>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(as
 INLINE vf halves(vh x) { return as<vf>(_mm512_cvtph_ps(as<__m256i>(x))); }
 #endif
 
-INLINE vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
-INLINE vf load(const Bfloat* p) {
-  vh x; memcpy(&x, p, sizeof x);
-  return bits_to_float(__builtin_convertvector(x, vi) << 16);
-}
-INLINE vf load(const Half* p) { vh x; memcpy(&x, p, sizeof x); return halves(x); }
-INLINE vf load(const int8_t* p) { vb x; memcpy(&x, p, sizeof x); return __builtin_convertvector(widen(x), vf); }
+INLINE vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
+INLINE vf load(const Bfloat* p) { return bits_to_float(__builtin_convertvector(*reinterpret_cast<const vh*>(p), vi) << 16); }
+INLINE vf load(const Half* p) { return halves(*reinterpret_cast<const vh*>(p)); }
+INLINE vf load(const int8_t* p) { return __builtin_convertvector(widen(*reinterpret_cast<const vb*>(p)), vf); }
+INLINE void store(float* p, vf x) { *reinterpret_cast<vf*>(p) = x; }
 
 // The first n numbers at p, and zeros: never a byte further.
 template <class E> INLINE vf load_some(const E* p, int n) {
@@ -66,6 +65,13 @@ template <class E> INLINE vf load_some(const E* p, int n) {
   memset(x, 0, sizeof x);
   for (int i = 0; i < n; ++i) x[i] = p[i];
   return load(x);
+}
+
+// The first n numbers of a vector, of which it gets a copy: it may stay in its register.
+INLINE void store_some(float* p, vf x, int n) {
+  float all[W];
+  store(all, x);
+  for (int i = 0; i < n; ++i) p[i] = all[i];
 }
 
 // The sums of W vectors, as one.

@@ -1,0 +1,147 @@
+"""A few tokens times a matrix: the native library's product beside NumPy's in double precision."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxkv.models.decoder import Decoder, DecoderConfig
+from jaxkv.nn import product
+from jaxkv.nn.native import build, library
+from jaxkv.nn.product import MOST_TOKENS, dot_general, tied
+
+pytestmark = pytest.mark.usefixtures("native_kernel")
+CALL = "custom_call @jaxkv_product"
+LAYOUTS = ("[in, out]", "[out, in]")
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def weights(layout, inner=261, outer=307):
+    w = normal(1, inner, outer)
+    return w if layout == "[in, out]" else np.ascontiguousarray(w.T)
+
+
+def times(x, w, layout):
+    return dot_general(x, w, (((x.ndim - 1,), (LAYOUTS.index(layout),)), ((), ())))
+
+
+def exact(x, w, layout):
+    return x.astype(np.float64) @ (w if layout == "[in, out]" else w.T).astype(np.float64)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("instructions", build.SETS)
+def test_any_number_of_tokens_and_sizes_that_vectors_do_not_divide_equal_numpy(layout, instructions, monkeypatch):
+    monkeypatch.setenv("JAXKV_NATIVE", instructions)
+    library.problem.cache_clear()
+    assert library.problem() is None
+    for tokens, inner, outer in (
+        (2, 261, 307),
+        (3, 1, 70_001),
+        (7, 70_001, 1),
+        (MOST_TOKENS, 300, 1030),
+        (5, 768, 512),
+    ):
+        x, w = normal(2, tokens, inner), weights(layout, inner, outer)
+        run = jax.jit(functools.partial(times, layout=layout))
+        assert CALL in run.lower(x, w).as_text()
+        np.testing.assert_allclose(run(x, w), exact(x, w, layout), atol=2e-6 * inner)
+    monkeypatch.delenv("JAXKV_NATIVE")
+    library.problem.cache_clear()
+    assert library.problem() is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_derivatives_in_both_modes_are_those_of_the_product_of_xla(layout):
+    x, w, seen = normal(3, 2, 3, 261), weights(layout), normal(4, 2, 3, 307)
+    numbers = (((2,), (LAYOUTS.index(layout),)), ((), ()))
+
+    def loss(product, x, w):
+        return (product(x, w, numbers) * seen).sum()
+
+    ours, theirs = (functools.partial(loss, each) for each in (dot_general, jax.lax.dot_general))
+    for one, other in zip(jax.grad(ours, (0, 1))(x, w), jax.grad(theirs, (0, 1))(x, w), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    pushed = [jax.jvp(f, (x, w), (x + 1, w + 1))[1] for f in (ours, theirs)]
+    np.testing.assert_allclose(*pushed, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vmap_over_tokens_is_one_call_and_over_weights_the_product_of_xla(layout):
+    x, w = normal(5, 4, 1, 261), weights(layout)
+    over_tokens = jax.jit(jax.vmap(functools.partial(times, layout=layout), in_axes=(0, None)))
+    assert over_tokens.lower(x, w).as_text().count(CALL) == 1
+    np.testing.assert_allclose(over_tokens(x, w), exact(x, w, layout), atol=1e-4)
+    many, both = np.stack([w, 2 * w]), jax.jit(jax.vmap(functools.partial(times, layout=layout)))
+    assert CALL not in both.lower(x[:2], many).as_text()
+    np.testing.assert_allclose(both(x[:2], many)[1], 2 * exact(x[1], w, layout), atol=2e-4)
+
+
+def test_loops_x64_checks_for_nan_and_no_jit_change_nothing():
+    x, w = normal(6, 3, 300), normal(7, 300, 300) / 20
+
+    def three(x):
+        return jax.lax.scan(lambda x, _: (times(x, w, "[in, out]"), None), x, None, 3)[0]
+
+    want = exact(exact(exact(x, w, "[in, out]"), w, "[in, out]"), w, "[in, out]")
+    np.testing.assert_allclose(three(x), want, atol=1e-4)
+    for switch in (jax.enable_x64(True), jax.debug_nans(True), jax.disable_jit()):
+        with switch:
+            np.testing.assert_allclose(three(x), want, atol=1e-4)
+
+
+def test_what_is_exported_or_divided_or_has_other_numbers_is_the_product_of_xla():
+    w, run = weights("[in, out]"), jax.jit(functools.partial(times, layout="[in, out]"))
+    x = normal(8, 4, 261)
+    assert CALL in run.lower(x, w).as_text()
+    exported = jax.export.export(run)(x, w)
+    assert "jaxkv_product" not in exported.mlir_module()
+    np.testing.assert_allclose(exported.call(x, w), run(x, w), atol=1e-4)
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("i"))
+    assert "jaxkv_product" not in run.lower(jax.device_put(x, place), w).as_text()
+    np.testing.assert_allclose(run(jax.device_put(x, place), w), run(x, w), atol=1e-4)
+    for others in (normal(8, 1, 261), normal(8, MOST_TOKENS + 1, 261), x.astype(jnp.bfloat16)):
+        assert CALL not in run.lower(others, w.astype(others.dtype)).as_text()
+    small = normal(9, 261, 8)  # a call would cost more than it brings
+    assert CALL not in run.lower(x, small).as_text()
+
+
+def test_buffers_that_do_not_fit_together_are_an_error_and_never_read():
+    x, w = normal(1, 3, 20), normal(2, 21, 30)
+    for operands, transposed, result, reason in (
+        ((x, w), 0, (3, 30), "don't fit together"),
+        ((x, w[:20]), 1, (3, 20), "don't fit together"),
+        ((x, w[:20]), 0, (3, 31), "don't fit together"),
+        ((x[0], w[:20]), 0, (3, 30), "wrong ranks"),
+        ((x.astype(np.int32), w[:20]), 0, (3, 30), "not float32"),
+        ((x[:, :0], w[:0]), 0, (3, 30), "sizes that are not read"),
+    ):
+        call = jax.ffi.ffi_call(product.TARGET, jax.ShapeDtypeStruct(result, jnp.float32))
+        with pytest.raises(jax.errors.JaxRuntimeError, match=reason):
+            jax.block_until_ready(call(*operands, transposed=np.int64(transposed)))
+
+
+def test_all_projections_of_a_model_take_it_and_its_logits_stay_the_same_up_to_rounding(monkeypatch):
+    config = DecoderConfig(
+        vocab_size=600, width=256, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=64, mlp_dim=300, tied=True
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
+    run = nnx.jit(lambda model, tokens: model(tokens))
+    lowered = run.lower(model, tokens).as_text()
+    assert lowered.count(CALL) >= 1
+    with_it = run(model, tokens)
+    monkeypatch.setattr(product, "_layout", lambda *_, **__: None)
+    without = nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
+    for one, other in zip(jax.tree.leaves(with_it), jax.tree.leaves(without), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    np.testing.assert_allclose(tied(model.embed, normal(1, 2, 256)), model.embed.attend(normal(1, 2, 256)), atol=1e-4)
