@@ -67,5 +67,6 @@ for path in sys.argv[1:]:
     assert "usage:" in said.getvalue(), path
 """
     paths = [str(ROOT / "examples" / name) for name in SMALL]
-    done = subprocess.run([sys.executable, "-c", code, *paths], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, *paths]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
