@@ -6,6 +6,7 @@ decides what is fused. So every form runs here under sums, means and squares, wi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -80,13 +81,25 @@ def assert_close(got, want):
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * scale)
 
 
+@contextlib.contextmanager
+def op_by_op():
+    """Every operation is a program of its own, with nothing to fuse: it is compiled sooner without optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with jax.disable_jit():
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()  # a program with them must not be one of these
+
+
 @pytest.mark.optimized
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_under_each_loss_are_those_of_single_operations(case):
     function, args = CASES[case]()
     every = tuple(range(len(args)))
     losses = LOSSES if case[0].islower() else {name: LOSSES[name] for name in ("mean", "square")}  # modules take long
-    with jax.disable_jit():
+    with op_by_op():
         out, pull = jax.vjp(lambda *args: function(*args).astype(jnp.float32), *args)
         want = {name: (of(out), pull(jax.grad(of)(out))) for name, of in losses.items()}
     for name, of in losses.items():
@@ -105,7 +118,7 @@ def test_the_token_that_generate_writes_is_that_of_a_step_op_by_op(monkeypatch):
     begun = jaxkv.generate(model.forward, model.params, prompts, Cache.init(model.specs, 2, 32), max_new_tokens=1)
     args = model.params, begun.tokens[:, :1], begun.cache.lengths[:, None], begun.cache
     want = jax.jit(model.forward)(*args)[0]
-    with jax.disable_jit():
+    with op_by_op():
         logits, _ = model.forward(*args)
     assert_close(want, logits)
     np.testing.assert_array_equal(result.tokens[:, 1], logits[:, 0].argmax(-1))

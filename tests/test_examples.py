@@ -51,8 +51,22 @@ def test_it_runs(name, tmp_path):
     assert "False" not in done.stdout
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_it_explains_itself(name, tmp_path):
-    done = run(name, "--help", tmp_path)
-    assert done.returncode == 0
-    assert "usage:" in done.stdout
+def test_each_explains_itself(tmp_path):
+    """All in one process, since most of the time goes into importing JAX."""
+    code = """
+import contextlib, io, runpy, sys
+for path in sys.argv[1:]:
+    sys.argv, said = [path, "--help"], io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, path
+        else:
+            raise AssertionError(path)
+    assert "usage:" in said.getvalue(), path
+"""
+    paths = [str(ROOT / "examples" / name) for name in SMALL]
+    command = [sys.executable, "-c", code, *paths]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
