@@ -147,7 +147,7 @@ def test_a_traced_layer_of_a_stack_is_read_where_it_lies():
         stack, outs = jax.lax.scan(body, cache.layers[0], jnp.arange(3, dtype=jnp.int32))
         return cache.with_layers([stack]), outs
 
-    np.testing.assert_allclose(scan(cache, q, "native")[1], scan(cache, q, "reference")[1], atol=1e-6)
+    np.testing.assert_allclose(scan(cache, q, "native")[1], scan(cache, q, "reference")[1], atol=2e-6)
     compiled = jax.jit(scan.__wrapped__, static_argnums=2, donate_argnums=0).lower(cache, q, "native").compile()
     assert compiled.memory_analysis().temp_size_in_bytes < cache.layers[0].k.nbytes / 2
 
