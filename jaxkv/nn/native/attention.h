@@ -163,6 +163,7 @@ namespace plain {
 INLINE vi widen(vb x) { return __builtin_convertvector(x, vi); }
 INLINE vi widen(vu x) { return __builtin_convertvector(x, vi); }
 INLINE vh widen16(vu x) { return __builtin_convertvector(x, vh); }
+INLINE vi widen32(vh x) { return __builtin_convertvector(x, vi); }
 INLINE i8 widen8(u8 x) { return __builtin_convertvector(x, i8); }
 INLINE vf halves(vh h) {
 #if defined(__aarch64__)
@@ -198,6 +199,7 @@ namespace avx2 {
 INLINE vi widen(vb x) { return as<vi>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
 INLINE vi widen(vu x) { return as<vi>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
 INLINE vh widen16(vu x) { return as<vh>(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(as<int64_t>(x)))); }
+INLINE vi widen32(vh x) { return as<vi>(_mm256_cvtepu16_epi32(as<__m128i>(x))); }
 INLINE i8 widen8(u8 x) { return as<i8>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
 INLINE vf halves(vh x) { return as<vf>(_mm256_cvtph_ps(as<__m128i>(x))); }
 #include "kernel.h"
@@ -225,6 +227,7 @@ namespace avx512 {
 INLINE vi widen(vb x) { return as<vi>(_mm512_cvtepi8_epi32(as<__m128i>(x))); }
 INLINE vi widen(vu x) { return as<vi>(_mm512_cvtepu8_epi32(as<__m128i>(x))); }
 INLINE vh widen16(vu x) { return as<vh>(_mm256_cvtepu8_epi16(as<__m128i>(x))); }
+INLINE vi widen32(vh x) { return as<vi>(_mm512_cvtepu16_epi32(as<__m256i>(x))); }
 INLINE i8 widen8(u8 x) { return as<i8>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
 INLINE vf halves(vh x) { return as<vf>(_mm512_cvtph_ps(as<__m256i>(x))); }
 #include "kernel.h"
