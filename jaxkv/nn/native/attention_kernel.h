@@ -39,17 +39,13 @@ struct Block {
 // Floats of 8 bits with M of mantissa, as they are stored: halves that lack their last bits, and of three bits of mantissa
 // the exponent of one that is 2^8 as large.
 template <int M> INLINE vf load_eight(const uint8_t* p) {
-  vu x; memcpy(&x, p, sizeof x);
-  vh bits = widen16(x);
+  vh bits = widen16(*reinterpret_cast<const vu*>(p));
   return M == 2 ? halves(bits << 8) : halves((bits & 128) << 8 | (bits & 127) << 7) * 0x1p8f;
 }
 
 template <int M> static void expand_eight(const uint8_t* from, int size, float* to) {
   int h = 0;
-  for (; h + W <= size; h += W) {
-    vf x = load_eight<M>(from + h);
-    memcpy(to + h, &x, sizeof x);
-  }
+  for (; h + W <= size; h += W) store(to + h, load_eight<M>(from + h));
   if (h == size) return;
   uint8_t some[W] = {};
   memcpy(some, from + h, size - h);
@@ -66,11 +62,9 @@ static void expand_four(const uint8_t* codes, const uint8_t* groups, int size, i
     int i = g * group;
     const int end = i + group;
     for (; i + 8 <= end; i += 8) {
-      u8 bytes; memcpy(&bytes, codes + i, sizeof bytes);
-      i8 x = widen8(bytes);
-      f8 low = __builtin_convertvector(x & 15, f8) * a - za, high = __builtin_convertvector(x >> 4, f8) * b - zb;
-      memcpy(to + i, &low, sizeof low);
-      memcpy(to + half + i, &high, sizeof high);
+      i8 x = widen8(*reinterpret_cast<const u8*>(codes + i));
+      *reinterpret_cast<f8*>(to + i) = __builtin_convertvector(x & 15, f8) * a - za;
+      *reinterpret_cast<f8*>(to + half + i) = __builtin_convertvector(x >> 4, f8) * b - zb;
     }
     for (; i < end; ++i) {
       to[i] = (codes[i] & 15) * a - za;
@@ -157,10 +151,7 @@ INLINE void score_keys(const Task& task, const Block& keys, int count, const flo
   }
   float total[kRegisters];
 #pragma GCC unroll 16
-  for (int i = 0; i < kRegisters / W; ++i) {
-    vf x = sums(sum + i * W);
-    memcpy(total + i * W, &x, sizeof x);
-  }
+  for (int i = 0; i < kRegisters / W; ++i) store(total + i * W, sums(sum + i * W));
   for (int i = 0; i < Q; ++i) memcpy(scores + i * kBlock + begin, total + i * N, N * sizeof(float));
 }
 
@@ -206,7 +197,7 @@ APART void mix_columns(const Task& task, const Block& block, const float* weight
       if (some)
         memcpy(out + i * size + h, &sum[i * C], some * sizeof(float));
       else
-        memcpy(out + i * size + h + c * W, &sum[i * C + c], sizeof(vf));
+        store(out + i * size + h + c * W, sum[i * C + c]);
     }
 }
 
@@ -273,11 +264,9 @@ static void hide(const Task& task, int64_t n, int count, float* score) {
   const vi last = vi{} + call.positions[n], low = vi{} + call.low[n];
   const vi sinks = vi{} + static_cast<int32_t>(std::min<int64_t>(call.sinks, INT32_MAX));
   for (int s = 0; s < count; s += W) {  // kStretch is a multiple of W
-    vi p; memcpy(&p, position + s, sizeof p);
+    const vi p = *reinterpret_cast<const vi*>(position + s);
     const vi seen = (p >= 0) & (p <= last) & ((p >= low) | (p < sinks));
-    vf x = load(score + s);
-    x = seen ? x : splat(-INFINITY);
-    memcpy(score + s, &x, sizeof x);
+    store(score + s, seen ? load(score + s) : splat(-INFINITY));
   }
 }
 
@@ -307,7 +296,7 @@ void attend_block(const Task& task, const Ready& block, int first) {
       if (call.inside && block.keys.size)
         x += block.k_scales ? load(more + i * kBlock + s) * load(block.k_scales + s) : load(more + i * kBlock + s);
       if (call.softcap > 0) x = hyperbolic(x / call.softcap) * call.softcap;
-      memcpy(score + s, &x, sizeof x);
+      store(score + s, x);
     }
     if (call.positions[n] < 0)
       for (int s = 0; s < count; ++s) score[s] = -INFINITY;
@@ -326,7 +315,7 @@ void attend_block(const Task& task, const Ready& block, int first) {
       vf x = exponential(load(score + s) - most);
       sum += x;
       if (block.v_scales) x *= load(block.v_scales + s);
-      memcpy(score + s, &x, sizeof x);
+      store(score + s, x);
     }
     keep[i] = exponential(splat(task.top[first + i] - most))[0];
     float total = 0;

@@ -6,9 +6,9 @@ typedef int32_t vi __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(W * 2), aligned(2), may_alias));
 typedef int8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
 typedef uint8_t vu __attribute__((vector_size(W), aligned(1), may_alias));
-typedef float f8 __attribute__((vector_size(32), aligned(4)));
-typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
-typedef uint8_t u8 __attribute__((vector_size(8), aligned(1)));
+typedef float f8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t i8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint8_t u8 __attribute__((vector_size(8), aligned(1), may_alias));
 
 INLINE vf splat(float x) { return x - vf{}; }
 // The same bytes as another type.
@@ -24,6 +24,7 @@ INLINE vi float_to_bits(vf x) { return as<vi>(x); }
 INLINE vi widen(vb x) { return __builtin_convertvector(x, vi); }
 INLINE vi widen(vu x) { return __builtin_convertvector(x, vi); }
 INLINE vh widen16(vu x) { return __builtin_convertvector(x, vh); }
+INLINE vi widen32(vh x) { return __builtin_convertvector(x, vi); }
 INLINE i8 widen8(u8 x) { return __builtin_convertvector(x, i8); }
 INLINE vf halves(vh h) {
 #if defined(__aarch64__)
@@ -43,18 +44,20 @@ INLINE vf halves(vh h) {
 INLINE vi widen(vb x) { return as<vi>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
 INLINE vi widen(vu x) { return as<vi>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
 INLINE vh widen16(vu x) { return as<vh>(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(as<int64_t>(x)))); }
+INLINE vi widen32(vh x) { return as<vi>(_mm256_cvtepu16_epi32(as<__m128i>(x))); }
 INLINE i8 widen8(u8 x) { return as<i8>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
 INLINE vf halves(vh x) { return as<vf>(_mm256_cvtph_ps(as<__m128i>(x))); }
 #else
 INLINE vi widen(vb x) { return as<vi>(_mm512_cvtepi8_epi32(as<__m128i>(x))); }
 INLINE vi widen(vu x) { return as<vi>(_mm512_cvtepu8_epi32(as<__m128i>(x))); }
 INLINE vh widen16(vu x) { return as<vh>(_mm256_cvtepu8_epi16(as<__m128i>(x))); }
+INLINE vi widen32(vh x) { return as<vi>(_mm512_cvtepu16_epi32(as<__m256i>(x))); }
 INLINE i8 widen8(u8 x) { return as<i8>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(as<int64_t>(x)))); }
 INLINE vf halves(vh x) { return as<vf>(_mm512_cvtph_ps(as<__m256i>(x))); }
 #endif
 
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
-INLINE vf load(const Bfloat* p) { return bits_to_float(__builtin_convertvector(*reinterpret_cast<const vh*>(p), vi) << 16); }
+INLINE vf load(const Bfloat* p) { return bits_to_float(widen32(*reinterpret_cast<const vh*>(p)) << 16); }
 INLINE vf load(const Half* p) { return halves(*reinterpret_cast<const vh*>(p)); }
 INLINE vf load(const int8_t* p) { return __builtin_convertvector(widen(*reinterpret_cast<const vb*>(p)), vf); }
 INLINE void store(float* p, vf x) { *reinterpret_cast<vf*>(p) = x; }
