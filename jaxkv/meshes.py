@@ -176,7 +176,7 @@ class _Changed:
 def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, *, out_sharding: Any = None, **options: Any) -> Any:
     """Returns `jax.lax.dot_general`, also where an axis that is summed over is split over Explicit mesh axes.
 
-    JAX then asks for the sharding of the result: it is that of the axes that are left. To be given to Flax's layers.
+    JAX then asks for the sharding of the result: it is that of the axes that are left.
     """
 
     def product(lhs: Any, rhs: Any, out_sharding: Any = None) -> Any:

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkv import Cache, Full, Int8, LayerSpec, Pages, Rows, Window, attend
-from jaxkv.nn.native import calls
+from jaxkv.nn.native import calls, library
 
 N, K, H, ROWS, T = 4, 2, 8, 4, 3
 SPECS = [LayerSpec(Full(), K, H), LayerSpec(Window(5, sinks=1), K, H, k_storage=Int8(), v_storage=Int8())]
@@ -103,7 +103,7 @@ def test_it_runs_in_shard_map_and_in_an_exported_program_only_if_it_is_named():
 
     exported = jax.export.export(jax.jit(lambda q: attend(q, layer, step)))(Q)
     assert CALL not in exported.mlir_module()  # it may run where there is no kernel
-    named = [jax.export.DisabledSafetyCheck.custom_call(calls.TARGET)]
+    named = [jax.export.DisabledSafetyCheck.custom_call(library.ATTENTION)]
     asked = jax.jit(lambda q: attend(q, layer, step, implementation="native"))
     exported = jax.export.export(asked, disabled_checks=named)(Q)
     assert CALL in exported.mlir_module()

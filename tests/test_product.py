@@ -125,7 +125,7 @@ def test_buffers_that_do_not_fit_together_are_an_error_and_never_read():
         ((x.astype(np.int32), w[:20]), 0, (3, 30), "not float32"),
         ((x[:, :0], w[:0]), 0, (3, 30), "sizes that are not read"),
     ):
-        call = jax.ffi.ffi_call(product.TARGET, jax.ShapeDtypeStruct(result, jnp.float32))
+        call = jax.ffi.ffi_call(library.PRODUCT, jax.ShapeDtypeStruct(result, jnp.float32))
         with pytest.raises(jax.errors.JaxRuntimeError, match=reason):
             jax.block_until_ready(call(*operands, transposed=np.int64(transposed)))
 
@@ -137,11 +137,33 @@ def test_all_projections_of_a_model_take_it_and_its_logits_stay_the_same_up_to_r
     model = Decoder(config, rngs=nnx.Rngs(0))
     tokens = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
     run = nnx.jit(lambda model, tokens: model(tokens))
-    lowered = run.lower(model, tokens).as_text()
-    assert lowered.count(CALL) >= 1
+    projections = ["query", "key", "value", "out", "gate", "up", "down", "head"]
+    assert str(jax.make_jaxpr(lambda tokens: model(tokens))(tokens)).count(f"{library.PRODUCT}[") == len(projections)
+    assert CALL in run.lower(model, tokens).as_text()
     with_it = run(model, tokens)
-    monkeypatch.setattr(product, "_layout", lambda *_, **__: None)
+    monkeypatch.setattr(product, "_form", lambda *_, **__: None)
     without = nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
     for one, other in zip(jax.tree.leaves(with_it), jax.tree.leaves(without), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
     np.testing.assert_allclose(tied(model.embed, normal(1, 2, 256)), model.embed.attend(normal(1, 2, 256)), atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_xla_multiplies_keeps_the_precision_that_was_asked_for(tokens, monkeypatch):
+    monkeypatch.setenv("JAXKV_NATIVE", "0")
+    library.problem.cache_clear()
+    try:
+        x, w = normal(1, tokens, 256), normal(2, 256, 300)
+
+        def multiply(x, w, precision=jax.lax.Precision.HIGHEST):
+            return dot_general(x, w, (((1,), (0,)), ((), ())), precision=precision)
+
+        for function in (multiply, jax.grad(lambda x, w: multiply(x, w).sum(), argnums=(0, 1))):
+            text = jax.jit(function).lower(x, w).as_text()
+            assert "dot_general" in text and "DEFAULT" not in text and "HIGHEST" in text
+        with jax.default_matmul_precision("highest"):
+            text = jax.jit(functools.partial(multiply, precision=None)).lower(x, w).as_text()
+        assert "DEFAULT" not in text and "HIGHEST" in text
+    finally:
+        monkeypatch.undo()
+        library.problem.cache_clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,19 @@ from jax.interpreters import mlir
 
 from jaxkv import meshes
 from jaxkv.nn.native import library
+from jaxkv.nn.native.library import PRODUCT
 from jaxkv.nn.native.lowering import on_one_device, primitive
 
-TARGET = "jaxkv_product"
 MOST_TOKENS = 16  # from 32 on XLA's product is as fast, for some shapes
 _LEAST = 2**16  # numbers of a matrix, below which a call costs more than it brings
+
+
+class _Form(NamedTuple):
+    """How two operands are multiplied."""
+
+    count: int  # axes that are summed over, the last ones of the tokens
+    transposed: bool  # whether they are the last ones of the weights too, not the first
+    precision: Any  # as of `jax.lax.dot_general`, for XLA's product
 
 
 def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, *, out_sharding: Any = None, **options: Any) -> Any:
@@ -41,9 +49,9 @@ def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, *, out_sharding: Any
       options: `precision`, `preferred_element_type`.
     """
     if out_sharding is None and meshes.explicit_mesh((lhs, rhs)) is None:
-        layout = _layout(lhs, rhs, dimension_numbers, **options)
-        if layout is not None:
-            return _product(*meshes.vary_alike((lhs, rhs)), layout)
+        form = _form(lhs, rhs, dimension_numbers, **options)
+        if form is not None:
+            return _product(*meshes.vary_alike((lhs, rhs)), form)
     return meshes.dot_general(lhs, rhs, dimension_numbers, out_sharding=out_sharding, **options)
 
 
@@ -53,10 +61,10 @@ def tied(embed: Any, x: Any) -> Any:
     return dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())))
 
 
-def _layout(
+def _form(
     lhs: Any, rhs: Any, dimension_numbers: Any, precision: Any = None, preferred_element_type: Any = None
-) -> tuple[int, bool] | None:
-    """Returns how many axes are summed over, and whether they are the last of the weights; None for XLA's product."""
+) -> _Form | None:
+    """Returns None if the library has no such product, whatever the device."""
     (summed, others_summed), batch = dimension_numbers
     count = len(summed)
     if any(batch) or not count or count == rhs.ndim:
@@ -68,7 +76,7 @@ def _layout(
     if tuple(summed) != tuple(range(lhs.ndim - count, lhs.ndim)):
         return None
     first, last = tuple(range(count)), tuple(range(rhs.ndim - count, rhs.ndim))
-    return (count, tuple(others_summed) == last) if tuple(others_summed) in (first, last) else None
+    return _Form(count, tuple(others_summed) == last, precision) if tuple(others_summed) in (first, last) else None
 
 
 def _is_plain(precision: Any) -> bool:
@@ -81,56 +89,53 @@ def _tokens(lhs: Any, count: int) -> int:
     return math.prod(lhs.shape[: lhs.ndim - count])
 
 
-def _as_xla(lhs: Any, rhs: Any, *, layout: tuple[int, bool]) -> list[Any]:
-    count, transposed = layout
-    summed = tuple(range(lhs.ndim - count, lhs.ndim))
-    others = tuple(range(rhs.ndim - count, rhs.ndim)) if transposed else tuple(range(count))
-    return [jax.lax.dot_general(lhs, rhs, ((summed, others), ((), ())))]
+def _as_xla(lhs: Any, rhs: Any, *, form: _Form) -> list[Any]:
+    summed = tuple(range(lhs.ndim - form.count, lhs.ndim))
+    others = tuple(range(rhs.ndim - form.count, rhs.ndim)) if form.transposed else tuple(range(form.count))
+    return [jax.lax.dot_general(lhs, rhs, ((summed, others), ((), ())), precision=form.precision)]
 
 
-def _as_library(lhs: Any, rhs: Any, *, layout: tuple[int, bool]) -> list[Any]:
-    count, transposed = layout
-    tokens, inner = _tokens(lhs, count), math.prod(lhs.shape[lhs.ndim - count :])
+def _as_library(lhs: Any, rhs: Any, *, form: _Form) -> list[Any]:
+    tokens, inner = _tokens(lhs, form.count), math.prod(lhs.shape[lhs.ndim - form.count :])
     outer = rhs.size // inner
     result = jax.typeof(lhs).update(shape=(tokens, outer))
-    weights = rhs.reshape((outer, inner) if transposed else (inner, outer))
-    y = jax.ffi.ffi_call(TARGET, result)(lhs.reshape(tokens, inner), weights, transposed=np.int64(transposed))
-    return [y.reshape(_shape(lhs, rhs, layout))]
+    weights = rhs.reshape((outer, inner) if form.transposed else (inner, outer))
+    y = jax.ffi.ffi_call(PRODUCT, result)(lhs.reshape(tokens, inner), weights, transposed=np.int64(form.transposed))
+    return [y.reshape(_shape(lhs, rhs, form))]
 
 
-def _shape(lhs: Any, rhs: Any, layout: tuple[int, bool]) -> tuple[int, ...]:
-    count, transposed = layout
-    return (*lhs.shape[: lhs.ndim - count], *(rhs.shape[: rhs.ndim - count] if transposed else rhs.shape[count:]))
+def _shape(lhs: Any, rhs: Any, form: _Form) -> tuple[int, ...]:
+    left = lhs.shape[: lhs.ndim - form.count]
+    return (*left, *(rhs.shape[: rhs.ndim - form.count] if form.transposed else rhs.shape[form.count :]))
 
 
-def _shapes(lhs: Any, rhs: Any, *, layout: tuple[int, bool]) -> list[Any]:
-    return [lhs.update(shape=_shape(lhs, rhs, layout))]
+def _shapes(lhs: Any, rhs: Any, *, form: _Form) -> list[Any]:
+    return [lhs.update(shape=_shape(lhs, rhs, form))]
 
 
-def _lower(ctx: Any, lhs: Any, rhs: Any, *, layout: tuple[int, bool]) -> Any:
-    tokens = _tokens(ctx.avals_in[0], layout[0])
+def _lower(ctx: Any, lhs: Any, rhs: Any, *, form: _Form) -> Any:
+    tokens = _tokens(ctx.avals_in[0], form.count)
     native = 2 <= tokens <= MOST_TOKENS and on_one_device(ctx.module_context) and library.problem() is None
-    form = functools.partial(_as_library if native else _as_xla, layout=layout)
-    return mlir.lower_fun(form, multiple_results=True)(ctx, lhs, rhs)
+    product = functools.partial(_as_library if native else _as_xla, form=form)
+    return mlir.lower_fun(product, multiple_results=True)(ctx, lhs, rhs)
 
 
-def _batched(operands: Any, axes: Any, *, layout: tuple[int, bool]) -> Any:
+def _batched(operands: Any, axes: Any, *, form: _Form) -> Any:
     if axes[1] is None:  # more tokens
-        return product_p.bind(jnp.moveaxis(operands[0], axes[0], 0), operands[1], layout=layout), [0]
-    form = functools.partial(_as_xla, layout=layout)
-    return jax.vmap(form, in_axes=tuple(axes))(*operands), [0]
+        return product_p.bind(jnp.moveaxis(operands[0], axes[0], 0), operands[1], form=form), [0]
+    return jax.vmap(functools.partial(_as_xla, form=form), in_axes=tuple(axes))(*operands), [0]
 
 
-product_p = primitive(TARGET, _shapes, _batched, _lower, _as_xla)
+product_p = primitive(PRODUCT, _shapes, _batched, _lower, _as_xla)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _product(lhs: Any, rhs: Any, layout: tuple[int, bool]) -> Any:
-    return product_p.bind(lhs, rhs, layout=layout)[0]
+def _product(lhs: Any, rhs: Any, form: _Form) -> Any:
+    return product_p.bind(lhs, rhs, form=form)[0]
 
 
 @_product.defjvp
-def _derivative(layout: tuple[int, bool], primals: Any, tangents: Any) -> Any:
+def _derivative(form: _Form, primals: Any, tangents: Any) -> Any:
     (lhs, rhs), (d_lhs, d_rhs) = primals, tangents
-    (left,), (right,) = _as_xla(d_lhs, rhs, layout=layout), _as_xla(lhs, d_rhs, layout=layout)
-    return _product(lhs, rhs, layout), left + right
+    (left,), (right,) = _as_xla(d_lhs, rhs, form=form), _as_xla(lhs, d_rhs, form=form)
+    return _product(lhs, rhs, form), left + right

@@ -22,7 +22,8 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-TARGET = "jaxkv_attention"
+from jaxkv.nn.native.library import ATTENTION
+
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 
 
@@ -30,7 +31,7 @@ def alone(size: int, *operands: Any, **attributes: Any) -> list[Any]:
     """Returns attention [B, K, G, T, size] and the log of its denominator [B, K, G, T]."""
     aval = jax.typeof(operands[0])
     results = [aval.update(shape=(*aval.shape[:4], size)), aval.update(shape=aval.shape[:4])]
-    return list(jax.ffi.ffi_call(TARGET, results)(*operands, **attributes))
+    return list(jax.ffi.ffi_call(ATTENTION, results)(*operands, **attributes))
 
 
 def together(size: int, *operands: Any, **attributes: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """The compiled kernels: found or built, checked, and only then given to XLA.
 
-Whatever is wrong with it (no compiler, a directory that can't be written, a damaged file, one for another machine or
-another JAX, a wrong sum) costs one line in the log, and attention runs as XLA compiles it.
+Whatever is wrong with them (no compiler, a directory that can't be written, a damaged file, one for another machine or
+another JAX, a wrong sum) costs one line in the log, and everything runs as XLA compiles it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ from jaxkv.nn.native import build, sealed
 from jaxkv.nn.native.build import asked
 from jaxkv.nn.native.sealed import Unusable
 
-TARGETS = (
-    "jaxkv_attention",
-    "jaxkv_product",
-)  # by which a compiled program calls the handlers; jax.export wants them named
+# By these names a compiled program calls the handlers; jax.export wants that of attention named.
+TARGETS = ATTENTION, PRODUCT = "jaxkv_attention", "jaxkv_product"
 WHEEL = "jaxkv-cpu"  # the package of a library that need not be built; its sources are in native/
 _OFF = ("0", "false", "off", "no")
 _LOCK, _LIBRARIES = threading.Lock(), list[ctypes.CDLL]()  # the one that XLA knows
@@ -52,7 +50,9 @@ def problem() -> str | None:
             _LIBRARIES[0].jaxkv_use(_wanted())
     except _PROBLEMS as error:
         switched = "JAXKV_NATIVE" in str(error)
-        (log.debug if switched else log.info)("attention runs as XLA compiles it, without the native kernel: %s", error)
+        (log.debug if switched else log.info)(
+            "attention and products run as XLA compiles them, without the native kernels: %s", error
+        )
         return str(error)
     return None
 

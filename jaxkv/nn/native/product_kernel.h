@@ -96,7 +96,7 @@ APART void dots(const float* x, const float* w, int64_t inner, int64_t outer, bo
   for (int q = 0; q < Q; ++q) memcpy(y + q * outer, total + q * N, N * sizeof(float));
 }
 
-// Of outputs [begin, end), for tokens [t, t + Q).
+// Outputs [o, o + count) of tokens [t, t + Q).
 template <int Q>
 static void dots_of(const Product& p, int64_t t, int64_t o, int count) {
   constexpr int N = ACCUMULATORS / 4;
