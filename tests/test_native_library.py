@@ -299,6 +299,7 @@ def test_doctor_and_explain_attend_say_what_runs_and_why(capsys):
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert said["versions"].startswith(f"jaxkv {jaxkv.__version__}, jax {jax.__version__}, ")
     assert said["attention"].startswith("the native kernel with ")
+    assert said["products"].startswith("of 2 to 16 tokens ")
     assert re.match(r"right: |wrong: .* off by ", said["sums"])
 
 

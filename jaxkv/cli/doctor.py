@@ -14,6 +14,7 @@ from jaxkv import __version__
 from jaxkv.cli.terminal import write
 from jaxkv.nn.explain import wrong_sum
 from jaxkv.nn.native import library
+from jaxkv.nn.product import MOST_TOKENS
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
         "versions": f"jaxkv {__version__}, {packages}, Python {platform.python_version()}",
         "devices": ", ".join(f"{count} x {kind}" for kind, count in devices.items()),
         "attention": _attention(),
+        "products": _products(),
         "sums": _sums(),
     }
     for name, fact in facts.items():
@@ -38,6 +40,12 @@ def _attention() -> str:
     if reason:
         return f"as XLA compiles it, without the native kernel: {reason}{passed}"
     return f"the native kernel with {library.instruction_set()} instructions, {library.origin()}{passed}"
+
+
+def _products() -> str:
+    if jax.default_backend() != "cpu" or library.problem():
+        return "as XLA compiles them"
+    return f"of 2 to {MOST_TOKENS} tokens with a matrix of float32: the native library; others as XLA compiles them"
 
 
 def _sums() -> str:

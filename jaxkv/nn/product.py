@@ -29,7 +29,7 @@ _LEAST = 2**16  # numbers of a matrix, below which a call costs more than it bri
 class _Form(NamedTuple):
     """How two operands are multiplied."""
 
-    count: int  # axes that are summed over, the last ones of the tokens
+    summed: int  # how many axes are summed over, the last ones of the tokens
     transposed: bool  # whether they are the last ones of the weights too, not the first
     precision: Any  # as of `jax.lax.dot_general`, for XLA's product
 
@@ -90,13 +90,13 @@ def _tokens(lhs: Any, count: int) -> int:
 
 
 def _as_xla(lhs: Any, rhs: Any, *, form: _Form) -> list[Any]:
-    summed = tuple(range(lhs.ndim - form.count, lhs.ndim))
-    others = tuple(range(rhs.ndim - form.count, rhs.ndim)) if form.transposed else tuple(range(form.count))
+    summed = tuple(range(lhs.ndim - form.summed, lhs.ndim))
+    others = tuple(range(rhs.ndim - form.summed, rhs.ndim)) if form.transposed else tuple(range(form.summed))
     return [jax.lax.dot_general(lhs, rhs, ((summed, others), ((), ())), precision=form.precision)]
 
 
 def _as_library(lhs: Any, rhs: Any, *, form: _Form) -> list[Any]:
-    tokens, inner = _tokens(lhs, form.count), math.prod(lhs.shape[lhs.ndim - form.count :])
+    tokens, inner = _tokens(lhs, form.summed), math.prod(lhs.shape[lhs.ndim - form.summed :])
     outer = rhs.size // inner
     result = jax.typeof(lhs).update(shape=(tokens, outer))
     weights = rhs.reshape((outer, inner) if form.transposed else (inner, outer))
@@ -105,8 +105,8 @@ def _as_library(lhs: Any, rhs: Any, *, form: _Form) -> list[Any]:
 
 
 def _shape(lhs: Any, rhs: Any, form: _Form) -> tuple[int, ...]:
-    left = lhs.shape[: lhs.ndim - form.count]
-    return (*left, *(rhs.shape[: rhs.ndim - form.count] if form.transposed else rhs.shape[form.count :]))
+    left = lhs.shape[: lhs.ndim - form.summed]
+    return (*left, *(rhs.shape[: rhs.ndim - form.summed] if form.transposed else rhs.shape[form.summed :]))
 
 
 def _shapes(lhs: Any, rhs: Any, *, form: _Form) -> list[Any]:
@@ -114,7 +114,7 @@ def _shapes(lhs: Any, rhs: Any, *, form: _Form) -> list[Any]:
 
 
 def _lower(ctx: Any, lhs: Any, rhs: Any, *, form: _Form) -> Any:
-    tokens = _tokens(ctx.avals_in[0], form.count)
+    tokens = _tokens(ctx.avals_in[0], form.summed)
     native = 2 <= tokens <= MOST_TOKENS and on_one_device(ctx.module_context) and library.problem() is None
     product = functools.partial(_as_library if native else _as_xla, form=form)
     return mlir.lower_fun(product, multiple_results=True)(ctx, lhs, rhs)
