@@ -153,3 +153,12 @@ def test_the_benchmark_of_generates_overhead_compares_loops_that_write_the_same(
     assert importlib.import_module("overhead").main(options) == 0
     assert "| overhead |" in capsys.readouterr().out
     assert set(json.loads(out.read_text())["contexts"]["8"]["ms_per_token"]) == {"bare", "generate"}
+
+
+@pytest.mark.usefixtures("native_kernel")
+def test_the_benchmark_of_the_product_compares_steps_that_write_the_same(tmp_path, capsys):
+    out = tmp_path / "product.json"
+    options = ["--tiny", "--rows", "2", "--rounds", "2", "--steps", "2", "--out", str(out)]
+    assert importlib.import_module("product").main(options) == 0
+    assert "| ratio |" in capsys.readouterr().out
+    assert set(json.loads(out.read_text())["ms_per_step"]["2"]) == {"XLA's", "the library's"}
