@@ -8,7 +8,7 @@
 #include <random>
 #include <thread>
 
-#include "../../jaxkv/nn/native/numbers.h"
+#include "../../jaxkv/native/numbers.h"
 
 using namespace jaxkv;
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import jax
 
 from jaxkv.logs import log
-from jaxkv.nn.native import build, sealed
-from jaxkv.nn.native.build import asked
-from jaxkv.nn.native.sealed import Unusable
+from jaxkv.native import build, sealed
+from jaxkv.native.build import asked
+from jaxkv.native.sealed import Unusable
 
 # By these names a compiled program calls the handlers; jax.export wants that of attention named.
 TARGETS = ATTENTION, PRODUCT = "jaxkv_attention", "jaxkv_product"

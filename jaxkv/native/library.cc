@@ -1,4 +1,4 @@
-// What jaxkv/nn/native/library.py asks of the library before it gives it to XLA.
+// What jaxkv/native/library.py asks of the library before it gives it to XLA.
 #include "library.h"
 
 #include <atomic>
