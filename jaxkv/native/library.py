@@ -51,7 +51,7 @@ def problem() -> str | None:
     except _PROBLEMS as error:
         switched = "JAXKV_NATIVE" in str(error)
         (log.debug if switched else log.info)(
-            "attention and products run as XLA compiles them, without the native kernels: %s", error
+            "attention, products and moves of rows run as XLA compiles them, without the native kernels: %s", error
         )
         return str(error)
     return None
