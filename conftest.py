@@ -65,7 +65,7 @@ if _QUICK:
 @pytest.fixture
 def native_kernel():
     """Skips a test where the kernel in C++ can't be had, with the reason."""
-    from jaxkv.nn.native import library
+    from jaxkv.native import library
 
     if library.problem():
         pytest.skip(library.problem())

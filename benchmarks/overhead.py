@@ -111,7 +111,7 @@ def measure(shape: Shape, folder: str, rounds: int, tokens: int, rows: int) -> d
     say("")
     return {
         **about(("jax", "jaxlib", "flax")),
-        "native": jaxkv.nn.native.library.problem() is None,
+        "native": jaxkv.native.library.problem() is None,
         "settings": {"rounds": rounds, "tokens": tokens, "rows": rows},
         "contexts": found,
     }

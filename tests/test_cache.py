@@ -597,17 +597,6 @@ def test_take_and_copy_prefix_move_all_that_is_held_over_several_blocks(reach, s
     assert copied.lengths.tolist() == [150] * 3
 
 
-def test_accelerators_move_rows_by_a_form_of_their_own(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    x = np.random.default_rng(0).normal(size=(3, 2, 88, 3)).astype(np.float32)  # a shape that no other test compiles
-    taken, copied = (np.asarray(y) for y in (
-        jaxkv.Rows().take(jnp.asarray(x), jnp.array([2, 2, 0]), jnp.int32(70)),
-        jaxkv.Rows().copy(jnp.asarray(x), jnp.int32(2), jnp.int32(0), jnp.int32(70)),
-    ))  # fmt: skip
-    np.testing.assert_array_equal(taken[:, :, :70], x[[2, 2, 0], :, :70])
-    np.testing.assert_array_equal(copied[:, :, :70], x[[2, 1, 2], :, :70])
-
-
 def test_gradients_flow_through_take_and_copy_prefix():
     cache = fill(make(Full(), rows=2), 4)
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 import jaxkv
 from jaxkv import Cache, Dense, Full, Int8, LayerSpec, Rotary, Window, YarnScaling
-from jaxkv.nn.native import library
+from jaxkv.native import library
 
 B, T, N, K, H, WIDTH = 2, 20, 4, 2, 8, 8
 POSITIONS = np.tile(np.arange(T, dtype=np.int32), (B, 1))

@@ -15,7 +15,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkv import Cache, Full, Int8, LayerSpec, Pages, Rows, Window, attend
-from jaxkv.nn.native import calls, library
+from jaxkv.native import library
+from jaxkv.nn import native_calls
 
 N, K, H, ROWS, T = 4, 2, 8, 4, 3
 SPECS = [LayerSpec(Full(), K, H), LayerSpec(Window(5, sinks=1), K, H, k_storage=Int8(), v_storage=Int8())]
@@ -181,8 +182,8 @@ def test_lengths_and_shapes_that_disagree_with_the_buffers_are_an_error_or_never
         def cut(size, *operands, **attributes):
             return alone(size, *(x[:, 1:] if x.shape == (ROWS, slots) else x for x in operands), **attributes)
 
-        alone = calls.alone
-        patch.setattr(calls, "alone", cut)
+        alone = native_calls.alone
+        patch.setattr(native_calls, "alone", cut)
         with pytest.raises(RuntimeError, match="jaxkv: "):
             run(Q[..., :2, :]).block_until_ready()  # of another shape: traced anew
     np.testing.assert_array_equal(run(), want)  # and nothing is broken by it

@@ -19,7 +19,7 @@ import pytest
 import jaxkv
 from jaxkv import Cache, Full, LayerSpec, NotSupportedError, Window, attend
 from jaxkv.cli import main
-from jaxkv.nn.native import build, library, sealed
+from jaxkv.native import build, library, sealed
 
 ROOT = Path(__file__).parent.parent
 N, K, H, HV, ROWS = 6, 2, 24, 20, 3
@@ -91,7 +91,7 @@ def test_a_damaged_library_is_built_anew_and_never_loaded(empty, monkeypatch, by
     library.load(path)
 
 
-PRINT_BUILT = "from jaxkv.nn.native import build; print(build.built())"
+PRINT_BUILT = "from jaxkv.native import build; print(build.built())"
 
 
 def test_of_two_processes_at_once_one_builds_and_the_other_waits_for_it(empty, tmp_path, monkeypatch, bytes_of_library):

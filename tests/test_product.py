@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from jaxkv.models.decoder import Decoder, DecoderConfig
+from jaxkv.native import build, library
 from jaxkv.nn import product
-from jaxkv.nn.native import build, library
 from jaxkv.nn.product import MOST_TOKENS, dot_general, tied
 
 pytestmark = pytest.mark.usefixtures("native_kernel")

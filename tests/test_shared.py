@@ -13,7 +13,7 @@ import pytest
 import jaxkv
 from jaxkv import EMPTY, Cache, Cross, Full, LayerSpec, Pages, Rows, Window
 from jaxkv.cache.arguments import FAR
-from jaxkv.nn.native import library
+from jaxkv.native import library
 from jaxkv.testing import assert_shared
 
 HEADS, KV_HEADS, SIZE, VALUE = 4, 2, 8, 4

@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <thread>
 
-#include "../../jaxkv/nn/native/attention.h"
+#include "../../jaxkv/native/attention.h"
 
 using namespace jaxkv;
 

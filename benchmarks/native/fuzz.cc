@@ -1,4 +1,5 @@
-// Random calls of the kernel, compared with sums in double precision, in buffers that end where they say.
+// Random calls of the kernel, compared with sums in double precision, in buffers that end where they say; and random moves
+// of rows.
 //   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -ffp-contract=fast -pthread benchmarks/native/fuzz.cc -o fuzz
 //   ./fuzz 2000
 // On ARM: aarch64-linux-gnu-g++ -std=c++17 -O2 ... , and qemu-aarch64 -L /usr/aarch64-linux-gnu ./fuzz 400.
@@ -8,7 +9,8 @@
 #include <random>
 #include <thread>
 
-#include "../../jaxkv/nn/native/numbers.h"
+#include "../../jaxkv/native/numbers.h"
+#include "../../jaxkv/native/rows.h"
 
 using namespace jaxkv;
 
@@ -132,10 +134,42 @@ static bool once(int64_t seed) {
   return true;
 }
 
+// Rows moved in several buffers at once, compared with copies of what they were.
+static bool moved(int64_t seed) {
+  source.seed(static_cast<uint32_t>(seed));
+  const int64_t count = 1 + below(9), helpers = below(4);
+  auto rows = made<int32_t>(count, [&](int64_t) { return rarely() ? int32_t(source()) : int32_t(below(count)); });
+  if (below(2)) {  // cycles only
+    for (int64_t r = 0; r < count; ++r) rows[r] = static_cast<int32_t>(r);
+    std::shuffle(rows.get(), rows.get() + count, source);
+  }
+  std::vector<std::unique_ptr<char[]>> is, was;
+  std::vector<Rows> buffers;
+  for (int64_t i = below(5); i >= 0; --i) {
+    const int64_t lead = 1 + below(3), heads = 1 + below(4), head = 1 + below(rarely() ? 3 * kPiece : 300);
+    const int64_t size = lead * count * heads * head;
+    is.push_back(made<char>(size, [](int64_t) { return static_cast<char>(source()); }));
+    was.push_back(made<char>(size, [&](int64_t i) { return is.back()[i]; }));
+    buffers.push_back({is.back().get(), lead, count, heads, head, rarely() ? 0 : below(head + 1)});
+  }
+  std::vector<std::thread> threads;
+  move(buffers, in_order(rows.get(), count), helpers + 1, [&](auto&& work) { threads.emplace_back(work); });
+  for (auto& thread : threads) thread.join();
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    const Rows& x = buffers[i];
+    for (int64_t place = 0; place < x.lead * count * x.heads; ++place) {
+      const int64_t row = place / x.heads % count, from = std::clamp<int64_t>(rows[row], 0, count - 1);
+      for (int64_t byte = 0; byte < x.head; ++byte)
+        if (is[i][place * x.head + byte] != was[i][(place + (byte < x.held) * (from - row) * x.heads) * x.head + byte]) return false;
+    }
+  }
+  return true;
+}
+
 int main(int argc, char** argv) {
   const int64_t count = argc > 1 ? atoll(argv[1]) : 1000;
   for (int64_t seed = 0; seed < count; ++seed)
-    if (!once(seed)) {
+    if (!once(seed) || !moved(seed)) {
       printf("seed %lld: wrong\n", static_cast<long long>(seed));
       return 1;
     }

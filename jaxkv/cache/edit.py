@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -121,7 +121,7 @@ def copy_prefix(cache: Any, src: Any, src_known: Any, dst: Any, dst_known: Any, 
         encoded = _paged(cache.layout, cache.encoded.copy(src, src_known, to), rows)
     return dataclasses.replace(
         cache,
-        layers=_map_buffers(cache.layers, lambda layer, x: layer.layout.copy(x, src, dst, filled[layer.group])),
+        layers=_each_group(cache.layers, lambda layout, group, x: layout.copy(x, src, dst, filled[group])),
         groups=tuple(groups),
         recurrent=recurrent,
         encoded=encoded,
@@ -145,7 +145,7 @@ def take(cache: Any, rows: Any) -> Any:
         encoded = _paged(cache.layout, cache.encoded.take(rows, known), rows)
     return dataclasses.replace(
         cache,
-        layers=_map_buffers(cache.layers, lambda layer, x: layer.layout.take(x, rows, filled[layer.group])),
+        layers=_each_group(cache.layers, lambda layout, group, x: layout.take(x, rows, filled[group])),
         groups=tuple(groups),
         recurrent=recurrent,
         encoded=encoded,
@@ -179,11 +179,15 @@ def _resume(cache: Any, position: Any, lost: list[Any], states: list[Any]) -> An
     return position
 
 
-def _map_buffers(layers: Iterable[Any], f: Callable[[Any, Any], Any]) -> tuple[Any, ...]:
-    def one(layer: Any) -> Any:
-        return layer.with_buffers(jax.tree.map(lambda x: f(layer, x), layer.buffers))
-
-    return tuple(one(layer) for layer in layers)
+def _each_group(layers: Sequence[Any], f: Callable[[Any, int, Any], Any]) -> tuple[Any, ...]:
+    """Returns the layers with f(layout, group, buffers) of the buffers of all layers of each group together."""
+    changed = list(layers)
+    for group in sorted({layer.group for layer in layers}):
+        own = [i for i, layer in enumerate(layers) if layer.group == group]
+        buffers = f(layers[own[0]].layout, group, [layers[i].buffers for i in own])
+        for i, x in zip(own, buffers, strict=True):
+            changed[i] = layers[i].with_buffers(x)
+    return tuple(changed)
 
 
 def _shift_keys(spec: LayerSpec, delta: Any, stored: Any) -> Any:

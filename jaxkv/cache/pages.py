@@ -234,13 +234,13 @@ class Pages:
         lead = () if index is None else (index,)
         return buffer.at[(*lead, page, slice(None), slots % self.page_size)].get(mode="clip")
 
-    def take(self, buffer: Any, rows: Any, filled: Any) -> Any:
-        """Returns the buffer after rows were taken: what it was, the page table says the rest."""
-        return buffer
+    def take(self, buffers: Any, rows: Any, filled: Any) -> Any:
+        """Returns the buffers after rows were taken: what they were, the page table says the rest."""
+        return buffers
 
-    def copy(self, buffer: Any, src: Any, dst: Any, filled: Any) -> Any:
-        """Returns the buffer after a row was copied: what it was, the page table says the rest."""
-        return buffer
+    def copy(self, buffers: Any, src: Any, dst: Any, filled: Any) -> Any:
+        """Returns the buffers after a row was copied: what they were, the page table says the rest."""
+        return buffers
 
     def move(
         self, buffers: Any, row: Any, sources: Any, changed: Any, pages: tuple[Pool, Pool], shift: Callable[[Any], Any]

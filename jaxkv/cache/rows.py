@@ -8,7 +8,6 @@ nothing to claim, to share or to free: the bookkeeping that other layouts have (
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,9 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxkv.meshes import vary_alike
-
-_MOVE_NUMBERS = 2**15  # of a head, moved at a time at most: a state is large
+from jaxkv.cache import moves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,19 +118,18 @@ class Rows:
         lead = () if index is None else (index,)
         return buffer.at[(*lead, step.rows[:, None], slice(None), slots)].get(mode="clip")
 
-    def take(self, buffer: Any, rows: Any, filled: Any) -> Any:
-        """Returns the buffer whose row r is row rows[r] of this one, in slots below `filled` (int32 scalar).
+    def take(self, buffers: Any, rows: Any, filled: Any) -> Any:
+        """Returns the buffers, a pytree, whose row r is row rows[r] of these, in slots below `filled` (int32 scalar).
 
-        As many rows as before are taken in place, block of slots by block.
+        As many rows as before are taken in place.
         """
-        axis = buffer.ndim - 4
-        if rows.shape[0] != buffer.shape[axis]:
-            return jnp.take(buffer, rows, axis=axis, mode="clip")
-        return _each_block(_take_rows, buffer, filled, rows)
+        if all(rows.shape[0] == x.shape[-4] for x in jax.tree.leaves(buffers)):
+            return moves.take(buffers, rows, filled)
+        return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4, mode="clip"), buffers)
 
-    def copy(self, buffer: Any, src: Any, dst: Any, filled: Any) -> Any:
-        """Returns the buffer with slots below `filled` of row `src` in row `dst`, block by block."""
-        return _each_block(_copy_row, buffer, filled, (src, dst))
+    def copy(self, buffers: Any, src: Any, dst: Any, filled: Any) -> Any:
+        """Returns the buffers, a pytree, with slots below `filled` of row `src` in row `dst`, in place."""
+        return moves.copy(buffers, src, dst, filled)
 
     def move(self, buffers: Any, row: Any, sources: Any, changed: Any, pages: Any, shift: Callable[[Any], Any]) -> Any:
         """Returns the buffers, a pytree, with slot s of one row replaced by `shift` of what lay in slot sources[s].
@@ -145,91 +141,3 @@ class Rows:
         at = (..., row, slice(None), slice(None), slice(None))
         moved = jax.tree.map(lambda x: jnp.take(x[at], sources, axis=-2, mode="clip"), buffers)  # [K, V, H]
         return jax.tree.map(lambda x, y: x.at[at].set(y), buffers, shift(moved))
-
-
-def _take_rows(buffer: Any, axis: int, rows: Any, start: Any, size: int) -> Any:
-    """Returns the buffer with its rows chosen anew in [start, start + size)."""
-    block = lax.dynamic_slice_in_dim(buffer, start, size, axis=axis + 2)
-    if not _on_cpu() or size == buffer.shape[axis + 2]:  # the latter for `_backward`, as a loop has no derivative
-        taken = lax.optimization_barrier(jnp.take(block, rows, axis=axis, mode="clip"))
-        return lax.dynamic_update_slice_in_dim(buffer, taken, start, axis=axis + 2)
-    block = lax.optimization_barrier(block)
-    moves = rows != jnp.arange(rows.shape[0], dtype=rows.dtype)
-    moved = jnp.nonzero(moves, size=rows.shape[0], fill_value=0)[0].astype(jnp.int32)
-
-    def write(i: Any, buffer: Any) -> Any:  # XLA's CPU gathers number by number, but copies slices as they lie
-        dst = moved[i]
-        row = lax.dynamic_slice_in_dim(block, rows[dst], 1, axis=axis)
-        return _write_row(buffer, axis, row, dst, start)
-
-    return lax.fori_loop(0, moves.sum(dtype=jnp.int32), write, buffer)
-
-
-def _copy_row(buffer: Any, axis: int, src_dst: Any, start: Any, size: int) -> Any:
-    """Returns the buffer with [start, start + size) of one row in another."""
-    src, dst = src_dst
-    block = lax.dynamic_slice_in_dim(buffer, start, size, axis=axis + 2)
-    # Not a slice at `src`, for which XLA would gather a buffer whose rows lie on several devices.
-    row = jnp.expand_dims(jnp.take(block, src, axis=axis, mode="clip"), axis)
-    return _write_row(buffer, axis, lax.optimization_barrier(row), dst, start)
-
-
-def _write_row(buffer: Any, axis: int, x: Any, row: Any, start: Any) -> Any:
-    zero = jnp.int32(0)
-    at = (*[zero] * axis, row, zero, start, *[zero] * (buffer.ndim - axis - 3))
-    return lax.dynamic_update_slice(buffer, x, at)
-
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
-
-
-@functools.partial(jax.jit, static_argnums=0)  # a call outside of jit finds its program again
-def _each_block(change: Callable[..., Any], buffer: Any, filled: Any, places: Any) -> Any:
-    """Returns the buffer after change(buffer, axis, places, start, size) of every block of slots below `filled`.
-
-    `change` is linear in the buffer, whose rows are along `axis`, and treats all slots alike; what it reads must not be
-    read from where it writes (the barriers above). On a CPU it is given a row's slots of a head as one stretch of
-    numbers, [..., R, K, V * H], which is copied twice as fast.
-    """
-    *lead, num_heads, num_slots, size = buffer.shape
-    buffer, filled, places = vary_alike((buffer, filled, places))
-    # Of a buffer with an axis of 1 that is to be flat, or was, XLA may make a copy in another layout.
-    flat = _on_cpu() and num_heads > 1 and 1 < size < 2**31 // num_slots
-    x = buffer.reshape(*lead, num_heads, -1) if flat else buffer
-    return _loop(change, buffer.ndim - 4, num_slots, x, filled, places).reshape(buffer.shape)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _loop(change: Callable[..., Any], axis: int, num_slots: int, buffer: Any, filled: Any, places: Any) -> Any:
-    size, count = _blocks(buffer, axis, num_slots, filled)
-    return lax.fori_loop(0, count, lambda i, b: change(b, axis, places, i * size, size), buffer)
-
-
-def _forward(change: Callable[..., Any], axis: int, num_slots: int, buffer: Any, filled: Any, places: Any) -> Any:
-    return _loop(change, axis, num_slots, buffer, filled, places), (filled, places)
-
-
-def _backward(change: Callable[..., Any], axis: int, num_slots: int, saved: Any, d_buffer: Any) -> Any:
-    # A loop as long as what is filled has no reverse derivative; one change of all slots at once has.
-    filled, places = saved
-    size, count = _blocks(d_buffer, axis, num_slots, filled)
-    length = d_buffer.shape[axis + 2]
-    below = jnp.arange(length, dtype=jnp.int32) < count * size
-    below = below.reshape(-1, *(1,) * (d_buffer.ndim - axis - 3))
-
-    def plain(buffer: Any) -> Any:
-        return jnp.where(below, change(buffer, axis, places, jnp.int32(0), length), buffer)
-
-    return *jax.linear_transpose(plain, d_buffer)(d_buffer), None, None
-
-
-_loop.defvjp(_forward, _backward)
-
-
-def _blocks(buffer: Any, axis: int, num_slots: int, filled: Any) -> tuple[int, Any]:
-    """Returns the length of the blocks that what is filled is moved in, as the buffer has its slots; and how many."""
-    numbers = math.prod(buffer.shape[axis + 2 :]) // num_slots
-    most = max(1, min(8 if _on_cpu() else 64, _MOVE_NUMBERS // numbers))  # small ones stay in a core's cache
-    slots = math.gcd(1 << (most.bit_length() - 1), num_slots)
-    return slots * (buffer.shape[axis + 2] // num_slots), (filled + (slots - 1)) // slots

@@ -12,8 +12,8 @@ import jax
 
 from jaxkv import __version__
 from jaxkv.cli.terminal import write
+from jaxkv.native import library
 from jaxkv.nn.explain import wrong_sum
-from jaxkv.nn.native import library
 from jaxkv.nn.product import MOST_TOKENS
 
 

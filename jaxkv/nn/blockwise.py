@@ -20,7 +20,7 @@ from jaxkv.cache.step import Step
 from jaxkv.cache.storage import whole
 from jaxkv.meshes import vary_like
 from jaxkv.nn import dropout
-from jaxkv.nn.native.forward import native
+from jaxkv.nn.native import native
 from jaxkv.nn.pieces import mix, score
 from jaxkv.nn.plan import Plan
 from jaxkv.nn.reference import LOWEST

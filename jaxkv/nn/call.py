@@ -14,9 +14,9 @@ from jaxkv.cache.spec import EMPTY
 from jaxkv.cache.step import Step
 from jaxkv.errors import NotSupportedError
 from jaxkv.meshes import automatic, spec_of, vary_alike
-from jaxkv.nn import dropout
+from jaxkv.native import library
+from jaxkv.nn import dropout, native
 from jaxkv.nn.blockwise import blockwise
-from jaxkv.nn.native import forward, library
 from jaxkv.nn.plan import Plan
 from jaxkv.nn.reference import reference
 from jaxkv.nn.selected import selected
@@ -58,12 +58,12 @@ def obstacle(q: Any, layer: Any, step: Step, *, dropout: bool = False) -> str | 
     """Returns why the kernel in C++ can't do this call, or None if it can; q has a shape [B, T, N, H] and a dtype."""
     if jax.default_backend() != "cpu":
         return f"it is for CPUs, and the default backend is {jax.default_backend()}"
-    return forward.obstacle(layer, step, jnp.dtype(q.dtype), dropout=dropout) or library.problem()
+    return native.obstacle(layer, step, jnp.dtype(q.dtype), dropout=dropout) or library.problem()
 
 
 def _native(q: Any, layer: Any, step: Step, implementation: str, *, dropout: bool) -> str:
     """Returns the `native` of the call's plan."""
-    if implementation == "auto" and q.shape[1] > forward.MOST_QUERIES:
+    if implementation == "auto" and q.shape[1] > native.MOST_QUERIES:
         return "never"
     reason = obstacle(q, layer, step, dropout=dropout)
     if implementation == "auto":

@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxkv.cache.layer import Layer
 from jaxkv.cache.step import Step
-from jaxkv.nn import call
-from jaxkv.nn.native import forward, library
+from jaxkv.native import library
+from jaxkv.nn import call, native
 
 
 def explain_attend(q: Any, layer: Layer, step: Step) -> str:
@@ -33,7 +33,7 @@ def explain_attend(q: Any, layer: Layer, step: Step) -> str:
     "blockwise: the native kernel can't be had: it does not rotate keys when it reads them"
     """
     length = q.shape[1]
-    if length > forward.MOST_QUERIES:
+    if length > native.MOST_QUERIES:
         return f"blockwise: of {length} tokens per row XLA's matrix products are faster than the native kernel"
     reason = call.obstacle(q, layer, step)
     if reason:

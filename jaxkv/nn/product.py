@@ -18,9 +18,9 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax.interpreters import mlir
 
 from jaxkv import meshes
-from jaxkv.nn.native import library
-from jaxkv.nn.native.library import PRODUCT
-from jaxkv.nn.native.lowering import on_one_device, primitive
+from jaxkv.native import library
+from jaxkv.native.library import PRODUCT
+from jaxkv.native.lowering import on_one_device, primitive
 
 MOST_TOKENS = 16  # from 32 on XLA's product is as fast, for some shapes
 _LEAST = 2**16  # numbers of a matrix, below which a call costs more than it brings

@@ -18,8 +18,8 @@ from pathlib import Path
 import jax
 
 from jaxkv.logs import log
-from jaxkv.nn.native import sealed
-from jaxkv.nn.native.sealed import SOURCES, Unusable
+from jaxkv.native import sealed
+from jaxkv.native.sealed import SOURCES, Unusable
 
 # What /proc/cpuinfo calls the instructions of each set.
 SETS: dict[str, set[str]] = {"plain": set(), "AVX2": {"avx2", "fma", "f16c"}}

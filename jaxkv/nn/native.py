@@ -28,8 +28,8 @@ from jaxkv.cache.rows import Rows
 from jaxkv.cache.spec import EMPTY, Chunk, Cross, Full, Window
 from jaxkv.cache.step import Step
 from jaxkv.cache.storage import Dense
-from jaxkv.nn.native import calls
-from jaxkv.nn.native.lowering import on_one_device, primitive
+from jaxkv.native.lowering import on_one_device, primitive
+from jaxkv.nn import native_calls
 
 # Only of primitives in this set a lowering learns the mesh. It has no public name; without it nothing is divided.
 _REQUIRES_DEVICES: set[Primitive] | None = getattr(
@@ -87,10 +87,10 @@ class _Call:
         return self._mapped(run)(*leaves)
 
     def as_library(self, *leaves: Any) -> list[Any]:
-        return self._mapped(self._calling(calls.together if self.batches else calls.alone))(*leaves)
+        return self._mapped(self._calling(native_calls.together if self.batches else native_calls.alone))(*leaves)
 
     def divided(self, *leaves: Any) -> list[Any]:
-        return self._calling(calls.divided)(*leaves)
+        return self._calling(native_calls.divided)(*leaves)
 
     def can_be_divided(self, leaves: Any) -> bool:
         """Returns whether each device can compute its own rows and kv heads: batch row b is row b of the buffers."""

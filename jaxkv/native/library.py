@@ -18,12 +18,12 @@ from pathlib import Path
 import jax
 
 from jaxkv.logs import log
-from jaxkv.nn.native import build, sealed
-from jaxkv.nn.native.build import asked
-from jaxkv.nn.native.sealed import Unusable
+from jaxkv.native import build, sealed
+from jaxkv.native.build import asked
+from jaxkv.native.sealed import Unusable
 
 # By these names a compiled program calls the handlers; jax.export wants that of attention named.
-TARGETS = ATTENTION, PRODUCT = "jaxkv_attention", "jaxkv_product"
+TARGETS = ATTENTION, PRODUCT, ROWS = "jaxkv_attention", "jaxkv_product", "jaxkv_rows"
 WHEEL = "jaxkv-cpu"  # the package of a library that need not be built; its sources are in native/
 _OFF = ("0", "false", "off", "no")
 _LOCK, _LIBRARIES = threading.Lock(), list[ctypes.CDLL]()  # the one that XLA knows
@@ -51,7 +51,7 @@ def problem() -> str | None:
     except _PROBLEMS as error:
         switched = "JAXKV_NATIVE" in str(error)
         (log.debug if switched else log.info)(
-            "attention and products run as XLA compiles them, without the native kernels: %s", error
+            "attention, products and moves of rows run as XLA compiles them, without the native kernels: %s", error
         )
         return str(error)
     return None

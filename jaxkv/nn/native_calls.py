@@ -22,7 +22,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxkv.nn.native.library import ATTENTION
+from jaxkv.native.library import ATTENTION
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 

@@ -17,6 +17,7 @@ Isa isa();  // the instruction set that calls run with
 // 0 if what a part computes with an instruction set is right, else the number of the case that is wrong, 1 to 9.
 int attention_is_wrong(Isa isa);
 int product_is_wrong(Isa isa);
+int rows_are_wrong(Isa isa);
 
 inline xla::ffi::Error wrong(const char* what) { return xla::ffi::Error(xla::ffi::ErrorCode::kInvalidArgument, what); }
 

@@ -1,4 +1,4 @@
-// What jaxkv/nn/native/library.py asks of the library before it gives it to XLA.
+// What jaxkv/native/library.py asks of the library before it gives it to XLA.
 #include "library.h"
 
 #include <atomic>
@@ -8,7 +8,7 @@ namespace {
 
 std::atomic<int> in_use{kNone};  // kNone: the best
 
-constexpr int (*kParts[])(Isa) = {attention_is_wrong, product_is_wrong};
+constexpr int (*kParts[])(Isa) = {attention_is_wrong, product_is_wrong, rows_are_wrong};
 
 }  // namespace
 
