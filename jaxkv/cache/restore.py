@@ -133,30 +133,31 @@ def load(
     books, moves = _bookkeeping(file, cache, into, taken)
     lengths, ok = np.array(cache.lengths), np.array(cache.ok)
     lengths[into], ok[into] = file.lengths[taken], file.array("ok", bool, (file.num_rows,))[taken]
-    where = list(zip(sources, one_by_one(cache), strict=True))
-    names = []
-    for number, (entry, _) in where:
-        for name, part in parts(cache.layers[entry]).items():
-            form = _Form.of(file, number, name, part)
-            for move in moves[cache.layers[entry].group]:
-                names += form.expect(file, move)
-    file.check(names)
+    puts = [
+        (entry, index, name, _Form.of(file, number, name, part))
+        for number, (entry, index) in zip(sources, one_by_one(cache), strict=True)
+        for name, part in parts(cache.layers[entry]).items()
+    ]
+    groups = [layer.group for layer in cache.layers]
+    file.check([x for entry, _, _, form in puts for move in moves[groups[entry]] for x in form.expect(file, move)])
 
-    stored = [{name: part.stored for name, part in parts(layer).items()} for layer in cache.layers]
-    stored = _taken_over(stored)
-    for number, (entry, index) in where:
-        for name, part in parts(cache.layers[entry]).items():
-            form, buffers = _Form.of(file, number, name, part), stored[entry][name]
-            at = None if index is None else np.int32(index)
-            for move in moves[cache.layers[entry].group]:
-                if not form.converts and all(map(_in_memory, jax.tree.leaves(buffers))):
-                    for buffer, array in zip(jax.tree.leaves(buffers), form.arrays(file, move), strict=True):
-                        _fill(buffer, index, array, move.stretches)
-                    continue
+    stored = _taken_over([{name: part.stored for name, part in parts(layer).items()} for layer in cache.layers])
+    computed = {(entry, name) for entry, _, name, form in puts if form.converts}  # the whole stack, if one layer is
+    for entry, index, name, form in puts:
+        buffers = stored[entry][name]
+        for move in moves[groups[entry]]:
+            if (entry, name) not in computed and all(map(_in_memory, jax.tree.leaves(buffers))):
+                for buffer, array in zip(jax.tree.leaves(buffers), form.arrays(file, move), strict=True):
+                    _fill(buffer, index, array, move.stretches)
+            else:
+                at = None if index is None else np.int32(index)
                 for block in form.blocks(file, move):
-                    buffers = _write(buffers, at, *block, source=form.storage, target=part.storage, size=part.size)
-            stored[entry][name] = jax.tree.map(_placed, buffers, part.stored)
-    layers = [with_parts(layer, mine) for layer, mine in zip(cache.layers, stored, strict=True)]
+                    buffers = _write(buffers, at, *block, source=form.storage, target=form.target, size=form.size)
+        stored[entry][name] = buffers
+    layers = [
+        with_parts(layer, {name: jax.tree.map(_placed, mine[name], part.stored) for name, part in parts(layer).items()})
+        for layer, mine in zip(cache.layers, stored, strict=True)
+    ]
     num_groups, num_books = len(cache.groups), len(cache.groups) + len(cache.recurrent)
     return dataclasses.replace(
         cache,
@@ -272,7 +273,8 @@ class _Form:
     prefix: str  # of the names of arrays, with a place for the row
     storage: Any
     tree: Any  # what its storage allocates for one token: a pytree of [K, 1, h]
-    converts: bool  # whether the cache has another storage
+    target: Any  # the storage of the cache
+    size: int  # of a vector
 
     @classmethod
     def of(cls, file: Snapshot, number: int, name: str, part: Part) -> _Form:
@@ -288,7 +290,12 @@ class _Form:
                 _check_converts(storage, part.storage, part.num_heads, part.size)
             except ValueError as error:
                 raise ValueError(f"{file.path}: {name} of layer {number} was kept by {storage}: {error}") from error
-        return cls(f"rows.{{}}.layers.{number}.{name}", storage, tree, storage != part.storage)
+        return cls(f"rows.{{}}.layers.{number}.{name}", storage, tree, part.storage, part.size)
+
+    @property
+    def converts(self) -> bool:
+        """Whether the cache has another storage."""
+        return bool(self.storage != self.target)
 
     def names(self, row: int) -> dict[str, Any]:
         """Returns the names of the arrays of one row, and what one token has in each."""
@@ -376,7 +383,6 @@ def _fill(buffer: Any, index: int | None, array: np.ndarray, stretches: list[tup
     """Writes a row's tokens, [K, n, h], into a buffer in memory that nobody else has: nothing is compiled for it."""
     if not buffer.size:
         return
-    jax.block_until_ready(buffer)
     memory = (ctypes.c_uint8 * buffer.nbytes).from_address(buffer.unsafe_buffer_pointer())
     there = np.frombuffer(memory, np.uint8).view(buffer.dtype).reshape(buffer.shape)
     there = there if index is None else there[index]
@@ -416,7 +422,7 @@ def _converted(pieces: Any, *, source: Any, target: Any, size: int) -> Any:
 def _like(x: np.ndarray, old: Any) -> Any:
     """Returns an array from the host where another lies."""
     x = np.asarray(x)
-    return jax.device_put(x, old.sharding) if old.committed else jnp.asarray(x)
+    return jax.device_put(x, old.sharding) if old.committed else jax.device_put(x)
 
 
 def _placed(new: Any, old: Any) -> Any:
