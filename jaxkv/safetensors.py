@@ -90,7 +90,7 @@ class File(Mapping[str, np.ndarray]):
                 )
             text = file.read(length)
             self._start = start = 8 + length
-            self._bytes = np.memmap(file, np.uint8, "r", start) if size > start else np.zeros(0, np.uint8)
+            self._bytes = np.asarray(np.memmap(file, np.uint8, "r", start) if size > start else np.zeros(0, np.uint8))
         try:
             self.metadata, self._entries = _parsed(text, len(self._bytes))
             self._checksums = self.metadata.pop(_CHECKSUMS, None)
@@ -102,7 +102,7 @@ class File(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         _, shape, begin, end = self._entries[name]
-        return np.asarray(self._bytes[begin:end]).view(self.kind(name)).reshape(shape)
+        return self._bytes[begin:end].view(self.kind(name)).reshape(shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -136,7 +136,7 @@ class File(Mapping[str, np.ndarray]):
         expected = self._expected
         for name in names:
             _, _, begin, end = self._entries[name]
-            if _checksum(np.asarray(self._bytes[begin:end])) != expected[name]:
+            if _checksum(self._bytes[begin:end]) != expected[name]:
                 raise ValueError(
                     f"{self.path} is damaged: the numbers of {name} are not those that were written; take a copy of it"
                 )

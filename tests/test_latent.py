@@ -184,6 +184,35 @@ def test_the_linen_module_reads_and_writes_a_layer_as_the_nnx_module_does():
         np.testing.assert_allclose(x, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("flavor", ["nnx", "linen"])
+def test_a_module_s_own_cache_takes_prompts_and_tokens(flavor):
+    want = _plain("indexer", X)
+    if flavor == "nnx":
+        attn = nnx.clone(_module("indexer"))
+        attn.init_cache(BATCH, LENGTH, v_storage=Dense("float32"))
+        assert attn.cache.get_value().specs == _cache(_module("indexer").layer_spec()).specs
+        decode = nnx.jit(lambda module, x: module.decode(x))
+        call, held = functools.partial(decode, attn), attn.cache.get_value
+    else:
+        attn = jaxkv.linen.LatentAttention(HEADS, WIDTH, **SIZES, **KINDS["indexer"], cache_capacity=LENGTH)
+        state, params = {}, {"params": _params("indexer")}
+        decode = jax.jit(lambda state, x: attn.apply(params | state, x, decode=True, mutable=["cache"]))
+
+        def call(x):
+            y, new = decode(state, x)
+            state.update(new)
+            return y
+
+        def held():
+            return state["cache"]["kv"]
+
+    got = np.concatenate([call(X[:, :4]), *(call(X[:, t : t + 1]) for t in range(4, LENGTH))], 1)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert held().lengths.tolist() == [LENGTH] * BATCH
+    call(X[:, :1])  # past the capacity
+    assert not held().ok.any()
+
+
 def test_gradients_through_a_cache_are_those_without_one():
     graphdef, params = nnx.split(_module("query-rank"))
 

@@ -890,7 +890,7 @@ def test_calls_whose_arguments_do_not_belong_together(flavor):
         ((x, x, None), r"No mask is passed: the reach says who sees whom.*positions=positions, spans=spans"),
         ((x, jnp.ones((1, 1, 3, 3), bool)), r"second argument is bool\(1, 1, 3, 3\), an array"),
         ((X, layer, step), r"x has \[B, T\] = \(2, 8\), the step was begun for \(2, 3\)"),
-        ((x[0],), r"float32\(3, 12\)|float32\[3,12\]|attention needs floating numbers \[B, T, D\]"),
+        ((x[0],), r"float32\(3, 12\)|float32\[3,12\]|give floating numbers \[B, T, D\]"),
         ((x.astype(jnp.int32),), "int32"),
         ((x[..., :5],), "x has 5 features, this module was made for in_features=12"),
     ]:

@@ -196,6 +196,45 @@ def test_linen_and_nnx_share_names_and_numbers(kind):
         assert_close(y, want[:, begin : begin + 6])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flavor", ["nnx", "linen"])
+def test_a_module_s_own_cache_takes_prompts_and_tokens(kind, flavor):
+    made, x, want = module(kind)
+    if flavor == "nnx":
+        alone = nnx.clone(made)
+        alone.init_cache(ROWS, LENGTH, every=3)
+        assert alone.cache.get_value().specs == (made.layer_spec(every=3),)
+        decode = nnx.jit(lambda module, x, positions: module.decode(x, positions))
+        call, held = functools.partial(decode, alone), alone.cache.get_value
+    else:
+        twin = getattr(jaxkv.linen, kind)(FEATURES, **KINDS[kind][0], decode=True)
+        state = {"cache": jax.jit(twin.init)(jax.random.key(0), x)["cache"]}  # as long as x, and left empty
+        params = {"params": nnx.to_pure_dict(nnx.state(made))}
+        decode = jax.jit(lambda state, *args: twin.apply(params | state, args[0], positions=args[1], mutable=["cache"]))
+
+        def call(x, positions):
+            y, new = decode(state, x, positions)
+            state.update(new)
+            return y
+
+        def held():
+            return state["cache"]["kv"]
+
+    assert (held().lengths.tolist(), held().capacity) == ([0] * ROWS, LENGTH)
+    positions = np.tile(np.arange(-1, 6, dtype=np.int32), (ROWS, 1))  # the first one is padding
+    padded = np.concatenate([np.full((ROWS, 1, FEATURES), 9.0, np.float32), x[:, :6]], 1)
+    parts = [call(padded, positions)[:, 1:], *(call(x[:, t : t + 1], None) for t in range(6, LENGTH))]
+    assert_close(np.concatenate(parts, 1), want)
+    assert np.asarray(call(x[:, :1], None)).shape == (ROWS, 1, FEATURES) and not held().ok.any()
+
+
+def test_spans_are_refused_where_a_state_is_kept():
+    alone = nnx.clone(module("ShortConv")[0])
+    alone.init_cache(ROWS, LENGTH)
+    with pytest.raises(ValueError, match=r"spans were given to a layer of Recurrent.* one by one"):
+        alone.decode(jnp.ones((ROWS, 2, FEATURES)), spans=jnp.ones((ROWS, 2), jnp.int32))
+
+
 def test_what_does_not_belong_to_a_module_is_refused():
     made, x, _ = module("ShortConv")
     cache = new_cache(made)

@@ -17,6 +17,7 @@ import pytest
 
 import jaxkv
 from jaxkv import Cache, Chunk, Cross, Dense, Float8, Full, Int4, Int8, LayerSpec, Pages, Rotary, Snapshot, Window
+from jaxkv.cache import restore
 from jaxkv.safetensors import File, write
 
 R, CAPACITY, LENGTHS = 3, 24, [13, 7, 0]
@@ -134,6 +135,40 @@ def test_loading_over_rows_that_hold_others_forgets_those_and_leaves_the_rest(pa
     )
     assert_same(arrays(again, [1]), arrays(path, [1]))
     assert_same(arrays(again, [2]), arrays(path, [0]))
+
+
+def test_nothing_but_a_change_of_hands_is_compiled_to_load_into_memory(path, monkeypatch):
+    def compiled(*args, **kwargs):
+        raise AssertionError("numbers of the same storage go into memory as they are")
+
+    monkeypatch.setattr(restore, "_write", compiled)
+    cache = Cache.init(SPECS, R, CAPACITY, max_block=4)
+    places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache.layers)]
+    cache = cache.load(path)
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache.layers)] == places
+    cache.save(path.with_name("again"))
+    assert_same(arrays(path.with_name("again"), [0, 1, 2]), arrays(path, [0, 1, 2]))
+
+
+def test_memory_that_somebody_else_still_reads_keeps_its_numbers(path):
+    cache = Cache.init(SPECS, R, CAPACITY, max_block=4)
+    views = [np.asarray(x) for x in jax.tree.leaves(cache.layers)]
+    before = [np.array(x) for x in views]
+    cache = cache.load(path)
+    for x, y in zip(views, before, strict=True):
+        np.testing.assert_array_equal(x, y)
+    cache.save(path.with_name("again"))
+    assert_same(arrays(path.with_name("again"), [0, 1, 2]), arrays(path, [0, 1, 2]))
+
+
+def test_layers_of_one_stack_that_were_stored_apart_come_into_one_storage(tmp_path):
+    one, other = (LayerSpec(Full(), 1, 2, None, Dense(dtype)) for dtype in ("float32", "float16"))
+    cache, step = Cache.init([one, other], 1, 8).begin(jnp.arange(3)[None])
+    x = jnp.arange(6.0).reshape(1, 3, 1, 2)
+    cache = cache.with_layers([layer.put(step, x + i, -x) for i, layer in enumerate(cache.layers)])
+    cache.save(tmp_path / "rows")
+    stack = Cache.init([one, one], 1, 8, stacked=True).load(tmp_path / "rows").layers[0]
+    np.testing.assert_array_equal(stack.k[:, 0, 0, :3], np.stack([x[0, :, 0], x[0, :, 0] + 1]))
 
 
 def test_another_storage_gets_what_the_first_one_has(path):

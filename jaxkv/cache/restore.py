@@ -5,8 +5,10 @@ All is checked, and worked out on the host, before the first number goes into a 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -34,7 +36,7 @@ from jaxkv.cache.spec import EMPTY
 from jaxkv.errors import CacheFullError
 from jaxkv.meshes import automatic, like
 
-_BLOCK = 2048  # tokens that go to the device at a time, where they can't be read in place
+_BLOCK = 2048  # tokens that go to a device at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,26 +53,36 @@ class _Move:
     start: np.ndarray  # int [m], the first slot there
 
     @functools.cached_property
-    def blocks(self) -> list[_Block]:
-        """The units in turn, as many as go to the device at a time; the same for all layers of the group."""
-        return self._cut(max(_BLOCK // self.unit, 1))
+    def stretches(self) -> list[tuple[int, slice, slice | None]]:
+        """Slots that lie together: where they lie, and which tokens go there, None for none; the same for all layers.
+
+        All slots of the units are in one, in turn.
+        """
+        token = np.full(len(self.units) * self.unit, -1)
+        token[np.searchsorted(self.units, self.slots // self.unit) * self.unit + self.slots % self.unit] = self.tokens
+        lead = np.repeat(self.lead, self.unit)
+        slot = (self.start[:, None] + np.arange(self.unit)).reshape(-1)
+        goes_on = (np.diff(lead) == 0) & (np.diff(slot) == 1)
+        goes_on &= np.where(token[:-1] < 0, token[1:] < 0, np.diff(token) == 1)
+        cuts = [0, *(np.flatnonzero(~goes_on) + 1).tolist(), len(token)] if len(token) else []
+        found = []
+        for begin, end in itertools.pairwise(cuts):
+            there, first = int(slot[begin]), int(token[begin])
+            tokens = None if first < 0 else slice(first, first + end - begin)
+            found.append((int(lead[begin]), slice(there, there + end - begin), tokens))
+        return found
 
     @functools.cached_property
-    def whole(self) -> list[_Block] | None:
-        """All units at once, if the row's tokens fill them: they need no other place before they go to the device."""
-        filled = len(self.slots) == self.count == padded(len(self.units)) * self.unit
-        return self._cut(len(self.units)) if filled else None
-
-    def _cut(self, most: int) -> list[_Block]:
-        which, blocks = np.searchsorted(self.units, self.slots // self.unit), []
+    def blocks(self) -> list[_Block]:
+        """The units in turn, as many as go to the device at a time; the same for all layers of the group."""
+        which, most, blocks = np.searchsorted(self.units, self.slots // self.unit), max(_BLOCK // self.unit, 1), []
         for begin in range(0, len(self.units), most):
             count = min(most, len(self.units) - begin)
             lead, start = (np.zeros(padded(count), np.int32) for _ in range(2))
             lead[:count], start[:count] = (x[begin : begin + count] for x in (self.lead, self.start))
             here = np.flatnonzero((which >= begin) & (which < begin + count))
-            target = _together((which[here] - begin) * self.unit + self.slots[here] % self.unit)
-            size = padded(count) * self.unit
-            blocks.append(_Block(lead, start, np.int32(count), _together(self.tokens[here]), target, size))
+            target = (which[here] - begin) * self.unit + self.slots[here] % self.unit
+            blocks.append(_Block(lead, start, np.int32(count), self.tokens[here], target, padded(count) * self.unit))
         return blocks
 
 
@@ -81,8 +93,8 @@ class _Block:
     lead: np.ndarray  # int32 [m]
     start: np.ndarray  # int32 [m]
     count: np.int32  # how many of the m units there are
-    source: Any  # which tokens of the row, a slice or int [n]
-    target: Any  # where in the units they go
+    source: np.ndarray  # int [n], which tokens of the row
+    target: np.ndarray  # int [n], where in the units they go
     size: int  # slots of the m units
 
 
@@ -121,27 +133,31 @@ def load(
     books, moves = _bookkeeping(file, cache, into, taken)
     lengths, ok = np.array(cache.lengths), np.array(cache.ok)
     lengths[into], ok[into] = file.lengths[taken], file.array("ok", bool, (file.num_rows,))[taken]
-    where = list(zip(sources, one_by_one(cache), strict=True))
-    names = []
-    for number, (entry, _) in where:
-        for name, part in parts(cache.layers[entry]).items():
-            form = _Form.of(file, number, name, part)
-            for move in moves[cache.layers[entry].group]:
-                names += form.expect(file, move)
-    file.check(names)
+    puts = [
+        (entry, index, name, _Form.of(file, number, name, part))
+        for number, (entry, index) in zip(sources, one_by_one(cache), strict=True)
+        for name, part in parts(cache.layers[entry]).items()
+    ]
+    groups = [layer.group for layer in cache.layers]
+    file.check([x for entry, _, _, form in puts for move in moves[groups[entry]] for x in form.expect(file, move)])
 
-    layers = list(cache.layers)
-    for number, (entry, index) in where:
-        stored = {}
-        for name, part in parts(layers[entry]).items():
-            form = _Form.of(file, number, name, part)
-            buffers = part.stored
-            for move in moves[layers[entry].group]:
+    stored = _taken_over([{name: part.stored for name, part in parts(layer).items()} for layer in cache.layers])
+    computed = {(entry, name) for entry, _, name, form in puts if form.converts}  # the whole stack, if one layer is
+    for entry, index, name, form in puts:
+        buffers = stored[entry][name]
+        for move in moves[groups[entry]]:
+            if (entry, name) not in computed and all(map(_in_memory, jax.tree.leaves(buffers))):
+                for buffer, array in zip(jax.tree.leaves(buffers), form.arrays(file, move), strict=True):
+                    _fill(buffer, index, array, move.stretches)
+            else:
+                at = None if index is None else np.int32(index)
                 for block in form.blocks(file, move):
-                    at = None if index is None else np.int32(index)
-                    buffers = _write(buffers, at, *block, source=form.storage, target=part.storage, size=part.size)
-            stored[name] = jax.tree.map(_placed, buffers, part.stored)
-        layers[entry] = with_parts(layers[entry], stored)
+                    buffers = _write(buffers, at, *block, source=form.storage, target=form.target, size=form.size)
+        stored[entry][name] = buffers
+    layers = [
+        with_parts(layer, {name: jax.tree.map(_placed, mine[name], part.stored) for name, part in parts(layer).items()})
+        for layer, mine in zip(cache.layers, stored, strict=True)
+    ]
     num_groups, num_books = len(cache.groups), len(cache.groups) + len(cache.recurrent)
     return dataclasses.replace(
         cache,
@@ -257,7 +273,8 @@ class _Form:
     prefix: str  # of the names of arrays, with a place for the row
     storage: Any
     tree: Any  # what its storage allocates for one token: a pytree of [K, 1, h]
-    converts: bool  # whether the cache has another storage
+    target: Any  # the storage of the cache
+    size: int  # of a vector
 
     @classmethod
     def of(cls, file: Snapshot, number: int, name: str, part: Part) -> _Form:
@@ -273,7 +290,12 @@ class _Form:
                 _check_converts(storage, part.storage, part.num_heads, part.size)
             except ValueError as error:
                 raise ValueError(f"{file.path}: {name} of layer {number} was kept by {storage}: {error}") from error
-        return cls(f"rows.{{}}.layers.{number}.{name}", storage, tree, storage != part.storage)
+        return cls(f"rows.{{}}.layers.{number}.{name}", storage, tree, part.storage, part.size)
+
+    @property
+    def converts(self) -> bool:
+        """Whether the cache has another storage."""
+        return bool(self.storage != self.target)
 
     def names(self, row: int) -> dict[str, Any]:
         """Returns the names of the arrays of one row, and what one token has in each."""
@@ -298,12 +320,15 @@ class _Form:
         Yields:
           lead int32 [m], start int32 [m], how many of the m units there are, pieces [K, m * unit, h].
         """
-        arrays = [file.numbers(name, one.dtype) for name, one in self.names(move.row).items()]
-        blocks = move.blocks if self.converts or move.whole is None else move.whole
-        for block in blocks:
-            pieces = [_filled_up(array, block.source, block.target, block.size) for array in arrays]
+        arrays = self.arrays(file, move)
+        for block in move.blocks:
+            pieces = [_filled_up(array, block) for array in arrays]
             tree = jax.tree.unflatten(jax.tree.structure(self.tree), pieces)
             yield block.lead, block.start, block.count, tree
+
+    def arrays(self, file: Snapshot, move: _Move) -> list[np.ndarray]:
+        """Returns what the file has of the row, each [K, n, h], in the order of the leaves."""
+        return [file.numbers(name, one.dtype) for name, one in self.names(move.row).items()]
 
 
 @functools.lru_cache(256)  # tracing takes longer than reading what a layer keeps
@@ -319,28 +344,50 @@ def _check_converts(source: Any, target: Any, num_heads: int, size: int) -> None
     jax.eval_shape(convert, _of_token(source, num_heads, size))
 
 
-def _filled_up(array: np.ndarray, source: Any, target: Any, size: int) -> np.ndarray:
-    """Returns some tokens of an array [K, n, h] in their places, 0 in others: [K, size, h].
-
-    Without a copy where it can be, and where XLA makes none either: it reads aligned memory in place.
-    """
-    if isinstance(target, slice) and source == target == slice(0, size) and aligned.is_aligned(array[:, source]):
-        return array[:, source]
-    filled = aligned.empty((array.shape[0], size, array.shape[2]), array.dtype)
-    if isinstance(target, slice):
-        filled[:, : target.start] = 0
-        filled[:, target.stop :] = 0
-    else:
-        filled[...] = 0
-    filled[:, target] = array[:, source]
+def _filled_up(array: np.ndarray, block: _Block) -> np.ndarray:
+    """Returns some tokens of an array [K, n, h] in their places, 0 in others: [K, size, h]."""
+    filled = aligned.empty((array.shape[0], block.size, array.shape[2]), array.dtype)
+    filled[...] = 0
+    filled[:, block.target] = array[:, block.source]
     return filled
 
 
-def _together(numbers: np.ndarray) -> Any:
-    """Returns numbers as a slice if they are consecutive: int [n]."""
-    if len(numbers) and (np.diff(numbers) == 1).all():
-        return slice(int(numbers[0]), int(numbers[-1]) + 1)
-    return numbers
+def _in_memory(buffer: Any) -> bool:
+    """Returns whether a buffer lies in memory that this process can write to, in one piece."""
+    devices = buffer.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def _taken_over(tree: Any) -> Any:
+    """Returns a tree whose buffers in memory nobody else has, so that they can be written in place.
+
+    XLA gives a donated buffer's memory away once nothing reads it any more, and where somebody still holds it, a copy.
+    """
+    buffers, structure = jax.tree.flatten(tree)
+    by_device: dict[Any, list[int]] = {}
+    for i, buffer in enumerate(buffers):
+        if _in_memory(buffer):
+            by_device.setdefault(next(iter(buffer.devices())), []).append(i)
+    for places in by_device.values():
+        for i, new in zip(places, jax.block_until_ready(_handed_on([buffers[i] for i in places])), strict=True):
+            buffers[i] = new
+    return jax.tree.unflatten(structure, buffers)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _handed_on(buffers: Any) -> Any:
+    return buffers
+
+
+def _fill(buffer: Any, index: int | None, array: np.ndarray, stretches: list[tuple[int, slice, slice | None]]) -> None:
+    """Writes a row's tokens, [K, n, h], into a buffer in memory that nobody else has: nothing is compiled for it."""
+    if not buffer.size:
+        return
+    memory = (ctypes.c_uint8 * buffer.nbytes).from_address(buffer.unsafe_buffer_pointer())
+    there = np.frombuffer(memory, np.uint8).view(buffer.dtype).reshape(buffer.shape)
+    there = there if index is None else there[index]
+    for lead, slots, tokens in stretches:
+        there[lead, :, slots] = 0 if tokens is None else array[:, tokens]
 
 
 @functools.partial(jax.jit, static_argnames=("source", "target", "size"), donate_argnums=0)
@@ -375,7 +422,7 @@ def _converted(pieces: Any, *, source: Any, target: Any, size: int) -> Any:
 def _like(x: np.ndarray, old: Any) -> Any:
     """Returns an array from the host where another lies."""
     x = np.asarray(x)
-    return jax.device_put(x, old.sharding) if old.committed else jnp.asarray(x)
+    return jax.device_put(x, old.sharding) if old.committed else jax.device_put(x)
 
 
 def _placed(new: Any, old: Any) -> Any:

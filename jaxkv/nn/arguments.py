@@ -11,9 +11,16 @@ from jaxkv.kinds import kind_of
 from jaxkv.nn.heads import Heads
 
 
+def check_input(name: str, x: Any) -> None:
+    """Raises ValueError unless x is floating numbers [B, T, D]."""
+    if getattr(x, "ndim", None) != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+        what = f"{x.dtype}{x.shape}" if hasattr(x, "shape") else type(x).__name__
+        raise ValueError(f"{name} is {what}; give floating numbers [B, T, D]: a batch of sequences")
+
+
 def check_call(heads: Any, x: Any, layer: Any, step: Any, positions: Any, spans: Any) -> None:
     """Raises ValueError if the arguments of a module's call don't belong together or to this module."""
-    _check_input("x", x)
+    check_input("x", x)
     if layer is None and step is None:
         return
     if step is None and _is_array(layer):
@@ -65,7 +72,7 @@ def check_kv(heads: Heads, x: Any, layer: Any, kv: Any, return_kv: bool) -> None
 
 def check_cross_call(heads: Heads, x: Any, layer: Any, step: Any, encoded: Any) -> None:
     """Raises ValueError if the arguments of a cross-attention's call don't belong together or to this module."""
-    _check_input("x", x)
+    check_input("x", x)
     if encoded is None:
         if step is None and _is_array(layer):
             raise ValueError(
@@ -92,7 +99,7 @@ def check_cross_call(heads: Heads, x: Any, layer: Any, step: Any, encoded: Any) 
 
 def check_encoded(heads: Heads, encoded: Any, layer: Any = None) -> None:
     """Raises ValueError unless `encoded` is an encoder's output that the reach, and the layer, can hold."""
-    _check_input("encoded", encoded)
+    check_input("encoded", encoded)
     if layer is not None:
         _check_layer(heads, layer)
     size = heads.reach.size
@@ -118,9 +125,3 @@ def _check_layer(heads: Any, layer: Any) -> None:
 
 def _is_array(x: Any) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
-def _check_input(name: str, x: Any) -> None:
-    if getattr(x, "ndim", None) != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
-        what = f"{x.dtype}{x.shape}" if hasattr(x, "shape") else type(x).__name__
-        raise ValueError(f"{name} is {what}; attention needs floating numbers [B, T, D]: a batch of sequences")

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import LayerSpec, Reach
 from jaxkv.cache.storage import Dense
 from jaxkv.nn.attend import attend
@@ -221,33 +220,6 @@ class Heads:
             "dropout_key": key,
             "broadcast_dropout": self.broadcast_dropout,
         }
-
-    def own_cache(
-        self, num_rows: int, capacity: int, dtype: Any, k_storage: Any = None, v_storage: Any = None, **options: Any
-    ) -> Cache:
-        """Returns an empty cache of this one layer, for a module that hides it.
-
-        Raises:
-          ValueError: if this layer reads another one's keys and values.
-        """
-        if self.shares is not None:
-            raise ValueError(
-                f"this module shares layer {self.shares}, so it has no cache of its own: make one for all layers"
-            )
-        if self.reach.size is None and options.get("max_block") is None:
-            options["max_block"] = capacity
-        return Cache.init([self.layer_spec(k_storage, v_storage, dtype)], num_rows, capacity, **options)
-
-    def begin(self, cache: Cache, x: Any, positions: Any, spans: Any) -> tuple[Cache, Any]:
-        """Returns (cache, step) for x [B, T, D] in a hidden cache; positions None continues every row."""
-        if x.ndim != 3 or x.shape[0] != cache.num_rows:
-            raise ValueError(
-                f"x has shape {x.shape}, the module's own cache has {cache.num_rows} rows; give x [B, T, D] with as "
-                "many batch rows, or make a cache of that size"
-            )
-        if positions is None:
-            positions = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
-        return cache.begin(positions, spans=spans)
 
     def _rotated(self, x: Any, positions: Any) -> Any:
         """Returns queries or keys [B, T, N, H] rotated to their positions [B, T]."""

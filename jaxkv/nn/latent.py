@@ -275,7 +275,7 @@ class LatentModule:
         raise NotImplementedError
 
     def _attend(self, x: Any, layer: Any, step: Any, positions: Any, spans: Any, expand: Any, dropout_key: Any) -> Any:
-        """Returns what a call returns; `expand` and `dropout_key` are as in `LatentHeads.attend`."""
+        """Returns (y, the layer or None); `expand` and `dropout_key` are as in `LatentHeads.attend`."""
         heads = self._heads()
         check_call(heads, x, layer, step, positions, spans)
         if x.shape[-1] != self.in_features:
@@ -302,8 +302,7 @@ class LatentModule:
             index=index,
             dropout_key=dropout_key,
         )
-        y = self.out(y)
-        return y if layer is None else (y, layer)
+        return self.out(y), layer
 
     def _index_keys(self, x: Any) -> Any:
         """Returns the indexer's keys, [B, T, d]: layer-normalized."""

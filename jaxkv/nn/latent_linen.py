@@ -14,6 +14,7 @@ from jaxkv.cache.spec import Full, Reach
 from jaxkv.nn import dropout
 from jaxkv.nn.indexer import Indexer
 from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased, checked_indexer
+from jaxkv.nn.own_linen import ATTRIBUTES, OwnCache, returned
 from jaxkv.nn.product import dot_general
 from jaxkv.nn.recurrent_linen import Scale
 
@@ -31,13 +32,14 @@ class Affine(nn.Module):
         return scale, self.param("bias", nn.initializers.zeros_init(), (self.size,), self.param_dtype)
 
 
-class LatentAttention(LatentModule, nn.Module):
+class LatentAttention(OwnCache, LatentModule, nn.Module):
     __doc__ = f"""Multi-head latent attention (DeepSeek): the cache keeps one latent and one rotary key per token.
 
     The parameters have the names and shapes of those of `jaxkv.nnx.LatentAttention`.
 
     Attributes:
       {OPTIONS}
+      {ATTRIBUTES}
 
     Raises:
       ValueError: when called, for sizes below 1, or names that are not known.
@@ -78,6 +80,8 @@ class LatentAttention(LatentModule, nn.Module):
     bias_init: Any = nn.initializers.zeros_init()
     expand_init: Any = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
     implementation: str = "auto"
+    decode: bool = False
+    cache_capacity: int | None = None
 
     def setup(self) -> None:
         heads, with_bias = self._heads(), biased(self.use_bias)
@@ -108,6 +112,7 @@ class LatentAttention(LatentModule, nn.Module):
         self.expand = self.param("expand", self.expand_init, shape, self.param_dtype)
         self.out = linear(self.in_features if self.out_features is None else self.out_features, "out", axis=(-2, -1))
 
+    @nn.compact  # for the variable of its own cache
     def __call__(
         self,
         x: Any,
@@ -118,11 +123,13 @@ class LatentAttention(LatentModule, nn.Module):
         spans: Any = None,
         deterministic: bool | None = None,
         dropout_rng: Any = None,
+        decode: bool | None = None,
     ) -> Any:
         """Returns attention over the layer after storing the call's tokens in it, or over x itself without a layer.
 
         Args:
           x, layer, step, positions, spans, deterministic: as in `jaxkv.nnx.LatentAttention`.
+          decode: overrides the attribute of this name; as in `jaxkv.linen.Attention`.
           dropout_rng: without a layer: the key of the dropout, instead of `make_rng("dropout")`.
 
         Returns:
@@ -132,7 +139,11 @@ class LatentAttention(LatentModule, nn.Module):
           ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
         """
         key = dropout.key_of_call(self, layer, deterministic, functools.partial(dropout.draw_linen, self, dropout_rng))
-        return self._attend(x, layer, step, positions, spans, self.expand, key)
+        hidden = self._hidden(x, layer, positions, spans, decode)
+        if hidden is not None:
+            layer, step, positions, spans = hidden.layer, hidden.step, None, None
+        y, layer = self._attend(x, layer, step, positions, spans, self.expand, key)
+        return returned(y, layer, hidden)
 
     def _heads(self) -> LatentHeads:
         return LatentHeads(

@@ -15,6 +15,7 @@ from jaxkv.nn import dropout
 from jaxkv.nn.fuse import Transposed
 from jaxkv.nn.indexer import Indexer
 from jaxkv.nn.latent import OPTIONS, LatentHeads, LatentModule, biased, checked_indexer
+from jaxkv.nn.own_nnx import OwnCache
 from jaxkv.nn.product import dot_general
 from jaxkv.nn.recurrent_nnx import Scale
 
@@ -33,7 +34,7 @@ class Affine(nnx.Module):
         return self.scale[...], self.bias[...]
 
 
-class LatentAttention(LatentModule, nnx.Module):
+class LatentAttention(OwnCache, LatentModule, nnx.Module):
     __doc__ = f"""Multi-head latent attention (DeepSeek): the cache keeps one latent and one rotary key per token.
 
     Decoding with a cache makes no keys and values of heads: queries are projected to the latents, and what was read of
@@ -164,7 +165,8 @@ class LatentAttention(LatentModule, nnx.Module):
           ValueError: while tracing, for shapes that don't fit, or a layer that was not made for this module.
         """
         key = dropout.key_of_call(self, layer, deterministic, functools.partial(dropout.draw_nnx, self, rngs))
-        return self._attend(x, layer, step, positions, spans, self.expand[...], key)
+        y, layer = self._attend(x, layer, step, positions, spans, self.expand[...], key)
+        return y if layer is None else (y, layer)
 
     def _heads(self) -> LatentHeads:
         return self.heads

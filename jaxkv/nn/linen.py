@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxkv.cache.cache import Cache
-from jaxkv.cache.spec import Cross, Full, Reach
+from jaxkv.cache.spec import Cross, Full, LayerSpec, Reach
 from jaxkv.kinds import kind_of
 from jaxkv.meshes import forward
 from jaxkv.nn import dropout
@@ -20,6 +20,7 @@ from jaxkv.nn.arguments import check_call, check_kv
 from jaxkv.nn.heads import PROJECTIONS, Heads, QueryTemperature, biased, qk_scale
 from jaxkv.nn.latent_linen import LatentAttention as LatentAttention
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
+from jaxkv.nn.own_linen import OwnCache, returned
 from jaxkv.nn.porting import attention_params as attention_params
 from jaxkv.nn.product import dot_general
 from jaxkv.nn.recurrent_linen import GatedDelta as GatedDelta
@@ -28,7 +29,7 @@ from jaxkv.nn.recurrent_linen import Scale
 from jaxkv.nn.recurrent_linen import ShortConv as ShortConv
 
 
-class Attention(AttentionModule, nn.Module):
+class Attention(OwnCache, AttentionModule, nn.Module):
     __doc__ = f"""Causal self-attention over a cache layer, or, without one, over its own input.
 
     With the default arguments the parameters are those of `flax.linen.MultiHeadDotProductAttention`, so its checkpoints
@@ -143,24 +144,12 @@ class Attention(AttentionModule, nn.Module):
         >>> state["cache"]["kv"].lengths
         Array([4], dtype=int32)
         """
-        decode = self.decode if decode is None else decode
         heads = self._heads(x.shape[-1])
         check_call(heads, x, layer, step, positions, spans)
         check_kv(heads, x, layer, kv, return_kv)
-        hidden = None
-        if decode:
-            if layer is not None:
-                raise ValueError(
-                    "decode=True uses the module's own cache, but a layer was given; give only one of them"
-                )
-            hidden = self.variable("cache", "kv", self._own_cache, heads, x)
-            if self.is_initializing():  # init runs the call: it makes the cache and must leave it empty
-                hidden = None
-        cache = None
+        hidden = self._hidden(x, layer, positions, spans, decode)
         if hidden is not None:
-            cache, step = heads.begin(hidden.value, x, positions, spans)
-            layer, positions, spans = cache.layers[0], None, None
-
+            layer, step, positions, spans = hidden.layer, hidden.step, None, None
         out_features = x.shape[-1] if self.out_features is None else self.out_features
         linear = {name: functools.partial(_projection, self, heads, out_features, name) for name in PROJECTIONS}
         q, k, v = linear["query"](name="query")(x), None, None
@@ -176,10 +165,7 @@ class Attention(AttentionModule, nn.Module):
         rest = {"kv": kv, "positions": positions, "spans": spans, "sink_logits": sinks, "dropout_key": key}
         y, kept = heads.attend(q, k, v, layer, step, **rest)
         y = linear["out"](name="out")(y if gate is None else y * gate)
-        if hidden is not None and cache is not None:
-            hidden.value = cache.with_layers([kept])
-            return y
-        return y if layer is None and not return_kv else (y, kept)
+        return returned(y, kept if layer is not None or return_kv else None, hidden)
 
     def _heads(self, features: int | None = None) -> Heads:
         if self.in_features is not None and features is not None and features != self.in_features:
@@ -202,14 +188,8 @@ class Attention(AttentionModule, nn.Module):
             broadcast_dropout=self.broadcast_dropout,
         )
 
-    def _own_cache(self, heads: Heads, x: Any) -> Cache:
-        capacity = self.cache_capacity
-        if capacity is None and not self.is_initializing():
-            raise ValueError(
-                "decode: the module has no cache yet, and its length is not known; give cache_capacity to the "
-                "module, or make the cache by init with an input of that length"
-            )
-        return heads.own_cache(x.shape[0], x.shape[1] if capacity is None else capacity, self._kept_dtype)
+    def _own_spec(self, x: Any) -> LayerSpec:  # in_features may be that of the input
+        return self._heads(x.shape[-1]).layer_spec(dtype=self._kept_dtype)
 
 
 class CrossAttention(CrossAttentionModule, nn.Module):

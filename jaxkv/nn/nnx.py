@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxkv.nn.fuse import fuse as fuse
 from jaxkv.nn.heads import Heads, QueryTemperature, biased, qk_scale
 from jaxkv.nn.latent_nnx import LatentAttention as LatentAttention
 from jaxkv.nn.module import CROSS, OPTIONS, SIZES, AttentionModule, CrossAttentionModule
+from jaxkv.nn.own_nnx import OwnCache
 from jaxkv.nn.porting import attention_params as attention_params
 from jaxkv.nn.product import dot_general
 from jaxkv.nn.recurrent_nnx import GatedDelta as GatedDelta
@@ -30,7 +31,7 @@ from jaxkv.nn.recurrent_nnx import Scale
 from jaxkv.nn.recurrent_nnx import ShortConv as ShortConv
 
 
-class Attention(AttentionModule, nnx.Module):
+class Attention(OwnCache, AttentionModule, nnx.Module):
     __doc__ = f"""Causal self-attention over a cache layer, or, without one, over its own input.
 
     With the default arguments the parameters are those of `flax.nnx.MultiHeadAttention`, so its checkpoints load
@@ -133,7 +134,6 @@ class Attention(AttentionModule, nnx.Module):
         self.value_norm = value_norm
         self.sink_logits = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sink_logits else nnx.data(None)
         self.qkv: Joined | None = nnx.data(None)  # instead of query, key and value, after `fuse`
-        self.cache: nnx.Cache | None = nnx.data(None)
 
     def __call__(
         self,
@@ -205,69 +205,6 @@ class Attention(AttentionModule, nnx.Module):
                 parts = [self.query, self.key, self.value]
                 self.qkv = Joined([part for part in parts if part is not None])
                 self.query = self.key = self.value = nnx.data(None)
-
-    def init_cache(
-        self,
-        num_rows: int,
-        capacity: int | None = None,
-        *,
-        k_storage: Any = None,
-        v_storage: Any = None,
-        **options: Any,
-    ) -> None:
-        """Gives this module its own empty cache, which `decode` reads and writes: one `nnx.Cache` variable.
-
-        For quick use of a single module. A model does better with one cache for all its layers, given to the call:
-        then one `begin` serves them all, and the cache can be handled apart from the parameters.
-
-        Args:
-          num_rows: sequences, the batch size of `decode`.
-          capacity: tokens a sequence can hold.
-          k_storage, v_storage: how keys and values are kept; None means `Dense` of the dtype of the computation.
-          **options: further arguments of `Cache.init`. `max_block` is by default the capacity if the reach is Full, so
-            that prompts of any length can be read at once.
-
-        Raises:
-          ValueError: for the shape of an input, as Flax's `init_cache` takes it.
-
-        >>> from flax import nnx
-        >>> attn = jaxkv.nnx.Attention(2, 8, rngs=nnx.Rngs(0))
-        >>> attn.init_cache(num_rows=1, capacity=16)
-        >>> attn.decode(jnp.ones((1, 3, 8))).shape, attn.decode(jnp.ones((1, 1, 8))).shape
-        ((1, 3, 8), (1, 1, 8))
-        >>> attn.cache.get_value().lengths
-        Array([4], dtype=int32)
-        """
-        if capacity is None or isinstance(num_rows, Sequence):  # as Flax's is called
-            raise ValueError(
-                f"init_cache got num_rows={num_rows!r}, capacity={capacity!r}; unlike Flax's it takes no shape but two "
-                "numbers, init_cache(num_rows, capacity): the sequences, and the tokens that each of them can hold"
-            )
-        own = self.heads.own_cache(num_rows, capacity, self._kept_dtype, k_storage, v_storage, **options)
-        self.cache = nnx.Cache(own)
-
-    def decode(self, x: Any, positions: Any = None, *, spans: Any = None) -> Any:
-        """Returns attention over the module's own cache, which takes the tokens of x: one token or a whole prompt.
-
-        Args:
-          x: [B, T, D], one batch row per row of the cache.
-          positions: int32 [B, T], EMPTY for padding; None continues every row where it ended.
-          spans: int32 [B, T]; tokens of the same span other than 0 see each other in both directions.
-
-        Returns:
-          [B, T, out_features]. Zeros before the output projection where a row did not fit any more;
-          `attn.cache.get_value().check()` says so.
-
-        Raises:
-          ValueError: before `init_cache`, or for a batch of another size than the cache.
-        """
-        if self.cache is None:
-            raise ValueError("decode: this module has no cache of its own yet; call init_cache(num_rows, capacity)")
-        cache = self.cache.get_value()
-        cache, step = self.heads.begin(cache, x, positions, spans)
-        y, layer = self(x, cache.layers[0], step)
-        self.cache.set_value(cache.with_layers([layer]))
-        return y
 
 
 class CrossAttention(CrossAttentionModule, nnx.Module):

@@ -19,6 +19,7 @@ from jaxkv.cache.spec import EMPTY, LayerSpec, Recurrent
 from jaxkv.cache.state_layer import StateLayer
 from jaxkv.kinds import kind_of
 from jaxkv.meshes import automatic, like, spec_of
+from jaxkv.nn.arguments import check_input
 
 # (inputs packed [B, T, ...], weights, tail, state, which tokens are real [B, T], after how many of them states are
 # asked for [B, M] or None) -> (output [B, T, ...] packed, tails [B, M, ...], states [B, M, ...])
@@ -62,9 +63,7 @@ class RecurrentModule:
 
     def _check(self, x: Any, layer: Any, step: Any, positions: Any) -> None:
         """Raises ValueError if the arguments of a call don't belong together, or to this module."""
-        if getattr(x, "ndim", None) != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
-            what = f"{x.dtype}{x.shape}" if hasattr(x, "shape") else type(x).__name__
-            raise ValueError(f"x is {what}; give floating numbers [B, T, D]: a batch of sequences")
+        check_input("x", x)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, this module was made for in_features={self.in_features}")
         if layer is None and step is None:

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxkv.nn import gated_delta, mamba2, recurrence, short_conv
+from jaxkv.nn.own_linen import ATTRIBUTES, OwnCache, returned
 from jaxkv.nn.product import dot_general
+
+_CALL = recurrence.CALL.replace(
+    "\n\n        Returns:",
+    """
+          decode: overrides the attribute of this name; as in `jaxkv.linen.Attention`.
+
+        Returns:""",
+)
 
 
 class ConvKernel(nn.Module):
@@ -44,13 +53,14 @@ class Scale(nn.Module):
         return self.param("scale", nn.initializers.ones_init(), self.shape, self.param_dtype)
 
 
-class ShortConv(short_conv.ShortConvModule, nn.Module):
+class ShortConv(OwnCache, short_conv.ShortConvModule, nn.Module):
     __doc__ = f"""A short convolution between two products, as in LFM2, that reads its past out of a cache layer.
 
     Parameters: `in_proj` of b, c and x, `conv`, `out_proj`.
 
     Attributes:
       {short_conv.ARGUMENTS}
+      {ATTRIBUTES}
 
     Raises:
       ValueError: when called, for a kernel size below 2.
@@ -76,10 +86,23 @@ class ShortConv(short_conv.ShortConvModule, nn.Module):
     precision: Any = None
     kernel_init: Any = nn.linear.default_kernel_init
     bias_init: Any = nn.initializers.zeros_init()
+    decode: bool = False
+    cache_capacity: int | None = None
 
     @nn.compact
-    def __call__(self, x: Any, layer: Any = None, step: Any = None, *, positions: Any = None) -> Any:
+    def __call__(
+        self,
+        x: Any,
+        layer: Any = None,
+        step: Any = None,
+        *,
+        positions: Any = None,
+        decode: bool | None = None,
+    ) -> Any:
         self._check(x, layer, step, positions)
+        hidden = self._hidden(x, layer, positions, None, decode)
+        if hidden is not None:
+            layer, step, positions = hidden.layer, hidden.step, None
         parameters = {"use_bias": self.use_bias, "param_dtype": self.param_dtype}
         parameters |= {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
         linear = {"dtype": self.dtype, "precision": self.precision, "dot_general": dot_general, **parameters}
@@ -87,12 +110,12 @@ class ShortConv(short_conv.ShortConvModule, nn.Module):
         weights = ConvKernel(self.kernel_size, self.in_features, name="conv", **parameters)()
         y, layer = self._mix(projected, weights, layer, step, positions)
         y = nn.Dense(self.in_features, name="out_proj", **linear)(y)
-        return y if layer is None else (y, layer)
+        return returned(y, layer, hidden)
 
-    __call__.__doc__ = recurrence.CALL
+    __call__.__doc__ = _CALL
 
 
-class GatedDelta(gated_delta.GatedDeltaModule, nn.Module):
+class GatedDelta(OwnCache, gated_delta.GatedDeltaModule, nn.Module):
     __doc__ = f"""A gated delta layer, as in Qwen3-Next, that reads its past out of a cache layer.
 
     Parameters: `qkvz` and `ba`, projections for each key head; `conv`; `a_log` and `dt_bias`, how fast each value head
@@ -100,6 +123,7 @@ class GatedDelta(gated_delta.GatedDeltaModule, nn.Module):
 
     Attributes:
       {gated_delta.ARGUMENTS}
+      {ATTRIBUTES}
 
     Raises:
       ValueError: when called, for sizes that don't fit together, naming both.
@@ -123,10 +147,23 @@ class GatedDelta(gated_delta.GatedDeltaModule, nn.Module):
     param_dtype: Any = jnp.float32
     precision: Any = None
     kernel_init: Any = nn.linear.default_kernel_init
+    decode: bool = False
+    cache_capacity: int | None = None
 
     @nn.compact
-    def __call__(self, x: Any, layer: Any = None, step: Any = None, *, positions: Any = None) -> Any:
+    def __call__(
+        self,
+        x: Any,
+        layer: Any = None,
+        step: Any = None,
+        *,
+        positions: Any = None,
+        decode: bool | None = None,
+    ) -> Any:
         self._check(x, layer, step, positions)
+        hidden = self._hidden(x, layer, positions, None, decode)
+        if hidden is not None:
+            layer, step, positions = hidden.layer, hidden.step, None
         reach = self._reach(None, 0)
         parameters = {"use_bias": False, "param_dtype": self.param_dtype, "kernel_init": self.kernel_init}
         linear = {"dtype": self.dtype, "precision": self.precision, "dot_general": dot_general, **parameters}
@@ -141,12 +178,12 @@ class GatedDelta(gated_delta.GatedDeltaModule, nn.Module):
         scale = Scale((self.value_dim,), self.param_dtype, name="norm")()
         y, layer = self._mix(qkvz, ba, (kernel, a_log, dt_bias), scale, layer, step, positions)
         y = nn.DenseGeneral(self.in_features, axis=(-2, -1), name="out", **linear)(y)
-        return y if layer is None else (y, layer)
+        return returned(y, layer, hidden)
 
-    __call__.__doc__ = recurrence.CALL
+    __call__.__doc__ = _CALL
 
 
-class Mamba2(mamba2.Mamba2Module, nn.Module):
+class Mamba2(OwnCache, mamba2.Mamba2Module, nn.Module):
     __doc__ = f"""A Mamba-2 layer, as in Granite 4 and Bamba, that reads its past out of a cache layer.
 
     Parameters: `in_proj` of gate, values, keys and time steps; `conv`; `a_log`, `d` and `dt_bias` of each head; `norm`;
@@ -154,6 +191,7 @@ class Mamba2(mamba2.Mamba2Module, nn.Module):
 
     Attributes:
       {mamba2.ARGUMENTS}
+      {ATTRIBUTES}
 
     Raises:
       ValueError: when called, for sizes that don't fit together, naming both.
@@ -180,10 +218,23 @@ class Mamba2(mamba2.Mamba2Module, nn.Module):
     precision: Any = None
     kernel_init: Any = nn.linear.default_kernel_init
     bias_init: Any = nn.initializers.zeros_init()
+    decode: bool = False
+    cache_capacity: int | None = None
 
     @nn.compact
-    def __call__(self, x: Any, layer: Any = None, step: Any = None, *, positions: Any = None) -> Any:
+    def __call__(
+        self,
+        x: Any,
+        layer: Any = None,
+        step: Any = None,
+        *,
+        positions: Any = None,
+        decode: bool | None = None,
+    ) -> Any:
         self._check(x, layer, step, positions)
+        hidden = self._hidden(x, layer, positions, None, decode)
+        if hidden is not None:
+            layer, step, positions = hidden.layer, hidden.step, None
         inits = {"kernel_init": self.kernel_init, "bias_init": self.bias_init, "param_dtype": self.param_dtype}
         linear = {"dtype": self.dtype, "precision": self.precision, "dot_general": dot_general, **inits}
         linear["use_bias"] = self.use_bias
@@ -195,6 +246,6 @@ class Mamba2(mamba2.Mamba2Module, nn.Module):
         scale = Scale((self._inner,), self.param_dtype, name="norm")()
         y, layer = self._mix(projected, (*conv, a_log, d, dt_bias), scale, layer, step, positions)
         y = nn.Dense(self.in_features, name="out_proj", **linear)(y)
-        return y if layer is None else (y, layer)
+        return returned(y, layer, hidden)
 
-    __call__.__doc__ = recurrence.CALL
+    __call__.__doc__ = _CALL

@@ -9,6 +9,7 @@ from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from jaxkv.nn import gated_delta, mamba2, recurrence, short_conv
+from jaxkv.nn.own_nnx import OwnCache
 from jaxkv.nn.product import dot_general
 
 
@@ -45,7 +46,7 @@ class Scale(nnx.Module):
         return self.scale[...]
 
 
-class ShortConv(short_conv.ShortConvModule, nnx.Module):
+class ShortConv(OwnCache, short_conv.ShortConvModule, nnx.Module):
     __doc__ = f"""A short convolution between two products, as in LFM2, that reads its past out of a cache layer.
 
     Parameters: `in_proj` of b, c and x, `conv`, `out_proj`.
@@ -100,7 +101,7 @@ class ShortConv(short_conv.ShortConvModule, nnx.Module):
     __call__.__doc__ = recurrence.CALL
 
 
-class GatedDelta(gated_delta.GatedDeltaModule, nnx.Module):
+class GatedDelta(OwnCache, gated_delta.GatedDeltaModule, nnx.Module):
     __doc__ = f"""A gated delta layer, as in Qwen3-Next, that reads its past out of a cache layer.
 
     Parameters: `qkvz` and `ba`, projections for each key head; `conv`; `a_log` and `dt_bias`, how fast each value head
@@ -164,7 +165,7 @@ class GatedDelta(gated_delta.GatedDeltaModule, nnx.Module):
     __call__.__doc__ = recurrence.CALL
 
 
-class Mamba2(mamba2.Mamba2Module, nnx.Module):
+class Mamba2(OwnCache, mamba2.Mamba2Module, nnx.Module):
     __doc__ = f"""A Mamba-2 layer, as in Granite 4 and Bamba, that reads its past out of a cache layer.
 
     Parameters: `in_proj` of gate, values, keys and time steps; `conv`; `a_log`, `d` and `dt_bias` of each head; `norm`;
