@@ -275,3 +275,19 @@ def test_several_chunks_are_the_plain_scan_and_give_the_state_after_any_token(be
     assert_close(y[1, :70], np.stack(read, 1)[1, :70])
     wanted = [[states[n][row] for n in counts[row]] for row in range(ROWS)]
     assert_close(after, np.array(wanted))
+
+
+def test_the_delta_rule_is_exact_where_all_keys_are_nearly_alike_and_nothing_fades():
+    # The powers of the triangular system grow up to 1e17 there, though its solution does not.
+    random = np.random.default_rng(0)
+    shape = (1, fading.CHUNK, 1, 8)
+    q, k, v = (random.normal(size=shape) for _ in range(3))
+    k = np.ones(shape) + 0.1 * k
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    state, read = np.zeros((8, 8)), []
+    for t in range(fading.CHUNK):
+        state = state + np.outer(k[0, t, 0], v[0, t, 0] - state.T @ k[0, t, 0])
+        read.append(state.T @ q[0, t, 0])
+    g, b = np.zeros(shape[:3]), np.ones(shape[:3])
+    args = [jnp.asarray(x, jnp.float32) for x in (q, k, v, g, b, np.zeros((1, 1, 8, 8)))]
+    assert_close(jax.jit(fading.fading_memory)(*args)[0][0, :, 0], np.stack(read))

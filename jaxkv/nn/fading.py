@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-CHUNK = 64  # tokens that are computed at once
+CHUNK = 64  # tokens that are computed at once, a power of two
 
 
 def fading_memory(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, counts: Any = None) -> tuple[Any, Any]:
@@ -42,7 +42,7 @@ def fading_memory(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, counts:
         state = state + k[:, :, :, None] * v[:, :, None]
         return jnp.einsum("bhkv,bhk->bhv", state, q)[:, None], None if counts is None else state[:, None]
 
-    chunk = min(CHUNK, length)
+    chunk = min(CHUNK, 1 << (length - 1).bit_length())
     pad = -length % chunk
 
     def chunks(x: Any) -> Any:  # [N, B, H, Q, ...]
@@ -102,7 +102,21 @@ def _corrected(k: Any, v: Any, g: Any, beta: Any, fade: Any) -> tuple[Any, Any]:
     """
     before = jnp.tri(k.shape[-2], k=-1, dtype=bool)
     found = jnp.where(before, jnp.einsum("nbhqk,nbhsk->nbhqs", k * beta[..., None], k) * fade, 0)
-    wanted = jnp.concatenate([v * beta[..., None], k * (beta * jnp.exp(g))[..., None]], -1)
-    solved = lax.linalg.triangular_solve(found, wanted, left_side=True, lower=True, unit_diagonal=True)
-    x, y = jnp.split(solved, [v.shape[-1]], -1)
-    return x, y
+    inverse = _inverse(found)
+    return inverse @ (v * beta[..., None]), inverse @ (k * (beta * jnp.exp(g))[..., None])
+
+
+def _inverse(below: Any) -> Any:
+    """Returns the inverse of 1 + below, which is strictly lower triangular, [..., Q, Q], where Q is a power of two.
+
+    By halves, all of them at once: quicker than `triangular_solve` on a CPU, and as exact. The product of
+    1 - below, 1 + below^2, 1 + below^4, ... would be the same, but has no correct digit where keys are much alike.
+    """
+    size = below.shape[-1]
+    if size == 1:
+        return jnp.ones_like(below)
+    half = size // 2
+    first, last = _inverse(jnp.stack([below[..., :half, :half], below[..., half:, half:]]))
+    corner = -last @ (below[..., half:, :half] @ first)
+    upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
+    return jnp.concatenate([upper, jnp.concatenate([corner, last], -1)], -2)
