@@ -6,6 +6,7 @@ JAXKV_FULL=1 flips every bit and runs more random programs.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -260,6 +261,18 @@ def test_a_file_in_the_directorys_place_is_an_error_until_it_is_gone(tmp_path):
     assert fill(store, [1]) == 0 and found(store, [1]) == [] and store.stats().errors >= 2
     directory.unlink()
     assert fill(store, [1]) == 1
+
+
+def test_a_directory_that_can_never_be_made_is_counted_and_said(monkeypatch, tmp_path, caplog):
+    def refuse(path, **kwargs):  # as below /proc, where it is not "not permitted" but "no such file"
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    monkeypatch.setattr("jaxkv.memo.current.os.makedirs", refuse)
+    store = Disk(tmp_path / "store")
+    assert fill(store, [1]) == 0 and found(store, [1]) == [] and store.stats().errors == 2
+    assert "writing failed: unable to open database file" in caplog.text
+    monkeypatch.undo()
+    assert fill(store, [1]) == 1 and store.stats().errors == 2
 
 
 def test_file_descriptors_that_run_out_cost_no_record_and_come_back(tmp_path):

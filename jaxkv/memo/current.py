@@ -34,14 +34,14 @@ class Current:
     def do(self, doing: str, work: Callable[[Database], Any], otherwise: Any, *, create: bool = False) -> Any:
         """Returns what `work` does with the database; `otherwise` if there is none, or it fails."""
         with self.lock:
-            for _ in range(2):  # once more with the next database, or a new connection
+            for again in (True, False):  # with the next database, or a new connection
                 try:
                     db = self._connected(create)
                     return otherwise if db is None else work(db)
                 except (sqlite3.Error, OSError, MemoryError, ValueError) as error:
                     if doing == "opening" and isinstance(error, ValueError):
                         raise
-                    if not self.failed(doing, error):
+                    if not self.failed(doing, error, again):
                         break
             return otherwise
 
@@ -90,7 +90,7 @@ class Current:
         finally:  # what can't be rescued would only take room
             database.unlink(database.lower(self._path))
 
-    def failed(self, doing: str, error: Exception) -> bool:
+    def failed(self, doing: str, error: Exception, again: bool = True) -> bool:
         """Counts what went wrong, and returns whether it is worth another try at once."""
         with self.lock:
             if database.code_of(error) in database.BUSY:
@@ -98,7 +98,7 @@ class Current:
                 return False
             gone = FileNotFoundError, FileExistsError  # the latter of a folder that is removed while it is made
             unlinked = database.code_of(error) in database.UNLINKED or isinstance(error, gone)
-            if unlinked and not os.path.exists(self._path):
+            if unlinked and not os.path.exists(self._path) and (again or os.path.exists(self.directory)):
                 return True  # others have cleared it in the meantime: that is no error
             if database.code_of(error) in database.DAMAGED:
                 self.counts["replaced"] += 1

@@ -23,6 +23,7 @@ from jaxkv.memo.staging import Staging
 BATCHES = ("bucket", "full")
 _FEW = 0.01  # part of the values that may differ by more than rounding does as a rule
 _TRACED = 2  # items in the trace that names the function: with 1, an output that has lost its batch axis would not show
+_TRIED = 16  # devices: a mesh of any number of them up to that is found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,12 +241,14 @@ def _first_that_fits(trace: Callable[[int], Program], size: int) -> tuple[int, P
     """Returns how many items a function is traced for to be named, and its program.
 
     A function that splits its batch over devices takes no fewer items than those. The name must not depend on the size
-    of the first call, so powers of two are tried before that.
+    of the first call, so that is tried last.
     """
     try:
         return _TRACED, trace(_TRACED)
     except Exception:
-        for count in (*(1 << power for power in range(2, size.bit_length() + 1)), size):
+        devices = jax.device_count()
+        powers = (1 << power for power in range(2, max(size, devices).bit_length() + 1))
+        for count in dict.fromkeys((*powers, *range(3, min(devices, _TRIED) + 1), devices, size)):
             with contextlib.suppress(Exception):
                 program = trace(count)
                 if program.is_split:
