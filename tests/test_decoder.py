@@ -11,6 +11,7 @@ from flax import nnx
 
 import jaxkv
 from jaxkv.models import Decoder, DecoderConfig
+from jaxkv.models.mlp import gelu
 from jaxkv.nn.leaves import named
 
 BASE = {"vocab_size": 11, "width": 8, "num_heads": 4, "mlp_dim": 12}
@@ -254,3 +255,21 @@ def test_a_decoder_learns():
         params = jax.tree.map(lambda p, g: p - jnp.float32(0.2) * g, params, grads)
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_gelu_is_exact_to_rounding_and_so_is_its_gradient():
+    x = np.concatenate([np.linspace(-12, 12, 4001), [-1e30, -50, 50, 1e30]]).astype(np.float32)
+    below = np.array([0.5 * math.erfc(-float(y) / 2**0.5) for y in x])
+    with np.errstate(over="ignore", under="ignore"):
+        density = np.exp(-0.5 * x.astype(np.float64) ** 2) / math.sqrt(2 * math.pi)
+    values, slopes = jax.jit(jax.vmap(jax.value_and_grad(gelu)))(x)
+    np.testing.assert_allclose(values, x * below, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(slopes, below + x * density, rtol=1e-6, atol=1e-6)
+
+
+def test_gelu_of_half_precision_is_rounded_once():
+    x = jnp.linspace(-4, 4, 999).astype(jnp.bfloat16)
+    want = [0.5 * y * math.erfc(-y / 2**0.5) for y in np.asarray(x, np.float64)]
+    values = gelu(x)
+    assert values.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(values, np.float64), want, rtol=2**-8, atol=1e-6)

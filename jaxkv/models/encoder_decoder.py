@@ -19,7 +19,7 @@ from jaxkv.cache.cache import Cache
 from jaxkv.cache.spec import EMPTY, LayerSpec
 from jaxkv.meshes import like, rows_of
 from jaxkv.models.decoder import DecoderConfig
-from jaxkv.models.mlp import MLP
+from jaxkv.models.mlp import MLP, gelu
 from jaxkv.models.norm import Norm
 from jaxkv.nn.nnx import Attention, CrossAttention
 from jaxkv.nn.product import dot_general, tied
@@ -152,8 +152,8 @@ class Encoder(nnx.Module):
         What lies beyond a length changes nothing before it, as if the row were alone.
         """
         x = _cut(features.astype(self.config.dtype), lengths)
-        x = _cut(jax.nn.gelu(self.conv1(x), approximate=False), lengths)
-        x = jax.nn.gelu(self.conv2(x), approximate=False)
+        x = _cut(gelu(self.conv1(x)), lengths)
+        x = gelu(self.conv2(x))
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
         table = jax.lax.stop_gradient(self.positions.embedding[...])  # Whisper's are not trained
         x = x + table[: x.shape[1]].astype(x.dtype)[None]

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxkv.nn.fuse import Joined, Transposed
 from jaxkv.nn.product import dot_general
 
+
+def gelu(x: Any) -> Any:
+    """Returns x times the share of a normal distribution that lies below x (Hendrycks & Gimpel 2016), in x's dtype.
+
+    By erf, as torch does, in float32 at least: `jax.nn.gelu` computes erfc, which takes a CPU twice as long. The error
+    is small beside 1, not beside the result: far below 0, where the result nears 0, its digits are rounding.
+
+    >>> gelu(jnp.array([-20.0, 0.0, 20.0])).tolist()
+    [-0.0, 0.0, 20.0]
+    """
+    y = x.astype(x.dtype if x.dtype.itemsize > 4 else jnp.float32)
+    return (y * (0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5))))).astype(x.dtype)
+
+
 ACTIVATIONS = {
     "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
