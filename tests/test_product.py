@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,31 @@ def test_any_number_of_tokens_and_sizes_that_vectors_do_not_divide_equal_numpy(l
     assert library.problem() is None
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("instructions", build.SETS)
+def test_weights_of_16_bits_are_read_where_they_lie_and_sums_are_rounded_once(instructions, layout, dtype, monkeypatch):
+    monkeypatch.setenv("JAXKV_NATIVE", instructions)
+    library.problem.cache_clear()
+    assert library.problem() is None
+    epsilon = float(jnp.finfo(dtype).eps)
+    for tokens, inner, outer in ((1, 261, 307), (3, 261, 307), (1, 1030, 70), (MOST_TOKENS, 300, 1030)):
+        x, w = normal(2, tokens, inner).astype(dtype), weights(layout, inner, outer).astype(dtype)
+        want = exact(x, w, layout)
+        numbers = (((1,), (LAYOUTS.index(layout),)), ((), ()))
+        for kept, error in ((dtype, epsilon / 2 * np.abs(want)), (jnp.float32, 0)):
+            run = jax.jit(functools.partial(dot_general, dimension_numbers=numbers, preferred_element_type=kept))
+            lowered = run.lower(x, w)
+            assert CALL in lowered.as_text()
+            assert not re.search(rf"f32\[{inner},{outer}\]|f32\[{outer},{inner}\]", lowered.compile().as_text())
+            got = run(x, w)
+            assert got.dtype == kept
+            assert np.all(np.abs(np.asarray(got, np.float64) - want) <= error + 1e-6 * inner)
+    monkeypatch.delenv("JAXKV_NATIVE")
+    library.problem.cache_clear()
+    assert library.problem() is None
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_derivatives_in_both_modes_are_those_of_the_product_of_xla(layout):
     x, w, seen = normal(3, 2, 3, 261), weights(layout), normal(4, 2, 3, 307)
@@ -109,7 +135,7 @@ def test_what_is_exported_or_divided_or_has_other_numbers_is_the_product_of_xla(
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("i"))
     assert "jaxkv_product" not in run.lower(jax.device_put(x, place), w).as_text()
     np.testing.assert_allclose(run(jax.device_put(x, place), w), run(x, w), atol=1e-4)
-    for others in (normal(8, 1, 261), normal(8, MOST_TOKENS + 1, 261), x.astype(jnp.bfloat16)):
+    for others in (normal(8, 1, 261), normal(8, MOST_TOKENS + 1, 261), x.astype(jnp.float8_e5m2)):
         assert CALL not in run.lower(others, w.astype(others.dtype)).as_text()
     small = normal(9, 261, 8)  # a call would cost more than it brings
     assert CALL not in run.lower(x, small).as_text()
@@ -122,7 +148,8 @@ def test_buffers_that_do_not_fit_together_are_an_error_and_never_read():
         ((x, w[:20]), 1, (3, 20), "don't fit together"),
         ((x, w[:20]), 0, (3, 31), "don't fit together"),
         ((x[0], w[:20]), 0, (3, 30), "wrong ranks"),
-        ((x.astype(np.int32), w[:20]), 0, (3, 30), "not float32"),
+        ((x.astype(np.int32), w[:20]), 0, (3, 30), "tokens that are not float32"),
+        ((x, w[:20].astype(np.int32)), 0, (3, 30), "weights that are not floats of 32 or 16 bits"),
         ((x[:, :0], w[:0]), 0, (3, 30), "sizes that are not read"),
     ):
         call = jax.ffi.ffi_call(library.PRODUCT, jax.ShapeDtypeStruct(result, jnp.float32))

@@ -45,7 +45,8 @@ def _attention() -> str:
 def _products() -> str:
     if jax.default_backend() != "cpu" or library.problem():
         return "as XLA compiles them"
-    return f"of 2 to {MOST_TOKENS} tokens with a matrix of float32: the native library; others as XLA compiles them"
+    tokens = f"2 to {MOST_TOKENS} tokens (1 too in bfloat16 and float16)"
+    return f"of {tokens} with a matrix: the native library; others as XLA compiles them"
 
 
 def _sums() -> str:

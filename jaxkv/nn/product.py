@@ -23,6 +23,7 @@ from jaxkv.native.library import PRODUCT
 from jaxkv.native.lowering import on_one_device, primitive
 
 MOST_TOKENS = 16  # from 32 on XLA's product is as fast, for some shapes
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _LEAST = 2**16  # numbers of a matrix, below which a call costs more than it brings
 
 
@@ -31,15 +32,17 @@ class _Form(NamedTuple):
 
     summed: int  # how many axes are summed over, the last ones of the tokens
     transposed: bool  # whether they are the last ones of the weights too, not the first
+    dtype: Any  # of the result
     precision: Any  # as of `jax.lax.dot_general`, for XLA's product
 
 
 def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, *, out_sharding: Any = None, **options: Any) -> Any:
     """Returns `jax.lax.dot_general(lhs, rhs, ...)`, by the native library where that is faster. To be given to Flax.
 
-    That is for 2 to 16 tokens in float32 times a matrix, [in, out] or [out, in], in a program for one CPU; of several
-    devices, each multiplies by itself inside `jax.shard_map`. Elsewhere, in what `jax.export` writes, and in
-    derivatives, it is XLA's product. Sums are of float32 numbers, in another order than XLA's.
+    That is for 2 to 16 tokens times a matrix, [in, out] or [out, in], in a program for one CPU; of several devices,
+    each multiplies by itself inside `jax.shard_map`. Both are float32, or both bfloat16 or float16: then also for 1
+    token. Sums are of float32 numbers, in another order than XLA's, and are rounded once. Elsewhere, in what
+    `jax.export` writes, and in derivatives, it is XLA's product.
 
     Args:
       lhs: tokens.
@@ -69,14 +72,17 @@ def _form(
     count = len(summed)
     if any(batch) or not count or count == rhs.ndim:
         return None
-    if not _is_plain(precision) or preferred_element_type not in (None, jnp.float32):
+    dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
+    if lhs.dtype != rhs.dtype or lhs.dtype not in _DTYPES or dtype not in (lhs.dtype, jnp.float32):
         return None
-    if any(x.dtype != jnp.float32 for x in (lhs, rhs)) or rhs.size < _LEAST or _tokens(lhs, count) > MOST_TOKENS:
+    if not _is_plain(precision) or rhs.size < _LEAST or _tokens(lhs, count) > MOST_TOKENS:
         return None
     if tuple(summed) != tuple(range(lhs.ndim - count, lhs.ndim)):
         return None
     first, last = tuple(range(count)), tuple(range(rhs.ndim - count, rhs.ndim))
-    return _Form(count, tuple(others_summed) == last, precision) if tuple(others_summed) in (first, last) else None
+    return (
+        _Form(count, tuple(others_summed) == last, dtype, precision) if tuple(others_summed) in (first, last) else None
+    )
 
 
 def _is_plain(precision: Any) -> bool:
@@ -92,16 +98,18 @@ def _tokens(lhs: Any, count: int) -> int:
 def _as_xla(lhs: Any, rhs: Any, *, form: _Form) -> list[Any]:
     summed = tuple(range(lhs.ndim - form.summed, lhs.ndim))
     others = tuple(range(rhs.ndim - form.summed, rhs.ndim)) if form.transposed else tuple(range(form.summed))
-    return [jax.lax.dot_general(lhs, rhs, ((summed, others), ((), ())), precision=form.precision)]
+    numbers = ((summed, others), ((), ()))
+    return [jax.lax.dot_general(lhs, rhs, numbers, precision=form.precision, preferred_element_type=form.dtype)]
 
 
 def _as_library(lhs: Any, rhs: Any, *, form: _Form) -> list[Any]:
     tokens, inner = _tokens(lhs, form.summed), math.prod(lhs.shape[lhs.ndim - form.summed :])
     outer = rhs.size // inner
-    result = jax.typeof(lhs).update(shape=(tokens, outer))
+    result = jax.typeof(lhs).update(shape=(tokens, outer), dtype=jnp.float32)
+    x = lhs.astype(jnp.float32).reshape(tokens, inner)
     weights = rhs.reshape((outer, inner) if form.transposed else (inner, outer))
-    y = jax.ffi.ffi_call(PRODUCT, result)(lhs.reshape(tokens, inner), weights, transposed=np.int64(form.transposed))
-    return [y.reshape(_shape(lhs, rhs, form))]
+    y = jax.ffi.ffi_call(PRODUCT, result)(x, weights, transposed=np.int64(form.transposed))
+    return [y.reshape(_shape(lhs, rhs, form)).astype(form.dtype)]
 
 
 def _shape(lhs: Any, rhs: Any, form: _Form) -> tuple[int, ...]:
@@ -110,12 +118,12 @@ def _shape(lhs: Any, rhs: Any, form: _Form) -> tuple[int, ...]:
 
 
 def _shapes(lhs: Any, rhs: Any, *, form: _Form) -> list[Any]:
-    return [lhs.update(shape=_shape(lhs, rhs, form))]
+    return [lhs.update(shape=_shape(lhs, rhs, form), dtype=form.dtype)]
 
 
 def _lower(ctx: Any, lhs: Any, rhs: Any, *, form: _Form) -> Any:
-    tokens = _tokens(ctx.avals_in[0], form.summed)
-    native = 2 <= tokens <= MOST_TOKENS and on_one_device(ctx.module_context) and library.problem() is None
+    tokens, least = _tokens(ctx.avals_in[0], form.summed), 2 if ctx.avals_in[0].dtype == jnp.float32 else 1
+    native = least <= tokens <= MOST_TOKENS and on_one_device(ctx.module_context) and library.problem() is None
     product = functools.partial(_as_library if native else _as_xla, form=form)
     return mlir.lower_fun(product, multiple_results=True)(ctx, lhs, rhs)
 
