@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a model of no use, to see that it runs")
     parser.add_argument("--out", type=pathlib.Path, help="where the data is written, as JSON")
     args = parser.parse_args(argv)
-    if reason := jaxkv.nn.native.library.problem():
+    if reason := jaxkv.native.library.problem():
         raise SystemExit(f"there is no native product here: {reason}")
     shape = TINY if args.tiny else Shape(contexts=(32,))
     with tempfile.TemporaryDirectory() as folder:
