@@ -28,8 +28,9 @@ _MOVE_NUMBERS = 2**15  # of a head, moved at a time by XLA at most: a state is l
 class _Change(NamedTuple):
     """Which rows buffers get.
 
-    `block`(buffer, axis, places, start, size) returns the buffer, whose rows are along `axis`, changed in these slots: it is
-    linear in the buffer, and treats all slots alike. `rows`(places, num_rows) returns which row each row becomes, int32 [R].
+    `block`(buffer, axis, places, start, size) returns the buffer, whose rows are along `axis`, changed in these slots:
+    it is linear in the buffer, and treats all slots alike. `rows`(places, num_rows) returns which row each row becomes,
+    int32 [R].
     """
 
     block: Callable[..., Any]
