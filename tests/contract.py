@@ -739,7 +739,9 @@ def assert_sharding_changes_nothing(case: Case, kind: jax.sharding.AxisType) -> 
         for x in jax.tree.leaves(divided):
             assert x.sharding.is_equivalent_to(wanted, x.ndim), x.sharding
     assert_equal(cache, expected)
-    assert_equal(edit(cache), edit(expected))
+    edited = edit(cache), edit(expected)  # several devices and one may move more slots than are held
+    assert_same_contents(case, *edited)
+    assert_equal(*([x.groups, x.recurrent, [y for y in x.layers if isinstance(y, StateLayer)]] for x in edited))
 
 
 @jax.jit
