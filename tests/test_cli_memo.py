@@ -36,7 +36,7 @@ TWO = f"{key(0, 2)[:16].hex()}, {key(0, 1)[:16].hex()}"
 def directory(tmp_path):
     """20 items of a described function, then 20 of another one."""
     store = Disk(tmp_path / "features")
-    store.describe(key(0, 1)[:16], lambda: ABOUT)
+    store.describe(key(0, 1)[:16], ABOUT)
     for namespace in (1, 2):
         fill(store, range(20), namespace=namespace)
     store.close()

@@ -200,7 +200,7 @@ def test_a_store_of_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(database, "VERSION", 2)
     Disk(tmp_path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="is a store of version 2, and this jaxkv reads 1; give another one"):
+    with pytest.raises(ValueError, match="is a store of version 2; this jaxkv reads 1; give another one"):
         Disk(tmp_path)
 
 
@@ -278,12 +278,12 @@ def labels(directory) -> dict[bytes, str]:
 
 def test_a_namespace_is_described_with_its_first_record(tmp_path):
     store = Disk(tmp_path)
-    store.describe(key(0)[:16], lambda: {"function": "f", "version": "1"})
+    store.describe(key(0)[:16], {"function": "f", "version": "1"})
     assert labels(tmp_path) == {}
     fill(store, [1])
-    store.describe(key(0)[:16], lambda: {"function": "g"})
+    store.describe(key(0)[:16], {"function": "g"})
     other = Disk(tmp_path)
-    other.describe(key(0)[:16], lambda: {"function": "h"})
+    other.describe(key(0)[:16], {"function": "h"})
     fill(store, [2]), fill(other, [3])
     assert {name: json.loads(text) for name, text in labels(tmp_path).items()} == {
         bytes(16): {"function": "f", "version": "1"}
@@ -299,7 +299,7 @@ def test_only_flush_waits_for_the_disk(tmp_path, monkeypatch, statements):
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
     store = Disk(tmp_path)
     fill(store, [1, 2], LARGE), fill(store, [3])
-    assert "pragma  synchronous=off" in statements and "pragma synchronous=full" not in statements
+    assert "pragma synchronous=off" in statements and "pragma synchronous=full" not in statements
     assert not synced
     store.flush()
     folder = tmp_path / "memo-v1-000001.db-files"
@@ -343,7 +343,7 @@ def test_a_process_holds_no_index(tmp_path):
 def test_a_budget_is_never_exceeded(tmp_path, policy):
     budget, chance = 300_000, random.Random(0)
     store = Disk(tmp_path, budget=budget, policy=policy)
-    store.describe(key(0)[:16], lambda: {"function": "f"})
+    store.describe(key(0)[:16], {"function": "f"})
     for turn in range(100):
         size = chance.choice([10, 100, 1000, 4000, 70_000, 400_000])
         before = store.stats().written
@@ -400,7 +400,7 @@ def test_a_full_budget_is_said_once_where_what_is_there_is_kept(tmp_path, caplog
 def test_labels_go_with_the_last_record(tmp_path):
     store = Disk(tmp_path, budget=100_000, policy="lru")
     for namespace in range(1, 200):
-        store.describe(key(0, namespace)[:16], lambda: {"function": "f", "about": "x" * 300})
+        store.describe(key(0, namespace)[:16], {"function": "f", "about": "x" * 300})
         fill(store, [0], namespace=namespace)
     fill(store, range(100), 500)
     kept = {key(0, n)[:16] for n in range(1, 200) if found(store, [0], namespace=n)}

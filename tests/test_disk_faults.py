@@ -238,7 +238,7 @@ def test_a_store_that_becomes_read_only_is_read_and_written_again_when_it_may(tm
     store = Disk(tmp_path, policy="lru", budget=10**6)
     fill(store, range(3))
     trouble[:] = ["query_only=on"]
-    store.describe(key(0, 5)[:16], lambda: {"function": "f"})
+    store.describe(key(0, 5)[:16], {"function": "f"})
     assert fill(store, [7], namespace=5) == 0 and found(store, range(3)) == [0, 1, 2]
     assert store.stats().errors > 0 and "readonly" in caplog.text
     trouble.clear()
@@ -331,7 +331,7 @@ def test_a_directory_that_is_removed_or_moved_is_made_again_for_what_is_new(tmp_
     directory = tmp_path / "store"
     for take in (shutil.rmtree, lambda path: path.rename(tmp_path / "elsewhere")):
         store, other = Disk(directory), Disk(directory)
-        store.describe(key(0)[:16], lambda: {"function": "f"})
+        store.describe(key(0)[:16], {"function": "f"})
         fill(store, range(5)), fill(store, [9], LARGE), fill(other, range(5, 8))
         assert found(store, range(8)) == list(range(8))
         take(directory)

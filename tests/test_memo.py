@@ -498,6 +498,72 @@ def test_rows_that_are_all_alike_prove_nothing_and_a_later_batch_tells(memo):
         features(items(4))
 
 
+def centred(x):
+    return x - x.mean(axis=0, keepdims=True)
+
+
+@pytest.mark.parametrize("kept", [[0, 1], [0]])
+def test_items_that_several_processes_kept_one_by_one_are_checked_by_the_first_that_meets_two(tmp_path, kept):
+    x = items(2)
+    for i in kept:
+        with jaxkv.Memo(memory=None, disk=tmp_path) as one:
+            assert not one.wrap(centred)(x[i : i + 1]).any()
+    for calls in ([x], [x[::-1]], [x[:1], x[:1], x[1:]]):
+        with jaxkv.Memo(memory=None, disk=tmp_path) as other:
+            features = other.wrap(centred)
+            for call in calls[:-1]:
+                features(call)  # with one item nobody can tell
+            with pytest.raises(ValueError, match="depends on the other rows"):
+                features(calls[-1])
+            assert other.stats().disk.items == len(kept)
+    with jaxkv.Memo(memory=None, disk=tmp_path) as trusting:
+        assert trusting.wrap(centred, check=False)(x).shape == (2, 6)
+    with jaxkv.Memo(memory=None, disk=tmp_path) as other, pytest.raises(ValueError, match="depends on the other rows"):
+        other.wrap(centred)(x)  # whoever doesn't check proves nothing to others
+
+
+def test_two_that_wrap_one_function_in_one_memo_check_what_the_other_kept(memo):
+    x = items(2)
+    memo.wrap(centred)(x[:1])
+    with pytest.raises(ValueError, match="depends on the other rows"):
+        memo.wrap(centred)(x)
+
+
+def runs(memo):
+    """Returns a wrapped function, and the sizes of the batches it was run with."""
+    sizes: list[int] = []
+
+    def called(x):
+        sizes.append(len(x))
+        return 2 * x
+
+    features = memo.wrap(lambda x: jax.pure_callback(called, jax.ShapeDtypeStruct(x.shape, x.dtype), x), version="1")
+    return features, sizes
+
+
+@pytest.mark.parametrize("how", ["at once", "one by one", "by several", "and cleared"])
+def test_a_function_is_checked_once_per_store_and_its_outputs_are_then_only_read(tmp_path, how):
+    x = items(4)
+    calls = {"at once": [x], "one by one": [x[:1], x[1:2], x[2:]], "by several": [x[:1], x[1:2]], "and cleared": [x]}
+    memos = [jaxkv.Memo(memory=None, disk=tmp_path) for _ in range(2)]
+    if how == "by several":
+        for memo, call in zip(memos, calls[how], strict=True):
+            runs(memo)[0](call)
+        features, sizes = runs(jaxkv.Memo(memory=None, disk=tmp_path))
+        np.testing.assert_array_equal(features(x[:2]), 2 * x[:2])
+        assert sizes == [2] * 3  # the two beside each other, and each alone
+    else:
+        features, _ = runs(memos[0])
+        for call in calls[how]:
+            features(call)
+        if how == "and cleared":
+            features.clear()
+            features(x)
+    features, sizes = runs(jaxkv.Memo(memory="1MiB", disk=tmp_path))
+    np.testing.assert_array_equal(features(x[:2]), 2 * x[:2])
+    assert sizes == []
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [

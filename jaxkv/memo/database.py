@@ -32,10 +32,15 @@ VERSION = 1
 PAGE_BYTES = 4096
 LEAST_BYTES = 8 * PAGE_BYTES  # what an empty one takes
 OF_NAMESPACE = f"key between :space and cast(:space || x'{'ff' * (KEY_BYTES - NAMESPACE_BYTES)}' as blob)"
+_UNLABEL = f"delete from labels where namespace = :space and not exists (select 1 from items where {OF_NAMESPACE})"
 UNCHANGED = "rowid = ? and cast(payload as blob) is cast(? as blob)"  # others remove rows, and use numbers again
-KEYS = f"select key, case when stored >= {LARGE} then payload end from items"  # with the names of files
+KEYS = f"select rowid, key, case when stored >= {LARGE} then payload end from items"  # with the names of files
 SELECT = "select rowid, key, raw, stored, hash, payload from items"  # as in a Record
 INSERT = "insert or ignore into items values (?, ?, ?, ?, ?, ?)"
+_CHECKED = """(instr({}about, cast('"checked": true' as blob)) > 0)"""
+CHECKED = f"select count(*) from labels where namespace = ? and {_CHECKED.format('')}"
+LABEL = "insert into labels values (?, ?) on conflict do update set about = excluded.about where "
+LABEL += f"{_CHECKED.format('excluded.')} > {_CHECKED.format('labels.')}"
 COUNT = "select count(*) from items"
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 UNLINKED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)  # if it isn't there
@@ -49,9 +54,7 @@ create index if not exists used on items (used);
 create index if not exists large on items (stored) where stored >= {LARGE};
 create table if not exists labels (namespace blob primary key, about blob);
 pragma application_id={_MARK}"""
-_PRAGMAS = (
-    "mmap_size=0; synchronous=off; journal_mode=truncate; secure_delete=off; cache_size=-1024; trusted_schema=off"
-)
+_PRAGMAS = "mmap_size=0;synchronous=off;journal_mode=truncate;secure_delete=off;cache_size=-1024;trusted_schema=off"
 _OF_NEW = f"page_size={PAGE_BYTES}; auto_vacuum=full"  # would fail where the database may only be read
 _ASKED_AT_ONCE, _REMOVED_AT_ONCE = 500, 200  # SQLite may be built for 999 values in a statement
 
@@ -74,8 +77,7 @@ def numbers(directory: str) -> list[int]:
         what = "holds what an earlier jaxkv kept, which this one does not read; give another directory, or remove it: "
         raise ValueError(f"{directory} {what}rm -r {shlex.quote(directory)}")
     if version := next((match[1] for match in ours if int(match[1]) != VERSION), None):
-        what = f"is a store of version {version}, and this jaxkv reads {VERSION}; give another one"
-        raise ValueError(f"{directory} {what}")
+        raise ValueError(f"{directory} is a store of version {version}; this jaxkv reads {VERSION}; give another one")
     if others and not ours:
         raise ValueError(f"{directory} holds other files, such as {others[0]!r}; give an empty directory")
     return sorted(int(match[2]) for match in ours if not match[3])
@@ -92,7 +94,7 @@ def identity(path: str) -> tuple[int, int]:
     about = os.stat(path)
     for name in (path, f"{path}-journal"):
         with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(os.stat(name).st_mode):
+            if not stat.S_ISREG((about if name == path else os.stat(name)).st_mode):
                 raise ValueError(f"{name} is not a file, as a database must be; remove it, or give another directory")
     return about.st_dev, about.st_ino
 
@@ -171,12 +173,10 @@ class Database(sqlite3.Connection):
 
     def remove(self, where: str, values: Any = ()) -> int:
         """Removes some rows, and labels without rows, in a transaction; returns how many, 0 when there are no more."""
-        some = f"rowid, key, case when stored >= {LARGE} then payload end from items"
-        rows = self.execute(f"select {some} where {where} limit {_REMOVED_AT_ONCE}", values).fetchall()
+        rows = self.execute(f"{KEYS} where {where} limit {_REMOVED_AT_ONCE}", values).fetchall()
         count = self.executemany("delete from items where rowid = ?", [row[:1] for row in rows]).rowcount
-        for space in {key[:NAMESPACE_BYTES] for _, key, _ in rows if isinstance(key, bytes)}:
-            others = f"exists (select 1 from items where {OF_NAMESPACE})"
-            self.execute(f"delete from labels where not {others} and namespace = :space", {"space": space})
+        spaces = {key[:NAMESPACE_BYTES] for _, key, _ in rows if isinstance(key, bytes)}
+        self.executemany(_UNLABEL, [{"space": space} for space in spaces])
         self._gone += filter(None, (path_of_file(name, self.folder) for *_, name in rows))
         return count
 

@@ -8,7 +8,7 @@ import json
 import operator
 import os
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from jaxkv.extras import need
@@ -104,9 +104,7 @@ class Disk:
         if hits and self.policy in BY_USE:
             current.do("writing", lambda db: db.with_keys(f"update items set used = {db.now()}", list(values)), [])
         with current.lock:
-            current.counts["hits"] += hits
-            current.counts["misses"] += len(keys) - hits
-            current.counts.update(wrong.values())
+            current.counts.update(wrong.values(), hits=hits, misses=len(keys) - hits)
         return found
 
     def write(self, keys: Sequence[bytes], payloads: Sequence[Any]) -> int:
@@ -144,6 +142,8 @@ class Disk:
         """Writes records, and returns the keys of those that are there; the budget is None if they surely fit."""
         rows, paths = dict[bytes, bytes | None](), set[str]()
         try:
+            if any(one.stored >= LARGE for one in records):
+                os.makedirs(self._current.folder, exist_ok=True)
             for i, one in enumerate(records):
                 if one.stored >= LARGE:
                     paths.add(path := os.path.join(self._current.folder, secrets.token_hex(16)))
@@ -163,22 +163,27 @@ class Disk:
         with db.transaction():
             # Prune or clear may have taken a file, or this is the next database already.
             whole = [one for one in records if one.stored < LARGE or os.path.exists(f"{folder}/{one.payload.decode()}")]
-            for namespace in {one.key[:NAMESPACE_BYTES] for one in whole} & set(self._labels):
-                db.execute("insert or ignore into labels values (?, ?)", (namespace, self._labels[namespace]))
+            spaces = {one.key[:NAMESPACE_BYTES] for one in whole} & set(self._labels)
+            db.executemany(database.LABEL, [(space, self._labels[space]) for space in spaces])
             used, order = db.now(), _ORDER.get(self.policy)
             written = db.executemany(database.INSERT, [(*one[:4], used, one.payload) for one in whole]).rowcount
             while budget is not None and (left := budget - db.room_taken()) < 0 and order and count:
                 evicted += (count := db.make_room(budget, order, used))
-            rows = db.with_keys(database.KEYS, [one.key for one in records])
+            rows = [row[1:] for row in db.with_keys(database.KEYS, [one.key for one in records])]
         if budget is not None:
             self._sure = left // _SURE
         self._current.counts.update(written=written, evicted=evicted)
         return rows
 
-    def describe(self, namespace: bytes, about: Callable[[], dict[str, Any]]) -> None:
-        """Says what a namespace is, for `jaxkv memo ls`; it is written down with the namespace's next record."""
-        if namespace not in self._labels:
-            self._labels[namespace] = json.dumps(about()).encode()
+    def describe(self, namespace: bytes, about: dict[str, Any], *, at_once: bool = False) -> None:
+        """Says what a namespace is, with its next record or `at_once`; the first word stays until it is `checked`."""
+        label = self._labels[namespace] = json.dumps(about).encode()
+        if at_once:
+            self._current.do("writing", lambda db: db.execute(database.LABEL, (namespace, label)), None)
+
+    def is_checked(self, namespace: bytes) -> bool:
+        """Returns whether anybody has described the namespace as `checked`."""
+        return self._current.do("reading", lambda db: db.tell(database.CHECKED, (namespace,)) > 0, False)
 
     def stats(self) -> DiskStats:
         """Returns what the tier holds, and what became of the calls so far."""

@@ -73,7 +73,7 @@ class Features:
         self._state = State(self._function)
         self._runners: dict[tuple[Any, ...], Runner] = {}
         self._namespaces: set[bytes] = set()
-        self._described: set[bytes] = set()  # of these, on disk
+        self._described: dict[bytes, bool] = {}  # of these, on disk: whether as checked
         self._traced_anew = 0
         _all.add(self)
 
@@ -197,15 +197,29 @@ class Features:
         def compute(keys: Sequence[bytes]) -> dict[bytes, bytes]:
             nonlocal computed
             computed += len(keys)
-            if tiers.disk is not None and len(self._described | {keys[0][:SIZE]}) <= _MOST:
-                self._described.add(keys[0][:SIZE])
-                tiers.disk.describe(keys[0][:SIZE], lambda: entry.about(self._function.name, self._settings.version))
-            return dict(zip(keys, runner(call, [row_of[key] for key in keys]), strict=True))
+            payloads = dict(zip(keys, runner(call, [row_of[key] for key in keys]), strict=True))
+            self._describe(runner, keys[0][:SIZE])
+            return payloads
 
+        unsure = payloads and not runner.checked and not tiers.is_checked(keys[0][:SIZE])
+        if unsure and runner.check_found(call, [row_of[key] for key in payloads][:2]):
+            self._describe(runner, keys[0][:SIZE], at_once=True)
         if missing:
             payloads |= tiers.fill(missing, entry.nbytes, compute)
         tiers.counts.add(self._asked, call.size, hits, computed)
         return [payloads[key] for key in keys], computed
+
+    def _describe(self, runner: Runner, namespace: bytes, *, at_once: bool = False) -> None:
+        """Says what a namespace is, and whether its function was checked."""
+        tiers = self._tiers
+        if runner.checked:
+            tiers.checked.add(namespace)
+        if tiers.disk is None or self._described.get(namespace) == runner.checked:
+            return
+        if namespace in self._described or len(self._described) < _MOST:
+            self._described[namespace] = runner.checked
+            about = runner.entry.about(self._function.name, self._settings.version)
+            tiers.disk.describe(namespace, about | ({"checked": True} if runner.checked else {}), at_once=at_once)
 
     def _keys(self, runner: Runner, call: Call) -> list[bytes]:
         keys = runner.entry.keys(call, self._hash)

@@ -43,9 +43,10 @@ def pack(key: bytes, payload: Any, compress: bool) -> Record:
 
 def put_aside(record: Record, path: str) -> Record:
     """Writes the payload to a file, and returns the record that names it: nobody reads it before that is in its row."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "xb") as file:
-        file.write(record.payload)
+    left = memoryview(record.payload)
+    with open(path, "xb", buffering=0) as file:
+        while left:
+            left = left[file.write(left) :]
     return record._replace(payload=os.path.basename(path).encode())
 
 
@@ -69,7 +70,7 @@ def unpack(record: Record, folder: str) -> Any:
         with open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             if os.fstat(file.fileno()).st_size != record.stored:
                 raise DamagedError
-            data = file.readall()
+            data = file.read(record.stored) if record.stored < 1 << 30 else file.readall()  # which reads in parts
     if _check(record.key, record.raw, data) != record.check:
         raise DamagedError
     return data if record.stored == record.raw else need(*ZSTD).ZstdDecompressor().decompress(data)

@@ -49,6 +49,7 @@ class Runner:
 
     Attributes:
       state: what the function depends on.
+      checked: whether its rows were found not to depend on one another.
       entry: where its outputs are kept.
 
     Raises:
@@ -99,10 +100,23 @@ class Runner:
         self._refusals: list[str] = []  # why it can't be memoized after all
         self._largest = 0
         self._sizes: set[int] = set()
-        self._checked = not settings.check
+        self.checked = False
         self._lone: tuple[np.ndarray, ...] | None = None  # the row of a batch that had no other
         self.state = state
         self.entry = Entry(form, self._namespace(state, form), template, outputs)
+
+    def check_found(self, call: Call, rows: Sequence[int]) -> bool:
+        """Checks the function with items of a call that were found, and returns whether it is checked.
+
+        One item alone says nothing: it waits for the second one that is different, found or computed.
+        """
+        with self._staging.held():
+            for row in rows:
+                if self._settings.check and not self.checked:
+                    one = np.array([row])
+                    columns = [self._staging.take(slot, column, one) for slot, column in enumerate(call.columns)]
+                    self._check_alone(tuple(np.array(column) for column in columns), call.shared)
+        return self.checked
 
     def check(self) -> None:
         """Raises what was found to be wrong with the function: from then on, what is kept of it isn't given either."""
@@ -167,7 +181,7 @@ class Runner:
                     "changed and that a memo doesn't watch (an object's fields, a file, a clock, random numbers of "
                     "NumPy); pass that as an argument, and wrap the function again"
                 )
-            if not self._checked:
+            if self._settings.check and not self.checked:
                 self._check_rows(columns, call.shared, arrays)
             if is_new and self._sizes and self._settings.check:
                 self._check_size(columns, call.shared, arrays)
@@ -205,7 +219,7 @@ class Runner:
                         'an array belong to all items (shared=("mask",)), or have no batch axis? Is BatchNorm or '
                         "Dropout in training mode? If rows only round differently: memo.wrap(..., check=False)"
                     )
-        self._checked, self._lone = True, None
+        self.checked, self._lone = True, None
 
     def _check_alone(self, row: tuple[np.ndarray, ...], shared: Sequence[Any]) -> None:
         """Checks rows that came without any other, once there are two of them."""
@@ -257,7 +271,8 @@ def _first_that_fits(trace: Callable[[int], Program], size: int) -> tuple[int, P
 
 
 def _same(rows: Sequence[Any], others: Sequence[Any]) -> bool:
-    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(rows, others, strict=True))
+    pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(rows, others, strict=True)]
+    return all(np.array_equal(a, b) or a.tobytes() == b.tobytes() for a, b in pairs)  # a NaN is alike itself
 
 
 def _rows(columns: Sequence[Any], index: np.ndarray) -> tuple[np.ndarray, ...]:

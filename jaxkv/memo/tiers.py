@@ -22,6 +22,7 @@ class Tiers:
 
     Attributes:
       counts: what was asked for.
+      checked: namespaces whose functions were found to be row by row.
     """
 
     def __init__(self, memory: Memory | None, disk: Disk | None, once: bool) -> None:
@@ -29,6 +30,7 @@ class Tiers:
         self._once = Once() if once else None
         self._keeping = Lock()
         self.counts = Counts(memory, disk)
+        self.checked: set[bytes] = set()
         self.closed = False
 
     @property
@@ -40,6 +42,12 @@ class Tiers:
         """Raises CacheError after `close`."""
         if self.closed:
             raise CacheError("this memo is closed; make another one (what is on disk is still there)")
+
+    def is_checked(self, namespace: bytes) -> bool:
+        """Returns whether the function of a namespace was checked, here or by another process."""
+        if namespace not in self.checked and self.disk is not None and self.disk.is_checked(namespace):
+            self.checked.add(namespace)
+        return namespace in self.checked
 
     def read(self, keys: Sequence[bytes], nbytes: int) -> dict[bytes, Any]:
         """Returns the payloads that are there, by key; those from disk are put into memory."""
