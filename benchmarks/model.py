@@ -1,4 +1,4 @@
-"""A whole model, one sequence: milliseconds per token of jaxkv, transformers (torch) and llama.cpp at three contexts.
+"""A whole model: milliseconds per token of jaxkv, transformers (torch) and llama.cpp at three contexts.
 
 The model has the shape of a small Llama: 12 layers of width 768, 12 query and 4 kv heads of 64, a gated MLP of 2,048,
 a vocabulary of 32,000 and a head of its own (untied): 125 M parameters, float32, random. `--family` gives the other
@@ -10,6 +10,7 @@ seen to compute the same thing.
     python benchmarks/model.py --out docs/data/model.json                 # the same, kept, with docs/figures/model.png
     python benchmarks/model.py --plot docs/data/model.json                # only draws the figure again
     python benchmarks/model.py --family all --out docs/data/families.json # every family against transformers
+    python benchmarks/model.py --rows 8 --out docs/data/model_rows.json   # eight sequences, each with its own text
 
 Each contestant lives in a process of its own, loaded once and bound to the same cores; one works at a time, and they
 take turns: in every round each decodes `--tokens` tokens from the same context. Medians over the rounds are compared,
@@ -23,6 +24,7 @@ import copy
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import multiprocessing
 import os
 import pathlib
@@ -163,13 +165,16 @@ def write_checkpoint(shape: Shape, folder: str) -> None:
     jaxkv.models.save(folder, dataclasses.replace(model, params=params))
 
 
-def features() -> np.ndarray:
-    """Log-mel frames of 30 seconds, [1, 3000, 80], of nothing."""
-    return np.random.default_rng(SEED).standard_normal((1, 3000, 80), dtype=np.float32)
+def features(rows: int) -> np.ndarray:
+    """Log-mel frames of 30 seconds, [rows, 3000, 80], of nothing."""
+    return np.random.default_rng(SEED).standard_normal((rows, 3000, 80), dtype=np.float32)
 
 
-def read_bytes(folder: str, context: int) -> int:
-    """Bytes that a decode step can't do without: weights but for unused rows of tables and experts, and the context."""
+def read_bytes(folder: str, rows: int, context: int) -> int:
+    """Bytes that a decode step can't do without: weights but for unused rows of tables and experts, and the contexts.
+
+    Rows are taken to choose the same experts.
+    """
     from flax import nnx
 
     import jaxkv
@@ -180,7 +185,7 @@ def read_bytes(folder: str, context: int) -> int:
     for name in files:
         size = 4 * int(np.prod(files.shape(name)))
         if (("embed_tokens" in name or "wte" in name) and not config.tied) or "wpe" in name:
-            size = 4 * config.width
+            size = 4 * config.width * rows
         if ".experts." in name:
             experts = config.layer_experts(int(name.split(".layers.")[1].split(".")[0]))
             size = size * experts.per_token // experts.num_experts
@@ -192,12 +197,12 @@ def read_bytes(folder: str, context: int) -> int:
             held += sum(int(np.prod(part)) for part in (reach.tail, reach.state) if part)
         else:
             held += 2 * spec.num_kv_heads * spec.head_dim * min(context, reach.size or context)
-    return weights + 4 * held
+    return weights + 4 * held * rows
 
 
-# The contestants. Each keeps one sequence: `hold` brings the cache to all but the last token of a history, `decode`
-# reads that last token and goes on greedily, then puts the cache back to where it was; `prefill` starts from nothing
-# and ends when the token after the history is known. The last two return seconds and tokens.
+# The contestants. Histories are tokens [rows, length]. `hold` brings the cache to all but the last token of each row,
+# `decode` reads that last token and goes on greedily, then puts the cache back to where it was; `prefill` starts from
+# nothing and ends when the token after each row is known. The last two return seconds and the tokens of each row.
 
 
 class Jaxkv:
@@ -205,7 +210,7 @@ class Jaxkv:
 
     packages = ("jax", "jaxlib", "flax")
 
-    def __init__(self, shape: Shape, folder: str, threads: int):
+    def __init__(self, shape: Shape, folder: str, threads: int, rows: int):
         import jax
         import jax.numpy as jnp
 
@@ -214,8 +219,8 @@ class Jaxkv:
         self.generate = jaxkv.generate
         model = jaxkv.models.load(folder, dtype="float32", fuse=True)
         self.forward, self.params = model.forward, model.params
-        self.cache = jaxkv.Cache.init(model.specs, 1, shape.capacity, max_block=shape.max_block)
-        self.encode = None
+        self.cache = jaxkv.Cache.init(model.specs, rows, shape.capacity, max_block=shape.max_block)
+        self.encode, self.rows = None, rows
         if shape.family == "whisper":
             from flax import nnx
 
@@ -224,12 +229,12 @@ class Jaxkv:
                 lambda params, cache, frames: nnx.merge(graph, params).encode_into(cache, frames), donate_argnums=1
             )
             self.listen()
-        self.rewind = jax.jit(lambda cache, length: cache.rewind(length[None]), donate_argnums=0)
+        self.rewind = jax.jit(lambda cache, lengths: cache.rewind(lengths), donate_argnums=0)
         self.device = f"{jax.default_backend()}: {jax.devices()[0].device_kind}"
         self.jnp, self.jax, self.held = jnp, jax, 0
 
     def back_to(self, length: int) -> None:
-        self.cache = self.jax.block_until_ready(self.rewind(self.cache, self.jnp.int32(length)))
+        self.cache = self.jax.block_until_ready(self.rewind(self.cache, self.jnp.full(self.rows, length, "int32")))
         self.held = length
 
     def listen(self) -> float:
@@ -238,24 +243,24 @@ class Jaxkv:
         if self.encode is not None:
             import jax
 
-            self.cache = jax.block_until_ready(self.encode(self.params, self.cache, features()))
+            self.cache = jax.block_until_ready(self.encode(self.params, self.cache, features(self.rows)))
         return time.perf_counter() - start
 
-    def run(self, history: np.ndarray, count: int) -> tuple[float, list[int]]:
+    def run(self, history: np.ndarray, count: int) -> tuple[float, list[list[int]]]:
         start = time.perf_counter()
-        result = self.generate(self.forward, self.params, [history], self.cache, max_new_tokens=count)
-        tokens = np.asarray(result.tokens)[0].tolist()
+        result = self.generate(self.forward, self.params, list(history), self.cache, max_new_tokens=count)
+        tokens = np.asarray(result.tokens).tolist()
         seconds = time.perf_counter() - start
         self.cache = result.cache
         return seconds, tokens
 
     def hold(self, history):
         self.run(history, 1)
-        self.back_to(len(history) - 1)
+        self.back_to(history.shape[1] - 1)
 
     def decode(self, history, count):
         seconds, tokens = self.run(history, count)
-        self.back_to(len(history) - 1)
+        self.back_to(history.shape[1] - 1)
         return seconds, tokens
 
     def prefill(self, history):
@@ -272,7 +277,7 @@ class Transformers:
     packages = ("torch", "transformers")
     static = False
 
-    def __init__(self, shape: Shape, folder: str, threads: int):
+    def __init__(self, shape: Shape, folder: str, threads: int, rows: int):
         import torch
         import transformers
 
@@ -283,7 +288,7 @@ class Transformers:
         kind = transformers.AutoModelForSpeechSeq2Seq if self.hears else transformers.AutoModelForCausalLM
         self.model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
         self.model.eval().to(self.device)
-        self.torch, self.transformers, self.shape = torch, transformers, shape
+        self.torch, self.transformers, self.shape, self.rows = torch, transformers, shape, rows
 
     def empty(self) -> None:
         self.cache, self.held = self.new_cache(self.shape.capacity), 0
@@ -298,7 +303,7 @@ class Transformers:
         """Seconds of hearing, where there is something to hear."""
         start = time.perf_counter()
         if self.hears:
-            frames = self.torch.from_numpy(features()).to(self.device).swapaxes(1, 2)
+            frames = self.torch.from_numpy(features(self.rows)).to(self.device).swapaxes(1, 2)
             with self.torch.inference_mode():
                 self.heard = self.model.get_encoder()(frames)
         return time.perf_counter() - start
@@ -306,11 +311,11 @@ class Transformers:
     def hold(self, history):
         self.empty()
         self.listen()
-        self.run(history[:-1], 1)
+        self.run(history[:, :-1], 1)
         self.kept = self.cache  # its window layers can't go back, so each turn works on a copy
 
     def decode(self, history, count):
-        self.cache, self.held = copy.deepcopy(self.kept), len(history) - 1
+        self.cache, self.held = copy.deepcopy(self.kept), history.shape[1] - 1
         return self.run(history, count)
 
     def prefill(self, history):
@@ -319,10 +324,10 @@ class Transformers:
         seconds, tokens = self.run(history, 1)
         return listened + seconds, tokens
 
-    def run(self, history: np.ndarray, count: int) -> tuple[float, list[int]]:
+    def run(self, history: np.ndarray, count: int) -> tuple[float, list[list[int]]]:
         torch, tokens = self.torch, []
         start = time.perf_counter()
-        new = torch.from_numpy(history[self.held :]).to(self.device)[None]
+        new = torch.from_numpy(history[:, self.held :]).to(self.device)
         with torch.inference_mode():
             for _ in range(count):
                 if self.hears:
@@ -331,7 +336,7 @@ class Transformers:
                     out = self.model(input_ids=new, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
                 new = out.logits[:, -1:].argmax(-1)
                 tokens.append(new)
-        tokens = torch.cat(tokens, 1)[0].tolist()
+        tokens = torch.cat(tokens, 1).tolist()
         return time.perf_counter() - start, tokens
 
 
@@ -340,44 +345,75 @@ class TransformersStatic(Transformers):
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, its cache in float32 like the others' (its default is float16)."""
+    """llama.cpp through the C functions of llama-cpp-python, whose own class has one sequence.
+
+    The cache is in float32 like the others' (its default is float16), and no row shares anything with another, for
+    which llama.h advises `kv_unified=False`.
+    """
 
     packages = ("llama-cpp-python", "gguf")
 
-    def __init__(self, shape: Shape, folder: str, threads: int):
+    def __init__(self, shape: Shape, folder: str, threads: int, rows: int):
         import gguf
         import llama_cpp
 
+        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it takes warnings for errors
+        llama_cpp.llama_backend_init()
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.use_mmap, model_params.n_gpu_layers = False, 0
         with tempfile.TemporaryDirectory() as other:
             path = f"{other}/model.gguf"
             write_gguf(gguf, path, shape, folder)
-            self.llama = llama_cpp.Llama(
-                path,
-                n_ctx=shape.capacity,
-                n_batch=shape.max_block,
-                n_ubatch=shape.max_block,
-                n_threads=threads,
-                n_threads_batch=threads,
-                type_k=llama_cpp.GGML_TYPE_F32,
-                type_v=llama_cpp.GGML_TYPE_F32,
-                flash_attn=True,
-                use_mmap=False,
-                verbose=False,
-            )
-        self.vocab_size, self.device = shape.vocab_size, "cpu"
+            model = llama_cpp.llama_model_load_from_file(path.encode(), model_params)
+        params = llama_cpp.llama_context_default_params()
+        params.n_seq_max, params.n_ctx, params.kv_unified = rows, rows * shape.capacity, False
+        params.n_batch = params.n_ubatch = shape.max_block
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        self.context = model and llama_cpp.llama_init_from_model(model, params)
+        if not self.context:
+            raise RuntimeError("llama.cpp could not load the model")
+        self.batch = llama_cpp.llama_batch_init(shape.max_block, 0, 1)
+        self.memory = llama_cpp.llama_get_memory(self.context)
+        self.vocab_size, self.most, self.held = shape.vocab_size, shape.max_block, 0
+        self.api, self.device = llama_cpp, "cpu"
 
     def back_to(self, length: int) -> None:
-        self.llama.n_tokens = length  # `eval` forgets what lies behind it
+        if not self.api.llama_memory_seq_rm(self.memory, -1, length, -1):
+            raise RuntimeError(f"llama.cpp could not go back to {length} tokens")
+        self.held = length
 
-    def run(self, history: np.ndarray, count: int) -> tuple[float, list[int]]:
-        start, tokens = time.perf_counter(), []
-        new = history[self.llama.n_tokens :].tolist()
+    def read(self, tokens: np.ndarray, first_row: int) -> list[int]:
+        """Reads tokens [rows, n] behind what is held, in one call. Returns each row's next token."""
+        batch, count = self.batch, tokens.shape[1]
+        batch.n_tokens = tokens.size
+        for i, token in enumerate(tokens.flat):
+            row, at = divmod(i, count)
+            batch.token[i], batch.pos[i], batch.logits[i] = token, self.held + at, at == count - 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, first_row + row
+        if code := self.api.llama_decode(self.context, batch):
+            raise RuntimeError(f"llama_decode returned {code}")
+        logits = np.ctypeslib.as_array(self.api.llama_get_logits(self.context), (len(tokens), self.vocab_size))
+        return logits.argmax(-1).tolist()
+
+    def step(self, new: np.ndarray) -> list[int]:
+        """Reads tokens [rows, n], in one call as many rows as fit. Returns each row's next token."""
+        for at in range(0, new.shape[1], self.most):
+            block, following = new[:, at : at + self.most], []
+            together = self.most // block.shape[1]
+            for row in range(0, len(new), together):
+                following += self.read(block[row : row + together], row)
+            self.held += block.shape[1]
+        return following
+
+    def run(self, history: np.ndarray, count: int) -> tuple[float, list[list[int]]]:
+        start, steps = time.perf_counter(), []
+        new = history[:, self.held :]
         for _ in range(count):
-            self.llama.eval(new)
-            logits = np.ctypeslib.as_array(self.llama._ctx.get_logits(), shape=(self.vocab_size,))
-            new = [int(logits.argmax())]
-            tokens += new
-        return time.perf_counter() - start, tokens
+            steps.append(self.step(new))
+            new = np.array(steps[-1])[:, None]
+        return time.perf_counter() - start, np.transpose(steps).tolist()
 
     def listen(self) -> float:
         return 0.0
@@ -390,17 +426,17 @@ class PlainRead:
 
     packages = ("jax",)
 
-    def __init__(self, shape: Shape, folder: str, threads: int):
+    def __init__(self, shape: Shape, folder: str, threads: int, rows: int):
         import jax
         import jax.numpy as jnp
 
-        self.folder, self.device = folder, "the same as jaxkv"
+        self.folder, self.rows, self.device = folder, rows, "the same as jaxkv"
         self.sums = jax.jit(lambda parts: [part.sum() for part in parts])
         self.ones, self.jax = jnp.ones, jax
         self.parts: list[Any] = []
 
     def hold(self, history):
-        size = read_bytes(self.folder, len(history) - 1) // 4
+        size = read_bytes(self.folder, self.rows, history.shape[1] - 1) // 4
         self.parts = [self.ones(max(size // 8, 1), "float32") for _ in range(8)]
         self.decode(history, 1)
 
@@ -476,12 +512,12 @@ def write_gguf(gguf: Any, path: str, shape: Shape, folder: str) -> None:
     writer.close()
 
 
-def work(name: str, shape: Shape, folder: str, threads: int, pipe: Any) -> None:
+def work(name: str, shape: Shape, folder: str, threads: int, rows: int, pipe: Any) -> None:
     """The life of a worker: load, say so, answer calls until the pipe closes."""
     sys.path.insert(0, str(ROOT))  # a checkout that is not installed
     kind = CONTESTANTS[name]
     try:
-        contestant = kind(shape, folder, threads)
+        contestant = kind(shape, folder, threads, rows)
         versions = {package: importlib.metadata.version(package) for package in kind.packages}
         pipe.send({"device": contestant.device, "versions": versions})
     except ModuleNotFoundError as error:
@@ -500,10 +536,10 @@ def work(name: str, shape: Shape, folder: str, threads: int, pipe: Any) -> None:
 
 
 class Worker:
-    def __init__(self, name: str, shape: Shape, folder: str, threads: int):
+    def __init__(self, name: str, shape: Shape, folder: str, threads: int, rows: int):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(name, shape, folder, threads, theirs), daemon=True)
+        self.process = context.Process(target=work, args=(name, shape, folder, threads, rows, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -535,13 +571,13 @@ def measure(shape: Shape, names: list[str], **settings: int) -> dict[str, Any]:
 
 
 def measure_checkpoint(
-    shape: Shape, folder: str, names: list[str], *, rounds: int, tokens: int, threads: int
+    shape: Shape, folder: str, names: list[str], *, rounds: int, tokens: int, threads: int, rows: int = 1
 ) -> dict[str, Any]:
     import jaxkv
 
     files = jaxkv.models.Files(folder)
     parameters = sum(int(np.prod(files.shape(name))) for name in files)
-    prompt = np.random.default_rng(SEED + 1).integers(0, shape.vocab_size, shape.capacity, dtype=np.int64)
+    prompt = np.random.default_rng(SEED + 1).integers(0, shape.vocab_size, (rows, shape.capacity), dtype=np.int64)
     workers: dict[str, Worker] = {}
     left_out: dict[str, str] = {}
     versions: dict[str, str] = {}
@@ -549,7 +585,7 @@ def measure_checkpoint(
     facts = about(())
     for name in names:
         say(f"loading {name}")
-        worker = Worker(name, shape, folder, threads)
+        worker = Worker(name, shape, folder, threads, rows)
         hello = worker.answer()
         if "left_out" in hello:
             left_out[name] = hello["left_out"]
@@ -570,9 +606,9 @@ def measure_checkpoint(
             return None, None
 
     decode: dict[int, dict[str, list[float]]] = {}
-    continuations: dict[int, dict[str, list[int]]] = {}
+    continuations: dict[int, dict[str, list[list[int]]]] = {}
     for length in shape.contexts:
-        history = prompt[: length + 1]
+        history = prompt[:, : length + 1]
         decode[length] = {name: [] for name in present}
         continuations[length] = {}
         for name in list(present):
@@ -585,15 +621,15 @@ def measure_checkpoint(
             for name in in_turn(list(present), turn):
                 seconds, out = call(name, "decode", history, tokens)
                 if seconds is not None:
-                    decode[length][name].append(1e3 * seconds / tokens)
+                    decode[length][name].append(1e3 * seconds / (tokens * rows))
                 if out is not None:
                     continuations[length][name] = out
     prefill: dict[str, list[float]] = {name: [] for name in present}
-    first: dict[str, list[int]] = {}
+    first: dict[str, list[list[int]]] = {}
     for turn in range(-1, max(rounds // 2, 1)):  # the first one compiles
         say(f"prefill: round {turn + 1} of {max(rounds // 2, 1)}")
         for name in in_turn(list(present), turn):
-            seconds, out = call(name, "prefill", prompt[: shape.prefill + 1])
+            seconds, out = call(name, "prefill", prompt[:, : shape.prefill + 1])
             if turn >= 0 and seconds is not None:
                 prefill[name].append(1e3 * seconds)
                 first[name] = out
@@ -605,7 +641,7 @@ def measure_checkpoint(
         "device": facts["device"] | {"of_each": devices},
         "versions": facts["versions"] | versions,
         "model": dataclasses.asdict(shape) | {"parameters": parameters, "dtype": "float32"},
-        "settings": {"rounds": rounds, "tokens": tokens, "threads": threads},
+        "settings": {"rounds": rounds, "tokens": tokens, "threads": threads, "rows": rows},
         "decode_ms_per_token": {str(n): {k: v for k, v in by.items() if v} for n, by in decode.items()},
         "prefill_ms": {name: times for name, times in prefill.items() if times},
         "tokens": {str(n): by for n, by in continuations.items()} | {"prefill": first},
@@ -614,15 +650,18 @@ def measure_checkpoint(
 
 
 def agreement(data: dict[str, Any]) -> dict[str, str]:
-    """Per contestant, how many of its tokens are those of the first: '32/32 at 32, 32/32 at 1024, ...'."""
+    """Per contestant, how many of its tokens are those of the first: '32/32 at 32, 32/32 at 1024, ...'.
+
+    A row's tokens count until the first that is another.
+    """
     lines: dict[str, str] = {}
     for at, by_name in data["tokens"].items():
         first, *others = by_name
-        ours = by_name[first]
+        ours = np.array(by_name[first])
         for name in others:
-            theirs = by_name[name]
-            same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
-            lines[name] = (lines[name] + ", " if name in lines else "") + f"{same}/{len(ours)} at {at}"
+            differ = np.array(by_name[name]) != ours
+            same = int((~np.logical_or.accumulate(differ, axis=1)).sum())
+            lines[name] = (lines[name] + ", " if name in lines else "") + f"{same}/{ours.size} at {at}"
     return lines
 
 
@@ -640,6 +679,11 @@ def table(data: dict[str, Any]) -> str:
             line += f"{f'{by[name]:.1f}{ratio}' if name in by else '-':>20}"
         lines.append(line)
     lines.append("medians in ms (decode: per token); x: times jaxkv's")
+    if (rows := data["settings"]["rows"]) > 1:
+        lines[-1] += f"; {rows} rows: a token of any row, the prompts of all"
+        for column, by in list(middle.items())[:-1]:
+            speeds = ", ".join(f"{name} {1e3 / ms:.0f}" for name, ms in by.items())
+            lines.append(f"tokens per second, {column}: {speeds}")
     lines += [f"same tokens as {names[0]}: {name}: {same}" for name, same in agreement(data).items()]
     lines += [f"left out: {name}: {why}" for name, why in data["left_out"].items()]
     return "\n".join(lines)
@@ -654,7 +698,7 @@ def plot(data: dict[str, Any], path: pathlib.Path) -> None:
 
     decode = {n: medians(by) for n, by in data["decode_ms_per_token"].items()}
     prefill = medians(data["prefill_ms"])
-    contexts = list(decode)
+    contexts, rows = list(decode), data["settings"].get("rows", 1)
     names = list(decode[contexts[0]])
     colors = {name: f"C{i}" for i, name in enumerate(names)} | {"plain read": "0.6"}
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(3, 1), layout="constrained")
@@ -672,9 +716,10 @@ def plot(data: dict[str, Any], path: pathlib.Path) -> None:
     bars = right.bar(range(len(prefill)), list(prefill.values()), color=[colors[name] for name in prefill])
     right.bar_label(bars, fmt="%.0f", fontsize=8)
     right.set_xticks([])
-    right.set(ylabel="ms", title=f"Prompt of {data['model']['prefill']:,} tokens")
+    right.set(ylabel="ms", title=f"{'Prompt' if rows == 1 else 'Prompts'} of {data['model']['prefill']:,} tokens")
     millions = data["model"]["parameters"] / 1e6
-    title = f"{data['model']['family']}, {millions:.0f} M parameters, float32, one sequence, {data['device']['cpu']}"
+    sequences = "one sequence" if rows == 1 else f"{rows} sequences"
+    title = f"{data['model']['family']}, {millions:.0f} M parameters, float32, {sequences}, {data['device']['cpu']}"
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -692,6 +737,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant at each context (default 9)")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded per turn (default 32)")
     parser.add_argument("--threads", type=int, default=2, help="cores to use (default 2)")
+    parser.add_argument("--rows", type=int, default=1, help="sequences decoded at once (default 1)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: shows that the script runs")
     arguments = parser.parse_args(argv)
     if arguments.plot:
@@ -703,6 +749,8 @@ def main(argv: list[str] | None = None) -> int:
     shape, rounds, tokens = (TINY, 2, 8) if arguments.quick else (Shape(), arguments.rounds, arguments.tokens)
     if max(shape.contexts) + 1 + tokens > shape.capacity:
         parser.error(f"--tokens {tokens} do not fit behind {max(shape.contexts)} in a capacity of {shape.capacity}")
+    if not 1 <= arguments.rows <= shape.max_block:  # llama.cpp reads a token of each in one block
+        parser.error(f"--rows {arguments.rows}: from 1 to {shape.max_block}")
     threads = arguments.threads
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
@@ -715,7 +763,9 @@ def main(argv: list[str] | None = None) -> int:
         absent = {"llama": (), "whisper": ("llama.cpp", "plain read")}.get(family, ("llama.cpp",))
         names = [name for name in arguments.only or CONTESTANTS if name not in absent]
         one = Shape.of(family, shape)
-        data = all_data[family] = measure(one, names, rounds=rounds, tokens=tokens, threads=threads)
+        data = all_data[family] = measure(
+            one, names, rounds=rounds, tokens=tokens, threads=threads, rows=arguments.rows
+        )
         print(f"{family}, {data['model']['parameters'] / 1e6:.0f} M parameters\n{table(data)}\n")
         failed |= any(why.startswith("failed") for why in data["left_out"].values())
         if family == families[0]:

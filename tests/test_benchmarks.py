@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +40,34 @@ def test_the_figures_of_the_readme_are_those_of_the_data():
     assert readme.paragraph(data) in (readme.ROOT / "README.md").read_text("utf-8"), "run: python benchmarks/readme.py"
     data["decode_ms_per_token"]["32"]["jaxkv"] = [99.0]
     assert "decodes in 99.0 / " in readme.paragraph(data)
+
+
+def test_the_benchmark_of_a_whole_model_decodes_several_rows(tmp_path, capsys, monkeypatch):
+    model = importlib.import_module("model")
+    monkeypatch.setattr(model, "TINY", dataclasses.replace(model.TINY, contexts=(8,)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    numbers = tmp_path / "data" / "model_rows.json"
+    options = ["--quick", "--threads", "1", "--only", "jaxkv", "llama.cpp", "plain read"]
+    assert model.main([*options, "--rows", "3", "--out", str(numbers)]) == 0
+    printed, data = capsys.readouterr().out, json.loads(numbers.read_text())
+    assert "tokens per second, decode at 8: jaxkv " in printed
+    assert data["settings"]["rows"] == 3
+    for at, count in (("8", 8), ("prefill", 1)):
+        tokens = data["tokens"][at]
+        assert np.shape(tokens["jaxkv"]) == (3, count)
+        assert len({tuple(row) for row in tokens["jaxkv"]}) == 3  # each row has a text of its own
+        assert "llama.cpp" in data["left_out"] or tokens["llama.cpp"] == tokens["jaxkv"]
+    assert (tmp_path / "figures" / "model_rows.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        model.main([*options, "--rows", "17"])
+    assert "--rows 17: from 1 to 16" in capsys.readouterr().err
+
+
+def test_tokens_of_a_row_agree_until_the_first_that_differs():
+    model = importlib.import_module("model")
+    tokens = {"8": {"jaxkv": [[1, 2, 3], [4, 5, 6]], "other": [[1, 2, 3], [4, 0, 6]]}}
+    assert model.agreement({"tokens": tokens}) == {"other": "4/6 at 8"}
 
 
 def test_the_benchmark_of_pages_runs_and_draws(tmp_path, capsys, monkeypatch):
