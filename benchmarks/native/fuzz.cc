@@ -1,8 +1,10 @@
-// Random calls of the kernel, compared with sums in double precision, in buffers that end where they say; and random moves
-// of rows.
-//   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -ffp-contract=fast -pthread benchmarks/native/fuzz.cc -o fuzz
+// Random calls of attention and of the product, compared with sums in double precision, and random moves of rows, in buffers
+// that end where they say.
+//   XLA=$(python -c "import jax; print(jax.ffi.include_dir())")
+//   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -ffp-contract=fast -pthread -I$XLA benchmarks/native/fuzz.cc -o fuzz
 //   ./fuzz 2000
-// On ARM: aarch64-linux-gnu-g++ -std=c++17 -O2 ... , and qemu-aarch64 -L /usr/aarch64-linux-gnu ./fuzz 400.
+// Each call is with one of the instruction sets of this machine.
+// On ARM: aarch64-linux-gnu-g++ -std=c++17 -O2 -w ... , and qemu-aarch64 -L /usr/aarch64-linux-gnu ./fuzz 400.
 // With -fsanitize=thread it looks for races. Lengths, rows, pages and positions are wrong on purpose, now and then: what is
 // read must stay within the buffers all the same.
 #include <cstdio>
@@ -10,14 +12,23 @@
 #include <thread>
 
 #include "../../jaxkv/native/numbers.h"
+#include "../../jaxkv/native/product.cc"
 #include "../../jaxkv/native/rows.h"
 
 using namespace jaxkv;
+
+Isa jaxkv::isa() { return best_isa(); }
 
 static std::mt19937 source;
 static int64_t below(int64_t n) { return static_cast<int64_t>(source() % static_cast<uint32_t>(n)); }
 static bool rarely() { return below(8) == 0; }
 static float number_below_1() { return static_cast<float>(below(2001)) / 1000 - 1; }
+
+static Isa any_set() {
+  Isa set = kNone;
+  while (!has(set)) set = static_cast<Isa>(1 + below(best_isa()));
+  return set;
+}
 
 template <class T, class F> static std::unique_ptr<T[]> made(int64_t n, const F& of) {
   std::unique_ptr<T[]> x(new T[n]);
@@ -62,7 +73,7 @@ struct Store {
   }
 };
 
-static bool once(int64_t seed) {
+static bool attention_is_right(int64_t seed) {
   source.seed(static_cast<uint32_t>(seed));
   const int64_t B = 1 + below(4), K = 1 + below(3), G = 1 + below(5), T = rarely() ? 1 + below(9) : 1;
   const int64_t L = 1 + below(3);
@@ -103,7 +114,7 @@ static bool once(int64_t seed) {
   call.sinks = below(4), call.softcap = below(2) ? 3.f : 0.f, call.out = out.get(), call.log_total = logs.get();
   std::vector<std::thread> threads;
   const int64_t helpers = below(4);
-  Attention attention(call, best_isa(), helpers + 1);
+  Attention attention(call, any_set(), helpers + 1);
   attend(attention, helpers, [&](auto&& work) { threads.emplace_back(work); });
   for (auto& thread : threads) thread.join();
   for (int64_t n = 0; n < N; ++n) {
@@ -135,7 +146,7 @@ static bool once(int64_t seed) {
 }
 
 // Rows moved in several buffers at once, compared with copies of what they were.
-static bool moved(int64_t seed) {
+static bool moves_are_right(int64_t seed) {
   source.seed(static_cast<uint32_t>(seed));
   const int64_t count = 1 + below(9), helpers = below(4);
   auto rows = made<int32_t>(count, [&](int64_t) { return rarely() ? int32_t(source()) : int32_t(below(count)); });
@@ -166,12 +177,56 @@ static bool moved(int64_t seed) {
   return true;
 }
 
+static bool product_is_right(int64_t seed) {
+  source.seed(static_cast<uint32_t>(seed));
+  const bool large = rarely(), transposed = below(2);  // only large ones are shared out among threads
+  const int64_t tokens = 1 + below(16), inner = 1 + below(large ? 400 : 70), outer = 1 + below(large ? 1500 : 70);
+  const int64_t shifts[] = {below(16), below(16), below(16)};  // of the numbers from where a line of the cache begins
+  auto number = [](int64_t) { return number_below_1(); };
+  auto x = made<float>(shifts[0] + tokens * inner, number), w = made<float>(shifts[1] + inner * outer, number);
+  auto none = [](int64_t) { return NAN; };
+  auto y = made<float>(shifts[2] + tokens * outer, none), alone = made<float>(outer, none);
+  const ffi::DataType type = below(2) ? ffi::DataType::F32 : below(2) ? ffi::DataType::F16 : ffi::DataType::BF16;
+  auto halves = made<uint16_t>(shifts[1] + inner * outer, [&](int64_t i) {
+    const bool half = type == ffi::DataType::F16;
+    const uint16_t bits = half ? source() & 0xbbff : 0x3f00 | (source() & 0x80ff);
+    if (type != ffi::DataType::F32) w[i] = static_cast<float>(half ? small_float(bits, 16, 10) : float_of(uint32_t{bits} << 16));
+    return bits;
+  });
+  Product p{};
+  p.tokens = tokens, p.inner = inner, p.outer = outer, p.transposed = transposed;
+  p.x = x.get() + shifts[0], p.y = y.get() + shifts[2], p.type = type;
+  p.w = type == ffi::DataType::F32 ? static_cast<const void*>(w.get() + shifts[1]) : halves.get() + shifts[1];
+  const Isa set = any_set();
+  std::vector<std::thread> threads;
+  multiply(p, set, 1 + below(4), [&](auto&& work) { threads.emplace_back(work); });
+  for (auto& thread : threads) thread.join();
+  for (int64_t t = 0; t < tokens; ++t) {
+    Product one = p;
+    one.tokens = 1, one.x = p.x + t * inner, one.y = alone.get();
+    multiply(one, set, 1, [](auto&&) {});
+    for (int64_t o = 0; o < outer; ++o) {
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < inner; ++i) {
+        const double term = double(p.x[t * inner + i]) * w[shifts[1] + (transposed ? o * inner + i : i * outer + o)];
+        sum += term, size += std::fabs(term);
+      }
+      // The most that a sum of floats can be off, in whatever order; and a token's result does not depend on the others.
+      if (!(std::fabs(p.y[t * outer + o] - sum) <= (inner + 1) * 0x1p-24 * size) || p.y[t * outer + o] != alone[o]) return false;
+    }
+  }
+  return true;
+}
+
 int main(int argc, char** argv) {
   const int64_t count = argc > 1 ? atoll(argv[1]) : 1000;
+  const std::pair<const char*, bool (*)(int64_t)> parts[] = {
+      {"attention is", attention_is_right}, {"the product is", product_is_right}, {"moves of rows are", moves_are_right}};
   for (int64_t seed = 0; seed < count; ++seed)
-    if (!once(seed) || !moved(seed)) {
-      printf("seed %lld: wrong\n", static_cast<long long>(seed));
-      return 1;
-    }
-  printf("%lld calls, instruction set %d: all right\n", static_cast<long long>(count), best_isa());
+    for (const auto& [part, is_right] : parts)
+      if (!is_right(seed)) {
+        printf("seed %lld: %s wrong\n", static_cast<long long>(seed), part);
+        return 1;
+      }
+  printf("%lld calls of each, the best instruction set is %d: all right\n", static_cast<long long>(count), best_isa());
 }

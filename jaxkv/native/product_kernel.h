@@ -19,9 +19,9 @@ APART void add_columns(const float* x, int64_t inner, const E* w, int64_t outer,
     for (int c = 0; c < C; ++c) z[c] = some ? load_some(w, some) : load(w + c * W);
 #pragma GCC unroll 16
     for (int q = 0; q < Q; ++q) {
-      const float factor = x[q * inner + r];
+      const vf factor = splat(x[q * inner + r]);
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) sum[q * C + c] += z[c] * factor;
+      for (int c = 0; c < C; ++c) sum[q * C + c] = fused(z[c], factor, sum[q * C + c]);
     }
   }
 #pragma GCC unroll 16
@@ -80,7 +80,7 @@ APART void dots(const float* x, const E* w, int64_t inner, int64_t outer, bool a
     for (int q = 0; q < Q; ++q) {
       vf a = load(x + q * inner + h);
 #pragma GCC unroll 16
-      for (int j = 0; j < N; ++j) sum[q * N + j] += z[j] * a;
+      for (int j = 0; j < N; ++j) sum[q * N + j] = fused(z[j], a, sum[q * N + j]);
     }
   }
   if (h < inner) {
@@ -88,7 +88,7 @@ APART void dots(const float* x, const E* w, int64_t inner, int64_t outer, bool a
     for (int j = 0; j < N; ++j) {
       vf z = load_some(w + j * inner + h, inner - h);
 #pragma GCC unroll 4
-      for (int q = 0; q < Q; ++q) sum[q * N + j] += z * load_some(x + q * inner + h, inner - h);
+      for (int q = 0; q < Q; ++q) sum[q * N + j] = fused(z, load_some(x + q * inner + h, inner - h), sum[q * N + j]);
     }
   }
   float total[kRegisters];
