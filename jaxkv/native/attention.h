@@ -117,6 +117,14 @@ struct Task {
   int32_t position[kStretch], span[kStretch];
 };
 
+// What the tasks of one kv head of one row leave, in the order of the slots. Joining them turns their maxima into weights.
+struct Parts {
+  float* first;               // [stretches, stride]: as in Task, maxima, sums and mixed values
+  int64_t stretches, stride;
+  int64_t queries, T, size;   // G * T, T, and numbers of a value
+  const float* sink_logits;   // [G], or null
+};
+
 // The slots of a block that lie one after another.
 struct InOrder {
   int64_t at[kBlock];
@@ -129,6 +137,9 @@ constexpr InOrder kInOrder;
 #undef KERNEL
 
 inline void attend_task(Task& task, Isa isa) { WITH_SET(isa, attend_task(task)) }
+inline void join_parts(const Parts& parts, float* out, float* log_total, Isa isa) {
+  WITH_SET(isa, join_parts(parts, out, log_total))
+}
 
 // The slots that a row's queries may see, in stretches, and where their parts lie.
 struct Row {
@@ -259,30 +270,13 @@ class Attention {
 
   // Joins the parts of one kv head of one row, in the order of the slots.
   void join(int64_t b, int64_t k) {
-    const int64_t queries = call_.G * call_.T, count = rows_[b].stretches;
-    const float* parts = parts_.get() + (rows_[b].tasks + k * count) * part();
-    for (int64_t i = 0; i < queries; ++i) {
-      const int64_t to = (b * call_.K + k) * queries + i;
-      float* out = call_.out + to * call_.values.size;
-      float top = -FLT_MAX, total = 0;
-      if (call_.sink_logits) {
-        top = call_.sink_logits[k * call_.G + i / call_.T];
-        total = 1;
-      }
-      std::fill_n(out, call_.values.size, 0.f);
-      for (int64_t n = 0; n < count; ++n) {
-        const float* part_top = parts + n * part();
-        const float* mixed = part_top + 2 * queries + i * call_.values.size;
-        const float most = part_top[i] > top ? part_top[i] : top;
-        const float keep = std::exp(top - most), add = std::exp(part_top[i] - most);
-        total = total * keep + part_top[queries + i] * add;
-        for (int64_t h = 0; h < call_.values.size; ++h) out[h] = out[h] * keep + mixed[h] * add;
-        top = most;
-      }
-      if (total == 0) total = 1;  // a query that sees nothing
-      for (int64_t h = 0; h < call_.values.size; ++h) out[h] /= total;
-      call_.log_total[to] = top + std::log(total);
-    }
+    const int64_t queries = call_.G * call_.T, first = (b * call_.K + k) * queries;
+    Parts parts;
+    parts.stretches = rows_[b].stretches, parts.stride = part(), parts.queries = queries, parts.size = call_.values.size;
+    parts.first = parts_.get() + (rows_[b].tasks + k * parts.stretches) * parts.stride;
+    parts.sink_logits = call_.sink_logits ? call_.sink_logits + k * call_.G : nullptr;
+    parts.T = call_.T;
+    join_parts(parts, call_.out + first * parts.size, call_.log_total + first, isa_);
   }
 
   struct Free { void operator()(float* x) const { free(x); } };

@@ -353,3 +353,44 @@ void attend_task(Task& task) {
     if (queries - first == 1) attend_block<1>(task, block, first);
   }
 }
+
+// C vectors of the joined values, from number h on: each part is read once.
+template <int C> INLINE void join_columns(const Parts& parts, int64_t i, int64_t h, float* out) {
+  const float* part = parts.first;
+  vf sum[C];
+#pragma GCC unroll 16
+  for (int c = 0; c < C; ++c) sum[c] = vf{};
+  for (int64_t n = 0; n < parts.stretches; ++n, part += parts.stride) {
+    const float weight = part[i], *mixed = part + 2 * parts.queries + i * parts.size + h;
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) sum[c] += load(mixed + c * W) * weight;
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < C; ++c) store(out + h + c * W, sum[c]);
+}
+
+void join_parts(const Parts& parts, float* out, float* log_total) {
+  for (int64_t i = 0; i < parts.queries; ++i, out += parts.size) {
+    float* const end = parts.first + parts.stretches * parts.stride;
+    float top = parts.sink_logits ? parts.sink_logits[i / parts.T] : -FLT_MAX, total = 0;
+    const float sink = top;
+    for (float* part = parts.first; part != end; part += parts.stride) top = part[i] > top ? part[i] : top;
+    if (parts.sink_logits) total = exponential(splat(sink - top))[0];
+    for (float* part = parts.first; part != end; part += parts.stride) {
+      part[i] = exponential(splat(part[i] - top))[0];
+      total += part[parts.queries + i] * part[i];
+    }
+    if (total == 0) total = 1;  // a query that sees nothing
+    for (float* part = parts.first; part != end; part += parts.stride) part[i] /= total;
+    log_total[i] = top + std::log(total);
+    int64_t h = 0;
+    for (; h + 4 * W <= parts.size; h += 4 * W) join_columns<4>(parts, i, h, out);
+    for (; h + W <= parts.size; h += W) join_columns<1>(parts, i, h, out);
+    for (; h < parts.size; ++h) {
+      float sum = 0;
+      for (const float* part = parts.first; part != end; part += parts.stride)
+        sum += part[2 * parts.queries + i * parts.size + h] * part[i];
+      out[h] = sum;
+    }
+  }
+}
