@@ -23,7 +23,7 @@ from jaxkv.nn.native.build import asked
 from jaxkv.nn.native.sealed import Unusable
 
 # By these names a compiled program calls the handlers; jax.export wants that of attention named.
-TARGETS = ATTENTION, PRODUCT = "jaxkv_attention", "jaxkv_product"
+TARGETS = ATTENTION, PRODUCT, GROUPS = "jaxkv_attention", "jaxkv_product", "jaxkv_groups"
 WHEEL = "jaxkv-cpu"  # the package of a library that need not be built; its sources are in native/
 _OFF = ("0", "false", "off", "no")
 _LOCK, _LIBRARIES = threading.Lock(), list[ctypes.CDLL]()  # the one that XLA knows
