@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxkv.models import DecoderConfig, ExpertsConfig
+from jaxkv.models import DecoderConfig, ExpertsConfig, experts
 from jaxkv.models.experts import Experts
 
 WIDTH, HIDDEN, EXPERTS = 6, 4, 8
@@ -82,19 +82,33 @@ def by_hand(module, x):
     return total, chosen
 
 
+@pytest.fixture(params=["blocks", "native"])
+def way(request, monkeypatch):
+    """How experts are computed: in blocks by XLA, or by the native library, which leaves small ones alone otherwise."""
+    if request.param == "native":
+        request.getfixturevalue("native_kernel")
+        monkeypatch.setattr(experts, "_LEAST", 0)
+    return request.param
+
+
+def is_native(run, *operands):
+    return "custom_call @jaxkv_groups" in run.lower(*operands).as_text()
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_token_gets_what_its_own_experts_give(kind):
+def test_each_token_gets_what_its_own_experts_give(kind, way):
     graphdef, state = made(kind)
     run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
     module = nnx.merge(graphdef, state)
     for count in (1, 60):  # one row at a time, and blocks of several
         x = tokens(count)
+        assert is_native(run, state, x) == (way == "native")
         want = np.stack([by_hand(module, token)[0] for token in x[0]])
         np.testing.assert_allclose(run(state, x)[0], want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 3, 700])
-def test_experts_that_no_token_needs_are_not_touched(count):
+def test_experts_that_no_token_needs_are_not_touched(count, way):
     graphdef, state = made("softmax, normalized, as Mixtral")
     module = nnx.merge(graphdef, state)
     x = jnp.broadcast_to(tokens(1), (1, count, WIDTH))
@@ -107,7 +121,7 @@ def test_experts_that_no_token_needs_are_not_touched(count):
     np.testing.assert_allclose(got[0], np.broadcast_to(want, (count, WIDTH)), rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_are_those_of_all_experts_weighted():
+def test_gradients_are_those_of_all_experts_weighted(way):
     graphdef, state = made("softmax, normalized, as Mixtral")
 
     def through_all(state, x):
@@ -122,6 +136,40 @@ def test_gradients_are_those_of_all_experts_weighted():
     got = jax.jit(jax.grad(lambda state, x: jnp.sum(jnp.sin(nnx.merge(graphdef, state)(x))), (0, 1)))(state, x)
     want = jax.jit(jax.grad(through_all, (0, 1)))(state, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
+
+
+@pytest.mark.usefixtures("native_kernel")
+def test_the_library_computes_experts_of_16_bits_and_leaves_the_rest_to_xla(monkeypatch):
+    graphdef, state = made("softmax, normalized, as Mixtral")
+    run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    x = tokens(40)
+    assert not is_native(run, state, x)  # small ones
+    monkeypatch.setattr(experts, "_LEAST", 0)
+    run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    want = run(state, x)
+    many = jax.vmap(run, in_axes=(None, 0))
+    np.testing.assert_allclose(many(state, jnp.stack([x, 2 * x]))[0], want, atol=1e-4)
+    assert "jaxkv_groups" not in jax.export.export(run)(state, x).mlir_module()
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    divided = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "i")))
+    assert not is_native(run, state, divided)
+    np.testing.assert_allclose(run(state, divided), want, atol=1e-4)
+    monkeypatch.setattr(experts, "_MOST", 40 * 2 * 2 * (WIDTH + HIDDEN) - 1)  # more than may be kept
+    assert not is_native(jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)), state, x)
+    monkeypatch.setattr(experts, "_MOST", 40 * 2 * 2 * (WIDTH + HIDDEN))
+    for dtype in (jnp.bfloat16, jnp.float16):
+        module = Experts(
+            dataclasses.replace(CONFIG, dtype=dtype, param_dtype=dtype), KINDS["clamped, with biases, as gpt-oss"],
+            rngs=nnx.Rngs(0),
+        )  # fmt: skip
+        half, rest = nnx.split(module)
+        run = jax.jit(lambda state, x, half=half: nnx.merge(half, state)(x))
+        x16 = x[:, :20].astype(dtype)
+        assert is_native(run, rest, x16)
+        got = run(rest, x16)
+        assert got.dtype == dtype
+        want16 = np.stack([by_hand(module, token)[0] for token in x16[0]])
+        np.testing.assert_allclose(got[0].astype(jnp.float32), want16, atol=0.03)
 
 
 @pytest.mark.parametrize(

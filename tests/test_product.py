@@ -157,6 +157,49 @@ def test_buffers_that_do_not_fit_together_are_an_error_and_never_read():
             jax.block_until_ready(call(*operands, transposed=np.int64(transposed)))
 
 
+def groups(x, w, sizes):
+    result = jax.ShapeDtypeStruct((x.shape[0], w.shape[-1]), jnp.float32)
+    return jax.block_until_ready(jax.ffi.ffi_call(library.GROUPS, result)(x, w, np.asarray(sizes, np.int32)))
+
+
+@pytest.mark.parametrize("instructions", build.SETS)
+def test_tokens_of_groups_are_multiplied_by_the_matrix_of_their_group(instructions, monkeypatch):
+    monkeypatch.setenv("JAXKV_NATIVE", instructions)
+    library.problem.cache_clear()
+    assert library.problem() is None
+    try:
+        # Groups of no token, of more than a task takes, and of any number; the last tokens are of no group.
+        for sizes, inner, outer in (((0, 130, 3, 0, 18, 1), 261, 75), ((1, 0, 0, 2), 70, 1030), ((0, 0), 5, 6)):
+            x, ends = normal(1, sum(sizes) + 2, inner), np.cumsum(sizes)
+            w = normal(2, len(sizes), inner, outer).astype(jnp.bfloat16)
+            want = np.zeros((len(x), outer))
+            for matrix, end, size in zip(w.astype(np.float64), ends, sizes, strict=True):
+                want[end - size : end] = x[end - size : end].astype(np.float64) @ matrix
+            for dtype in (jnp.float32, jnp.bfloat16):
+                np.testing.assert_allclose(groups(x, w.astype(dtype), sizes), want, atol=2e-6 * inner)
+    finally:
+        monkeypatch.delenv("JAXKV_NATIVE")
+        library.problem.cache_clear()
+        assert library.problem() is None
+
+
+def test_groups_that_do_not_fit_are_an_error_and_never_read():
+    x, w = normal(1, 5, 20), normal(2, 3, 20, 30)
+    for operands, reason in (
+        ((x, w, (2, 2, 2)), "groups of more tokens than there are"),
+        ((x, w, (2**31 - 1, 2**31 - 1, 2**31 - 1)), "groups of more tokens than there are"),
+        ((x, w, (3, -1, 3)), "a group of fewer than 0 tokens"),
+        ((x, w, (3, 2)), "don't fit together"),
+        ((x[:, :19], w, (2, 2, 1)), "don't fit together"),
+        ((x, w[0], (2, 2, 1)), "wrong ranks"),
+        ((x.astype(np.int32), w, (2, 2, 1)), "not float32"),
+        ((x, w.astype(np.int32), (2, 2, 1)), "weights that are not floats"),
+        ((x, w[:0], ()), "sizes that are not read"),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=reason):
+            groups(*operands)
+
+
 def test_all_projections_of_a_model_take_it_and_its_logits_stay_the_same_up_to_rounding(monkeypatch):
     config = DecoderConfig(
         vocab_size=600, width=256, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=64, mlp_dim=300, tied=True

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.interpreters import mlir
 
+from jaxkv import meshes
 from jaxkv.models.mlp import ACTIVATIONS, MLP
+from jaxkv.native import library
+from jaxkv.native.library import GROUPS
+from jaxkv.native.lowering import on_one_device, primitive
 
 SCORES = ("softmax", "sigmoid")
 _MOST_ROWS = 64  # tokens that an expert takes at once, see benchmarks/experts.py
+_LEAST = 2**16  # numbers of all experts' matrices of a projection, below which native calls cost more than they bring
+_MOST = 2**26  # numbers between the projections that native calls may keep: of all tokens at once, not of one block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +105,8 @@ class Experts(nnx.Module):
     """Experts in place of an MLP: a router sends each token to a few of them, and what they give is added up.
 
     Only a token's own experts are computed: tokens are ordered by expert and taken in blocks of up to 64, so that an
-    expert's weights are read once for a block, and not at all if no token needs it.
+    expert's weights are read once for a block, and not at all if no token needs it. In a program for one CPU the native
+    library multiplies them; derivatives, and what runs elsewhere, are XLA's.
 
     Args:
       config: a `DecoderConfig`: width, activation and dtypes are looked at.
@@ -164,48 +174,120 @@ class Experts(nnx.Module):
 
     def _routed(self, tokens: Any, weights: Any, chosen: Any) -> Any:
         """Returns the sum of what the chosen experts [T, k] give for tokens [T, D], [T, D]."""
-        (count, each), experts = chosen.shape, self.config.num_experts
         names = ("gate", "up", "down") + (("gate_bias", "up_bias", "down_bias") if self.config.use_bias else ())
-        params = {name: getattr(self, name)[...].astype(self.dtype) for name in names}
-        rows = _rows(count * each, experts)
-        # Pairs of a token and an expert, ordered by expert; how many pairs and blocks each expert has.
-        order = jnp.argsort(chosen.ravel(), stable=True)
-        pairs = jnp.sum(chosen.ravel()[:, None] == jnp.arange(experts)[None, :], axis=0, dtype=jnp.int32)  # [E]
-        blocks = -(-pairs // rows)
-        ends, first = jnp.cumsum(blocks), jnp.cumsum(pairs) - pairs
-        numbers = jnp.arange(min(count * each, count * each // rows + experts), dtype=jnp.int32)
-        owners = jnp.sum(ends[None, :] <= numbers[:, None], axis=1, dtype=jnp.int32)  # the expert of each block
+        operands = (tokens, weights, chosen, *(getattr(self, name)[...].astype(self.dtype) for name in names))
+        form = _Form(self.config, self.activation)
+        if meshes.explicit_mesh(operands) is not None or not _may_be_native(operands):
+            return _in_blocks(*operands, form=form)[0]
+        return _run(form, *meshes.vary_alike(operands))
 
-        def one_block(total: Any, block: Any) -> tuple[Any, None]:
-            number, expert = block
 
-            def read(total: Any) -> Any:
-                place = (number - ends[expert] + blocks[expert]) * rows + jnp.arange(rows, dtype=jnp.int32)
-                pair = order[jnp.minimum(first[expert] + place, count * each - 1)]
-                real = place < pairs[expert]
-                weight = jnp.where(real, weights.ravel()[pair], 0)[:, None]
-                token = pair // each
-                x = tokens[token]
-                part = {name: param[expert] for name, param in params.items()}
-                y = self._expert(x * weight, part) if self.config.weighs_input else weight * self._expert(x, part)
-                return total.at[jnp.where(real, token, count)].add(y, mode="drop")
+class _Form(NamedTuple):
+    """What experts compute."""
 
-            return jax.lax.cond(number < ends[-1], read, lambda total: total, total), None
+    config: ExpertsConfig
+    activation: str
 
-        return jax.lax.scan(one_block, jnp.zeros_like(tokens), (numbers, owners))[0]
+    def expert(self, x: Any, project: Callable[[Any, int], Any]) -> Any:
+        """Returns what experts give for x [T, D].
 
-    def _expert(self, x: Any, part: dict[str, Any]) -> Any:
-        """Returns what one expert gives for x [T, D]."""
-
-        def project(x: Any, name: str) -> Any:
-            bias = part.get(f"{name}_bias")
-            return x @ part[name] if bias is None else x @ part[name] + bias[None, :]
-
-        gate, up = project(x, "gate"), project(x, "up")
+        Args:
+          x: their inputs.
+          project: from an input and the number of a projection, 0 the gate, 1 up and 2 down, to what it gives.
+        """
+        gate, up = project(x, 0), project(x, 1)
         if not self.config.clamped:
-            return project(ACTIVATIONS[self.activation](gate) * up, "down")
+            return project(ACTIVATIONS[self.activation](gate) * up, 2)
         gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
-        return project((up + 1) * gate * jax.nn.sigmoid(1.702 * gate), "down")
+        return project((up + 1) * gate * jax.nn.sigmoid(1.702 * gate), 2)
+
+
+def _may_be_native(operands: Any) -> bool:
+    """Returns whether the native library has such products, and they pay, on a CPU."""
+    tokens, _, chosen, gate, *_ = operands
+    if tokens.dtype != gate.dtype or gate.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return False
+    _, width, hidden = gate.shape
+    return gate.size >= _LEAST and chosen.size * 2 * (width + hidden) <= _MOST
+
+
+def _in_blocks(tokens: Any, weights: Any, chosen: Any, *params: Any, form: _Form) -> list[Any]:
+    """Returns the sum of what the chosen experts give, computed in blocks of an expert's tokens, as XLA does it."""
+    config = form.config
+    (count, each), experts = chosen.shape, config.num_experts
+    rows = _rows(count * each, experts)
+    order, pairs = _ordered(chosen, experts)
+    blocks = -(-pairs // rows)
+    ends, first = jnp.cumsum(blocks), jnp.cumsum(pairs) - pairs
+    numbers = jnp.arange(min(count * each, count * each // rows + experts), dtype=jnp.int32)
+    owners = jnp.sum(ends[None, :] <= numbers[:, None], axis=1, dtype=jnp.int32)  # the expert of each block
+
+    def one_block(total: Any, block: Any) -> tuple[Any, None]:
+        number, expert = block
+
+        def read(total: Any) -> Any:
+            place = (number - ends[expert] + blocks[expert]) * rows + jnp.arange(rows, dtype=jnp.int32)
+            pair = order[jnp.minimum(first[expert] + place, count * each - 1)]
+            real = place < pairs[expert]
+            weight = jnp.where(real, weights.ravel()[pair], 0)[:, None]
+            token = pair // each
+            x = tokens[token]
+            part = [param[expert] for param in params]
+
+            def project(x: Any, i: int) -> Any:
+                return x @ part[i] + part[3 + i][None, :] if config.use_bias else x @ part[i]
+
+            y = form.expert(x * weight, project) if config.weighs_input else weight * form.expert(x, project)
+            return total.at[jnp.where(real, token, count)].add(y, mode="drop")
+
+        return jax.lax.cond(number < ends[-1], read, lambda total: total, total), None
+
+    return [jax.lax.scan(one_block, jnp.zeros_like(tokens), (numbers, owners))[0]]
+
+
+def _by_library(tokens: Any, weights: Any, chosen: Any, *params: Any, form: _Form) -> list[Any]:
+    """Returns the same; each projection of all pairs of a token and an expert is one call of the native library."""
+    config, dtype = form.config, tokens.dtype
+    order, pairs = _ordered(chosen, config.num_experts)
+
+    def project(x: Any, i: int) -> Any:
+        result = jax.typeof(x).update(shape=(x.shape[0], params[i].shape[2]), dtype=jnp.float32)
+        y = jax.ffi.ffi_call(GROUPS, result)(x.astype(jnp.float32), params[i], pairs).astype(dtype)
+        return y + params[3 + i][chosen.ravel()[order]] if config.use_bias else y
+
+    x, weight = tokens[order // chosen.shape[1]], weights.ravel()[order][:, None]
+    y = form.expert(x * weight, project) if config.weighs_input else weight * form.expert(x, project)
+    places = jnp.zeros_like(order).at[order].set(jnp.arange(chosen.size, dtype=order.dtype), unique_indices=True)
+    return [jnp.sum(y[places].reshape(*chosen.shape, -1), axis=1)]
+
+
+def _ordered(chosen: Any, experts: int) -> tuple[Any, Any]:
+    """Returns the pairs of a token and an expert, ordered by expert, and how many of them each expert has."""
+    order = jnp.argsort(chosen.ravel(), stable=True)
+    return order, jnp.sum(chosen.ravel()[:, None] == jnp.arange(experts)[None, :], axis=0, dtype=jnp.int32)  # [E]
+
+
+def _lower(ctx: Any, *operands: Any, form: _Form) -> Any:
+    native = on_one_device(ctx.module_context) and library.problem() is None
+    routed = functools.partial(_by_library if native else _in_blocks, form=form)
+    return mlir.lower_fun(routed, multiple_results=True)(ctx, *operands)
+
+
+def _batched(operands: Any, axes: Any, *, form: _Form) -> Any:
+    return jax.vmap(functools.partial(_in_blocks, form=form), in_axes=tuple(axes))(*operands), [0]
+
+
+experts_p = primitive("jaxkv_experts", lambda tokens, *_, form: [tokens], _batched, _lower, _in_blocks)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _run(form: _Form, *operands: Any) -> Any:
+    return experts_p.bind(*operands, form=form)[0]
+
+
+@_run.defjvp
+def _derivative(form: _Form, primals: Any, tangents: Any) -> Any:
+    return jax.jvp(lambda *operands: _in_blocks(*operands, form=form)[0], primals, tangents)
 
 
 def _rows(pairs: int, experts: int) -> int:

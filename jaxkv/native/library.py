@@ -23,7 +23,7 @@ from jaxkv.native.build import asked
 from jaxkv.native.sealed import Unusable
 
 # By these names a compiled program calls the handlers; jax.export wants that of attention named.
-TARGETS = ATTENTION, PRODUCT, ROWS = "jaxkv_attention", "jaxkv_product", "jaxkv_rows"
+TARGETS = ATTENTION, PRODUCT, GROUPS, ROWS = "jaxkv_attention", "jaxkv_product", "jaxkv_groups", "jaxkv_rows"
 WHEEL = "jaxkv-cpu"  # the package of a library that need not be built; its sources are in native/
 _OFF = ("0", "false", "off", "no")
 _LOCK, _LIBRARIES = threading.Lock(), list[ctypes.CDLL]()  # the one that XLA knows

@@ -41,24 +41,32 @@ static void add_rows(const Product& p, int64_t t, int64_t i, int rows, int64_t b
   const float* x = p.x + t * p.inner + i;
   const E* w = static_cast<const E*>(p.w) + i * p.outer;
   float* y = p.y + t * p.outer;
-  const int64_t ahead = t == 0 && i + kRows < p.inner ? kRows * p.outer : 0;  // the next rows come closer meanwhile
+  const int64_t ahead = t == 0 && i + rows < p.inner ? rows * p.outer : 0;  // the next rows come closer meanwhile
   int64_t c = begin;
   for (; c + C * W <= end; c += C * W) add_columns<Q, C, E>(x, p.inner, w + c, p.outer, rows, i == 0, ahead, 0, y + c);
   for (; c < end; c += W)
     add_columns<Q, 1, E>(x, p.inner, w + c, p.outer, rows, i == 0, ahead, c + W <= end ? 0 : end - c, y + c);
 }
 
-// Columns [begin, end) of the product with a matrix [inner, outer].
+// Columns [begin, end) of the product with a matrix [inner, outer], `deep` rows of it at once.
 template <class E>
-static void columns(const Product& p, int64_t begin, int64_t end) {
-  for (int64_t i = 0; i < p.inner; i += kRows) {
-    const int rows = p.inner - i < kRows ? p.inner - i : kRows;
+static void columns(const Product& p, int64_t begin, int64_t end, int64_t deep) {
+  for (int64_t i = 0; i < p.inner; i += deep) {
+    const int rows = p.inner - i < deep ? p.inner - i : deep;
     int64_t t = 0;
     for (; t + 4 <= p.tokens; t += 4) add_rows<4, E>(p, t, i, rows, begin, end);
     if (p.tokens - t == 3) add_rows<3, E>(p, t, i, rows, begin, end);
     if (p.tokens - t == 2) add_rows<2, E>(p, t, i, rows, begin, end);
     if (p.tokens - t == 1) add_rows<1, E>(p, t, i, rows, begin, end);
   }
+}
+
+// The same: a few tokens' sums stay in the nearest cache, and the matrix passes by; of many tokens its parts stay there.
+template <class E>
+static void columns(const Product& p, int64_t begin, int64_t end) {
+  constexpr int64_t kWidth = ACCUMULATORS / 4 * W;
+  if (p.tokens <= kFew) return columns<E>(p, begin, end, kRows);
+  for (int64_t c = begin; c < end; c += kWidth) columns<E>(p, c, c + kWidth < end ? c + kWidth : end, kDeep);
 }
 
 // Products of Q tokens with N rows of a matrix [outer, inner].
