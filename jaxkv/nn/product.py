@@ -80,9 +80,9 @@ def _form(
     if tuple(summed) != tuple(range(lhs.ndim - count, lhs.ndim)):
         return None
     first, last = tuple(range(count)), tuple(range(rhs.ndim - count, rhs.ndim))
-    return (
-        _Form(count, tuple(others_summed) == last, dtype, precision) if tuple(others_summed) in (first, last) else None
-    )
+    if tuple(others_summed) not in (first, last):
+        return None
+    return _Form(count, tuple(others_summed) == last, dtype, precision)
 
 
 def _is_plain(precision: Any) -> bool:
