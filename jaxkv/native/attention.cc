@@ -108,13 +108,10 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer v, ffi:
   call.sinks = sinks, call.softcap = softcap, call.in_order = in_order != 0;
   call.out = static_cast<float*>(out->untyped_data());
   call.log_total = static_cast<float*>(log_total->untyped_data());
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  Attention attention(call, isa(), threads);
+  const Threads threads{pool};
+  Attention attention(call, isa(), threads.count());
   if (!attention.ready()) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxkv: out of memory");
-  attend(attention, threads - 1, [&](auto&& work) {
-    auto task = work;
-    pool.Schedule(std::move(task));
-  });
+  attend(attention, threads.count() - 1, threads);
   return ffi::Error::Success();
 }
 

@@ -86,6 +86,7 @@ const char* unusable(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi
 }
 
 ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y, int64_t transposed) {
+  const Threads threads{pool};
   if (const char* reason = unusable(x, w, *y)) return wrong(reason);
   const auto xd = x.dimensions(), wd = w.dimensions();
   if (xd.size() != 2 || wd.size() != 2) return wrong("jaxkv: wrong ranks");
@@ -94,15 +95,13 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   if (p.tokens < 1 || p.inner < 1 || p.outer < 1) return wrong("jaxkv: sizes that are not read");
   p.x = static_cast<const float*>(x.untyped_data()), p.w = w.untyped_data();
   p.y = static_cast<float*>(y->untyped_data());
-  multiply(p, isa(), std::max<int64_t>(pool.num_threads(), 1), [&](auto&& work) {
-    auto task = work;
-    pool.Schedule(std::move(task));
-  });
+  multiply(p, isa(), threads.count(), threads);
   return ffi::Error::Success();
 }
 
 ffi::Error handle_groups(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
                          ffi::Result<ffi::AnyBuffer> y) {
+  const Threads threads{pool};
   if (const char* reason = unusable(x, w, *y)) return wrong(reason);
   if (sizes.element_type() != ffi::DataType::S32) return wrong("jaxkv: sizes of groups that are not int32");
   const auto xd = x.dimensions(), wd = w.dimensions();
@@ -122,10 +121,7 @@ ffi::Error handle_groups(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
   if (end > p.tokens) return wrong("jaxkv: groups of more tokens than there are");
   p.x = static_cast<const float*>(x.untyped_data()), p.w = w.untyped_data();
   p.y = static_cast<float*>(y->untyped_data());
-  multiply_groups(p, ends, isa(), std::max<int64_t>(pool.num_threads(), 1), [&](auto&& work) {
-    auto task = work;
-    pool.Schedule(std::move(task));
-  });
+  multiply_groups(p, ends, isa(), threads.count(), threads);
   return ffi::Error::Success();
 }
 

@@ -19,6 +19,7 @@ bool packed(ffi::DataType type) {
 }
 
 ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer filled, ffi::RemainingArgs from, ffi::RemainingRets to) {
+  const Threads threads{pool};
   for (const ffi::AnyBuffer& each : {rows, filled})
     if (each.element_type() != ffi::DataType::S32) return wrong("jaxkv: rows that are not int32");
   if (rows.dimensions().size() != 1 || filled.dimensions().size()) return wrong("jaxkv: rows of a wrong rank");
@@ -45,11 +46,7 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer fill
     const int64_t heads = xd[rank - 3], row = heads * slots * slot;
     buffers.push_back({data, static_cast<int64_t>(x.size_bytes()) / (row * count), count, heads, slots * slot, held});
   }
-  move(buffers, in_order(static_cast<const int32_t*>(rows.untyped_data()), count), std::max<int64_t>(pool.num_threads(), 1),
-       [&](auto&& work) {
-         auto task = work;
-         pool.Schedule(std::move(task));
-       });
+  move(buffers, in_order(static_cast<const int32_t*>(rows.untyped_data()), count), threads.count(), threads);
   return ffi::Error::Success();
 }
 
