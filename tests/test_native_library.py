@@ -165,7 +165,7 @@ def test_the_wheel_brings_a_library_that_a_fresh_process_uses_without_a_compiler
         "CXX": "",
     }
     done = subprocess.run([sys.executable, "-m", "jaxkv", "doctor"], env=environment, capture_output=True, text=True)
-    assert re.search(rf"the native kernel with [\w-]+ instructions, from jaxkv-cpu {jaxkv.__version__}, ", done.stdout)
+    assert re.search(rf"native +a library with [\w-]+ instructions, from jaxkv-cpu {jaxkv.__version__}, ", done.stdout)
     assert not (tmp_path / "cache").exists()
 
 
@@ -220,11 +220,11 @@ def test_a_library_for_another_machine_another_jaxlib_or_with_wrong_sums_is_not_
     source = tmp_path / "wrong.cc"
     version = library.load(build.built()).jaxkv_api_version()
     source.write_text(
-        f'extern "C" {{ int jaxkv_api_version() {{ return {version}; }} int jaxkv_self_test() {{ return 30; }} }}'
+        f'extern "C" {{ int jaxkv_api_version() {{ return {version}; }} int jaxkv_self_test() {{ return 223; }} }}'
     )
     compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))))
     subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(other)], check=True)
-    with pytest.raises(library.Unusable, match="wrong sums"):
+    with pytest.raises(library.Unusable, match="wrong sums here: products with AVX2 instructions, case 3"):
         library.load(other)
 
 
@@ -298,9 +298,19 @@ def test_doctor_and_explain_attend_say_what_runs_and_why(capsys):
     assert main(["doctor"]) == 0
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert said["versions"].startswith(f"jaxkv {jaxkv.__version__}, jax {jax.__version__}, ")
-    assert said["attention"].startswith("the native kernel with ")
-    assert said["products"].startswith("of 2 to 16 tokens ")
+    assert said["native"].startswith(f"a library with {library.instruction_set()} instructions, built here, ")
+    assert said["attention"].startswith("native for up to 16 tokens ")
+    assert said["products"].startswith("native for 2 to 16 tokens ")
+    assert said["experts"].startswith("native") and said["rows"].startswith("native")
     assert re.match(r"right: |wrong: .* off by ", said["sums"])
+
+
+def test_doctor_says_why_there_is_no_library(capsys, monkeypatch):
+    monkeypatch.setattr(library, "problem", lambda: "no compiler")
+    assert main(["doctor"]) == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert said["native"] == "not there: no compiler"
+    assert {said[part] for part in ("attention", "products", "experts", "rows")} == {"as XLA compiles it"}
 
 
 def test_the_environment_chooses_among_the_instructions_that_a_library_has(monkeypatch):

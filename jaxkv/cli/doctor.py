@@ -14,6 +14,7 @@ from jaxkv import __version__
 from jaxkv.cli.terminal import write
 from jaxkv.native import library
 from jaxkv.nn.explain import wrong_sum
+from jaxkv.nn.native import MOST_QUERIES
 from jaxkv.nn.product import MOST_TOKENS
 
 
@@ -23,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
     facts = {
         "versions": f"jaxkv {__version__}, {packages}, Python {platform.python_version()}",
         "devices": ", ".join(f"{count} x {kind}" for kind, count in devices.items()),
-        "attention": _attention(),
-        "products": _products(),
+        "native": _native(),
+        **_parts(),
         "sums": _sums(),
     }
     for name, fact in facts.items():
@@ -32,21 +33,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _attention() -> str:
+def _native() -> str:
     if jax.default_backend() != "cpu":
-        return f"as XLA compiles it for {jax.default_backend()}; the native kernel is for CPUs"
+        return f"not used: the native library is for CPUs, and here the default is {jax.default_backend()}"
     reason = library.problem()
     passed = f"; the library of {library.WHEEL} is left alone: {why}" if (why := library.wheel_problem()) else ""
     if reason:
-        return f"as XLA compiles it, without the native kernel: {reason}{passed}"
-    return f"the native kernel with {library.instruction_set()} instructions, {library.origin()}{passed}"
+        return f"not there: {reason}{passed}"
+    return f"a library with {library.instruction_set()} instructions, {library.origin()}{passed}"
 
 
-def _products() -> str:
+def _parts() -> dict[str, str]:
+    """What the native library computes here, by what it is part of; the library has tested each part."""
     if jax.default_backend() != "cpu" or library.problem():
-        return "as XLA compiles them"
-    tokens = f"2 to {MOST_TOKENS} tokens (1 too in bfloat16 and float16)"
-    return f"of {tokens} with a matrix: the native library; others as XLA compiles them"
+        return dict.fromkeys(("attention", "products", "experts", "rows"), "as XLA compiles it")
+    return {
+        "attention": f"native for up to {MOST_QUERIES} tokens of a row at a time; as XLA compiles it for more",
+        "products": f"native for 2 to {MOST_TOKENS} tokens (1 too in 16 bits); as XLA compiles it for others",
+        "experts": "native, in one call for all tokens of a block; as XLA compiles it for small matrices",
+        "rows": "native where take and copy_prefix move them, on one CPU device",
+    }
 
 
 def _sums() -> str:

@@ -24,6 +24,7 @@ from jaxkv.native.sealed import Unusable
 
 # By these names a compiled program calls the handlers; jax.export wants that of attention named.
 TARGETS = ATTENTION, PRODUCT, GROUPS, ROWS = "jaxkv_attention", "jaxkv_product", "jaxkv_groups", "jaxkv_rows"
+_PARTS = "attention", "products", "moves of rows"  # in the order of their self-tests, kParts in library.cc
 WHEEL = "jaxkv-cpu"  # the package of a library that need not be built; its sources are in native/
 _OFF = ("0", "false", "off", "no")
 _LOCK, _LIBRARIES = threading.Lock(), list[ctypes.CDLL]()  # the one that XLA knows
@@ -126,6 +127,9 @@ def load(path: Path) -> ctypes.CDLL:
     if made_for // 1000 != here // 1000 or made_for > here:
         raise Unusable(f"{path} is for another jaxlib, with version {made_for} of XLA's interface; here it is {here}")
     wrong = library.jaxkv_self_test()
+    if wrong < 0:
+        raise Unusable(f"{path} has no instructions that this machine has")
     if wrong:
-        raise Unusable(f"{path} gives wrong sums here (case {wrong})")
+        part, instructions, case = _PARTS[wrong // 100 - 1], list(build.SETS)[wrong // 10 % 10 - 1], wrong % 10
+        raise Unusable(f"{path} gives wrong sums here: {part} with {instructions} instructions, case {case}")
     return library
