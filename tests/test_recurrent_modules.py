@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 
 import jaxkv
+from jaxkv.native import build, library
 from jaxkv.nn import fading
 
 ROWS, LENGTH, FEATURES = 2, 12, 8
+CALL = "custom_call @jaxkv_memory"
 
 
 CONV = {"kernel_size": 4, "use_bias": True}
@@ -252,8 +254,17 @@ def test_what_does_not_belong_to_a_module_is_refused():
         jaxkv.attend(jnp.ones((ROWS, LENGTH, 1, 8)), cache.layers[0], step)
 
 
+def in_chunks(q, k, v, g, beta, state, counts=None):
+    """`fading_memory` as XLA computes it."""
+    return fading._in_chunks(q, k, v, g, state, beta, counts)
+
+
+FORMS = {"in chunks": in_chunks, "as it is chosen": fading.fading_memory}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("beta", [True, False], ids=["delta rule", "plain"])
-def test_several_chunks_are_the_plain_scan_and_give_the_state_after_any_token(beta):
+def test_several_chunks_are_the_plain_scan_and_give_the_state_after_any_token(beta, form):
     random = np.random.default_rng(0)
     heads, length, size = 2, 2 * fading.CHUNK + 9, 4
     q, k, v = (random.normal(size=(ROWS, length, heads, size)) for _ in range(3))
@@ -270,14 +281,15 @@ def test_several_chunks_are_the_plain_scan_and_give_the_state_after_any_token(be
         read.append(np.einsum("bhkv,bhk->bhv", states[-1], q[:, t]))
     counts = np.array([[length, 64, 1, 65, 0], [70, 64, 63, 69, 0]], np.int32)
     args = [jnp.asarray(x, jnp.float32) for x in (q, k, v, g, b, states[0])]
-    y, after = jax.jit(fading.fading_memory)(*args[:4], args[4] if beta else None, args[5], counts)
+    y, after = jax.jit(FORMS[form])(*args[:4], args[4] if beta else None, args[5], counts)
     assert_close(y[0], np.stack(read, 1)[0])
     assert_close(y[1, :70], np.stack(read, 1)[1, :70])
     wanted = [[states[n][row] for n in counts[row]] for row in range(ROWS)]
     assert_close(after, np.array(wanted))
 
 
-def test_the_delta_rule_is_exact_where_all_keys_are_nearly_alike_and_nothing_fades():
+@pytest.mark.parametrize("form", FORMS)
+def test_the_delta_rule_is_exact_where_all_keys_are_nearly_alike_and_nothing_fades(form):
     # The powers of the triangular system grow up to 1e17 there, though its solution does not.
     random = np.random.default_rng(0)
     shape = (1, fading.CHUNK, 1, 8)
@@ -290,4 +302,50 @@ def test_the_delta_rule_is_exact_where_all_keys_are_nearly_alike_and_nothing_fad
         read.append(state.T @ q[0, t, 0])
     g, b = np.zeros(shape[:3]), np.ones(shape[:3])
     args = [jnp.asarray(x, jnp.float32) for x in (q, k, v, g, b, np.zeros((1, 1, 8, 8)))]
-    assert_close(jax.jit(fading.fading_memory)(*args)[0][0, :, 0], np.stack(read))
+    assert_close(jax.jit(FORMS[form])(*args)[0][0, :, 0], np.stack(read))
+
+
+@pytest.mark.usefixtures("native_kernel")
+@pytest.mark.parametrize("instructions", build.SETS)
+def test_the_native_library_remembers_any_sizes_as_xla_does_and_a_split_changes_no_bit(instructions, monkeypatch):
+    monkeypatch.setenv("JAXKV_NATIVE", instructions)
+    library.problem.cache_clear()
+    assert library.problem() is None
+    random = np.random.default_rng(1)
+    run = jax.jit(fading.fading_memory)
+    for heads, keys, values in ((3, 5, 70), (1, 128, 128)):
+        shapes = ((keys,), (keys,), (values,), (), ())
+        args = [random.normal(size=(ROWS, 6, heads, *shape)).astype(np.float32) for shape in shapes]
+        args[1] /= np.linalg.norm(args[1], axis=-1, keepdims=True)
+        args[3], args[4] = -abs(args[3]), abs(args[4]) % 1
+        state, counts = (
+            random.normal(size=(ROWS, heads, keys, values)).astype(np.float32),
+            np.array([[6], [6]], np.int32),
+        )
+        assert CALL in run.lower(*args, state, counts).as_text()
+        got = run(*args, state, counts)
+        for mine, xlas in zip(got, in_chunks(*args, state, counts), strict=True):
+            assert_close(mine, xlas, atol=1e-5)
+        for t in range(6):
+            y, state = run(*(x[:, t : t + 1] for x in args), state, np.ones((ROWS, 1), np.int32))
+            state = state[:, 0]
+            np.testing.assert_array_equal(y[:, 0], got[0][:, t])
+        np.testing.assert_array_equal(state, got[1][:, 0])
+    monkeypatch.delenv("JAXKV_NATIVE")
+    library.problem.cache_clear()
+    assert library.problem() is None
+
+
+@pytest.mark.usefixtures("native_kernel")
+def test_gradients_vmap_and_exports_have_the_form_of_xla():
+    args = [jnp.ones((1, 2, 1, 4)) / 2] * 3 + [jnp.zeros((1, 2, 1)), jnp.ones((1, 2, 1)), jnp.ones((1, 1, 4, 4))]
+    loss = lambda f: lambda q, *rest: (f(q, *rest)[0] ** 2).sum()  # noqa: E731
+    for change in (jax.grad, lambda f: jax.jacfwd(f)):
+        got, want = (jax.jit(change(loss(form)))(*args) for form in FORMS.values())
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+    several = [x[None].repeat(2, 0) for x in args]
+    got, want = (jax.jit(jax.vmap(form))(*several)[0] for form in FORMS.values())
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert CALL not in jax.jit(jax.vmap(fading.fading_memory)).lower(*several).as_text()
+    exported = jax.export.export(jax.jit(fading.fading_memory))(*args)
+    assert CALL not in exported.mlir_module()

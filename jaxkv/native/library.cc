@@ -8,7 +8,7 @@ namespace {
 
 std::atomic<int> in_use{kNone};  // kNone: the best
 
-constexpr int (*kParts[])(Isa) = {attention_is_wrong, product_is_wrong, rows_are_wrong};
+constexpr int (*kParts[])(Isa) = {attention_is_wrong, product_is_wrong, rows_are_wrong, memory_is_wrong};
 
 }  // namespace
 

@@ -19,6 +19,7 @@ Isa isa();  // the instruction set that calls run with
 int attention_is_wrong(Isa isa);
 int product_is_wrong(Isa isa);
 int rows_are_wrong(Isa isa);
+int memory_is_wrong(Isa isa);
 
 inline xla::ffi::Error wrong(const char* what) { return xla::ffi::Error(xla::ffi::ErrorCode::kInvalidArgument, what); }
 

@@ -23,8 +23,19 @@ from jaxkv.native.build import asked
 from jaxkv.native.sealed import Unusable
 
 # By these names a compiled program calls the handlers; jax.export wants that of attention named.
-TARGETS = ATTENTION, PRODUCT, GROUPS, ROWS = "jaxkv_attention", "jaxkv_product", "jaxkv_groups", "jaxkv_rows"
-_PARTS = "attention", "products", "moves of rows"  # in the order of their self-tests, kParts in library.cc
+TARGETS = ATTENTION, PRODUCT, GROUPS, ROWS, MEMORY = (
+    "jaxkv_attention",
+    "jaxkv_product",
+    "jaxkv_groups",
+    "jaxkv_rows",
+    "jaxkv_memory",
+)
+_PARTS = (
+    "attention",
+    "products",
+    "moves of rows",
+    "memories that fade",
+)  # in the order of their self-tests, kParts in library.cc
 WHEEL = "jaxkv-cpu"  # the package of a library that need not be built; its sources are in native/
 _OFF = ("0", "false", "off", "no")
 _LOCK, _LIBRARIES = threading.Lock(), list[ctypes.CDLL]()  # the one that XLA knows

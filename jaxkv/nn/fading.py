@@ -10,11 +10,19 @@ https://arxiv.org/abs/2406.06484.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.interpreters import mlir
+
+from jaxkv.meshes import vary_alike
+from jaxkv.native import library
+from jaxkv.native.library import MEMORY
+from jaxkv.native.lowering import on_one_device, primitive
 
 CHUNK = 64  # tokens that are computed at once, a power of two
 
@@ -22,7 +30,8 @@ CHUNK = 64  # tokens that are computed at once, a power of two
 def fading_memory(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, counts: Any = None) -> tuple[Any, Any]:
     """Returns what the tokens read, [B, T, H, V], and the states after `counts` of them, [B, M, H, K, V].
 
-    A single token takes one step.
+    On one CPU the native library goes from token to token, with the state in the nearest cache. Elsewhere, in what
+    `jax.export` writes, and in derivatives it is XLA's chunks; a single token takes one step.
 
     Args:
       q, k: [B, T, H, K], float32.
@@ -33,6 +42,63 @@ def fading_memory(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, counts:
       state: [B, H, K, V] before.
       counts: int32 [B, M], where M = 1 all tokens but those that are none; None for no states.
     """
+    operands = [x for x in (q, k, v, g, state, beta, counts) if x is not None]
+    y, *states = _remembered((beta is not None, counts is not None), *vary_alike(tuple(operands)))
+    return y, (states[0] if states else None)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _remembered(has: tuple[bool, bool], *operands: Any) -> list[Any]:
+    return memory_p.bind(*operands, has=has)
+
+
+@_remembered.defjvp
+def _derivative(has: tuple[bool, bool], primals: Any, tangents: Any) -> Any:
+    return jax.jvp(functools.partial(_as_xla, has=has), primals, tangents)
+
+
+def _named(operands: Any, has: tuple[bool, bool]) -> tuple[Any, ...]:
+    """Returns q, k, v, g, state, and beta and counts or None."""
+    rest = list(operands[5:])
+    return (*operands[:5], *(rest.pop(0) if there else None for there in has))
+
+
+def _shapes(*operands: Any, has: tuple[bool, bool]) -> list[Any]:
+    _, _, v, _, state, _, counts = _named(operands, has)
+    if counts is None:
+        return [v]
+    return [v, state.update(shape=(*counts.shape, *state.shape[1:]))]
+
+
+def _as_library(*operands: Any, has: tuple[bool, bool]) -> list[Any]:
+    q, k, v, g, state, beta, counts = _named(operands, has)
+    kept = jnp.zeros((q.shape[0], 0), jnp.int32) if counts is None else counts
+    given = (q, k, v, g, g if beta is None else beta, state, kept)
+    results = [jax.typeof(v), jax.typeof(state).update(shape=(*kept.shape, *state.shape[1:]))]
+    return list(jax.ffi.ffi_call(MEMORY, results)(*given, corrects=np.int64(has[0])))[: 1 + has[1]]
+
+
+def _batched(operands: Any, axes: Any, *, has: tuple[bool, bool]) -> Any:
+    results = jax.vmap(functools.partial(_as_xla, has=has), in_axes=tuple(axes))(*operands)
+    return results, [0] * len(results)
+
+
+def _lower(ctx: Any, *operands: Any, has: tuple[bool, bool]) -> Any:
+    native = on_one_device(ctx.module_context) and library.problem() is None
+    form = functools.partial(_as_library if native else _as_xla, has=has)
+    return mlir.lower_fun(form, multiple_results=True)(ctx, *operands)
+
+
+def _as_xla(*operands: Any, has: tuple[bool, bool]) -> list[Any]:
+    y, states = _in_chunks(*_named(operands, has))
+    return [y] if states is None else [y, states]
+
+
+memory_p = primitive(MEMORY, _shapes, _batched, _lower, _as_xla)
+
+
+def _in_chunks(q: Any, k: Any, v: Any, g: Any, state: Any, beta: Any, counts: Any) -> tuple[Any, Any]:
+    """Does what `fading_memory` does, as XLA compiles it."""
     length = q.shape[1]
     if length == 1:
         q, k, v, g = (x[:, 0] for x in (q, k, v, g))
