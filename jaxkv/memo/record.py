@@ -43,10 +43,8 @@ def pack(key: bytes, payload: Any, compress: bool) -> Record:
 
 def put_aside(record: Record, path: str) -> Record:
     """Writes the payload to a file, and returns the record that names it: nobody reads it before that is in its row."""
-    left = memoryview(record.payload)
-    with open(path, "xb", buffering=0) as file:
-        while left:
-            left = left[file.write(left) :]
+    with open(path, "xb") as file:
+        file.write(record.payload)
     return record._replace(payload=os.path.basename(path).encode())
 
 
