@@ -34,11 +34,9 @@ def pack(key: bytes, payload: Any, compress: bool) -> Record:
     """Returns a payload as a record: compressed if that makes it smaller, and not yet in its file."""
     view = memoryview(payload)
     data: Any = view.cast("B") if view.nbytes else b""
-    raw = view.nbytes
     if compress:
-        packed = need(*ZSTD).ZstdCompressor(level=_LEVEL).compress(data)
-        data = packed if len(packed) < raw else data
-    return Record(key, raw, len(data), _check(key, raw, data), data)
+        data = min(data, need(*ZSTD).ZstdCompressor(level=_LEVEL).compress(data), key=len)
+    return Record(key, view.nbytes, len(data), _check(key, view.nbytes, data), data)
 
 
 def put_aside(record: Record, path: str) -> Record:
