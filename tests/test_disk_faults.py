@@ -245,6 +245,53 @@ def test_a_store_that_becomes_read_only_is_read_and_written_again_when_it_may(tm
     assert fill(store, [7, 8]) == 2
 
 
+PERMITTED = """
+import os, sys, tempfile
+sys.path[:0] = sys.argv[1:]
+from test_disk import Disk, LARGE, fill, found
+with tempfile.TemporaryDirectory() as place:
+    if os.geteuid() == 0:  # whom permissions don't stop
+        os.chown(place, 65534, 65534)
+        try:
+            os.setuid(65534)
+        except OSError as error:
+            sys.exit(f"no user without rights: {error}")
+    directory = os.path.join(place, "store")
+    before = Disk(directory, policy="lru", budget=10**7)
+    assert fill(before, range(3)) == 3 and fill(before, [10], LARGE) == 1
+
+    def permit(writing):
+        for path in [os.path.join(root, name) for root, _, names in os.walk(place) for name in ["", *names]]:
+            os.chmod(path, os.stat(path).st_mode & 0o555 | (0o200 if writing else 0))
+
+    permit(False)
+    assert not os.access(directory, os.W_OK)
+    during = Disk(directory, policy="lru", budget=10**7)
+    for store in (before, during):
+        assert found(store, range(3)) == [0, 1, 2] and found(store, [10], LARGE) == [10]
+        assert fill(store, [11], LARGE) == 0 and store.stats().errors > 0, store.stats()
+    assert fill(during, [3]) == 0 and during.stats().errors > 1
+    permit(True)
+    for number, store in enumerate((before, during), 20):
+        errors = store.stats().errors
+        assert fill(store, [number]) == fill(store, [number], LARGE, namespace=1) == 1
+        assert store.stats().errors == errors
+        assert found(store, [0, 1, 2, number]) == [0, 1, 2, number] and found(store, [10], LARGE) == [10]
+        assert store.stats().lost == store.stats().corrupt == store.stats().replaced == 0
+    assert len(found(Disk(directory), range(30))) == 3 + 2
+"""
+
+
+def test_a_directory_that_is_made_read_only_and_back_is_read_and_then_written_again():
+    here = os.path.dirname(__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", PERMITTED, here, os.path.dirname(here)], capture_output=True, text=True, timeout=120
+    )
+    if "no user without rights" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_store_that_may_only_be_read_is_read(tmp_path, monkeypatch):
     fill(Disk(tmp_path), range(3))
     usual = database.quote  # even a directory without permissions is root's to write

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,32 @@ def test_what_is_only_in_memory_comes_along_in_a_fork():
     os.waitpid(child, 0)
     np.testing.assert_array_equal(one_by_one, RIGHT)
     np.testing.assert_array_equal(at_once, RIGHT)
+
+
+@pytest.mark.skipif("fork" not in METHODS, reason="this system can't fork")
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_forked_child_computes_and_checks_nothing_and_says_so(memo, features, checked):
+    features(X[: 4 if checked else 1])
+    reader, writer = multiprocessing.get_context("fork").Pipe(duplex=False)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # JAX would wait for threads that are not there
+        try:
+            said = []
+            for call in (lambda: features(X[:1]), lambda: features(X), lambda: features.warm([X], progress=False)):
+                try:
+                    call()
+                except ValueError as error:
+                    said.append(str(error))
+            writer.send((said, features.lookup(X[:1]), features.contains(X[:5]), memo.stats().computed))
+        finally:
+            os._exit(0)
+    writer.close()
+    said, looked_up, there, computed = reader.recv()
+    os.waitpid(child, 0)
+    assert len(said) == 3 and all("forked process" in message and "features.lookup" in message for message in said)
+    np.testing.assert_array_equal(looked_up, RIGHT[:1])
+    assert there.sum() == computed == (4 if checked else 1)
 
 
 # The libraries of others; torch is not part of what the tests install.

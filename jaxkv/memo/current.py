@@ -108,11 +108,13 @@ class Current:
                     return True
                 except (sqlite3.Error, OSError, ValueError) as another:
                     error = another
-            self.counts["errors"] += 1
-            self.say(doing, f"{doing} failed: {error}; going on without")
             if isinstance(error, sqlite3.Error):
                 self.close()
-            return database.code_of(error) == sqlite3.SQLITE_READONLY  # others may again: not who opened it before
+            if again and database.code_of(error) == sqlite3.SQLITE_READONLY:
+                return True  # others may write again: not who opened it before
+            self.counts["errors"] += 1
+            self.say(doing, f"{doing} failed: {error}; going on without")
+            return False
 
     def say(self, what: str, message: str) -> None:
         """Warns, once for each kind of trouble."""

@@ -48,14 +48,14 @@ _ODD = (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_ERROR
 DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT, *_ODD)
 _NAME = re.compile(r"memo-v(\d+)-(\d{6})\.db(|-journal|-files)")  # the version here, where no flipped bit changes it
 _MARK = 0x6A6B766D  # "jkvm"
-_TABLES = f"""
+_PREPARE = """pragma mmap_size=0; pragma synchronous=off; pragma journal_mode=truncate; pragma secure_delete=off;
+pragma cache_size=-1024; pragma trusted_schema=off"""
+_CREATE = f"""; pragma page_size={PAGE_BYTES}; pragma auto_vacuum=full; begin immediate;
 create table if not exists items (key blob unique, raw, stored, hash blob, used, payload blob);
 create index if not exists used on items (used);
 create index if not exists large on items (stored) where stored >= {LARGE};
 create table if not exists labels (namespace blob primary key, about blob);
-pragma application_id={_MARK}"""
-_PRAGMAS = "mmap_size=0;synchronous=off;journal_mode=truncate;secure_delete=off;cache_size=-1024;trusted_schema=off"
-_OF_NEW = f"page_size={PAGE_BYTES}; auto_vacuum=full"  # would fail where the database may only be read
+pragma application_id={_MARK}; commit"""
 _ASKED_AT_ONCE, _REMOVED_AT_ONCE = 500, 200  # SQLite may be built for 999 values in a statement
 
 
@@ -124,14 +124,10 @@ class Database(sqlite3.Connection):
         self.text_factory, self.folder = bytes, f"{path}-files"
         try:
             tables = {name for (name,) in self.execute("select name from sqlite_master")}
-            for pragma in (_PRAGMAS if tables else f"{_PRAGMAS}; {_OF_NEW}").split(";"):
-                self.execute(f"pragma {pragma}")
             if tables and self.tell("pragma application_id") != _MARK and not tables >= {b"items", b"labels"}:
                 raise ValueError(f"{path} is a database of another program; give another directory")
-            if not tables:
-                with self.transaction():
-                    for statement in _TABLES.split(";"):
-                        self.execute(statement)
+            for statement in (_PREPARE if tables else _PREPARE + _CREATE).split(";"):
+                self.execute(statement.strip())
         except BaseException:
             self.close()  # the error keeps it alive, and what it holds
             raise

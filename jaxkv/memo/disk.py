@@ -212,5 +212,5 @@ class Disk:
             self._current.close()
 
     def __reduce__(self) -> Any:
-        settings = {"budget": self.budget, "policy": self.policy, "compress": self.compress}
-        return functools.partial(Disk, **settings), (self.directory,)
+        make = functools.partial(Disk, budget=self.budget, policy=self.policy, compress=self.compress)
+        return make, (self.directory,)

@@ -93,11 +93,11 @@ class Features:
 
         Raises:
           NotSupportedError: under jit, grad, vmap or scan, where there is nothing to look up yet.
-          ValueError: for arguments that can't be part of a key, and functions that are not row by row.
+          ValueError: for arguments that can't be part of a key, functions that are not row by row, and in a process
+            that was forked after `wrap`: JAX would wait there for threads that only the parent has.
           CacheError: after the memo was closed.
         """
-        call, runner = self._prepare(args, kwargs)
-        payloads, _ = self._payloads(runner, call)
+        payloads, runner, call, _ = self._computed(args, kwargs)
         return jax.device_put(runner.entry.assemble(payloads), _placement(call))
 
     def lookup(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,8 +144,7 @@ class Features:
         if progress:
             batches = need("tqdm.auto", "progress=True", "memo").tqdm(batches, desc=self._function.name, unit="batch")
         for batch in batches:
-            call, runner = self._prepare((part(batch, at),), kwargs)
-            computed += self._payloads(runner, call)[1]
+            computed += self._computed((part(batch, at),), kwargs)[-1]
         return computed
 
     def source(self, examples: Any, *, at: Any = None, missing: str = "raise", **kwargs: Any) -> Source:
@@ -184,8 +183,14 @@ class Features:
         keys = self._keys(runner, call)
         return runner.entry, keys, self._tiers.read(list(dict.fromkeys(keys)), runner.entry.nbytes)
 
-    def _payloads(self, runner: Runner, call: Call) -> tuple[list[Any], int]:
-        """Returns the bytes of each item's output, after computing what was missing, and how many items that were."""
+    def _computed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Runner, Call, int]:
+        """Returns the bytes of each item's output, whose they are, and how many were missing and were computed."""
+        if os.getpid() != self._pid:
+            raise ValueError(
+                f"{self!r} was called in a forked process, where JAX can't compute: its threads are in the parent. "
+                "Look up what is there, by features.lookup(...) or features.source(examples), and compute in the parent"
+            )
+        call, runner = self._prepare(args, kwargs)
         tiers, entry = self._tiers, runner.entry
         keys = self._keys(runner, call)
         row_of = dict(zip(reversed(keys), reversed(range(call.size)), strict=True))  # the first, where some are alike
@@ -207,7 +212,7 @@ class Features:
         if missing:
             payloads |= tiers.fill(missing, entry.nbytes, compute)
         tiers.counts.add(self._asked, call.size, hits, computed)
-        return [payloads[key] for key in keys], computed
+        return [payloads[key] for key in keys], runner, call, computed
 
     def _describe(self, runner: Runner, namespace: bytes, *, at_once: bool = False) -> None:
         """Says what a namespace is, and whether its function was checked."""

@@ -34,19 +34,15 @@ def pack(key: bytes, payload: Any, compress: bool) -> Record:
     """Returns a payload as a record: compressed if that makes it smaller, and not yet in its file."""
     view = memoryview(payload)
     data: Any = view.cast("B") if view.nbytes else b""
-    raw = view.nbytes
     if compress:
-        packed = need(*ZSTD).ZstdCompressor(level=_LEVEL).compress(data)
-        data = packed if len(packed) < raw else data
-    return Record(key, raw, len(data), _check(key, raw, data), data)
+        data = min(data, need(*ZSTD).ZstdCompressor(level=_LEVEL).compress(data), key=len)
+    return Record(key, view.nbytes, len(data), _check(key, view.nbytes, data), data)
 
 
 def put_aside(record: Record, path: str) -> Record:
     """Writes the payload to a file, and returns the record that names it: nobody reads it before that is in its row."""
-    left = memoryview(record.payload)
-    with open(path, "xb", buffering=0) as file:
-        while left:
-            left = left[file.write(left) :]
+    with open(path, "xb") as file:
+        file.write(record.payload)
     return record._replace(payload=os.path.basename(path).encode())
 
 
