@@ -84,7 +84,7 @@ static bool attention_is_right(int64_t seed) {
   const int64_t page = 1 + below(20), V = paged ? page * (1 + below(60)) : 1 + below(1300);
   const int64_t A = paged ? 1 + below(70) : B + below(2), S = paged ? page : V;
   auto positions = made<int32_t>(B * V, [&](int64_t i) { return rarely() ? -1 : rarely() ? int32_t(source()) : int32_t(i % V); });
-  auto rows = made<int32_t>(B, [&](int64_t i) { return rarely() ? int32_t(source()) : int32_t(below(A)); });
+  auto rows = made<int32_t>(B, [&](int64_t) { return rarely() ? int32_t(source()) : int32_t(below(A)); });
   auto filled = made<int32_t>(B, [&](int64_t) { return rarely() ? int32_t(source()) : int32_t(below(V + 1)); });
   auto at = made<int32_t>(B * T, [&](int64_t) { return rarely() ? -1 : int32_t(below(V)); });
   const int64_t window = 1 + below(V);

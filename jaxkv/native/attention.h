@@ -136,8 +136,8 @@ constexpr InOrder kInOrder;
 #include "each_set.h"
 #undef KERNEL
 
-inline void attend_task(Task& task, Isa isa) { WITH_SET(isa, attend_task(task)) }
-inline void join_parts(const Parts& parts, float* out, float* log_total, Isa isa) {
+inline void attend_task(Task& task, [[maybe_unused]] Isa isa) { WITH_SET(isa, attend_task(task)) }
+inline void join_parts(const Parts& parts, float* out, float* log_total, [[maybe_unused]] Isa isa) {
   WITH_SET(isa, join_parts(parts, out, log_total))
 }
 

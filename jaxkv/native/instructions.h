@@ -5,6 +5,7 @@
 #include <cstring>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -54,7 +55,9 @@ inline Isa best_isa() {
 #if defined(__x86_64__)
   static const Isa best = [] {
     __builtin_cpu_init();
-    const bool small = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    unsigned a, b, c = 0, d;  // older versions of clang don't ask for f16c by name
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+    const bool small = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool large = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (JAXKV_SETS & 4 && small && large) return kAvx512;

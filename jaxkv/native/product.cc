@@ -34,7 +34,7 @@ struct Product {
 #include "each_set.h"
 #undef KERNEL
 
-void part(const Product& p, int64_t begin, int64_t end, Isa isa) { WITH_SET(isa, part(p, begin, end)) }
+void part(const Product& p, int64_t begin, int64_t end, [[maybe_unused]] Isa isa) { WITH_SET(isa, part(p, begin, end)) }
 
 template <class Schedule>
 void multiply(const Product& p, Isa isa, int64_t threads, const Schedule& schedule) {
