@@ -192,3 +192,11 @@ def test_the_benchmark_of_the_product_compares_steps_that_write_the_same(tmp_pat
     assert importlib.import_module("product").main(options) == 0
     assert "| bfloat16 | 2 |" in capsys.readouterr().out
     assert set(json.loads(out.read_text())["ms_per_step"]["float32"]["2"]) == {"XLA's", "the library's"}
+
+
+@pytest.mark.usefixtures("native_kernel")
+def test_the_benchmark_of_memories_compares_forms_that_give_the_same(tmp_path, capsys):
+    out = tmp_path / "memories.json"
+    assert importlib.import_module("memories").main(["--quick", "--out", str(out)]) == 0
+    assert "| Mamba-2 | 8 |" in capsys.readouterr().out
+    assert set(json.loads(out.read_text())["ms"]["gated delta"]["1"]) == {"XLA's", "the library's"}

@@ -318,10 +318,8 @@ def test_the_native_library_remembers_any_sizes_as_xla_does_and_a_split_changes_
         args = [random.normal(size=(ROWS, 6, heads, *shape)).astype(np.float32) for shape in shapes]
         args[1] /= np.linalg.norm(args[1], axis=-1, keepdims=True)
         args[3], args[4] = -abs(args[3]), abs(args[4]) % 1
-        state, counts = (
-            random.normal(size=(ROWS, heads, keys, values)).astype(np.float32),
-            np.array([[6], [6]], np.int32),
-        )
+        state = random.normal(size=(ROWS, heads, keys, values)).astype(np.float32)
+        counts = np.full((ROWS, 1), 6, np.int32)
         assert CALL in run.lower(*args, state, counts).as_text()
         got = run(*args, state, counts)
         for mine, xlas in zip(got, in_chunks(*args, state, counts), strict=True):
@@ -340,7 +338,7 @@ def test_the_native_library_remembers_any_sizes_as_xla_does_and_a_split_changes_
 def test_gradients_vmap_and_exports_have_the_form_of_xla():
     args = [jnp.ones((1, 2, 1, 4)) / 2] * 3 + [jnp.zeros((1, 2, 1)), jnp.ones((1, 2, 1)), jnp.ones((1, 1, 4, 4))]
     loss = lambda f: lambda q, *rest: (f(q, *rest)[0] ** 2).sum()  # noqa: E731
-    for change in (jax.grad, lambda f: jax.jacfwd(f)):
+    for change in (jax.grad, jax.jacfwd):
         got, want = (jax.jit(change(loss(form)))(*args) for form in FORMS.values())
         np.testing.assert_allclose(got, want, rtol=1e-6)
     several = [x[None].repeat(2, 0) for x in args]

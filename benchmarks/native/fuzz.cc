@@ -1,5 +1,5 @@
-// Random calls of attention and of the product, compared with sums in double precision, and random moves of rows, in buffers
-// that end where they say.
+// Random calls of attention, of the product and of memories that fade, compared with sums in double precision, and random
+// moves of rows, in buffers that end where they say.
 //   XLA=$(python -c "import jax; print(jax.ffi.include_dir())")
 //   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -ffp-contract=fast -pthread -I$XLA benchmarks/native/fuzz.cc -o fuzz
 //   ./fuzz 2000
@@ -11,6 +11,7 @@
 #include <random>
 #include <thread>
 
+#include "../../jaxkv/native/memory.cc"
 #include "../../jaxkv/native/numbers.h"
 #include "../../jaxkv/native/product.cc"
 #include "../../jaxkv/native/rows.h"
@@ -218,10 +219,17 @@ static bool product_is_right(int64_t seed) {
   return true;
 }
 
+static bool memory_is_right(int64_t seed) {
+  source.seed(static_cast<uint32_t>(seed));
+  const int64_t rows = 1 + below(3), tokens = below(9), heads = 1 + below(4), keys = 1 + below(40), values = 1 + below(150);
+  return memory::right(rows, tokens, heads, keys, values, below(2), any_set());
+}
+
 int main(int argc, char** argv) {
   const int64_t count = argc > 1 ? atoll(argv[1]) : 1000;
   const std::pair<const char*, bool (*)(int64_t)> parts[] = {
-      {"attention is", attention_is_right}, {"the product is", product_is_right}, {"moves of rows are", moves_are_right}};
+      {"attention is", attention_is_right}, {"the product is", product_is_right}, {"moves of rows are", moves_are_right},
+      {"a memory is", memory_is_right}};
   for (int64_t seed = 0; seed < count; ++seed)
     for (const auto& [part, is_right] : parts)
       if (!is_right(seed)) {

@@ -45,15 +45,15 @@ def _native() -> str:
 
 def _parts() -> dict[str, str]:
     """What the native library computes here, by what it is part of; the library has tested each part."""
-    if jax.default_backend() != "cpu" or library.problem():
-        return dict.fromkeys(("attention", "products", "experts", "rows", "memories"), "as XLA compiles it")
-    return {
+    parts = {
         "attention": f"native for up to {MOST_QUERIES} tokens of a row at a time; as XLA compiles it for more",
         "products": f"native for 2 to {MOST_TOKENS} tokens (1 too in 16 bits); as XLA compiles it for others",
         "experts": "native, in one call for all tokens of a block; as XLA compiles it for small matrices",
         "rows": "native where take and copy_prefix move them, on one CPU device",
         "memories": "native: those of gated delta and Mamba-2 layers, on one CPU device",
     }
+    there = jax.default_backend() == "cpu" and library.problem() is None
+    return parts if there else dict.fromkeys(parts, "as XLA compiles it")
 
 
 def _sums() -> str:

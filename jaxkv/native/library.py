@@ -30,12 +30,7 @@ TARGETS = ATTENTION, PRODUCT, GROUPS, ROWS, MEMORY = (
     "jaxkv_rows",
     "jaxkv_memory",
 )
-_PARTS = (
-    "attention",
-    "products",
-    "moves of rows",
-    "memories that fade",
-)  # in the order of their self-tests, kParts in library.cc
+_PARTS = "attention", "products", "moves of rows", "memories"  # in the order of their self-tests: kParts in library.cc
 WHEEL = "jaxkv-cpu"  # the package of a library that need not be built; its sources are in native/
 _OFF = ("0", "false", "off", "no")
 _LOCK, _LIBRARIES = threading.Lock(), list[ctypes.CDLL]()  # the one that XLA knows

@@ -12,6 +12,7 @@
 namespace ffi = xla::ffi;
 
 namespace jaxkv {
+namespace memory {
 namespace {
 
 constexpr int kVectors = 4;  // of values, that a task takes
@@ -114,8 +115,10 @@ bool right(int64_t rows, int64_t tokens, int64_t heads, int64_t keys, int64_t va
 }
 
 }  // namespace
+}  // namespace memory
 
 int memory_is_wrong(Isa isa) {
+  using memory::right;
   if (!right(2, 3, 2, 5, 7, true, isa)) return 1;
   if (!right(1, 4, 1, 3, 67, false, isa)) return 2;
   return right(1, 1, 3, 8, 64, true, isa) ? 0 : 3;
@@ -126,7 +129,7 @@ int memory_is_wrong(Isa isa) {
 EXPORTED XLA_FFI_Error* jaxkv_memory(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    jaxkv_memory, jaxkv::handle,
+    jaxkv_memory, jaxkv::memory::handle,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
         .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
         .Attr<int64_t>("corrects"));
