@@ -8,8 +8,10 @@ user would add: a checksum before each payload, and every error of the library t
     python benchmarks/disk.py --out docs/data/disk.json    # the same, kept
     python benchmarks/disk.py --only faults
     python benchmarks/disk.py --earlier DIR                # beside another jaxkv, whose package is in DIR
+    python benchmarks/disk.py --only times --earlier DIR --cpu    # where others use the machine
 
-Times are of one process that writes and reads, and of two that write into one store at once.
+Times are of one process that writes and reads, and of two that write into one store at once. They are read from the
+clock; with --cpu they are the time that processors spent on it, in the process and in the system, on all its threads.
 
 The faults, each in a process of its own, on 64 items of 4 KB:
 
@@ -218,7 +220,9 @@ def items(numbers: Sequence[int], size: int) -> tuple[list[bytes], list[bytes]]:
 # --- times -----------------------------------------------------------------------------------------------------------
 
 
-def times(names: Sequence[str], size: int, count: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+def times(
+    names: Sequence[str], size: int, count: int, rounds: int, clock: Callable[[], float]
+) -> dict[str, dict[str, list[float]]]:
     """Microseconds per item of each round: a batch of new items is written, then read in another order."""
     measured: dict[str, dict[str, list[float]]] = {name: {"write": [], "read": []} for name in names}
     with tempfile.TemporaryDirectory() as folder:
@@ -227,11 +231,11 @@ def times(names: Sequence[str], size: int, count: int, rounds: int) -> dict[str,
             keys, payloads = items(range((turn + 1) * count, (turn + 2) * count), size)
             order = random.Random(turn).sample(keys, count)
             for name in in_turn(list(names), max(turn, 0)):
-                start = time.perf_counter()
+                start = clock()
                 stores[name].write(keys, payloads)
-                middle = time.perf_counter()
+                middle = clock()
                 values = stores[name].read(order, size)
-                end = time.perf_counter()
+                end = clock()
                 if [bytes(value) for value in values] != [payloads[keys.index(key)] for key in order]:
                     raise RuntimeError(f"{name} returned something else than was written")
                 if turn >= 0:
@@ -240,12 +244,12 @@ def times(names: Sequence[str], size: int, count: int, rounds: int) -> dict[str,
     return measured
 
 
-def write_some(work: tuple[str, str, int, int, int]) -> float:
+def write_some(work: tuple[str, str, int, int, int, Callable[[], float]]) -> float:
     """Writes batches into a store in a process of its own, again if need be; returns microseconds per item."""
-    name, folder, first, size, count = work
+    name, folder, first, size, count, clock = work
     store, tries = STORES[name](folder), 0
     batches = [items(range(first + i * count, first + (i + 1) * count), size) for i in range(BATCHES_AT_ONCE)]
-    begin = time.perf_counter()
+    begin = clock()
     while batches:
         try:
             store.write(*batches[-1])
@@ -253,17 +257,19 @@ def write_some(work: tuple[str, str, int, int, int]) -> float:
         except Exception:  # the other one had locked it
             if (tries := tries + 1) > 100:
                 raise
-    return 1e6 * (time.perf_counter() - begin) / (BATCHES_AT_ONCE * count)
+    return 1e6 * (clock() - begin) / (BATCHES_AT_ONCE * count)
 
 
-def times_of_two(names: Sequence[str], size: int, count: int, rounds: int) -> dict[str, list[float]]:
+def times_of_two(
+    names: Sequence[str], size: int, count: int, rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Microseconds per item of each round in which two processes write new items into one store."""
     measured: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(-1, rounds):
             for name in in_turn(list(names), max(turn, 0)):
                 place, first = os.path.join(folder, name), 10_000_000 * (turn + 1)
-                works = [(name, place, first + 1_000_000 * who, size, count) for who in range(2)]
+                works = [(name, place, first + 1_000_000 * who, size, count, clock) for who in range(2)]
                 with multiprocessing.get_context("fork").Pool(2) as pool:
                     each = pool.map(write_some, works, chunksize=1)
                 if turn >= 0:
@@ -532,6 +538,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, help="write results as JSON; what --only leaves out stays")
     parser.add_argument("--rounds", type=int, default=30, help="batches that are timed (default 30)")
     parser.add_argument("--earlier", type=pathlib.Path, help="a folder with another jaxkv, to compare with")
+    parser.add_argument("--cpu", action="store_true", help="the time that processors spent, in place of the clock's")
     parser.add_argument("--only", choices=("times", "faults"), help="one of the two tables")
     parser.add_argument("--quick", action="store_true", help="little of everything: shows that the script runs")
     arguments = parser.parse_args(argv)
@@ -558,15 +565,15 @@ def main(argv: list[str] | None = None) -> int:
                     f"{row['crashes']:>8,} {row['hangs']:>5,}"
                 )
     if arguments.only != "faults":
-        cases = []
+        cases, clock = [], time.process_time if arguments.cpu else time.perf_counter
         for size, count in BATCHES:
             say(f"times: {size} bytes")
             rounds = 2 if arguments.quick else arguments.rounds
-            case = {"item_bytes": size, "batch": count, "microseconds": times(names, size, count, rounds)}
+            case = {"item_bytes": size, "batch": count, "microseconds": times(names, size, count, rounds, clock)}
             cases.append(case)
-        for name, each in times_of_two(names, size, count, max(rounds // 6, 2)).items():  # of the smallest items
+        for name, each in times_of_two(names, size, count, max(rounds // 6, 2), clock).items():  # of the smallest items
             case["microseconds"][name]["write, two at once"] = each
-        results["times"] = facts | {"cases": cases}
+        results["times"] = facts | {"clock": "cpu" if arguments.cpu else "wall", "cases": cases}
         say("")
         for case in cases:
             print(f"\nmicroseconds per item of {case['item_bytes']:,} bytes, {case['batch']} at once")

@@ -75,6 +75,4 @@ def unpack(record: Record, folder: str) -> Any:
 def _check(key: bytes, raw: int, data: Any) -> bytes:
     import xxhash  # `need` would take as long as the checksum of 4 KB
 
-    state = xxhash.xxh3_64(b"%b%d" % (key, raw))
-    state.update(data)
-    return state.digest()
+    return xxhash.xxh3_64_digest(data, xxhash.xxh3_64_intdigest(b"%b%d" % (key, raw)))  # the latter is the seed
