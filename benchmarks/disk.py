@@ -77,7 +77,7 @@ class Lmdb:
     def __init__(self, directory: str) -> None:
         import lmdb
 
-        self.env = lmdb.open(directory, map_size=1 << 33, sync=False)
+        self.env = lmdb.open(directory, map_size=1 << 34, sync=False)
 
     def write(self, keys: Sequence[bytes], payloads: Sequence[bytes]) -> None:
         with self.env.begin(write=True) as transaction:
@@ -269,6 +269,7 @@ def times_of_two(
         for turn in range(-1, rounds):
             for name in in_turn(list(names), max(turn, 0)):
                 place, first = os.path.join(folder, name), 10_000_000 * (turn + 1)
+                trial(lambda name=name, place=place: STORES[name](place) and {})  # both find it made
                 works = [(name, place, first + 1_000_000 * who, size, count, clock) for who in range(2)]
                 with multiprocessing.get_context("fork").Pool(2) as pool:
                     each = pool.map(write_some, works, chunksize=1)

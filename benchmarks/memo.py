@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, help="write the times as JSON")
     parser.add_argument("--figure", type=pathlib.Path, help="draw hits and misses")
     parser.add_argument("--plot", type=pathlib.Path, metavar="JSON", help="only draw --figure, from these times")
-    parser.add_argument("--rows", type=int, default=0, help="also a store of so many rows on disk; 1000000 takes 5 GB")
+    parser.add_argument("--rows", type=int, default=0, help="also a store of so many rows on disk; 1000000 takes 9 GB")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each (default 9)")
     parser.add_argument("--seconds", type=float, default=0.15, help="about how long one turn lasts (default 0.15)")
     parser.add_argument("--faults", action="store_true", help="only show whose answers are wrong")
